@@ -1,0 +1,354 @@
+"""Portable PyTorch backend: any device, any dtype.
+
+``kron_matmul`` is one differentiable expression, which compilers and exporters trace. ``forward``
+and ``backward`` do the same for two factors in chunks of tokens. Read ``x (tokens, n1, n2)``;
+either factor may be contracted first, and A, which contracts the middle axis, is applied in one of
+two ways:
+
+``batched``  a product per token, ``A @ Z[t]``, on views: nothing is copied, but a narrow Z[t] (two
+             columns for the paper's attention) starves the GEMM.
+``planes``   one large GEMM over all tokens, on a copy with the middle axis last: the planes
+             ``(n2, tokens, n1)``. A GEMM with B reads or writes planes for free by transposing an
+             operand, so that each form has exactly one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kron_kernels.shapes import KronShape, Order
+
+# On a CPU tokens go through in chunks whose operands and results stay in L2 (1.1x to 1.5x at 1024
+# tokens of width 768); beyond that, every large temporary costs page faults.
+_CHUNK_BYTES = 2**21
+
+# The unit of cost is a multiply-add inside a large GEMM. benchmarks/eager_forms.py measures how
+# far the choice made with these numbers is from the best form.
+_COPY = 40  # per element of the copy into or out of planes
+_NARROW = 12  # a batched product of q columns runs at q / (q + _NARROW) of the large GEMM's rate
+_BATCH = 2000  # per batched product
+
+
+# Neighbouring factors are multiplied out while the product's sides stay within this.
+_MERGED = 64
+
+
+def kron_matmul(x: Tensor, *factors: Tensor) -> Tensor:
+    """``x (…, n)`` times ``Σ_k F_k ⊗ G_k ⊗ …`` of factors ``(r, m_i, n_i)``, differentiable."""
+    match factors:
+        case (a,):
+            return F.linear(x, a.sum(0))
+        case (a, b):
+            s = KronShape.of(a, b)
+            y = _CONTRACT[choose_form(s)](_compute(_rows(x)), _compute(a), _compute(b), s)
+            return y.view(*x.shape[:-1], s.out_features).to(x.dtype)
+    terms = zip(*(f.unbind() for f in factors), strict=True)
+    first, *others = (_one_term(x, term) for term in terms)
+    return sum(others, first)
+
+
+def _one_term(x: Tensor, term: tuple[Tensor, ...]) -> Tensor:
+    """Contract one axis after another, those that shrink the data most for their cost first."""
+    sizes = [f.shape[1] for f in term]
+    lead = x.shape[:-1]
+    # An exchange argument: axis i goes before j where 1/m_i - 1/n_i is larger.
+    for i in sorted(range(len(term)), key=lambda i: 1 / term[i].shape[1] - 1 / term[i].shape[0]):
+        inner = prod(sizes[i + 1 :])
+        x = x.reshape(*lead, prod(sizes[:i]), sizes[i], inner)
+        x = x.squeeze(-1) @ term[i].mT if inner == 1 else term[i] @ x
+        sizes[i] = term[i].shape[0]
+    return x.reshape(*lead, prod(sizes))
+
+
+def merge_small(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Fewer, larger factors of the same product: GEMMs of sides below 64 are slow, not small."""
+    merged = [factors[0]]
+    for f in factors[1:]:
+        last = merged[-1]
+        if max(last.shape[1] * f.shape[1], last.shape[2] * f.shape[2]) <= _MERGED:
+            blocks = last[:, :, None, :, None] * f[:, None, :, None, :]  # (r, m, m', n, n')
+            merged[-1] = blocks.flatten(3, 4).flatten(1, 2)
+        else:
+            merged.append(f)
+    return tuple(merged)
+
+
+class Form(NamedTuple):
+    """How two factors are contracted."""
+
+    order: Order
+    layout: str  # "batched" or "planes"
+
+
+FORMS = tuple(Form(o, lay) for o in ("b_first", "a_first") for lay in ("batched", "planes"))
+
+
+def cost(s: KronShape, form: Form) -> float:
+    """Expected time per token, in multiply-adds of a large GEMM."""
+    b_first = form.order == "b_first"
+    columns = s.m2 if b_first else s.n2  # of the matrix that A multiplies
+    work = s.multiply_adds(form.order)
+    if form.layout == "planes":
+        return work + _COPY * (s.out_features if b_first else s.in_features)
+    by_a = s.rank * s.m1 * s.n1 * columns
+    return work + by_a * _NARROW / columns + s.rank * _BATCH
+
+
+def choose_form(s: KronShape) -> Form:
+    """The form of least cost."""
+    # A compiler would trace through the cache, with a warning.
+    return _cheapest(s) if torch.compiler.is_compiling() else _cached_cheapest(s)
+
+
+def _cheapest(s: KronShape) -> Form:
+    costs = [cost(s, form) for form in FORMS]
+    return FORMS[costs.index(min(costs))]
+
+
+_cached_cheapest = lru_cache(maxsize=4096)(_cheapest)
+
+
+def forward(
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, form: Form | None = None
+) -> Tensor:
+    """``x (T, n1 * n2)``, ``a (r, m1, n1)``, ``b (r, m2, n2)``, ``bias (m,)`` to ``y (T, m)``.
+
+    Records nothing for autograd. The bias is added while a chunk of y is still in the cache.
+    """
+    s = KronShape.of(a, b)
+    y = x.new_empty(x.shape[0], s.out_features)
+    contract = _CONTRACT[form or choose_form(s)]
+    a, b = _compute(a), _compute(b)
+    for x_part, y_part in _chunks(s, x.contiguous(), y):
+        if x_part.dtype == a.dtype:
+            contract(x_part, a, b, s, out=y_part)
+            if bias is not None:
+                y_part += bias
+        else:
+            wide = contract(_compute(x_part), a, b, s)
+            y_part.copy_(wide if bias is None else wide.add_(bias))
+    return y
+
+
+def fits_one_chunk(x: Tensor, s: KronShape) -> bool:
+    """Whether ``forward`` would not split x, so that ``kron_matmul`` is as fast."""
+    return x.device.type != "cpu" or x.numel() <= _chunk_tokens(s, x.element_size()) * x.shape[-1]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2) if x.ndim > 1 else x[None]
+
+
+def _compute(t: Tensor) -> Tensor:
+    """Contiguous, and in float32 for 16 bits on a CPU: GEMMs of 16 bits are up to 24x slower on
+    one without instructions for them, and one rounding at the end is better than two."""
+    narrow = t.dtype in (torch.float16, torch.bfloat16) and t.device.type == "cpu"
+    return (t.float() if narrow else t).contiguous()
+
+
+def _chunk_tokens(s: KronShape, itemsize: int) -> int:
+    middle = max(s.n1 * s.m2, s.m1 * s.n2) * s.rank
+    return max(32, _CHUNK_BYTES // ((s.in_features + s.out_features + middle) * itemsize))
+
+
+def _chunks(s: KronShape, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same tokens of every argument, as many at a time as fit the cache of a CPU."""
+    step = _chunk_tokens(s, rows[0].element_size())
+    if fits_one_chunk(rows[0], s):
+        yield rows
+        return
+    for start in range(0, rows[0].shape[0], step):
+        yield tuple(r[start : start + step] for r in rows)
+
+
+def _b_batched(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None = None) -> Tensor:
+    t = x.shape[0]
+    z = torch.mm(x.view(t * s.n1, s.n2), b.view(s.rank * s.m2, s.n2).mT)
+    z = z.view(t, s.n1, s.rank, s.m2)
+    out = out if out is None else out.view(t, s.m1, s.m2)
+    y = torch.bmm(a[0].expand(t, s.m1, s.n1), z[:, :, 0], out=out)
+    for k in range(1, s.rank):
+        y.baddbmm_(a[k].expand(t, s.m1, s.n1), z[:, :, k])
+    return y.view(t, s.out_features)
+
+
+def _a_batched(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None = None) -> Tensor:
+    t = x.shape[0]
+    x = x.view(t, s.n1, s.n2)
+    y = out if out is None else out.view(t * s.m1, s.m2)
+    for k in range(s.rank):
+        z = torch.bmm(a[k].expand(t, s.m1, s.n1), x).view(t * s.m1, s.n2)
+        y = torch.mm(z, b[k].mT, out=y) if k == 0 else y.addmm_(z, b[k].mT)
+    return y.view(t, s.out_features)
+
+
+def _b_planes(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None = None) -> Tensor:
+    t = x.shape[0]
+    z = torch.mm(b.view(s.rank * s.m2, s.n2), x.view(t * s.n1, s.n2).mT)
+    z = z.view(s.rank, s.m2 * t, s.n1)
+    y = torch.mm(z[0], a[0].mT)  # (m2 * t, m1)
+    for k in range(1, s.rank):
+        y.addmm_(z[k], a[k].mT)
+    y = y.view(s.m2, t, s.m1).permute(1, 2, 0)
+    if out is None:
+        return y.reshape(t, s.out_features)
+    out.view(t, s.m1, s.m2).copy_(y)
+    return out
+
+
+def _a_planes(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None = None) -> Tensor:
+    t = x.shape[0]
+    x = _planes(x, s.n1, s.n2)
+    y = out if out is None else out.view(t * s.m1, s.m2)
+    for k in range(s.rank):
+        z = torch.mm(x, a[k].mT).view(s.n2, t * s.m1)
+        y = torch.mm(z.mT, b[k].mT, out=y) if k == 0 else y.addmm_(z.mT, b[k].mT)
+    return y.view(t, s.out_features)
+
+
+_CONTRACT = dict(zip(FORMS, (_b_batched, _b_planes, _a_batched, _a_planes), strict=True))
+
+
+def _planes(x: Tensor, p: int, q: int) -> Tensor:
+    """``(t, p * q)`` with the first of the two axes last: ``(q * t, p)``."""
+    return x.view(-1, p, q).permute(2, 0, 1).reshape(-1, p)
+
+
+Needed = tuple[bool, bool, bool]  # of the gradients of x, a and b
+
+
+def backward(
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Needed, form: Form | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``forward``, an empty tensor for one that is not needed; no autograd.
+
+    With V_k = A_kᵀ dY and Z_k = X B_kᵀ (``b_first``): dX = Σ V_k B_k, dA_k = Σ_t dY Z_kᵀ,
+    dB_k = Σ_t V_kᵀ X. With U_k = dY B_k and Z_k = A_k X (``a_first``): dX = Σ A_kᵀ U_k,
+    dA_k = Σ_t U_k Xᵀ, dB_k = Σ_t dYᵀ Z_k. Z is recomputed, not saved. Sums over tokens run in
+    order, and in float32 for 16-bit dtypes.
+    """
+    s = KronShape.of(a, b)
+    narrow = x.dtype in (torch.float16, torch.bfloat16)
+    sums = torch.float32 if narrow else x.dtype
+    dx = x.new_empty(x.shape if needed[0] else 0)
+    da = a.new_zeros(a.shape if needed[1] else 0, dtype=sums)
+    db = b.new_zeros(b.shape if needed[2] else 0, dtype=sums)
+    differentiate = _DIFFERENTIATE[form or choose_form(s)]
+    wide_a, wide_b = _compute(a), _compute(b)
+    rows = (dy.contiguous(), x.contiguous(), *((dx,) if needed[0] else ()))
+    for dy_part, x_part, *dx_part in _chunks(s, *rows):
+        grads = differentiate(_compute(dy_part), _compute(x_part), wide_a, wide_b, needed, s)
+        if needed[0]:
+            dx_part[0].view(grads[0].shape).copy_(grads[0])
+        if needed[1]:
+            da += grads[1]
+        if needed[2]:
+            db += grads[2]
+    return dx, da.to(a.dtype), db.to(b.dtype)
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _b_batched_grads(
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Needed, s: KronShape
+) -> Grads:
+    t = dy.shape[0]
+    dy, x = dy.view(t, s.m1, s.m2), x.view(t * s.n1, s.n2)
+    dx, das, dbs = None, [], []
+    for a_k, b_k in zip(a, b, strict=True):
+        if needed[0] or needed[2]:
+            v = torch.bmm(a_k.mT.expand(t, s.n1, s.m1), dy).view(t * s.n1, s.m2)
+        if needed[0]:
+            dx = v @ b_k if dx is None else dx.addmm_(v, b_k)
+        if needed[1]:
+            das.append(_sum_of_products(dy, (x @ b_k.mT).view(t, s.n1, s.m2)))
+        if needed[2]:
+            dbs.append(v.mT @ x)
+    return dx, _stack(das), _stack(dbs)
+
+
+def _a_batched_grads(
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Needed, s: KronShape
+) -> Grads:
+    t = dy.shape[0]
+    dy, x = dy.view(t * s.m1, s.m2), x.view(t, s.n1, s.n2)
+    dx, das, dbs = None, [], []
+    for a_k, b_k in zip(a, b, strict=True):
+        if needed[0] or needed[1]:
+            u = (dy @ b_k).view(t, s.m1, s.n2)
+        if needed[0]:
+            a_t = a_k.mT.expand(t, s.n1, s.m1)
+            dx = torch.bmm(a_t, u) if dx is None else dx.baddbmm_(a_t, u)
+        if needed[1]:
+            das.append(_sum_of_products(u, x))
+        if needed[2]:
+            z = torch.bmm(a_k.expand(t, s.m1, s.n1), x)
+            dbs.append(dy.mT @ z.view(t * s.m1, s.n2))
+    return dx, _stack(das), _stack(dbs)
+
+
+def _b_planes_grads(
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Needed, s: KronShape
+) -> Grads:
+    t = dy.shape[0]
+    dy, x = _planes(dy, s.m1, s.m2), x.view(t * s.n1, s.n2)  # (m2 * t, m1)
+    dx, das, dbs = None, [], []
+    for a_k, b_k in zip(a, b, strict=True):
+        if needed[0] or needed[2]:
+            v = (dy @ a_k).view(s.m2, t * s.n1)
+        if needed[0]:
+            dx = v.mT @ b_k if dx is None else dx.addmm_(v.mT, b_k)
+        if needed[1]:
+            das.append(dy.mT @ (b_k @ x.mT).view(s.m2 * t, s.n1))
+        if needed[2]:
+            dbs.append(v @ x)
+    return dx, _stack(das), _stack(dbs)
+
+
+def _a_planes_grads(
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Needed, s: KronShape
+) -> Grads:
+    t = dy.shape[0]
+    dy, x = dy.view(t * s.m1, s.m2), _planes(x, s.n1, s.n2)  # (n2 * t, n1)
+    dx, das, dbs = None, [], []
+    for a_k, b_k in zip(a, b, strict=True):
+        if needed[0] or needed[1]:
+            u = (b_k.mT @ dy.mT).view(s.n2 * t, s.m1)
+        if needed[0]:
+            dx = u @ a_k if dx is None else dx.addmm_(u, a_k)
+        if needed[1]:
+            das.append(u.mT @ x)
+        if needed[2]:
+            dbs.append(dy.mT @ (x @ a_k.mT).view(s.n2, t * s.m1).mT)
+    if dx is not None:
+        dx = dx.view(s.n2, t, s.n1).permute(1, 2, 0)
+    return dx, _stack(das), _stack(dbs)
+
+
+_DIFFERENTIATE = dict(
+    zip(
+        FORMS,
+        (_b_batched_grads, _b_planes_grads, _a_batched_grads, _a_planes_grads),
+        strict=True,
+    )
+)
+
+
+def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """``Σ_t left[t] @ right[t]ᵀ`` of ``(t, m, q)`` and ``(t, n, q)``."""
+    m, n, q = left.shape[1], right.shape[1], left.shape[2]
+    if m * n <= (m + n) * q:  # products per token are smaller than the copies of a single GEMM
+        return torch.bmm(left, right.mT).sum(0)
+    return torch.einsum("tmq,tnq->mn", left, right)
+
+
+def _stack(terms: list[Tensor]) -> Tensor | None:
+    return torch.stack(terms) if terms else None

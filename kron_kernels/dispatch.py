@@ -1,0 +1,62 @@
+"""Which backend serves a call, and why the others do not."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from kron_kernels.backends import eager
+from kron_kernels.shapes import KronShape
+
+Backend = Literal["auto", "eager", "native", "triton", "cuda"]
+
+_ABSENT = {
+    "native": "this version has no compiled CPU kernels; eager serves CPUs",
+    "triton": "this version has no Triton kernels; eager serves GPUs",
+    "cuda": "this version has no CUDA C++ kernels; eager serves GPUs",
+}
+
+
+def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
+    """Why this backend cannot serve the call, as the end of a sentence, or None if it can."""
+    if backend == "eager":
+        return None
+    names = ", ".join(("auto", "eager", *_ABSENT))
+    return _ABSENT.get(backend, f"there is no such backend; there are {names}")
+
+
+def choose(backend: str, x: Tensor, *factors: Tensor) -> str:
+    """The backend to run. One asked for by name is granted or refused, never replaced.
+
+    Raises:
+        ValueError: If the backend asked for cannot serve the call, with the reason.
+    """
+    if backend == "auto":
+        return "eager"
+    if reason := why_not(backend, x, *factors):
+        raise ValueError(f"backend={backend!r} cannot serve this call: {reason}.")
+    return backend
+
+
+def explain_backends(x: Tensor, *factors: Tensor) -> str:
+    """One line a backend: what it does for these operands, or why it cannot serve them.
+
+    Args:
+        x: The input of :func:`kron_kernels.kron_matmul`, ``(…, n)``.
+        *factors: Its factors.
+    """
+    lines = [f"{name:8}{why_not(name, x, *factors)}" for name in _ABSENT]
+    return "\n".join([*lines, f"eager   ready: {_eager_plan(*factors)}"])
+
+
+def _eager_plan(*factors: Tensor) -> str:
+    merged = eager.merge_small(tuple(f if f.ndim == 3 else f[None] for f in factors))
+    if len(merged) != 2:
+        sides = " ⊗ ".join(f"{f.shape[1]}x{f.shape[2]}" for f in merged)
+        return f"one product per axis of {sides}"
+    s = KronShape.of(*merged)
+    form = eager.choose_form(s)
+    first, then = ("B", "A") if form.order == "b_first" else ("A", "B")
+    how = "one GEMM over all tokens" if form.layout == "planes" else "a batched product"
+    return f"{first} first, then {then}; A by {how}; {s.flops:,} FLOPs per token"

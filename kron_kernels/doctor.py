@@ -1,0 +1,68 @@
+"""``python -m kron_kernels.doctor``: what this machine has, and which backend serves what."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+
+import torch
+
+import kron_kernels
+from kron_kernels.shapes import KronShape
+
+# KroneckerBERT's layers, 8x and 21x (NAACL 2022, Table 1).
+_LAYERS = {
+    "8x attention": KronShape(384, 384, 2, 2),
+    "8x feed-forward up": KronShape(8, 2, 384, 384),
+    "8x feed-forward down": KronShape(2, 8, 384, 384),
+    "21x attention": KronShape(384, 48, 2, 16),
+    "21x feed-forward up": KronShape(16, 2, 192, 384),
+    "21x feed-forward down": KronShape(2, 16, 384, 192),
+}
+
+
+def report() -> str:
+    """The diagnosis, one finding a line."""
+    lines = [
+        f"kron_kernels {kron_kernels.__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}",
+        f"torch         {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"CPU capability {torch.backends.cpu.get_cpu_capability()}",
+        f"GPU           {_gpu()}",
+    ]
+    for package, use in {
+        "triton": "no kernels of ours need it yet",
+        "transformers": "kroneckerbert: pip install kron-kernels[bert]",
+        "accelerate": "kroneckerbert's distillation: pip install kron-kernels[bert]",
+    }.items():
+        lines.append(f"{package:14}{_version(package) or f'not installed ({use})'}")
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    lines.append(
+        f"{'C++ compiler':14}{'found' if compiler else 'not found'} (nothing is compiled yet)"
+    )
+    lines += ["", "backends, for KroneckerBERT's layers at BERT_BASE size"]
+    for name, s in _LAYERS.items():
+        a, b = (torch.empty(size, device="meta") for size in ((s.m1, s.n1), (s.m2, s.n2)))
+        plan = kron_kernels.explain_backends(torch.empty(1, s.in_features, device="meta"), a, b)
+        served = plan.splitlines()[-1]
+        lines.append(f"  {name:22}{served}")
+    lines += ["", *plan.splitlines()[:-1]]
+    return "\n".join(lines)
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,259 @@
+"""Modules whose weight is a sum of Kronecker products."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kron_kernels.decompose import nearest_kronecker
+from kron_kernels.functional import Backend, kron_matmul
+from kron_kernels.shapes import KronShape
+
+
+class KroneckerLinear(nn.Module):
+    """``y = x (Σ_k A_k ⊗ B_k)ᵀ + bias``, a drop-in for ``nn.Linear(in_features, out_features)``.
+
+    The factors are the parameters ``a (rank, m1, n1)`` and ``b (rank, m2, n2)``.
+
+    Args:
+        in_features: Size of x's last dimension, ``n1 * n2``.
+        out_features: Size of y's last dimension, ``m1 * m2``.
+        a_shape: ``(m1, n1)``, the shape of the left factor; the right one follows.
+        rank: Kronecker rank, the number of terms in the sum.
+        bias: Whether to learn an additive bias of shape ``(out_features,)``.
+        backend: Passed to :func:`kron_kernels.kron_matmul`.
+
+    Raises:
+        ValueError: If ``a_shape`` does not divide ``(out_features, in_features)``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        a_shape: tuple[int, int],
+        rank: int = 1,
+        bias: bool = True,
+        *,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        s = KronShape.split(out_features, in_features, a_shape, rank)
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.backend = backend
+        new = {"device": device, "dtype": dtype}
+        self.a = nn.Parameter(torch.empty(rank, s.m1, s.n1, **new))
+        self.b = nn.Parameter(torch.empty(rank, s.m2, s.n2, **new))
+        self.bias = nn.Parameter(torch.empty(out_features, **new)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float | None = None) -> None:
+        """Draw the factors so that the entries of W have this standard deviation; zero the bias.
+
+        The default, ``1 / sqrt(3 * in_features)``, is that of ``nn.Linear``.
+        """
+        std = 1 / math.sqrt(3 * self.in_features) if std is None else std
+        # An entry of W is a sum of `rank` products of two independent normals.
+        factor_std = math.sqrt(std) / self.rank**0.25
+        nn.init.normal_(self.a, std=factor_std)
+        nn.init.normal_(self.b, std=factor_std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def shape(self) -> KronShape:
+        """Sizes and costs of the factors."""
+        return KronShape.of(self.a, self.b)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        a_shape: tuple[int, int],
+        rank: int = 1,
+        *,
+        second_moment: Tensor | None = None,
+        rescale: bool = False,
+        backend: Backend = "auto",
+    ) -> KroneckerLinear:
+        """The layer nearest to ``linear``, on its device and in its dtype, with its bias.
+
+        Args:
+            linear: The dense layer; left as it is.
+            a_shape: ``(m1, n1)``, the shape of the left factor.
+            rank: Kronecker rank.
+            second_moment: ``E[x xᵀ]`` of the layer's inputs, ``(in_features, in_features)``: the
+                layer nearest in its outputs instead of in its weights.
+            rescale: Keep the weight's norm, see :func:`kron_kernels.nearest_kronecker`.
+            backend: Passed to :func:`kron_kernels.kron_matmul`.
+        """
+        weight = linear.weight.detach()
+        a, b = nearest_kronecker(
+            weight, a_shape, rank, second_moment=second_moment, rescale=rescale
+        )
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            a_shape,
+            rank,
+            linear.bias is not None,
+            backend=backend,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        with torch.no_grad():
+            layer.a.copy_(a)
+            layer.b.copy_(b)
+            if layer.bias is not None:
+                layer.bias.copy_(linear.bias)
+        return layer
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The dense layer of the same function: an escape hatch for export and merging."""
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.a.device,
+            dtype=self.a.dtype,
+        )
+        linear.weight.copy_(dense_weight(self.a, self.b))
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kron_matmul(x, self.a, self.b, bias=self.bias, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        s = self.shape
+        return (
+            f"in_features={s.n1}*{s.n2}, out_features={s.m1}*{s.m2}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class KroneckerEmbedding(nn.Module):
+    """Row i of ``E = Σ_k A_k ⊗ b_k`` is ``Σ_k A_k[i] ⊗ b_k``: a lookup that never forms E.
+
+    The factors are the parameters ``a (rank, num_embeddings, embedding_dim / b_size)`` and
+    ``b (rank, 1, b_size)``, the shapes of a :class:`KroneckerLinear` of weight E, so that a tied
+    decoder shares them (KroneckerBERT section 3.3; :meth:`decode`).
+
+    Args:
+        num_embeddings: Rows of E.
+        embedding_dim: Columns of E.
+        b_size: Length of the row vector b; E has ``b_size`` times fewer parameters.
+        rank: Kronecker rank.
+        padding_idx: This row of A starts at zero and receives no gradient from the lookup.
+
+    Raises:
+        ValueError: If ``b_size`` does not divide ``embedding_dim``.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        b_size: int,
+        rank: int = 1,
+        padding_idx: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if b_size < 1 or embedding_dim % b_size:
+            divisors = [d for d in range(1, embedding_dim + 1) if embedding_dim % d == 0]
+            raise ValueError(
+                f"embedding_dim = {embedding_dim} is not divisible by b_size = {b_size}; "
+                f"use one of {divisors}."
+            )
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.rank, self.padding_idx = rank, padding_idx
+        new = {"device": device, "dtype": dtype}
+        self.a = nn.Parameter(torch.empty(rank, num_embeddings, embedding_dim // b_size, **new))
+        self.b = nn.Parameter(torch.empty(rank, 1, b_size, **new))
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 1.0) -> None:
+        """Draw the factors so that the entries of E have this standard deviation."""
+        factor_std = math.sqrt(std) / self.rank**0.25
+        nn.init.normal_(self.a, std=factor_std)
+        nn.init.normal_(self.b, std=factor_std)
+        if self.padding_idx is not None:
+            nn.init.zeros_(self.a[:, self.padding_idx])
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, b_size: int, rank: int = 1, *, rescale: bool = False
+    ) -> KroneckerEmbedding:
+        """The table nearest to ``embedding`` in the Frobenius norm, on its device, in its dtype."""
+        weight = embedding.weight.detach()
+        rows, dim = weight.shape
+        table = cls(
+            rows,
+            dim,
+            b_size,
+            rank,
+            embedding.padding_idx,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        a, b = nearest_kronecker(weight, (rows, dim // b_size), rank, rescale=rescale)
+        with torch.no_grad():
+            table.a.copy_(a)
+            table.b.copy_(b)
+        return table
+
+    @torch.no_grad()
+    def to_embedding(self) -> nn.Embedding:
+        """The dense table of the same rows."""
+        embedding = nn.Embedding(
+            self.num_embeddings,
+            self.embedding_dim,
+            self.padding_idx,
+            device=self.a.device,
+            dtype=self.a.dtype,
+        )
+        embedding.weight.copy_(dense_weight(self.a, self.b))
+        return embedding
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of E: ids ``(…)`` to ``(…, embedding_dim)``."""
+        terms = [
+            (F.embedding(ids, a, self.padding_idx)[..., None] * b).flatten(-2)  # (…, d/n, n)
+            for a, b in zip(self.a, self.b, strict=True)
+        ]
+        return sum(terms[1:], terms[0])
+
+    def decode(self, h: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Exact tied decoder ``h Eᵀ + bias``, ``b_size`` times cheaper than with E formed.
+
+        Args:
+            h: Hidden states of shape ``(…, embedding_dim)``.
+            bias: Shape ``(num_embeddings,)``.
+
+        Returns:
+            Logits of shape ``(…, num_embeddings)``.
+        """
+        return kron_matmul(h, self.a, self.b, bias=bias)
+
+    def extra_repr(self) -> str:
+        _, rows, columns = self.a.shape
+        return f"{rows}, {columns}*{self.b.shape[-1]}, rank={self.rank}"
+
+
+def dense_weight(a: Tensor, b: Tensor) -> Tensor:
+    """``Σ_k A_k ⊗ B_k`` of shape ``(m1 * m2, n1 * n2)``, summed over k by one matrix product."""
+    s = KronShape.of(a, b)
+    blocks = a.reshape(s.rank, -1).mT @ b.reshape(s.rank, -1)  # (m1 * n1, m2 * n2)
+    return (
+        blocks.view(s.m1, s.n1, s.m2, s.n2).transpose(1, 2).reshape(s.out_features, s.in_features)
+    )

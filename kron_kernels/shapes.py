@@ -1,0 +1,94 @@
+"""Sizes, costs and contraction order of one Kronecker layer; a leaf that everyone may import."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Order = Literal["b_first", "a_first"]
+
+
+class KronShape(NamedTuple):
+    """``W = Σ_{k<rank} A_k (m1, n1) ⊗ B_k (m2, n2)``, a weight of shape ``(m1 * m2, n1 * n2)``."""
+
+    m1: int
+    n1: int
+    m2: int
+    n2: int
+    rank: int = 1
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor) -> KronShape:
+        """The shape of factors ``a (r, m1, n1)`` and ``b (r, m2, n2)``; 2-D factors mean r = 1."""
+        rank = a.shape[0] if a.ndim == 3 else 1
+        return cls(*a.shape[-2:], *b.shape[-2:], rank)
+
+    @classmethod
+    def split(
+        cls, out_features: int, in_features: int, a_shape: tuple[int, int], rank: int = 1
+    ) -> KronShape:
+        """The shape whose left factor is ``a_shape``, for a weight of the given size.
+
+        Raises:
+            ValueError: If ``a_shape`` does not divide the weight, or the rank is not positive.
+        """
+        m1, n1 = a_shape
+        check_divides("rows", out_features, m1, 0)
+        check_divides("columns", in_features, n1, 1)
+        if rank < 1:
+            raise ValueError(f"rank = {rank}, but a sum needs at least one term; use rank=1.")
+        return cls(m1, n1, out_features // m1, in_features // n1, rank)
+
+    @property
+    def in_features(self) -> int:
+        return self.n1 * self.n2
+
+    @property
+    def out_features(self) -> int:
+        return self.m1 * self.m2
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * (self.m1 * self.n1 + self.m2 * self.n2)
+
+    @property
+    def transposed(self) -> KronShape:
+        return KronShape(self.n1, self.m1, self.n2, self.m2, self.rank)
+
+    @property
+    def swapped(self) -> KronShape:
+        """The shape of ``B ⊗ A``."""
+        return KronShape(self.m2, self.n2, self.m1, self.n1, self.rank)
+
+    def multiply_adds(self, order: Order) -> int:
+        """Multiply-adds per token. ``b_first``: Z = X Bᵀ, then A Z. ``a_first``: A X, then Bᵀ."""
+        m1, n1, m2, n2, rank = self
+        middle = n1 * m2 * (n2 + m1) if order == "b_first" else m1 * n2 * (n1 + m2)
+        return rank * middle
+
+    @property
+    def order(self) -> Order:
+        """The cheaper contraction order; the wrong one costs up to 8x for the paper's shapes."""
+        b_first, a_first = self.multiply_adds("b_first"), self.multiply_adds("a_first")
+        return "b_first" if b_first <= a_first else "a_first"
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations per token in the cheaper order, two per multiply-add."""
+        return 2 * self.multiply_adds(self.order)
+
+
+def check_divides(side: str, size: int, factor: int, axis: int) -> None:
+    """Raise, naming the nearest divisors, unless ``factor`` divides the weight's ``size``."""
+    if factor >= 1 and size % factor == 0:
+        return
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    below = max((d for d in divisors if d < factor), default=None)
+    above = min((d for d in divisors if d > factor), default=None)
+    nearest = [str(d) for d in (below, above) if d is not None]
+    are = "divisors are" if len(nearest) == 2 else "divisor is"
+    raise ValueError(
+        f"weight's {size} {side} are not divisible by a_shape[{axis}] = {factor}; "
+        f"nearest {are} {' and '.join(nearest)}."
+    )
