@@ -1,0 +1,52 @@
+"""KroneckerBERT: BERT with Kronecker-factorised layers, in the idiom of transformers.
+
+Importing this package registers its classes, so that ``AutoModel.from_pretrained`` and pipelines
+load what ``save_pretrained`` wrote.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from kroneckerbert.configuration_kroneckerbert import KroneckerBertConfig
+from kroneckerbert.conversion import compress, decompress, second_moments
+from kroneckerbert.modeling_kroneckerbert import (
+    KroneckerBertForMaskedLM,
+    KroneckerBertForQuestionAnswering,
+    KroneckerBertForSequenceClassification,
+    KroneckerBertForTokenClassification,
+    KroneckerBertModel,
+    KroneckerBertPreTrainedModel,
+    embed,
+    mean_pooling,
+)
+
+AutoConfig.register(KroneckerBertConfig.model_type, KroneckerBertConfig, exist_ok=True)
+for _auto, _model in (
+    (AutoModel, KroneckerBertModel),
+    (AutoModelForMaskedLM, KroneckerBertForMaskedLM),
+    (AutoModelForQuestionAnswering, KroneckerBertForQuestionAnswering),
+    (AutoModelForSequenceClassification, KroneckerBertForSequenceClassification),
+    (AutoModelForTokenClassification, KroneckerBertForTokenClassification),
+):
+    _auto.register(KroneckerBertConfig, _model, exist_ok=True)
+
+__all__ = [
+    "KroneckerBertConfig",
+    "KroneckerBertForMaskedLM",
+    "KroneckerBertForQuestionAnswering",
+    "KroneckerBertForSequenceClassification",
+    "KroneckerBertForTokenClassification",
+    "KroneckerBertModel",
+    "KroneckerBertPreTrainedModel",
+    "compress",
+    "decompress",
+    "embed",
+    "mean_pooling",
+    "second_moments",
+]

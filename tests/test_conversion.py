@@ -1,0 +1,327 @@
+"""compress, decompress and the data-aware start."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+from transformers.utils import logging
+
+from kron_kernels import nearest_kronecker
+from kroneckerbert import (
+    KroneckerBertConfig,
+    KroneckerBertForMaskedLM,
+    KroneckerBertForQuestionAnswering,
+    KroneckerBertForSequenceClassification,
+    KroneckerBertForTokenClassification,
+    KroneckerBertModel,
+    compress,
+    decompress,
+    second_moments,
+)
+
+BASE = BertConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+    initializer_range=0.1,
+    id2label={0: "no", 1: "yes"},
+    label2id={"no": 0, "yes": 1},
+)
+CLASSES = {
+    BertModel: KroneckerBertModel,
+    BertForMaskedLM: KroneckerBertForMaskedLM,
+    BertForQuestionAnswering: KroneckerBertForQuestionAnswering,
+    BertForSequenceClassification: KroneckerBertForSequenceClassification,
+    BertForTokenClassification: KroneckerBertForTokenClassification,
+}
+# With as many terms as the small side has entries a sum is exact.
+EXACT = {
+    "attention.self.query": {"a_shape": [16, 16], "rank": 4},
+    "attention.self.key": {"a_shape": [2, 2], "rank": 4},
+    "attention.self.value": {"a_shape": [16, 8], "rank": 8},
+    "attention.output.dense": {"a_shape": [4, 1], "rank": 4},
+    "intermediate.dense": {"a_shape": [8, 2], "rank": 16},
+    "output.dense": {"a_shape": [2, 8], "rank": 16},
+    "embeddings.word_embeddings": {"a_shape": [64, 8], "rank": 4},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def teacher(cls, **kwargs):
+    model = cls(copy.deepcopy(BASE), **kwargs).eval()
+    with torch.no_grad():  # biases and norms that a copy could lose unseen
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def batches(count: int = 1) -> list[dict[str, torch.Tensor]]:
+    out = []
+    for _ in range(count):
+        ids = torch.randint(1, BASE.vocab_size, (4, 12))
+        mask = torch.ones_like(ids)
+        mask[0, 7:] = 0
+        out.append({"input_ids": ids, "attention_mask": mask})
+    return out
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_at_full_kronecker_rank_the_student_computes_what_its_teacher_does(cls):
+    model, batch = teacher(cls), batches()[0]
+    student = compress(model, KroneckerBertConfig.from_bert(model.config, EXACT))
+    assert type(student) is CLASSES[cls]
+    for ours, theirs in zip(
+        student(**batch, output_hidden_states=True).to_tuple(),
+        model(**batch, output_hidden_states=True).to_tuple(),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_teacher_is_left_as_it_was_and_shares_nothing(cls):
+    model = teacher(cls)
+    state, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    student = compress(model)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            assert parameter.requires_grad
+            parameter.fill_(7.0)
+    assert type(model) is cls
+    assert model.config.to_dict() == config
+    assert model.state_dict().keys() == state.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_student_survives_saving(cls, tmp_path):
+    student, batch = compress(teacher(cls)), batches()[0]
+    student.save_pretrained(tmp_path)
+    again = CLASSES[cls].from_pretrained(tmp_path)
+    assert torch.equal(again(**batch)[0], student(**batch)[0])
+
+
+def test_factors_are_the_nearest_and_everything_else_is_copied():
+    model = teacher(BertForSequenceClassification)
+    student = compress(model, "kronecker-bert-21", rescale=True)
+    ours, theirs = student.state_dict(), model.state_dict()
+    name = "bert.encoder.layer.1.intermediate.dense"
+    a, b = nearest_kronecker(theirs[f"{name}.weight"], (16, 2), rescale=True)
+    assert torch.equal(ours[f"{name}.a"], a)
+    assert torch.equal(ours[f"{name}.b"], b)
+    torch.testing.assert_close(
+        student.get_submodule(name).to_linear().weight.norm(), theirs[f"{name}.weight"].norm()
+    )
+    common = ours.keys() & theirs.keys()
+    assert len(common) == len(theirs) - (6 * 2 + 1)
+    for name in common:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_preset_takes_labels_and_fields_from_the_teacher():
+    model = teacher(BertForSequenceClassification)
+    model.config.problem_type = "single_label_classification"
+    for config in ("kronecker-bert-8", KroneckerBertConfig.preset("kronecker-bert-8", BASE)):
+        student = compress(model, config)
+        assert student.config.id2label == {0: "no", 1: "yes"}
+        assert student.config.label2id == {"no": 0, "yes": 1}
+        assert student.config.problem_type == "single_label_classification"
+        assert student.config.vocab_size == 64
+
+
+def test_a_given_configuration_is_kept_but_for_the_labels():
+    config = KroneckerBertConfig.preset("kronecker-bert-8", BASE, hidden_dropout_prob=0.25)
+    config.id2label = {0: "x", 1: "y", 2: "z"}
+    student = compress(teacher(BertForSequenceClassification), config)
+    assert student.config.hidden_dropout_prob == 0.25
+    assert student.dropout.p == 0.25
+    assert student.classifier.out_features == 2
+    assert config.id2label == {0: "x", 1: "y", 2: "z"}
+    assert student.config is not config
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_mode_and_attention_are_kept(dtype, training):
+    model = teacher(BertForMaskedLM).to(dtype).train(training)
+    model.set_attn_implementation("eager")
+    student = compress(model)
+    assert {p.dtype for p in student.parameters()} == {dtype}
+    assert all(module.training is training for module in student.modules())
+    assert student.config._attn_implementation == "eager"
+    assert student(**batches()[0]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_a_pooler_is_there_if_the_teacher_has_one(pooler):
+    student = compress(teacher(BertModel, add_pooling_layer=pooler))
+    assert (student.pooler is not None) is pooler
+    assert (decompress(student).pooler is not None) is pooler
+
+
+def test_the_decoder_of_a_student_is_tied_unless_its_teachers_is_not():
+    tied = compress(teacher(BertForMaskedLM))
+    assert tied.cls.predictions.decoder.a is tied.bert.embeddings.word_embeddings.a
+    model = BertForMaskedLM(BertConfig(**BASE.to_dict() | {"tie_word_embeddings": False}))
+    untied = compress(model)
+    assert torch.equal(untied.cls.predictions.decoder.weight, model.cls.predictions.decoder.weight)
+
+
+def test_a_pretraining_model_becomes_a_masked_language_model():
+    model, batch = teacher(BertForPreTraining), batches()[0]
+    student = compress(model, KroneckerBertConfig.from_bert(model.config, EXACT))
+    assert type(student) is KroneckerBertForMaskedLM
+    torch.testing.assert_close(
+        student(**batch).logits, model(**batch).prediction_logits, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_decompress_gives_the_stock_class_and_the_same_outputs(cls, tmp_path):
+    student, batch = compress(teacher(cls)), batches()[0]
+    dense = decompress(student)
+    assert type(dense) is cls
+    assert type(dense.config) is BertConfig
+    assert dense.config.model_type == "bert"
+    assert not hasattr(dense.config, "kronecker_factors")
+    torch.testing.assert_close(dense(**batch)[0], student(**batch)[0], rtol=1e-4, atol=1e-5)
+    dense.save_pretrained(tmp_path)
+    again, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(again(**batch)[0], dense(**batch)[0])
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_folder_is_loaded_in_the_class_that_it_names(cls, tmp_path):
+    model, batch = teacher(cls), batches()[0]
+    model.save_pretrained(tmp_path)
+    for source in (tmp_path, str(tmp_path)):
+        student = compress(source)
+        assert type(student) is CLASSES[cls]
+        assert torch.equal(student(**batch)[0], compress(model)(**batch)[0])
+
+
+def test_other_classes_are_refused_with_those_that_are_not(tmp_path):
+    with pytest.raises(TypeError, match=r"BertForMultipleChoice, only BertModel, BertForMaskedLM"):
+        compress(teacher(BertForMultipleChoice))
+    teacher(BertForMultipleChoice).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"BertForMultipleChoice \(bert\), only BertModel"):
+        compress(tmp_path)
+    with pytest.raises(TypeError, match="cannot compress a Linear"):
+        compress(torch.nn.Linear(2, 2))
+    student = compress(teacher(BertModel))
+    with pytest.raises(TypeError, match="it is factorised already"):
+        compress(student)
+    with pytest.raises(TypeError, match="cannot decompress a BertModel"):
+        decompress(teacher(BertModel))
+
+
+def test_a_configuration_that_does_not_fit_is_refused_with_the_remedy():
+    model = teacher(BertModel)
+    with pytest.raises(ValueError, match=r"hidden_size = 64 instead of 32.*from_bert"):
+        compress(model, KroneckerBertConfig.preset("kronecker-bert-8", BASE, hidden_size=64))
+    with pytest.raises(TypeError, match="got a dict; write KroneckerBertConfig"):
+        compress(model, EXACT)
+    with pytest.raises(ValueError, match="no preset is named"):
+        compress(model, "kronecker-bert-9")
+
+
+def test_a_weight_that_is_not_finite_is_refused():
+    model = teacher(BertModel)
+    model.encoder.layer[0].output.dense.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        compress(model)
+
+
+def test_compressing_is_silent_unless_asked(capfd):
+    assert logging.is_progress_bar_enabled()
+    model = teacher(BertForMaskedLM)
+    capfd.readouterr()
+    compress(model)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
+    compress(model, progress=True)
+    assert "factorising" in capfd.readouterr().err
+
+
+# The data-aware start
+
+
+def test_second_moments_are_those_of_the_inputs_without_padding():
+    model, data = teacher(BertForMaskedLM).train(), batches(3)
+    names = [f"encoder.layer.1.{n}" for n in ("attention.self.key", "intermediate.dense")]
+    moments = second_moments(model, data, names)
+    assert model.bert.training
+    assert not model.bert.encoder.layer[1].intermediate.dense._forward_pre_hooks
+
+    model.eval()
+    rows = []
+    for batch in data:
+        states = model.bert(**batch, output_hidden_states=True).hidden_states
+        rows.append(states[1][batch["attention_mask"].bool()])
+    rows = torch.cat(rows)
+    torch.testing.assert_close(moments[names[0]], rows.mT @ rows / len(rows))
+    assert moments[names[1]].shape == (32, 32)
+
+
+def test_second_moments_without_a_mask_count_every_token():
+    model = teacher(BertModel)
+    batch = {"input_ids": batches()[0]["input_ids"], "labels": torch.zeros(4)}
+    name = "encoder.layer.0.attention.self.query"
+    x = model.embeddings(batch["input_ids"]).flatten(0, 1)
+    torch.testing.assert_close(second_moments(model, [batch], [name])[name], x.mT @ x / len(x))
+
+
+def test_query_key_and_value_share_one_moment():
+    names = [f"encoder.layer.0.attention.self.{n}" for n in ("query", "key", "value")]
+    moments = second_moments(teacher(BertModel), batches(), names)
+    assert moments[names[0]] is moments[names[1]] is moments[names[2]]
+
+
+def test_the_data_aware_start_has_the_lower_error_in_every_layers_outputs():
+    model, data = teacher(BertForSequenceClassification), batches(8)
+    plain, aware = compress(model), compress(model, calibration=data)
+    linears = [n for n in plain.config.kronecker_shapes() if n.startswith("encoder.")]
+    moments = second_moments(model, data, linears)
+
+    def error(student, name: str) -> float:
+        weight = model.bert.get_submodule(name).weight
+        difference = weight - student.bert.get_submodule(name).to_linear().weight
+        return ((difference @ moments[name]) * difference).sum().item()
+
+    for name in linears:
+        assert error(aware, name) < error(plain, name), name
+    words = "bert.embeddings.word_embeddings.a"
+    assert torch.equal(aware.state_dict()[words], plain.state_dict()[words])
+
+
+def test_calibration_may_be_a_generator_but_not_empty():
+    model, data = teacher(BertModel), batches(2)
+    one, other = compress(model, calibration=data), compress(model, calibration=iter(data))
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+    with pytest.raises(ValueError, match="no batch with a token"):
+        compress(model, calibration=[])

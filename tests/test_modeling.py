@@ -1,0 +1,487 @@
+"""KroneckerBERT classes in the idiom of transformers: build, save, load, run."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, safe_open, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    BertPreTrainedModel,
+    BertTokenizer,
+    pipeline,
+)
+
+from kron_kernels import KroneckerEmbedding, KroneckerLinear
+from kroneckerbert import (
+    KroneckerBertConfig,
+    KroneckerBertForMaskedLM,
+    KroneckerBertForQuestionAnswering,
+    KroneckerBertForSequenceClassification,
+    KroneckerBertForTokenClassification,
+    KroneckerBertModel,
+    embed,
+    mean_pooling,
+)
+
+BASE = BertConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+    id2label={0: "a", 1: "b", 2: "c"},
+    label2id={"a": 0, "b": 1, "c": 2},
+)
+CLASSES = {
+    KroneckerBertModel: AutoModel,
+    KroneckerBertForMaskedLM: AutoModelForMaskedLM,
+    KroneckerBertForQuestionAnswering: AutoModelForQuestionAnswering,
+    KroneckerBertForSequenceClassification: AutoModelForSequenceClassification,
+    KroneckerBertForTokenClassification: AutoModelForTokenClassification,
+}
+QUERY = "encoder.layer.0.attention.self.query"
+WORDS = "embeddings.word_embeddings"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def nan_memory():
+    """Memory that nobody wrote reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tiny_config(**overrides) -> KroneckerBertConfig:
+    return KroneckerBertConfig.preset("kronecker-bert-8", BASE, **overrides)
+
+
+def build(cls):
+    # More labels than start and end are an error of the stock head for questions.
+    num_labels = 2 if cls is KroneckerBertForQuestionAnswering else 3
+    return cls(tiny_config(num_labels=num_labels)).eval()
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, BASE.vocab_size, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def tensors(model) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def all_finite(model) -> bool:
+    return all(p.isfinite().all() for p in model.state_dict().values())
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    vocab = tmp_path / "vocab.txt"
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the a cat dog sat ran on under mat tree . , big small"
+    vocab.write_text(words.replace(" ", "\n"))
+    return BertTokenizer(str(vocab))
+
+
+# Construction
+
+
+def test_the_named_modules_are_kronecker_and_the_others_dense():
+    model = build(KroneckerBertForSequenceClassification)
+    assert type(model.bert) is KroneckerBertModel
+    kinds = {
+        name.removeprefix("bert.")
+        for name, module in model.named_modules()
+        if isinstance(module, KroneckerLinear | KroneckerEmbedding)
+    }
+    assert kinds == set(model.config.kronecker_shapes())
+    assert len(kinds) == 6 * 2 + 1
+    assert type(model.bert.pooler.dense) is type(model.classifier) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_products_of_new_factors_have_the_initializer_range(rank):
+    factors = {
+        "intermediate.dense": {"a_shape": [16, 16], "rank": rank},
+        WORDS: {"a_shape": [64, 8], "rank": rank},
+    }
+    config = KroneckerBertConfig.from_bert(BASE, factors, initializer_range=0.05)
+    weights, words = [], []
+    for _ in range(20):
+        model = KroneckerBertModel(config)
+        layer = model.encoder.layer[1].intermediate.dense
+        weights.append(layer.to_linear().weight)
+        words.append(model.embeddings.word_embeddings.to_embedding().weight[1:])
+        assert not layer.bias.any()
+    assert torch.stack(weights).std().item() == pytest.approx(0.05, rel=0.15)
+    assert torch.stack(words).std().item() == pytest.approx(0.05, rel=0.3)  # b has four entries
+    assert not model.embeddings.word_embeddings(torch.tensor([0])).any()  # padding
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_no_weight_is_left_as_it_was_allocated(cls, nan_memory):
+    assert all_finite(build(cls))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_transformers_initialises_every_tensor_that_it_does_not_find(cls, nan_memory):
+    # Past our own check: the loader itself must find our _init_weights.
+    load = BertPreTrainedModel.from_pretrained.__func__
+    model = load(cls, None, config=build(cls).config, state_dict={})
+    assert all_finite(model)
+    model = model.base_model
+    factor_std = model.config.initializer_range**0.5
+    assert model.get_submodule(QUERY).a.std().item() == pytest.approx(factor_std, rel=0.2)
+
+
+def test_a_head_on_a_saved_encoder_is_the_only_new_thing(tmp_path, nan_memory):
+    encoder = build(KroneckerBertModel)
+    encoder.save_pretrained(tmp_path)
+    for cls in (KroneckerBertForSequenceClassification, KroneckerBertForMaskedLM):
+        model, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+        assert all_finite(model)
+        assert info["missing_keys"]
+        assert all(key.startswith(("classifier.", "cls.")) for key in info["missing_keys"])
+        for name, tensor in model.bert.state_dict().items():
+            assert torch.equal(tensor, encoder.state_dict()[name])
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_hidden_states_and_attentions_are_as_many_as_in_stock_bert(attention):
+    outputs = []
+    for cls, config in ((BertModel, BASE), (KroneckerBertModel, tiny_config())):
+        model = cls._from_config(copy.deepcopy(config), attn_implementation=attention).eval()
+        outputs.append(model(**inputs(), output_hidden_states=True, output_attentions=True))
+    stock, ours = outputs
+    assert len(ours.hidden_states) == len(stock.hidden_states) == 3
+    assert len(ours.attentions) == len(stock.attentions) == (2 if attention == "eager" else 0)
+    for kind in ("hidden_states", "attentions"):
+        assert [t.shape for t in ours[kind]] == [t.shape for t in stock[kind]]
+
+
+def test_sdpa_and_eager_agree():
+    batch = inputs()
+    model = build(KroneckerBertModel)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(model(**batch)[0], eager(**batch)[0])
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    batch = inputs() | {"labels": torch.tensor([0, 1, 2])}
+    plain = build(KroneckerBertForSequenceClassification)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable()
+    for model in (plain, checkpointed):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        for layer in model.bert.encoder.layer:
+            layer.attention.self.dropout.p = 0.0
+        model(**batch).loss.backward()
+    assert checkpointed.bert.encoder.layer[0].gradient_checkpointing
+    for (name, p), q in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert p.grad is not None, name
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_mean_pooling_leaves_the_padding_out():
+    hidden = torch.randn(2, 4, 8)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
+    pooled = mean_pooling(hidden, mask)
+    torch.testing.assert_close(pooled[0], hidden[0, :2].mean(0))
+    assert not pooled[1].any()
+
+
+def test_embeddings_of_sentences_do_not_depend_on_batch_or_order(tokenizer):
+    model = build(KroneckerBertForMaskedLM).train()
+    sentences = ["the cat sat on a mat .", "a dog", "the big dog ran under the small tree , ."]
+    rows = embed(model, tokenizer, sentences, batch_size=2)
+    assert rows.shape == (3, 32)
+    assert model.bert.training
+    assert not rows.is_inference()  # a classifier may be trained on them
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(3))
+    for sentence, row in zip(sentences, rows, strict=True):
+        encoded = tokenizer(sentence, return_tensors="pt")
+        hidden = model.eval().bert(**encoded).last_hidden_state
+        torch.testing.assert_close(F.normalize(hidden.mean(1)[0], dim=-1), row)
+    assert embed(model, tokenizer, []).shape == (0, 32)
+    longer = embed(model, tokenizer, ["cat " * 100], normalize=False)  # truncated to 32
+    assert longer.isfinite().all()
+    with pytest.raises(TypeError, match="list of texts"):
+        embed(model, tokenizer, "a dog")
+
+
+# Tied word embeddings
+
+
+def assert_tied(model):
+    words, decoder = model.bert.embeddings.word_embeddings, model.cls.predictions.decoder
+    assert decoder.a is words.a
+    assert decoder.b is words.b
+    assert decoder.bias is model.cls.predictions.bias
+
+
+def test_the_decoder_is_tied_factor_by_factor_and_saved_once(tmp_path):
+    model = build(KroneckerBertForMaskedLM)
+    assert_tied(model)
+    assert_tied(copy.deepcopy(model))
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert f"bert.{WORDS}.a" in names
+    assert "cls.predictions.bias" in names
+    assert not any("decoder" in name for name in names)
+    assert_tied(KroneckerBertForMaskedLM.from_pretrained(tmp_path))
+
+
+def test_the_tied_decoder_multiplies_by_the_embedding():
+    model = build(KroneckerBertForMaskedLM)
+    hidden = torch.randn(5, 32)
+    table = model.bert.embeddings.word_embeddings.to_embedding().weight
+    torch.testing.assert_close(model.cls.predictions.decoder(hidden), hidden @ table.T)
+
+
+def test_the_shared_factors_get_the_gradients_of_lookup_and_decoder():
+    tied, batch = build(KroneckerBertForMaskedLM), inputs()
+    untied = copy.deepcopy(tied)
+    decoder = untied.cls.predictions.decoder
+    decoder.a, decoder.b = (
+        torch.nn.Parameter(decoder.a.clone()),
+        torch.nn.Parameter(decoder.b.clone()),
+    )
+    for model in (tied, untied):
+        model(**batch).logits.logsumexp(-1).sum().backward()
+    table = tied.bert.embeddings.word_embeddings
+    lookup = untied.bert.embeddings.word_embeddings
+    for name in ("a", "b"):
+        parts = getattr(lookup, name).grad, getattr(decoder, name).grad
+        assert all(part.any() for part in parts)
+        torch.testing.assert_close(getattr(table, name).grad, sum(parts))
+
+
+def test_an_untied_decoder_stays_dense():
+    model = KroneckerBertForMaskedLM(tiny_config(tie_word_embeddings=False))
+    assert type(model.cls.predictions.decoder) is torch.nn.Linear
+    assert isinstance(model.bert.embeddings.word_embeddings, KroneckerEmbedding)
+
+
+def test_a_dense_embedding_is_tied_as_in_stock_bert(tmp_path):
+    config = KroneckerBertConfig.from_bert(BASE, {"intermediate.dense": {"a_shape": [8, 2]}})
+    model = KroneckerBertForMaskedLM(config)
+    words = model.bert.embeddings.word_embeddings
+    assert model.cls.predictions.decoder.weight is words.weight
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path)
+    model = KroneckerBertForMaskedLM.from_pretrained(tmp_path)
+    assert model(**inputs()).logits.shape[-1] == 70
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_the_vocabulary_grows_and_shrinks_at_its_end(mean, tmp_path):
+    model = build(KroneckerBertForMaskedLM)
+    batch = inputs()
+    before = model(**batch).logits
+    old = model.bert.embeddings.word_embeddings.to_embedding().weight
+    table = model.resize_token_embeddings(70, pad_to_multiple_of=16, mean_resizing=mean)
+    assert table.num_embeddings == model.config.vocab_size == 80
+    assert_tied(model)
+    after = model(**batch).logits
+    assert after.shape[-1] == 80
+    assert torch.equal(after[..., :64], before)
+    new = table.to_embedding().weight[64:]
+    if mean:
+        torch.testing.assert_close(new, old.mean(0).expand(16, -1))
+    else:
+        assert new.std().item() == pytest.approx(model.config.initializer_range, rel=0.3)
+
+    model.save_pretrained(tmp_path)
+    again = KroneckerBertForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(again(**batch).logits, after)
+    model.resize_token_embeddings(64)
+    assert torch.equal(model(**batch).logits, before)
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+
+
+def test_the_vocabulary_of_an_encoder_and_of_an_untied_model_grows():
+    encoder = build(KroneckerBertForSequenceClassification)
+    encoder.resize_token_embeddings(65)
+    assert encoder(input_ids=torch.tensor([[64]])).logits.isfinite().all()
+    untied = KroneckerBertForMaskedLM(tiny_config(tie_word_embeddings=False))
+    untied.resize_token_embeddings(65)
+    assert untied(input_ids=torch.tensor([[64]])).logits.shape == (1, 1, 65)
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_saved_model_comes_back_bit_for_bit(cls, tmp_path):
+    model, batch = build(cls), inputs()
+    model.save_pretrained(tmp_path)
+    expected = model(**batch)
+    for loader in (cls, CLASSES[cls]):
+        again, info = loader.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(again) is cls
+        assert not any(info.values())
+        assert not again.training
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+        for x, y in zip(expected.to_tuple(), again(**batch).to_tuple(), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_a_fresh_process_loads_every_class_by_auto_model(tmp_path):
+    batch, expected = inputs(), {}
+    for cls, auto in CLASSES.items():
+        model = build(cls)
+        model.save_pretrained(tmp_path / auto.__name__)
+        expected[auto.__name__] = model(**batch)[0]
+    torch.save((batch, expected), tmp_path / "expected.pt")
+    script = f"""
+import sys, torch, transformers, kroneckerbert
+torch.set_num_threads(1)
+assert not {{"datasets", "typer", "matplotlib"}} & set(sys.modules)
+batch, expected = torch.load({str(tmp_path / "expected.pt")!r})
+for name, y in expected.items():
+    model = getattr(transformers, name).from_pretrained({str(tmp_path)!r} + "/" + name)
+    assert torch.equal(model(**batch)[0], y), name
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_auto_tokenizer_needs_only_the_saved_files(tokenizer, tmp_path):
+    build(KroneckerBertModel).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    again = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert again("the cat")["input_ids"] == tokenizer("the cat")["input_ids"]
+
+
+def test_pipelines_run_by_path(tokenizer, tmp_path):
+    encoder = build(KroneckerBertModel)
+    encoder.save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    features = pipeline("feature-extraction", model=str(tmp_path / "encoder"))("the cat sat")
+    expected = encoder(**tokenizer("the cat sat", return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(torch.tensor(features), expected)
+
+    classifier = build(KroneckerBertForSequenceClassification)
+    classifier.save_pretrained(tmp_path / "classifier")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    (answer,) = pipeline("text-classification", model=str(tmp_path / "classifier"))("a dog")
+    assert answer["label"] in classifier.config.label2id
+
+
+def test_half_precision_loads_and_runs(tmp_path):
+    build(KroneckerBertModel).save_pretrained(tmp_path)
+    model = KroneckerBertModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert model.get_submodule(QUERY).a.dtype == torch.bfloat16
+    assert model(**inputs()).last_hidden_state.isfinite().all()
+
+
+# Damaged and foreign checkpoints
+
+
+def tamper(folder, change):
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(f"bert.{QUERY}.a"), rf"missing: bert\.{QUERY}\.a"),
+        (lambda s: s.pop(f"bert.{WORDS}.b"), rf"missing: bert\.{WORDS}\.b"),
+        (lambda s: s.pop("bert.embeddings.LayerNorm.weight"), r"missing: .*LayerNorm\.weight"),
+        (
+            lambda s: s.update({f"bert.{QUERY}.c": torch.ones(1)}),
+            rf"in surplus: bert\.{QUERY}\.c",
+        ),
+        (lambda s: s[f"bert.{QUERY}.b"][0, 0, 0].fill_(torch.nan), rf"{QUERY}\.b in .* has NaN"),
+        (lambda s: s[f"bert.{WORDS}.a"][0, 3, 1].fill_(torch.inf), rf"{WORDS}\.a in .* has NaN"),
+    ],
+)
+@pytest.mark.parametrize("cls", [KroneckerBertForMaskedLM, KroneckerBertModel])
+def test_a_tampered_checkpoint_is_refused_by_the_tensors_name(cls, change, message, tmp_path):
+    build(KroneckerBertForMaskedLM).save_pretrained(tmp_path)
+    tamper(tmp_path, change)
+    if cls is KroneckerBertModel:
+        message = message.replace(r"bert\.", r"(bert\.)?")
+    with pytest.raises(ValueError, match=message):
+        cls.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        CLASSES[cls].from_pretrained(tmp_path, output_loading_info=True)
+
+
+def test_factors_of_another_shape_are_refused_even_if_mismatches_are_ignored(tmp_path):
+    build(KroneckerBertModel).save_pretrained(tmp_path)
+    other = KroneckerBertConfig.preset("kronecker-bert-21", BASE)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        KroneckerBertModel.from_pretrained(tmp_path, config=other)
+    with pytest.raises(ValueError, match="of another shape: embeddings"):
+        KroneckerBertModel.from_pretrained(tmp_path, config=other, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.001])
+def test_a_truncated_file_is_refused(kept, tmp_path):
+    build(KroneckerBertModel).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
+    with pytest.raises(OSError, match=f"weights of {tmp_path} are damaged or cut short"):
+        KroneckerBertModel.from_pretrained(tmp_path)
+
+
+def test_a_dense_checkpoint_is_refused_with_the_way_to_compress(tmp_path):
+    BertForMaskedLM(BASE).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"kroneckerbert\.compress"):
+        KroneckerBertModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"dense weights .* kroneckerbert\.compress"):
+        KroneckerBertForMaskedLM.from_pretrained(tmp_path, config=tiny_config())
+
+
+# Full size
+
+
+@pytest.mark.slow
+def test_a_full_size_model_trains_a_step_and_comes_back(tmp_path):
+    model = KroneckerBertForSequenceClassification(KroneckerBertConfig.preset("kronecker-bert-21"))
+    ids = torch.randint(1000, 30000, (2, 16))
+    model(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.eval().bert.num_parameters() == 5_228_272
+    model.save_pretrained(tmp_path)
+    again = KroneckerBertForSequenceClassification.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    # BLAS rounds by the alignment of its operands, and the file's is another.
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
