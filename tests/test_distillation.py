@@ -1,0 +1,695 @@
+"""Distillation on tiny random BERTs: the loss against loops, the trainer against its traps."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, logsigmoid
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    TrainerCallback,
+)
+
+from kroneckerbert import distillation
+from kroneckerbert.distillation import (
+    TERMS,
+    DistillationArguments,
+    DistillationTrainer,
+    attention_scores,
+    distillation_terms,
+)
+
+LENGTHS = (7, 1, 4)  # real tokens of the three sequences of `padded_batch`
+HEADS = (
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForPreTraining,
+)
+ALL = {**dict.fromkeys(TERMS, 1.0), "logits": None, "labels": None}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for such sizes more threads cost more than they give
+    yield
+    torch.set_num_threads(threads)
+
+
+def bert(cls=BertModel, seed: int = 0, **overrides):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 40, "intermediate_size": 32, "max_position_embeddings": 16}
+    sizes |= {"num_labels": 2 if cls is BertForQuestionAnswering else 3}
+    # Ten times the usual spread, or the scores of so narrow a model are all nearly 0.
+    model = cls(BertConfig(**(sizes | {"initializer_range": 0.2} | overrides)))
+    return model.eval()
+
+
+def perturbed(teacher, by: float = 0.05):
+    student = copy.deepcopy(teacher)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in student.parameters():
+            p += by * torch.randn(p.shape, generator=generator)
+    return student
+
+
+def padded_batch(width: int = 8, padding: int = 0) -> dict[str, Tensor]:
+    ids = torch.randint(1, 40, (len(LENGTHS), 8), generator=torch.Generator().manual_seed(2))
+    ids = torch.nn.functional.pad(ids, (0, width - 8))
+    mask = (torch.arange(width) < torch.tensor(LENGTHS)[:, None]).long()
+    return {"input_ids": ids.where(mask == 1, padding), "attention_mask": mask}
+
+
+def dataset(n: int = 16, length: int = 8, **columns) -> list[dict]:
+    ids = torch.randint(1, 40, (n, length), generator=torch.Generator().manual_seed(3))
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+    return [row | {k: v[i] for k, v in columns.items()} for i, row in enumerate(rows)]
+
+
+def trainer(tmp_path, student, teacher, data=None, **options) -> DistillationTrainer:
+    extra = {k: options.pop(k) for k in ("eval_dataset", "callbacks") if k in options}
+    options = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1} | options
+    options = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True} | options
+    args = DistillationArguments(output_dir=str(tmp_path), **options)
+    return DistillationTrainer(student, teacher, args, train_dataset=data or dataset(), **extra)
+
+
+def outputs(model, batch):
+    with attention_scores(model):
+        return model(**batch, output_hidden_states=True, output_attentions=True)
+
+
+def terms(student, teacher, batch, weights=ALL, **options) -> dict[str, Tensor]:
+    s, t = outputs(student, batch), outputs(teacher, batch)
+    return distillation_terms(s, t, batch["attention_mask"], weights, **options)
+
+
+def scores_by_hand(model, hidden_states) -> list[Tensor]:
+    """Q Kᵀ / √d of every layer from the projections' own weights, (batch, heads, seq, seq)."""
+    scores = []
+    for layer, x in zip(model.base_model.encoder.layer, hidden_states[:-1], strict=True):
+        attention = layer.attention.self
+        q, k = (
+            (x @ p.weight.mT + p.bias).unflatten(-1, (4, 4)).transpose(1, 2)
+            for p in (attention.query, attention.key)
+        )
+        scores.append(q @ k.mT / math.sqrt(4))
+    return scores
+
+
+def log_histories(runs):
+    return [[log["loss"] for log in run.state.log_history if "loss" in log] for run in runs]
+
+
+def assert_same_weights(a, b, **tolerance):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+# The loss
+
+
+@torch.no_grad()
+def naive_terms(student, teacher, batch, temperature) -> dict[str, float]:
+    """Every sequence alone and unpadded through eager float64 models; then loops."""
+    student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    for model in (student, teacher):
+        model.config._attn_implementation = "eager"
+    runs = []
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        ids = ids[: int(mask.sum())][None]
+        s, t = (m(input_ids=ids, output_hidden_states=True) for m in (student, teacher))
+        scores = [scores_by_hand(m, o.hidden_states) for m, o in ((student, s), (teacher, t))]
+        runs.append((s, t, scores))
+
+    def mse(pairs) -> float:
+        errors = torch.cat([(a - b).square().flatten() for a, b in pairs])
+        return float(errors.sum() / len(errors))
+
+    def kl(a, b) -> Tensor:
+        a, b = log_softmax(a / temperature, -1), log_softmax(b / temperature, -1)
+        return ((b.exp() * (b - a)).sum(-1) * temperature**2).flatten()
+
+    total = {"embedding": mse([(s.hidden_states[0], t.hidden_states[0]) for s, t, _ in runs])}
+    total["hidden"] = total["attention"] = 0.0
+    for layer in range(2):
+        total["hidden"] += mse(
+            [(s.hidden_states[layer + 1], t.hidden_states[layer + 1]) for s, t, _ in runs]
+        )
+        total["attention"] += mse([(ours[layer], theirs[layer]) for _, _, (ours, theirs) in runs])
+    names = [name for name in runs[0][0] if name.endswith("logits")]
+    if names:
+        means = [torch.cat([kl(s[n], t[n]) for s, t, _ in runs]).mean() for n in names]
+        total["logits"] = float(sum(means) / (2 if "start_logits" in names else 1))
+    return total
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("cls", [BertModel, *HEADS])
+def test_terms_are_means_over_real_positions_as_by_loops_in_float64(cls, temperature):
+    teacher, student, batch = bert(cls), bert(cls, seed=1), padded_batch()
+    got = terms(student, teacher, batch, temperature=temperature)
+    want = naive_terms(student, teacher, batch, temperature)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name].dtype == torch.float32
+        assert got[name].item() == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_padding_changes_no_term(cls):
+    teacher, student = bert(cls), bert(cls, seed=1)
+    want = terms(student, teacher, padded_batch())
+    for batch in (padded_batch(padding=17), padded_batch(width=13)):
+        for name, value in terms(student, teacher, batch).items():
+            torch.testing.assert_close(value, want[name], msg=name)
+
+
+def test_without_padding_terms_are_plain_means():
+    teacher, student = bert(), bert(seed=1)
+    batch = padded_batch() | {"attention_mask": torch.ones(3, 8, dtype=torch.long)}
+    s, t = outputs(student, batch), outputs(teacher, batch)
+    got = distillation_terms(s, t, batch["attention_mask"], ALL)
+    mse = torch.nn.functional.mse_loss
+    want = sum(mse(a, b) for a, b in zip(s.attentions, t.attentions, strict=True))
+    torch.testing.assert_close(got["attention"], want)
+    want = sum(mse(a, b) for a, b in zip(s.hidden_states[1:], t.hidden_states[1:], strict=True))
+    torch.testing.assert_close(got["hidden"], want)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_a_student_identical_to_its_teacher_has_terms_of_exactly_zero(cls):
+    teacher = bert(cls)
+    got = terms(copy.deepcopy(teacher), teacher, padded_batch())
+    assert {name: value.item() for name, value in got.items()} == dict.fromkeys(got, 0.0)
+    assert set(got) == set(TERMS) - {"labels"}
+
+
+def test_a_regression_compares_logits_by_mean_squared_error():
+    for options in ({"num_labels": 1}, {"num_labels": 3, "problem_type": "regression"}):
+        teacher, student = (bert(BertForSequenceClassification, seed, **options) for seed in (0, 1))
+        batch = padded_batch()
+        got = terms(student, teacher, batch, problem_type=options.get("problem_type"))["logits"]
+        want = (student(**batch).logits - teacher(**batch).logits).square().mean()
+        torch.testing.assert_close(got, want)
+
+
+def test_several_labels_at_once_are_compared_one_by_one():
+    teacher, student = (bert(BertForSequenceClassification, seed) for seed in (0, 1))
+    batch = padded_batch()
+    got = terms(student, teacher, batch, problem_type="multi_label_classification")["logits"]
+    s, t = student(**batch).logits.double(), teacher(**batch).logits.double()
+    p = t.sigmoid()
+    want = p * (logsigmoid(t) - logsigmoid(s)) + (1 - p) * (logsigmoid(-t) - logsigmoid(-s))
+    torch.testing.assert_close(got.double(), want.mean(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "term, reached, not_reached",
+    [
+        ("embedding", ["word_embeddings"], ["encoder", "pooler", "classifier"]),
+        ("attention",
+         ["word_embeddings", "0.output", "1.attention.self.query", "1.attention.self.key"],
+         ["1.attention.self.value", "1.output", "pooler", "classifier"]),
+        ("hidden",
+         ["word_embeddings", "1.attention.self.value", "1.output"],
+         ["pooler", "classifier"]),
+        ("logits", ["word_embeddings", "1.output", "pooler", "classifier"], []),
+        ("labels", ["word_embeddings", "1.output", "pooler", "classifier"], []),
+    ],
+)  # fmt: skip
+def test_each_term_has_a_gradient_for_the_weights_it_depends_on(term, reached, not_reached):
+    student = bert(BertForSequenceClassification, seed=1)
+    batch = padded_batch() | {"labels": torch.tensor([0, 1, 2])}
+    weights = dict.fromkeys(TERMS, 0.0) | {term: 1.0}
+    got = terms(student, bert(BertForSequenceClassification), batch, weights)
+    assert list(got) == [term]
+    got[term].backward()
+    for name, p in student.named_parameters():
+        if any(part in name for part in reached):
+            assert p.grad is not None and p.grad.abs().sum() > 0, name
+        if any(part in name for part in not_reached):
+            assert p.grad is None, name
+
+
+def test_multiple_choice_masks_are_flattened_as_the_model_flattens_them():
+    teacher, student, batch = bert(), bert(seed=1), padded_batch()
+    s, t = outputs(student, batch), outputs(teacher, batch)
+    mask = batch["attention_mask"]
+    want = distillation_terms(s, t, mask, ALL)
+    assert distillation_terms(s, t, mask[None], ALL) == want
+
+
+def test_a_mask_of_pairs_of_tokens_is_refused():
+    teacher, batch = bert(), padded_batch()
+    out = outputs(teacher, batch)
+    with pytest.raises(
+        ValueError, match=r"attention_mask must be .* = \(3, 8\), got \(3, 1, 8, 8\)"
+    ):
+        distillation_terms(out, out, torch.ones(3, 1, 8, 8), ALL)
+
+
+# Attention scores
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_scores_are_those_of_the_projections_and_outputs_those_of_eager(implementation):
+    model, batch = bert(attn_implementation=implementation), padded_batch()
+    got = outputs(model, batch)
+    assert model.config._attn_implementation == implementation
+    for mine, by_hand in zip(got.attentions, scores_by_hand(model, got.hidden_states), strict=True):
+        assert mine.shape == (3, 4, 8, 8)
+        torch.testing.assert_close(mine, by_hand)
+    model.config._attn_implementation = "eager"
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(got.last_hidden_state[real], model(**batch).last_hidden_state[real])
+
+
+def test_scores_are_not_computed_unless_asked_for():
+    model, batch = bert(), padded_batch()
+    with attention_scores(model):
+        assert "attentions" not in model(**batch)
+        matmuls = matmuls_in(lambda: model(**batch))
+    assert matmuls_in(lambda: outputs(model, batch)) == matmuls + 2
+
+
+def matmuls_in(call) -> int:
+    with torch.profiler.profile() as profile:
+        call()
+    return sum(e.count for e in profile.key_averages() if e.key == "aten::bmm")
+
+
+def test_the_attention_implementation_is_restored_after_an_error():
+    model = bert()
+    with pytest.raises(KeyError), attention_scores(model):
+        raise KeyError
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_default_model_has_an_attention_loss_and_stock_attentions_are_refused(tmp_path):
+    student, teacher, batch = bert(seed=1), bert(), padded_batch()
+    assert student.config._attn_implementation == "sdpa"
+    run = trainer(tmp_path, student, teacher)
+    run.train()
+    assert all(log["loss_attention"] > 1e-3 for log in run.state.log_history[:-1])
+
+    # Stock sdpa returns an empty tuple, over which a sum would be exactly 0.
+    s, t = (
+        m(**batch, output_attentions=True, output_hidden_states=True) for m in (student, teacher)
+    )
+    with pytest.raises(ValueError, match="same number of attentions, at least one; got 0 and 0"):
+        distillation_terms(s, t, batch["attention_mask"], ALL)
+
+
+# The trainer
+
+
+def test_the_loss_of_a_perturbed_copy_falls_within_30_steps(tmp_path):
+    teacher = bert()
+    run = trainer(
+        tmp_path, perturbed(teacher), teacher, dataset(32), max_steps=30, learning_rate=1e-2
+    )
+    run.train()
+    (losses,) = log_histories([run])
+    assert losses[-1] < losses[0] / 4
+
+
+def test_logged_terms_add_up_to_the_logged_loss(tmp_path):
+    student, teacher = bert(BertForMaskedLM, seed=1), bert(BertForMaskedLM)
+    data = dataset(labels=torch.randint(40, (16, 8)))
+    weights = dict(zip(TERMS, (0.5, 2.0, 1.0, 3.0, 0.25), strict=True))
+    run = trainer(
+        tmp_path, student, teacher, data, gradient_accumulation_steps=2, logging_steps=2,
+        **{f"{name}_weight": w for name, w in weights.items()},
+    )  # fmt: skip
+    run.train()
+    logs = [log for log in run.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    for log in logs:
+        total = sum(w * log[f"loss_{name}"] for name, w in weights.items())
+        assert log["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_term_of_weight_zero_is_not_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "attention_scores", None)  # calling it would raise
+    seen = []
+    student, teacher = bert(seed=1), bert()
+    for model in (student, teacher):
+        model.register_forward_pre_hook(lambda _, __, kw: seen.append(kw), with_kwargs=True)
+    run = trainer(tmp_path, student, teacher, attention_weight=0.0, max_steps=1)
+    run.train()
+    assert "loss_attention" not in run.state.log_history[0]
+    assert [kw["output_attentions"] for kw in seen] == [False, False]
+
+
+def test_evaluation_needs_no_labels_and_reports_every_term(tmp_path):
+    student, teacher = bert(BertForMaskedLM, seed=1), bert(BertForMaskedLM)
+    data = [{k: v[0] for k, v in padded_batch().items()}] * 3 + dataset(8)  # uneven last batch
+    run = trainer(tmp_path, student, teacher, per_device_eval_batch_size=4, eval_dataset=data)
+    metrics = run.evaluate()
+    terms = [metrics[f"eval_loss_{name}"] for name in TERMS if name != "labels"]
+    assert metrics["eval_loss"] == pytest.approx(sum(terms), rel=1e-5)
+    assert "eval_loss_labels" not in metrics
+    again = run.evaluate()  # starts anew
+    assert again["eval_loss_hidden"] == metrics["eval_loss_hidden"]
+
+
+def test_predictions_are_the_students_logits_and_nothing_captured(tmp_path):
+    teacher = bert(BertForSequenceClassification)
+    student = perturbed(teacher)
+    data = dataset(labels=torch.arange(16) % 3)
+    run = trainer(tmp_path, student, teacher, data)
+    prediction = run.predict(data)
+    rows = torch.stack([row["input_ids"] for row in data])
+    torch.testing.assert_close(torch.from_numpy(prediction.predictions), student(rows).logits)
+    assert prediction.label_ids.tolist() == [i % 3 for i in range(16)]
+
+
+def test_stage_two_uses_logits_and_labels_and_lowers_the_loss(tmp_path):
+    teacher = bert(BertForSequenceClassification)
+    data = dataset(32, labels=torch.arange(32) % 3)
+    run = trainer(
+        tmp_path, perturbed(teacher, by=0.2), teacher, data, max_steps=30, learning_rate=1e-2
+    )
+    run.train()
+    logs = [log for log in run.state.log_history if "loss" in log]
+    assert {f"loss_{name}" for name in TERMS} <= logs[0].keys()
+    assert logs[-1]["loss"] < logs[0]["loss"] / 2
+    assert logs[-1]["loss_logits"] < logs[0]["loss_logits"]
+
+
+def test_a_span_task_trains_on_both_ends(tmp_path):
+    student, teacher = bert(BertForQuestionAnswering, seed=1), bert(BertForQuestionAnswering)
+    positions = torch.arange(16) % 8
+    data = dataset(start_positions=positions, end_positions=positions)
+    run = trainer(tmp_path, student, teacher, data)
+    run.train()
+    assert {f"loss_{name}" for name in TERMS} <= run.state.log_history[0].keys()
+
+
+def test_sixteen_at_once_and_four_times_four_give_the_same_weights(tmp_path):
+    teacher = bert(BertForSequenceClassification)
+    data = dataset(64, labels=torch.arange(64) % 3)
+    students = []
+    for size in (16, 4):
+        student = perturbed(teacher)
+        run = trainer(
+            tmp_path,
+            student,
+            teacher,
+            data,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=16 // size,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+        )
+        run.train()
+        students.append((student, run))
+    (large, one), (small, many) = students
+    assert_same_weights(large, small, rtol=1e-5, atol=1e-6)
+    first, second = log_histories([one, many])
+    assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_four_steps_and_four_resumed_equal_eight(tmp_path):
+    teacher, start = bert(), bert(seed=1)
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "student_dropout": True}
+    options["save_total_limit"] = 3
+    straight = copy.deepcopy(start)
+    trainer(tmp_path / "a", straight, teacher, dataset(20), **options).train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    data = dataset(20)
+    trainer(
+        tmp_path / "b", copy.deepcopy(start), teacher, data, callbacks=[Stop()], **options
+    ).train()
+    resumed = copy.deepcopy(start)
+    run = trainer(tmp_path / "b", resumed, teacher, data, **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
+    assert run.state.global_step == 8
+    assert_same_weights(straight, resumed, rtol=0, atol=0)
+
+
+def test_the_teacher_is_neither_trained_nor_saved(tmp_path):
+    teacher = bert(BertForSequenceClassification).train()
+    before = copy.deepcopy(teacher.state_dict())
+    run = trainer(
+        tmp_path, bert(BertForSequenceClassification, seed=1), teacher,
+        dataset(labels=torch.arange(16) % 3), save_strategy="steps", save_steps=4,
+    )  # fmt: skip
+    run.train()
+    assert not teacher.training
+    assert all(p.grad is None for p in teacher.parameters())
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    saved = BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-4")
+    assert_same_weights(saved, run.model, rtol=0, atol=0)
+    files = {path.name for path in (tmp_path / "checkpoint-4").glob("*.safetensors")}
+    assert files == {"model.safetensors"}
+
+
+def test_the_saved_config_does_not_know_how_it_was_distilled(tmp_path):
+    run = trainer(tmp_path, bert(seed=1), bert(), save_strategy="steps", save_steps=2)
+    run.train()
+    run.save_model(tmp_path / "end")
+    for folder in ("checkpoint-2", "end"):
+        config = (tmp_path / folder / "config.json").read_text()
+        assert distillation._SCORES not in config
+        assert json.loads(config)["hidden_dropout_prob"] == 0.1
+        assert BertModel.from_pretrained(tmp_path / folder).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("student_dropout", [False, True])
+def test_the_student_trains_in_training_mode_with_dropout_only_if_asked_for(
+    tmp_path, student_dropout
+):
+    student = bert(seed=1)
+    seen = []
+    student.encoder.layer[1].output.dropout.register_forward_hook(
+        lambda module, args, out: seen.append((module.training, torch.equal(args[0], out)))
+    )
+    data = dataset(4)
+    run = trainer(
+        tmp_path, student, bert(), data, max_steps=1, student_dropout=student_dropout,
+        eval_dataset=data, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    run.train()
+    assert seen == [(True, not student_dropout), (False, True)]
+    assert student.encoder.layer[1].output.dropout.p == 0.1
+
+
+def test_activation_checkpointing_gives_the_same_gradients(tmp_path):
+    teacher, grads = bert(BertForSequenceClassification), []
+    batch = padded_batch() | {"labels": torch.tensor([0, 1, 2])}
+    for checkpointing in (False, True):
+        student = perturbed(teacher, by=0.2)
+        if checkpointing:
+            name = "activation_checkpointing_enable"  # transformers >= 5.23 deprecates the other
+            getattr(student, name, student.gradient_checkpointing_enable)()
+        run = trainer(tmp_path, student, teacher)
+        with distillation._without_dropout(student):
+            run.current_gradient_accumulation_steps = 1
+            run.training_step(student, dict(batch))
+        grads.append({name: p.grad for name, p in student.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+def test_bfloat16_autocast_trains_with_a_float32_loss(tmp_path):
+    teacher = bert(BertForSequenceClassification)
+    data = dataset(32, labels=torch.arange(32) % 3)
+    exact, mixed = (
+        trainer(
+            tmp_path,
+            perturbed(teacher, 0.2),
+            teacher,
+            data,
+            bf16=bf16,
+            max_steps=30,
+            learning_rate=1e-2,
+        )
+        for bf16 in (False, True)
+    )
+    dtypes = set()
+    teacher.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
+        lambda module, args, out: dtypes.add(out.dtype)
+    )
+    mixed.train()
+    assert dtypes == {torch.bfloat16}  # the teacher too, which accelerate does not wrap
+    exact.train()
+    want, got = log_histories([exact, mixed])
+    assert got[0] == pytest.approx(want[0], rel=0.02)
+    assert got[-1] < got[0] / 2
+    loss = mixed.compute_loss(mixed.model, padded_batch())
+    assert loss.dtype == torch.float32
+
+
+def test_columns_the_model_does_not_know_do_no_harm(tmp_path):
+    data = dataset(idx=torch.arange(16), special_tokens_mask=torch.zeros(16, 8))
+    losses = []
+    for remove in (True, False):
+        run = trainer(tmp_path, bert(seed=1), bert(), data, remove_unused_columns=remove)
+        run.train()
+        losses += log_histories([run])
+    assert losses[0] == losses[1]
+
+
+def test_the_clock_stops_training_as_a_planned_last_step_with_the_rate_at_zero(
+    tmp_path, monkeypatch
+):
+    now = iter(range(1000))
+    monkeypatch.setattr(distillation, "monotonic", lambda: float(next(now)))  # a second a step
+    run = trainer(
+        tmp_path, bert(seed=1), bert(), max_steps=10**6, max_minutes=20 / 60, warmup_steps=0.1,
+        save_strategy="steps", save_steps=10**5, learning_rate=1e-3,
+    )  # fmt: skip
+    run.train()
+    assert run.state.global_step == 20
+    assert set(run.lr_scheduler.get_last_lr()) == {0.0}
+    assert (tmp_path / "checkpoint-20").is_dir()
+    rates = [log["learning_rate"] for log in run.state.log_history if "loss" in log]
+    assert rates[0] == 0 and max(rates) == rates[2] == pytest.approx(1e-3)  # a tenth is warm-up
+    assert rates[2:] == pytest.approx([1e-3 * (20 - s) / 18 for s in range(2, 20)])
+
+
+def test_steps_end_training_before_the_clock_with_the_usual_schedule(tmp_path):
+    rates = []
+    for minutes in (None, 60.0):
+        run = trainer(tmp_path, bert(seed=1), bert(), max_minutes=minutes)
+        run.train()
+        assert run.state.global_step == 4
+        rates.append([log["learning_rate"] for log in run.state.log_history if "loss" in log])
+    assert rates[0] == rates[1]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"vocab_size": 41}, "agree on vocab_size, got 41 and 40"),
+        ({"num_hidden_layers": 1}, "agree on num_hidden_layers, got 1 and 2"),
+        ({"hidden_size": 8}, "agree on hidden_size, got 8 and 16"),
+        ({"num_attention_heads": 2}, "agree on num_attention_heads, got 2 and 4"),
+        ({"num_labels": 2}, "agree on num_labels, got 2 and 3"),
+    ],
+)
+def test_a_student_that_does_not_match_its_teacher_is_refused(tmp_path, options, message):
+    teacher = bert(BertForSequenceClassification)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, bert(BertForSequenceClassification, **options), teacher)
+
+
+def test_a_student_that_shares_its_teachers_weights_is_refused(tmp_path):
+    teacher = bert()
+    with pytest.raises(ValueError, match=r"the same object; pass a copy.deepcopy"):
+        trainer(tmp_path, teacher, teacher)
+    student = bert(seed=1)
+    student.embeddings = teacher.embeddings
+    with pytest.raises(ValueError, match="training would change the teacher"):
+        trainer(tmp_path, student, teacher)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"hidden_weight": -1.0}, "hidden_weight must be >= 0, got -1.0"),
+        ({f"{name}_weight": 0.0 for name in TERMS}, "All weights are 0"),
+        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+        ({"max_minutes": 0.0}, "max_minutes must be > 0, got 0.0"),
+        ({"label_smoothing_factor": 0.1}, "leave both unset"),
+        ({"max_minutes": 1.0, "lr_scheduler_type": "reduce_lr_on_plateau"}, "use lr_sch"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_work_are_refused(tmp_path, options, message):
+    if "lr_scheduler_type" in options:
+        options = options | {"eval_strategy": "steps", "eval_dataset": dataset(4)}
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, bert(seed=1), bert(), **options).train()
+
+
+def test_a_term_asked_for_by_its_weight_is_computed_or_refused(tmp_path):
+    run = trainer(tmp_path, bert(seed=1), bert(), logits_weight=1.0)
+    with pytest.raises(ValueError, match=r"logits_weight = 1.0, but .* no logits in common"):
+        run.train()
+    student, teacher = bert(BertForMaskedLM, seed=1), bert(BertForMaskedLM)
+    with pytest.raises(ValueError, match=r"labels_weight = 1.0, but the student returned no loss"):
+        trainer(tmp_path, student, teacher, labels_weight=1.0).train()
+    trainer(tmp_path, student, bert(), max_steps=1).train()  # unset, they do not apply
+    features = {f"{name}_weight": 0.0 for name in ("embedding", "attention", "hidden")}
+    with pytest.raises(ValueError, match="No term applies"):
+        trainer(tmp_path, bert(seed=1), bert(), **features).train()
+
+
+def test_a_term_that_is_not_finite_is_named_at_the_first_step(tmp_path):
+    student, teacher = bert(seed=1), bert()
+    teacher.encoder.layer[1].output.dense.bias.data[3] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"'hidden': nan.*teacher parameter encoder.layer.1.output.dense.bias"
+    ):
+        trainer(tmp_path, student, teacher).train()
+
+
+PROCESS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_distillation as t
+torch.set_num_threads(1)
+student = t.bert(seed=1)
+minutes = float(sys.argv[4]) or None
+run = t.trainer(sys.argv[2], student, t.bert(), t.dataset(32), optim="sgd", max_grad_norm=0.0,
+                learning_rate=0.1, max_minutes=minutes, max_steps=10**6 if minutes else 4,
+                per_device_train_batch_size=8 // int(sys.argv[3]), eval_dataset=t.dataset(8))
+run.train()
+metrics = run.evaluate()
+assert bool(minutes) == (run.state.global_step != 4)
+if run.is_world_process_zero():
+    logs = [log for log in run.state.log_history if "loss" in log]
+    torch.save((student.state_dict(), logs, metrics), sys.argv[2] + "/result.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_report_as_one(tmp_path):
+    (tmp_path / "process.py").write_text(PROCESS)
+    tests = str(Path(__file__).parent)
+
+    def run(processes: int, minutes: float = 0.0):
+        out = tmp_path / str(processes)
+        out.mkdir(exist_ok=True)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        arguments = [str(tmp_path / "process.py"), tests, str(out), str(processes), str(minutes)]
+        subprocess.run([sys.executable, *launch, *arguments], check=True, timeout=180)
+        return torch.load(out / "result.pt")
+
+    (one, one_logs, one_metrics), (two, two_logs, two_metrics) = run(1), run(2)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, msg=name)
+    for a, b in zip(one_logs, two_logs, strict=True):
+        for name in ("loss", "loss_embedding", "loss_attention", "loss_hidden"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4)
+    assert two_metrics["eval_loss_hidden"] == pytest.approx(
+        one_metrics["eval_loss_hidden"], rel=1e-4
+    )
+    run(2, minutes=0.02)  # one clock: both stop at the same step
