@@ -19,16 +19,17 @@ def nearest_kronecker(
     rank: int = 1,
     *,
     second_moment: Tensor | None = None,
+    shrinkage: float = 0.01,
     rescale: bool = False,
     max_iterations: int = 20,
     tolerance: float = 1e-4,
 ) -> tuple[Tensor, Tensor]:
     """Factors of the sum of ``rank`` Kronecker products nearest to ``weight``.
 
-    Without ``second_moment``, minimises ``‖W − Σ_k A_k ⊗ B_k‖_F`` exactly: rearranged so that each
-    row holds one block of W, ``A ⊗ B`` is an outer product, and the leading singular triples give
-    the terms (Van Loan & Pitsianis 1993). They are found through the Gram matrix of the smaller
-    side, in float64, a chunk of W at a time.
+    Without ``second_moment``, minimises ``‖W − Σ_k A_k ⊗ B_k‖_F``: rearranged so that each row
+    holds one block of W, ``A ⊗ B`` is an outer product, and the leading singular triples give the
+    terms (Van Loan & Pitsianis 1993). They are found through the Gram matrix of the smaller side,
+    in float64, a chunk of W at a time; above 2048, by a randomised SVD with a fixed seed.
 
     With ``second_moment`` C = E[x xᵀ] of the layer's inputs, minimises the error of the layer's
     *outputs*, ``E‖(W − Σ_k A_k ⊗ B_k) x‖² = ‖(W − Σ_k A_k ⊗ B_k) C^½‖_F²``, by alternating least
@@ -40,6 +41,9 @@ def nearest_kronecker(
         a_shape: ``(m1, n1)`` of the left factor, dividing ``(m, n)``.
         rank: Number of terms.
         second_moment: C of shape ``(n, n)``, symmetric and positive semi-definite, any scale.
+        shrinkage: Add this fraction of C's mean variance to its diagonal. C is an estimate: from 64
+            samples of 256 correlated features, without it, the error on other samples was 50 times
+            Van Loan's; 0.01 costs nothing where samples abound, more helps where they are few.
         rescale: Multiply by ``‖W‖_F / ‖Σ_k A_k ⊗ B_k‖_F``, so that the norm survives (Krony-PT).
         max_iterations: Full steps of the alternation at most; only with ``second_moment``.
         tolerance: Stop once a full step lowers the error by less than this fraction of it.
@@ -56,7 +60,8 @@ def nearest_kronecker(
     w = weight.detach()
     a, b = _van_loan(w, s)
     if second_moment is not None:
-        a, b = _alternate(w, second_moment.detach(), a, b, max_iterations, tolerance)
+        c = _shrunk(second_moment.detach(), shrinkage)
+        a, b = _alternate(w, c, a, b, max_iterations, tolerance)
     if rescale:
         scale = (w.double().norm() / _norm(a, b)).nan_to_num(1.0, posinf=1.0).sqrt()
         a, b = a * scale, b * scale
@@ -78,6 +83,8 @@ def _check(
             f"rank = {rank}, but A {s.m1}x{s.n1} and B {s.m2}x{s.n2} already represent every "
             f"weight with {most} terms; use rank <= {most}."
         )
+    if weight.is_meta:
+        raise ValueError("weight is on the meta device and has no values; load it first.")
     if not torch.isfinite(weight).all():
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(f"weight has {bad} entries that are NaN or infinite; repair it first.")
@@ -88,8 +95,18 @@ def _check(
                 f"second_moment must be E[x xᵀ] of shape ({n}, {n}), the weight's columns, "
                 f"got {tuple(second_moment.shape)}."
             )
-        if not torch.isfinite(second_moment).all():
-            raise ValueError("second_moment has NaN or infinite entries; check the inputs' dtype.")
+        if second_moment.is_complex() or not torch.isfinite(second_moment).all():
+            raise ValueError(
+                f"second_moment must be real and finite, got {second_moment.dtype} with "
+                f"{int((~torch.isfinite(second_moment)).sum())} entries that are NaN or infinite; "
+                "sum x xᵀ in float32 or better."
+            )
+        asymmetry = (second_moment - second_moment.mT).abs().max()
+        if asymmetry > 1e-2 * second_moment.abs().max() or (second_moment.diagonal() < 0).any():
+            raise ValueError(
+                "second_moment must be symmetric with a diagonal that is nowhere negative: "
+                "X.T @ X / samples of the layer's inputs X (samples, columns)."
+            )
     return s
 
 
@@ -111,10 +128,14 @@ def _leading_terms(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     side = m * n
     step = max(1, _CHUNK // (m * cols * n))
 
+    # Squares are summed below, which entries of 1e200 would overflow.
+    peak = blocks.abs().max().double()
+    peak = peak.where(peak > 0, 1.0)
+
     def chunks():
-        """R's rows, a few block rows of W at a time: (… * N, m * n)."""
+        """R's rows over W's largest entry, a few block rows of W at a time: (… * N, m * n)."""
         for part in blocks.split(step):
-            yield part.double().transpose(1, 2).reshape(-1, side)
+            yield (part.double() / peak).transpose(1, 2).reshape(-1, side)
 
     if side <= _LARGEST_GRAM:
         gram = blocks.new_zeros(side, side, dtype=torch.float64)
@@ -124,11 +145,23 @@ def _leading_terms(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     else:
         whole = torch.cat(list(chunks()))
         # Halko et al. 2011; 16 power iterations since these spectra decay slowly.
-        right = torch.svd_lowrank(whole, q=min(side, rank + 16), niter=16)[2][:, :rank]
-    left = torch.cat([part @ right for part in chunks()])  # (M * N, r), norms are the σ_k
+        with torch.random.fork_rng(devices=[] if whole.device.type == "cpu" else None):
+            torch.manual_seed(0)
+            right = torch.svd_lowrank(whole, q=min(side, rank + 16), niter=16)[2][:, :rank]
+    left = torch.cat([part @ right for part in chunks()]) * peak  # (M * N, r), norms are the σ_k
     root = left.norm(dim=0).sqrt()
     left = left / root.where(root > 0, 1.0)
     return left.mT.reshape(rank, rows, cols), (right * root).mT.reshape(rank, m, n)
+
+
+def _shrunk(c: Tensor, shrinkage: float) -> Tensor:
+    """C in float64, exactly symmetric, with a fraction of its mean variance on the diagonal."""
+    c = c.double()
+    c = (c + c.mT) / 2
+    # Never 0: a direction that no input takes would leave the solves singular.
+    variance = c.diagonal().mean() + torch.finfo(torch.float64).tiny
+    c.diagonal().add_(max(shrinkage, 1e-9) * variance)
+    return c
 
 
 def _alternate(
@@ -136,11 +169,6 @@ def _alternate(
 ) -> tuple[Tensor, Tensor]:
     """Alternating least squares on ``tr((W − Ŵ) C (W − Ŵ)ᵀ)``, in float64."""
     s = KronShape.of(a, b)
-    c = c.double()
-    c = (c + c.mT) / 2
-    # A direction that no input takes leaves the solves singular; 1e-7 of the mean variance is far
-    # below the sampling error of any C.
-    c.diagonal().add_(1e-7 * c.diagonal().mean() + torch.finfo(torch.float64).tiny)
     wc = w.double() @ c  # (m, n)
     energy = (wc * w).sum()
     # Laid out once, so that a half step is two matrix products: over (n2, n2') or (n1, n1').

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from kron_kernels.backends import eager
+from kron_kernels.checks import check_factors
 from kron_kernels.shapes import KronShape
 
 Backend = Literal["auto", "eager", "native", "triton", "cuda"]
@@ -45,17 +46,22 @@ def explain_backends(x: Tensor, *factors: Tensor) -> str:
     Args:
         x: The input of :func:`kron_kernels.kron_matmul`, ``(…, n)``.
         *factors: Its factors.
+
+    Raises:
+        ValueError: If ``kron_matmul`` would refuse these operands whatever the backend.
     """
+    factors = check_factors(x, factors)
     lines = [f"{name:8}{why_not(name, x, *factors)}" for name in _ABSENT]
     return "\n".join([*lines, f"eager   ready: {_eager_plan(*factors)}"])
 
 
 def _eager_plan(*factors: Tensor) -> str:
-    merged = eager.merge_small(tuple(f if f.ndim == 3 else f[None] for f in factors))
-    if len(merged) != 2:
-        sides = " ⊗ ".join(f"{f.shape[1]}x{f.shape[2]}" for f in merged)
+    if len(factors) > 2:
+        factors = eager.merge_small(factors)
+    if len(factors) != 2:
+        sides = " ⊗ ".join(f"{f.shape[1]}x{f.shape[2]}" for f in factors)
         return f"one product per axis of {sides}"
-    s = KronShape.of(*merged)
+    s = KronShape.of(*factors)
     form = eager.choose_form(s)
     first, then = ("B", "A") if form.order == "b_first" else ("A", "B")
     how = "one GEMM over all tokens" if form.layout == "planes" else "a batched product"

@@ -43,11 +43,13 @@ def report() -> str:
     )
     lines += ["", "backends, for KroneckerBERT's layers at BERT_BASE size"]
     for name, s in _LAYERS.items():
-        a, b = (torch.empty(size, device="meta") for size in ((s.m1, s.n1), (s.m2, s.n2)))
-        plan = kron_kernels.explain_backends(torch.empty(1, s.in_features, device="meta"), a, b)
-        served = plan.splitlines()[-1]
+        x, a, b = (
+            torch.empty(size, device="meta")
+            for size in ((1, s.in_features), (s.m1, s.n1), (s.m2, s.n2))
+        )
+        *absent, served = kron_kernels.explain_backends(x, a, b).splitlines()
         lines.append(f"  {name:22}{served}")
-    lines += ["", *plan.splitlines()[:-1]]
+    lines += ["", *absent]
     return "\n".join(lines)
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from math import prod
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kron_kernels import dispatch, ops
 from kron_kernels.backends import eager
+from kron_kernels.checks import Activation, check_epilogue, check_factors
 from kron_kernels.dispatch import Backend
 from kron_kernels.shapes import KronShape
-
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 _ACTIVATIONS = {
     "gelu": F.gelu,
@@ -62,11 +58,9 @@ def kron_matmul(
         ValueError: If shapes, dtypes or devices do not fit, or the backend cannot serve the call.
     """
     x, *factors, bias = _autocast(x, *factors, bias)
-    factors = tuple(f if f.ndim == 3 else f[None] for f in factors)
-    _check(x, factors, bias, activation, residual)
+    factors = check_factors(x, factors)
+    check_epilogue(x, factors, bias, activation, residual)
     backend = dispatch.choose(backend, x, *factors)
-    if len(factors) > 2:
-        factors = eager.merge_small(factors)
     if len(factors) != 2 or _plain_is_best(x, *factors):
         y = eager.kron_matmul(x, *factors)
         y = y if bias is None else y + bias
@@ -160,63 +154,3 @@ def _autocast(*operands: Tensor | None) -> list[Tensor | None]:
         return t if keep else t.to(dtype)
 
     return [cast(t) for t in operands]
-
-
-def _check(
-    x: Tensor,
-    factors: tuple[Tensor, ...],
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-) -> None:
-    if not factors:
-        raise ValueError("kron_matmul(x, *factors) needs at least one factor, got none.")
-    for i, f in enumerate(factors):
-        if f.ndim != 3 or 0 in f.shape:
-            shape = tuple(f.shape[1:] if f.ndim == 4 else f.shape)
-            raise ValueError(
-                f"factor {i} must be (m, n) or (rank, m, n) with every side at least 1, "
-                f"got shape {shape}."
-            )
-    ranks = [f.shape[0] for f in factors]
-    if len(set(ranks)) > 1:
-        raise ValueError(
-            f"factors must share one Kronecker rank, got {ranks} (a 2-D factor has rank 1); "
-            f"repeat a shared factor with .expand({max(ranks)}, -1, -1)."
-        )
-    columns, rows = [f.shape[2] for f in factors], [f.shape[1] for f in factors]
-    if x.ndim == 0 or x.shape[-1] != prod(columns):
-        product = " * ".join(map(str, columns))
-        raise ValueError(
-            f"x's last dimension must be the product of the factors' columns, "
-            f"{product} = {prod(columns)}, got x of shape {tuple(x.shape)}."
-        )
-    if not (x.is_floating_point() or x.is_complex()):
-        raise ValueError(f"x must be floating point or complex, got {x.dtype}; use x.float().")
-    operands = {"x": x, **{f"factor {i}": f for i, f in enumerate(factors)}}
-    if bias is not None:
-        operands["bias"] = bias
-        if bias.shape != (prod(rows),):
-            raise ValueError(
-                f"bias must have shape ({prod(rows)},), the product of the factors' rows, "
-                f"got {tuple(bias.shape)}."
-            )
-    for name, t in operands.items():
-        if t.dtype != x.dtype:
-            raise ValueError(
-                f"{name} is {t.dtype} but x is {x.dtype}; cast one with .to(), or use autocast."
-            )
-        if t.device != x.device:
-            raise ValueError(
-                f"{name} is on {t.device} but x is on {x.device}; move one with .to()."
-            )
-    if activation is not None:
-        if activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation must be None or one of {', '.join(_ACTIVATIONS)}, got {activation!r}."
-            )
-        if x.is_complex():
-            raise ValueError(f"activation={activation!r} is defined for real x, got {x.dtype}.")
-    expected = (*x.shape[:-1], prod(rows))
-    if residual is not None and residual.shape != expected:
-        raise ValueError(f"residual must have y's shape {expected}, got {tuple(residual.shape)}.")

@@ -92,11 +92,12 @@ class KroneckerLinear(nn.Module):
             rescale: Keep the weight's norm, see :func:`kron_kernels.nearest_kronecker`.
             backend: Passed to :func:`kron_kernels.kron_matmul`.
         """
-        weight = linear.weight.detach()
+        weight = linear.weight
         a, b = nearest_kronecker(
             weight, a_shape, rank, second_moment=second_moment, rescale=rescale
         )
-        layer = cls(
+        layer = nn.utils.skip_init(
+            cls,
             linear.in_features,
             linear.out_features,
             a_shape,
@@ -106,27 +107,19 @@ class KroneckerLinear(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        with torch.no_grad():
-            layer.a.copy_(a)
-            layer.b.copy_(b)
-            if layer.bias is not None:
-                layer.bias.copy_(linear.bias)
-        return layer
+        return _filled(layer, like=linear, a=a, b=b, bias=linear.bias)
 
-    @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """The dense layer of the same function: an escape hatch for export and merging."""
-        linear = nn.Linear(
+        linear = nn.utils.skip_init(
+            nn.Linear,
             self.in_features,
             self.out_features,
             self.bias is not None,
             device=self.a.device,
             dtype=self.a.dtype,
         )
-        linear.weight.copy_(dense_weight(self.a, self.b))
-        if self.bias is not None:
-            linear.bias.copy_(self.bias)
-        return linear
+        return _filled(linear, like=self, weight=dense_weight(self.a, self.b), bias=self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return kron_matmul(x, self.a, self.b, bias=self.bias, backend=self.backend)
@@ -151,10 +144,11 @@ class KroneckerEmbedding(nn.Module):
         embedding_dim: Columns of E.
         b_size: Length of the row vector b; E has ``b_size`` times fewer parameters.
         rank: Kronecker rank.
-        padding_idx: This row of A starts at zero and receives no gradient from the lookup.
+        padding_idx: This row of A starts at zero and receives no gradient from the lookup. (If it
+            is not zero, as in BERT, b still does.)
 
     Raises:
-        ValueError: If ``b_size`` does not divide ``embedding_dim``.
+        ValueError: If ``b_size`` does not divide ``embedding_dim``, or an argument is out of range.
     """
 
     def __init__(
@@ -175,6 +169,14 @@ class KroneckerEmbedding(nn.Module):
                 f"embedding_dim = {embedding_dim} is not divisible by b_size = {b_size}; "
                 f"use one of {divisors}."
             )
+        KronShape.split(
+            num_embeddings, embedding_dim, (num_embeddings, embedding_dim // b_size), rank
+        )
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(
+                f"padding_idx = {padding_idx} is not one of the {num_embeddings} rows; "
+                f"use 0 to {num_embeddings - 1}, or None."
+            )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.rank, self.padding_idx = rank, padding_idx
         new = {"device": device, "dtype": dtype}
@@ -194,10 +196,22 @@ class KroneckerEmbedding(nn.Module):
     def from_embedding(
         cls, embedding: nn.Embedding, b_size: int, rank: int = 1, *, rescale: bool = False
     ) -> KroneckerEmbedding:
-        """The table nearest to ``embedding`` in the Frobenius norm, on its device, in its dtype."""
-        weight = embedding.weight.detach()
+        """The table nearest to ``embedding`` in the Frobenius norm, on its device, in its dtype.
+
+        Raises:
+            ValueError: If the lookup does more than ``nn.Embedding``'s defaults (``max_norm``,
+                ``scale_grad_by_freq``, ``sparse``), or ``b_size`` does not divide its width.
+        """
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(embedding, option):
+                raise ValueError(
+                    f"the embedding has {option} = {getattr(embedding, option)}, which a Kronecker "
+                    "embedding does not do; set it to its default first."
+                )
+        weight = embedding.weight
         rows, dim = weight.shape
-        table = cls(
+        table = nn.utils.skip_init(
+            cls,
             rows,
             dim,
             b_size,
@@ -207,23 +221,19 @@ class KroneckerEmbedding(nn.Module):
             dtype=weight.dtype,
         )
         a, b = nearest_kronecker(weight, (rows, dim // b_size), rank, rescale=rescale)
-        with torch.no_grad():
-            table.a.copy_(a)
-            table.b.copy_(b)
-        return table
+        return _filled(table, like=embedding, a=a, b=b)
 
-    @torch.no_grad()
     def to_embedding(self) -> nn.Embedding:
         """The dense table of the same rows."""
-        embedding = nn.Embedding(
+        embedding = nn.utils.skip_init(
+            nn.Embedding,
             self.num_embeddings,
             self.embedding_dim,
             self.padding_idx,
             device=self.a.device,
             dtype=self.a.dtype,
         )
-        embedding.weight.copy_(dense_weight(self.a, self.b))
-        return embedding
+        return _filled(embedding, like=self, weight=dense_weight(self.a, self.b))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of E: ids ``(…)`` to ``(…, embedding_dim)``."""
@@ -247,7 +257,8 @@ class KroneckerEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         _, rows, columns = self.a.shape
-        return f"{rows}, {columns}*{self.b.shape[-1]}, rank={self.rank}"
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{rows}, {columns}*{self.b.shape[-1]}, rank={self.rank}{padding}"
 
 
 def dense_weight(a: Tensor, b: Tensor) -> Tensor:
@@ -257,3 +268,13 @@ def dense_weight(a: Tensor, b: Tensor) -> Tensor:
     return (
         blocks.view(s.m1, s.n1, s.m2, s.n2).transpose(1, 2).reshape(s.out_features, s.in_features)
     )
+
+
+@torch.no_grad()
+def _filled(module: nn.Module, like: nn.Module, **values: Tensor | None) -> nn.Module:
+    """The module with these parameters, in the mode and as trainable as ``like``."""
+    for name, value in values.items():
+        if value is not None:
+            getattr(module, name).copy_(value)
+    trainable = any(p.requires_grad for p in like.parameters())
+    return module.requires_grad_(trainable).train(like.training)

@@ -33,11 +33,15 @@ class KronShape(NamedTuple):
         Raises:
             ValueError: If ``a_shape`` does not divide the weight, or the rank is not positive.
         """
+        if len(a_shape) != 2:
+            raise ValueError(f"a_shape must be (m1, n1), got {tuple(a_shape)}.")
+        if min(out_features, in_features) < 1:
+            raise ValueError(f"a weight of {out_features} x {in_features} has no entries.")
         m1, n1 = a_shape
         check_divides("rows", out_features, m1, 0)
         check_divides("columns", in_features, n1, 1)
-        if rank < 1:
-            raise ValueError(f"rank = {rank}, but a sum needs at least one term; use rank=1.")
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank = {rank!r}, but a sum needs at least one term; use rank=1.")
         return cls(m1, n1, out_features // m1, in_features // n1, rank)
 
     @property

@@ -4,6 +4,11 @@ Importing this package registers its classes, so that ``AutoModel.from_pretraine
 load what ``save_pretrained`` wrote.
 """
 
+from importlib.util import find_spec
+
+if find_spec("transformers") is None:
+    raise ImportError("kroneckerbert needs transformers: pip install 'kron-kernels[bert]'")
+
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
@@ -232,7 +233,10 @@ def _load(source: str | os.PathLike) -> BertPreTrainedModel:
     classes = {teacher.__name__: teacher for teacher in _STUDENTS}
     if config.model_type != "bert" or name not in classes:
         raise TypeError(f"{source}: {_unsupported(f'{name} ({config.model_type})')}")
-    return classes[name].from_pretrained(source)
+    try:
+        return classes[name].from_pretrained(source)
+    except SafetensorError as error:
+        raise OSError(f"the weights of {source} are damaged ({error}); copy them again.") from error
 
 
 def _student_config(

@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from tqdm.auto import tqdm
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -37,6 +38,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.trainer_callback import ProgressCallback
 from transformers.utils import ModelOutput
 from transformers.utils.generic import find_labels
 
@@ -345,10 +347,20 @@ class DistillationTrainer(Trainer):
         self._deadline = _Deadline(args.max_minutes) if args.max_minutes is not None else None
         if self._deadline:
             self.add_callback(self._deadline)
+            if not args.disable_tqdm:
+                self.remove_callback(ProgressCallback)
+                self.add_callback(_TimeBar(self._deadline))
 
     def train(self, *args, **kwargs):
+        """Train; raises ValueError if the student has a parameter that is not finite at the end."""
         with nullcontext() if self.args.student_dropout else _without_dropout(self.model):
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        if bad := _not_finite(self.model):
+            raise ValueError(
+                f"the training diverged: {bad[0]} is not finite; lower the learning rate, now "
+                f"{self.args.learning_rate:g}."
+            )
+        return output
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -458,8 +470,7 @@ class DistillationTrainer(Trainer):
         culprits = [
             f"{who} parameter {name}"
             for who, model in (("student", self.model), ("teacher", self.teacher))
-            for name, p in model.named_parameters()
-            if not torch.isfinite(p).all()
+            for name in _not_finite(model)
         ]
         cause = (
             f"Not finite: {', '.join(culprits[:5])}. Was everything loaded or initialised?"
@@ -519,6 +530,29 @@ class _Deadline(TrainerCallback):
         if share >= 1:  # as if planned: Trainer evaluates, saves and stops as after any last step
             state.max_steps = state.global_step + 1
 
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_log |= self.share >= 1  # time ends between two reports
+
+
+class _TimeBar(ProgressCallback):
+    """Trainer's own bar, in seconds of the budget in place of steps that will not be taken."""
+
+    def __init__(self, deadline: _Deadline):
+        super().__init__()
+        self.deadline = deadline
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            layout = "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s{postfix}"
+            self.training_bar = tqdm(
+                total=self.deadline.seconds, bar_format=layout, dynamic_ncols=True
+            )
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.training_bar.n = self.deadline.share * self.deadline.seconds
+            self.training_bar.set_postfix_str(f"step {state.global_step}")
+
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
@@ -531,6 +565,10 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, p in zip(layers, before, strict=True):
             layer.p = p
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
 
 
 def _alone(values: tuple) -> object:

@@ -14,7 +14,7 @@ two ways:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -42,16 +42,22 @@ _MERGED = 64
 
 def kron_matmul(x: Tensor, *factors: Tensor) -> Tensor:
     """``x (…, n)`` times ``Σ_k F_k ⊗ G_k ⊗ …`` of factors ``(r, m_i, n_i)``, differentiable."""
+    dtype = x.dtype
+    x, *factors = (_compute(t) for t in (x, *factors))
+    if len(factors) > 2:
+        factors = merge_small(factors)
     match factors:
         case (a,):
-            return F.linear(x, a.sum(0))
+            y = F.linear(x, a.sum(0))
         case (a, b):
             s = KronShape.of(a, b)
-            y = _CONTRACT[choose_form(s)](_compute(_rows(x)), _compute(a), _compute(b), s)
-            return y.view(*x.shape[:-1], s.out_features).to(x.dtype)
-    terms = zip(*(f.unbind() for f in factors), strict=True)
-    first, *others = (_one_term(x, term) for term in terms)
-    return sum(others, first)
+            rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
+            y = _CONTRACT[choose_form(s)](rows, a, b, s).view(*x.shape[:-1], s.out_features)
+        case _:
+            terms = zip(*(f.unbind() for f in factors), strict=True)
+            first, *others = (_one_term(x, term) for term in terms)
+            y = sum(others, first)
+    return y.to(dtype)
 
 
 def _one_term(x: Tensor, term: tuple[Tensor, ...]) -> Tensor:
@@ -67,7 +73,7 @@ def _one_term(x: Tensor, term: tuple[Tensor, ...]) -> Tensor:
     return x.reshape(*lead, prod(sizes))
 
 
-def merge_small(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def merge_small(factors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Fewer, larger factors of the same product: GEMMs of sides below 64 are slow, not small."""
     merged = [factors[0]]
     for f in factors[1:]:
@@ -77,7 +83,7 @@ def merge_small(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             merged[-1] = blocks.flatten(3, 4).flatten(1, 2)
         else:
             merged.append(f)
-    return tuple(merged)
+    return merged
 
 
 class Form(NamedTuple):
@@ -142,10 +148,6 @@ def fits_one_chunk(x: Tensor, s: KronShape) -> bool:
     return x.device.type != "cpu" or x.numel() <= _chunk_tokens(s, x.element_size()) * x.shape[-1]
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.flatten(0, -2) if x.ndim > 1 else x[None]
-
-
 def _compute(t: Tensor) -> Tensor:
     """Contiguous, and in float32 for 16 bits on a CPU: GEMMs of 16 bits are up to 24x slower on
     one without instructions for them, and one rounding at the end is better than two."""
@@ -175,17 +177,18 @@ def _b_batched(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None
     out = out if out is None else out.view(t, s.m1, s.m2)
     y = torch.bmm(a[0].expand(t, s.m1, s.n1), z[:, :, 0], out=out)
     for k in range(1, s.rank):
-        y.baddbmm_(a[k].expand(t, s.m1, s.n1), z[:, :, k])
+        y = torch.baddbmm(y, a[k].expand(t, s.m1, s.n1), z[:, :, k], out=out)
     return y.view(t, s.out_features)
 
 
 def _a_batched(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None = None) -> Tensor:
     t = x.shape[0]
     x = x.view(t, s.n1, s.n2)
-    y = out if out is None else out.view(t * s.m1, s.m2)
+    out = out if out is None else out.view(t * s.m1, s.m2)
+    y = None
     for k in range(s.rank):
         z = torch.bmm(a[k].expand(t, s.m1, s.n1), x).view(t * s.m1, s.n2)
-        y = torch.mm(z, b[k].mT, out=y) if k == 0 else y.addmm_(z, b[k].mT)
+        y = _add_mm(y, z, b[k].mT, out)
     return y.view(t, s.out_features)
 
 
@@ -195,7 +198,7 @@ def _b_planes(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None 
     z = z.view(s.rank, s.m2 * t, s.n1)
     y = torch.mm(z[0], a[0].mT)  # (m2 * t, m1)
     for k in range(1, s.rank):
-        y.addmm_(z[k], a[k].mT)
+        y = torch.addmm(y, z[k], a[k].mT)
     y = y.view(s.m2, t, s.m1).permute(1, 2, 0)
     if out is None:
         return y.reshape(t, s.out_features)
@@ -206,14 +209,22 @@ def _b_planes(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None 
 def _a_planes(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None = None) -> Tensor:
     t = x.shape[0]
     x = _planes(x, s.n1, s.n2)
-    y = out if out is None else out.view(t * s.m1, s.m2)
+    out = out if out is None else out.view(t * s.m1, s.m2)
+    y = None
     for k in range(s.rank):
-        z = torch.mm(x, a[k].mT).view(s.n2, t * s.m1)
-        y = torch.mm(z.mT, b[k].mT, out=y) if k == 0 else y.addmm_(z.mT, b[k].mT)
+        z = torch.mm(x, a[k].mT).view(s.n2, t * s.m1).mT
+        y = _add_mm(y, z, b[k].mT, out)
     return y.view(t, s.out_features)
 
 
 _CONTRACT = dict(zip(FORMS, (_b_batched, _b_planes, _a_batched, _a_planes), strict=True))
+
+
+def _add_mm(y: Tensor | None, left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
+    """``y + left @ right``, in ``out`` if given; not in place without it, for vmap's sake."""
+    if y is None:
+        return torch.mm(left, right, out=out)
+    return torch.addmm(y, left, right, out=out)
 
 
 def _planes(x: Tensor, p: int, q: int) -> Tensor:

@@ -1,0 +1,81 @@
+"""What a call must look like; every refusal names the value, the requirement and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+
+
+def check_factors(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The factors as ``(r, m_i, n_i)``, held to one another and to ``x (…, n)``."""
+    if not factors:
+        raise ValueError("kron_matmul(x, *factors) needs at least one factor, got none.")
+    for i, f in enumerate(factors):
+        if f.ndim not in (2, 3) or 0 in f.shape:
+            raise ValueError(
+                f"factor {i} must be (m, n) or (rank, m, n) with every side at least 1, "
+                f"got shape {tuple(f.shape)}."
+            )
+    factors = tuple(f if f.ndim == 3 else f[None] for f in factors)
+    ranks = [f.shape[0] for f in factors]
+    if any(rank != ranks[0] for rank in ranks):
+        raise ValueError(
+            f"factors must share one Kronecker rank, got {ranks} (a 2-D factor has rank 1); "
+            f"repeat a shared factor with .expand({max(ranks)}, -1, -1)."
+        )
+    columns = [f.shape[2] for f in factors]
+    if x.ndim == 0 or x.shape[-1] != prod(columns):
+        product = " * ".join(map(str, columns))
+        raise ValueError(
+            f"x's last dimension must be the product of the factors' columns, "
+            f"{product} = {prod(columns)}, got x of shape {tuple(x.shape)}."
+        )
+    if not (x.is_floating_point() or x.is_complex()):
+        raise ValueError(f"x must be floating point or complex, got {x.dtype}; use x.float().")
+    for i, f in enumerate(factors):
+        _check_alike(x, f"factor {i}", f)
+    return factors
+
+
+def check_epilogue(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> None:
+    """Bias ``(m,)``, activation and residual ``(…, m)`` against checked factors."""
+    rows = prod([f.shape[1] for f in factors])
+    if bias is not None:
+        if bias.shape != (rows,):
+            raise ValueError(
+                f"bias must have shape ({rows},), the product of the factors' rows, "
+                f"got {tuple(bias.shape)}."
+            )
+        _check_alike(x, "bias", bias)
+    if activation is not None:
+        known = get_args(Activation)
+        if activation not in known:
+            raise ValueError(
+                f"activation must be None or one of {', '.join(known)}, got {activation!r}."
+            )
+        if x.is_complex():
+            raise ValueError(f"activation={activation!r} is defined for real x, got {x.dtype}.")
+    if residual is not None and residual.shape != (*x.shape[:-1], rows):
+        raise ValueError(
+            f"residual must have y's shape {(*x.shape[:-1], rows)}, got {tuple(residual.shape)}."
+        )
+
+
+def _check_alike(x: Tensor, name: str, t: Tensor) -> None:
+    if t.dtype != x.dtype:
+        raise ValueError(
+            f"{name} is {t.dtype} but x is {x.dtype}; cast one with .to(), or use autocast."
+        )
+    if t.device != x.device:
+        raise ValueError(f"{name} is on {t.device} but x is on {x.device}; move one with .to().")

@@ -1,0 +1,63 @@
+"""The one way to time: calls take turns, medians of repeats with their spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    """Milliseconds per call: the median over the repeats, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], seconds: float = 2.0, at_least: int = 5
+) -> dict[str, Timing]:
+    """Wall time of each call, in rounds, so that what slows the machine slows all alike.
+
+    A call that takes less than a millisecond is repeated within its turn, and averaged. CUDA work
+    is waited for.
+
+    Args:
+        calls: By name; each is called twice before it is timed.
+        seconds: Measure for about this long, all calls together ...
+        at_least: ... but no fewer rounds than this, and no fewer than 2.
+    """
+    if not calls:
+        return {}
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        repeats[name] = max(1, int(1e-3 / max(_time(call, 1), 1e-7)))
+    rounds: list[dict[str, float]] = []
+    end = time.perf_counter() + seconds
+    while len(rounds) < max(at_least, 2) or time.perf_counter() < end:
+        rounds.append({name: _time(call, repeats[name]) for name, call in calls.items()})
+    return {name: _summary([r[name] for r in rounds]) for name in calls}
+
+
+def _time(call: Callable[[], Any], repeats: int) -> float:
+    _wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _wait()
+    return (time.perf_counter() - start) / repeats
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _summary(seconds: list[float]) -> Timing:
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return Timing(1e3 * median, 1e3 * low, 1e3 * high)

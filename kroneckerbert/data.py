@@ -1,0 +1,232 @@
+"""Text to batches: plain lines for stage 1, labelled tables for a task."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Table:
+    """Labelled texts; all columns have one entry per row.
+
+    Args:
+        labels: All integers, all floats or all words.
+        texts: The first, or only, text of each row.
+        texts_b: The second text of each row, or None if the rows have one.
+    """
+
+    labels: list[int] | list[float] | list[str]
+    texts: list[str]
+    texts_b: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class TextDataset(Dataset):
+    """Tokenised texts for ``Trainer``, unpadded.
+
+    ``Trainer(..., processing_class=tokenizer)`` pads each batch to its longest text;
+    ``train_sampling_strategy="group_by_length"`` in its arguments keeps that little.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        texts: The first, or only, text of each row.
+        texts_b: The second texts, if any.
+        labels: One per row, integers for a classifier and floats for a regression, if any.
+        max_length: Tokens, special ones included, beyond which a row is truncated.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        texts_b: Sequence[str] | None = None,
+        labels: Sequence[int] | Sequence[float] | None = None,
+        max_length: int = 128,
+    ):
+        # Padding adds the mask, and BERT takes missing segments for zeros: a third of the memory.
+        self.columns = dict(
+            tokenizer(
+                list(texts),
+                None if texts_b is None else list(texts_b),
+                truncation=True,
+                max_length=max_length,
+                return_attention_mask=False,
+                return_token_type_ids=texts_b is not None,
+            )
+        )
+        if labels is not None:
+            self.columns["labels"] = list(labels)
+
+    def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+    def __getitem__(self, index: int) -> dict[str, list[int] | int | float]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+def read_lines(path: Path) -> list[str]:
+    """The texts of a UTF-8 file, one a line; blank lines are left out.
+
+    Args:
+        path: Plain, or compressed if it ends in ``.gz``.
+
+    Raises:
+        ValueError: If there is no text in it, or a line is not UTF-8.
+        OSError: If it cannot be read or decompressed.
+    """
+    lines = [line.strip() for _, line in _numbered_lines(path)]
+    if not lines:
+        raise ValueError(f"{path} has no text; it must have one text a line.")
+    return lines
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a labelled table: its first line that is not blank has a tab.
+
+    Raises:
+        ValueError, OSError: As :func:`read_lines`.
+    """
+    return any("\t" in line for _, line in [next(_numbered_lines(path), (0, ""))])
+
+
+def read_table(path: Path) -> Table:
+    """A tab-separated UTF-8 table with the columns label, text and, optionally, a second text.
+
+    A first line whose first field is the word ``label`` is a header and skipped, as are blank
+    lines. There is no quoting: a quotation mark is a part of the text.
+
+    Args:
+        path: Plain, or compressed if it ends in ``.gz``.
+
+    Returns:
+        Labels are integers if all are, floats if all are numbers, words if none is.
+
+    Raises:
+        ValueError: If a line breaks these rules or is not UTF-8, or there is no row.
+        OSError: If the file cannot be read or decompressed.
+    """
+    rows: list[tuple[int, list[str]]] = []
+    for number, line in _numbered_lines(path):
+        fields = [field.strip() for field in line.split("\t")]
+        if not rows and fields[0].lower() == "label":
+            continue
+        if len(fields) not in (2, 3):
+            raise ValueError(
+                f"{path}, line {number}: {len(fields)} tab-separated field(s); "
+                "a row is label<TAB>text or label<TAB>text<TAB>second text."
+            )
+        if rows and len(fields) != len(rows[0][1]):
+            raise ValueError(
+                f"{path}, line {number}: {len(fields)} fields, but the first row, line "
+                f"{rows[0][0]}, has {len(rows[0][1])}; all rows must have one text, or all two."
+            )
+        if not all(fields):
+            raise ValueError(
+                f"{path}, line {number}: field {fields.index('') + 1} is empty; every row "
+                "needs its label and its texts."
+            )
+        rows.append((number, fields))
+    if not rows:
+        raise ValueError(f"{path} has no rows; a row is label<TAB>text.")
+    columns = list(zip(*(fields for _, fields in rows), strict=True))
+    labels = _labels(path, [number for number, _ in rows], columns[0])
+    return Table(labels, *(list(column) for column in columns[1:]))
+
+
+def label_targets(
+    labels: list[int] | list[float] | list[str], config: PreTrainedConfig
+) -> list[int] | list[float]:
+    """Labels as a model with this configuration is trained on them.
+
+    Args:
+        labels: As in a :class:`Table`.
+        config: Of a model for sequence classification; one label means a regression.
+
+    Returns:
+        Floats for a regression; else integers in ``[0, num_labels)``, words by ``label2id``.
+
+    Raises:
+        ValueError: If the model has no such label.
+    """
+    kind = type(labels[0])
+    if config.num_labels == 1:
+        if kind is str:
+            raise ValueError(
+                f"the labels are words such as {labels[0]!r}, but the model is a regression "
+                "(num_labels = 1), which needs numbers."
+            )
+        return [float(label) for label in labels]
+    if kind is int:
+        known = range(config.num_labels)
+    elif kind is str:
+        known = config.label2id
+    else:
+        known = ()  # classes are not counted in fractions
+    if unknown := sorted({label for label in labels if label not in known}):
+        names = ", ".join(map(str, config.label2id))
+        raise ValueError(
+            f"the model has no label {unknown[0]!r}; labels must be integers from 0 to "
+            f"{config.num_labels - 1} or the words of config.label2id: {names}."
+        )
+    return [config.label2id[label] for label in labels] if kind is str else labels
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers in the file, from 1."""
+    with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
+        number = 0
+        try:
+            # Bytes: a text file would report a wrong byte for its whole buffer, not its line.
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if text.strip():
+                    yield number, text
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file, for example "
+                "with iconv."
+            ) from error
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise OSError(
+                f"{path} is no gzip file, or is cut short after line {number} ({error}); a file "
+                "that ends in .gz must be compressed."
+            ) from error
+
+
+def _labels(
+    path: Path, numbers: Sequence[int], fields: Sequence[str]
+) -> list[int] | list[float] | list[str]:
+    values = [_number(field) for field in fields]
+    if all(value is None for value in values):
+        return list(fields)
+    is_word = [value is None for value in values]
+    if any(is_word):
+        odd = is_word.index(not is_word[0])
+        raise ValueError(
+            f"{path}, line {numbers[odd]}: label {fields[odd]!r} is "
+            f"{'a word' if is_word[odd] else 'a number'}, but the first, {fields[0]!r} in line "
+            f"{numbers[0]}, is not; all labels must be numbers, or all words."
+        )
+    for number, field, value in zip(numbers, fields, values, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(f"{path}, line {number}: label {field!r} must be a finite number.")
+    return values if all(isinstance(value, int) for value in values) else list(map(float, values))
+
+
+def _number(field: str) -> int | float | None:
+    for kind in (int, float):
+        try:
+            return kind(field)
+        except ValueError:
+            pass
+    return None

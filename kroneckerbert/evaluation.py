@@ -1,0 +1,154 @@
+"""How good a model is: at its task, or at standing in for its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from torchmetrics.functional.classification import (
+    binary_f1_score,
+    multiclass_f1_score,
+    multiclass_matthews_corrcoef,
+)
+from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
+from transformers import (
+    BertForSequenceClassification,
+    BertPreTrainedModel,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+)
+
+from kroneckerbert.data import Table, TextDataset, label_targets
+from kroneckerbert.modeling_kroneckerbert import embed
+
+_PAIRS = 4000  # the standard error of a Spearman correlation is then below 0.02
+
+
+def evaluate(
+    model: BertPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    table: Table,
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Metrics of the predictions of labels.
+
+    Args:
+        model: Any BERT, dense or Kronecker. One for sequence classification predicts with its
+            head; any other by the cosine similarity of the mean-pooled embeddings of two texts.
+        tokenizer: Its tokenizer; longer rows are truncated to what both can take.
+        table: The rows, see :func:`kroneckerbert.data.read_table`.
+        batch_size: Rows per forward pass; they are batched by length.
+
+    Returns:
+        ``accuracy``, ``f1`` (of label 1 if there are two labels, else the mean over labels) and
+        ``matthews`` (correlation) of a classifier; ``pearson`` and ``spearman`` (correlations) of a
+        regression or of similarities, which are NaN where either side is constant.
+
+    Raises:
+        ValueError: If the labels are not the model's, or a model without a head gets anything but
+            numbers for pairs of texts.
+    """
+    if not isinstance(model, BertForSequenceClassification):
+        if table.texts_b is None or isinstance(table.labels[0], str):
+            raise ValueError(
+                f"a {type(model).__name__} has no head for labels, so it is evaluated on the "
+                "similarity of two texts: label<TAB>text<TAB>second text, with a number as label. "
+                "For other labels use a model for sequence classification."
+            )
+        first, second = (
+            embed(model, tokenizer, t, batch_size) for t in (table.texts, table.texts_b)
+        )
+        return _correlations((first * second).sum(-1).cpu(), torch.tensor(table.labels).float())
+
+    targets = torch.tensor(label_targets(table.labels, model.config))
+    logits = _logits(model, tokenizer, table, batch_size)
+    if model.num_labels == 1:
+        return _correlations(logits[:, 0], targets)
+    predictions = logits.argmax(-1)
+    if model.num_labels == 2:
+        f1 = binary_f1_score(predictions, targets)
+    else:
+        f1 = multiclass_f1_score(predictions, targets, model.num_labels, average="macro")
+    return {
+        "accuracy": (predictions == targets).float().mean().item(),
+        "f1": f1.item(),
+        "matthews": multiclass_matthews_corrcoef(predictions, targets, model.num_labels).item(),
+    }
+
+
+def similarity(
+    model: BertPreTrainedModel,
+    teacher: BertPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+) -> dict[str, float]:
+    """How near a student's mean-pooled sentence embeddings are to its teacher's.
+
+    Args:
+        model: The student.
+        teacher: A model of the same hidden size.
+        tokenizer: The tokenizer of both.
+        sentences: At least three different texts.
+
+    Returns:
+        ``cosine``, the mean over sentences of the cosine of student's and teacher's embedding; and
+        ``ranking``, the Spearman correlation over 4000 pairs of sentences, the same in every call,
+        of the student's cosine of the pair with the teacher's: whether it finds the same ones
+        alike.
+
+    Raises:
+        ValueError: If there are fewer than three different sentences, or the hidden sizes differ.
+    """
+    if (distinct := len(set(sentences))) < 3:
+        raise ValueError(
+            f"{distinct} different sentences cannot be ranked by pairs; give at least 3, better "
+            "some hundreds."
+        )
+    s, t = model.config.hidden_size, teacher.config.hidden_size
+    if s != t:
+        raise ValueError(
+            f"student and teacher must have the same hidden_size to be compared, got {s} and {t}."
+        )
+    students, teachers = (embed(m, tokenizer, sentences).cpu() for m in (model, teacher))
+    n = len(sentences)
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(n, (_PAIRS,), generator=generator)
+    # A step that is no multiple of n: never a sentence with itself.
+    second = (first + torch.randint(1, n, (_PAIRS,), generator=generator)) % n
+    by_student, by_teacher = ((e[first] * e[second]).sum(-1) for e in (students, teachers))
+    return {
+        "cosine": (students * teachers).sum(-1).mean().item(),
+        "ranking": spearman_corrcoef(by_student, by_teacher).item(),
+    }
+
+
+@torch.no_grad()
+def _logits(
+    model: BertForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    table: Table,
+    batch_size: int,
+) -> Tensor:
+    """Shape ``(rows, num_labels)``, float32, on the CPU, in the table's order."""
+    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    dataset = TextDataset(tokenizer, table.texts, table.texts_b, max_length=longest)
+    order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]), reverse=True)
+    batches = DataLoader(
+        Subset(dataset, order), batch_size, collate_fn=DataCollatorWithPadding(tokenizer)
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        rows = [model(**batch.to(model.device)).logits.float().cpu() for batch in batches]
+    finally:
+        model.train(was_training)
+    return torch.cat(rows)[torch.tensor(order).argsort()]
+
+
+def _correlations(predictions: Tensor, targets: Tensor) -> dict[str, float]:
+    return {
+        "pearson": pearson_corrcoef(predictions, targets).item(),
+        "spearman": spearman_corrcoef(predictions, targets).item(),
+    }

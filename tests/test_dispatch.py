@@ -1,0 +1,259 @@
+"""Which backend serves, what it costs, what the machine has, and what an import needs."""
+
+import importlib.metadata
+import importlib.resources
+import inspect
+import itertools
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+import torch
+from operands import SHAPES, draw, name
+from torch.utils.flop_counter import FlopCounterMode
+
+import kron_kernels
+from kron_kernels import KronShape, dispatch, explain_backends, kron_matmul
+from kron_kernels.reference import materialize
+
+BACKENDS = get_args(dispatch.Backend)
+OPERANDS = draw(SHAPES[1], dtype=torch.float32)
+
+
+# --- backends
+
+
+def test_eager_serves_every_call():
+    for s in SHAPES:
+        for dtype in (torch.float64, torch.float16, torch.complex64):
+            assert dispatch.why_not("eager", *draw(s, 0, dtype)) is None
+    assert dispatch.why_not("eager", *(t.to("meta") for t in OPERANDS)) is None
+    assert (
+        dispatch.why_not("eager", torch.ones(2, 24), *(torch.ones(2, n) for n in (2, 3, 4))) is None
+    )
+
+
+def test_auto_chooses_a_backend_that_serves_the_call():
+    chosen = dispatch.choose("auto", *OPERANDS)
+    assert chosen in BACKENDS and chosen != "auto"
+    assert dispatch.why_not(chosen, *OPERANDS) is None
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "auto"])
+def test_a_backend_asked_for_by_name_is_granted_or_refused_never_replaced(backend):
+    reason = dispatch.why_not(backend, *OPERANDS)
+    if reason is None:
+        assert dispatch.choose(backend, *OPERANDS) == backend
+        kron_matmul(*OPERANDS, backend=backend)
+        return
+    for call in (dispatch.choose, lambda b, *operands: kron_matmul(*operands, backend=b)):
+        with pytest.raises(ValueError) as refusal:
+            call(backend, *OPERANDS)
+        assert str(refusal.value) == f"backend={backend!r} cannot serve this call: {reason}."
+
+
+def test_an_unknown_backend_is_told_the_known_ones():
+    with pytest.raises(
+        ValueError, match=r"backend='mkl' cannot serve .* no such backend"
+    ) as refusal:
+        dispatch.choose("mkl", *OPERANDS)
+    assert all(backend in str(refusal.value) for backend in BACKENDS)
+
+
+def test_reasons_are_the_end_of_a_sentence():
+    for backend in (*BACKENDS[1:], "mkl"):
+        reason = dispatch.why_not(backend, *OPERANDS)
+        assert reason is None or (reason[0].islower() and reason[-1] not in ".\n"), reason
+
+
+@pytest.mark.parametrize("s", SHAPES, ids=name)
+def test_the_explanation_has_a_line_a_backend_with_its_reason(s):
+    x, a, b = draw(s, dtype=torch.float32)
+    lines = explain_backends(x, a, b).splitlines()
+    assert sorted(line.split()[0] for line in lines) == sorted(BACKENDS[1:])
+    for line in lines:
+        backend, told = line.split(maxsplit=1)
+        reason = dispatch.why_not(backend, x, a, b)
+        assert told == reason or (reason is None and told.startswith("ready"))
+
+
+def test_the_explanation_takes_what_kron_matmul_takes():
+    x, a, b = OPERANDS
+    assert explain_backends(x, a[0], b[0]) == explain_backends(x, a, b)
+    for factors in [(torch.ones(3, 4),), [torch.ones(70, 70)] * 3, (torch.ones(2, 3, 4),)]:
+        n = torch.Size([f.shape[-1] for f in factors]).numel()
+        assert "eager" in explain_backends(torch.ones(1, n), *factors)
+    with pytest.raises(ValueError, match="got x of shape"):
+        explain_backends(torch.ones(1, 5), a, b)
+
+
+def test_the_explanation_of_two_small_factors_is_of_two_products():
+    plan = explain_backends(*draw(KronShape(3, 4, 5, 2)))
+    assert "A first" in plan or "B first" in plan
+
+
+# --- shapes
+
+
+@pytest.mark.parametrize("s", SHAPES, ids=name)
+def test_sizes_are_those_of_the_factors_and_of_the_materialised_weight(s):
+    _, a, b = draw(s)
+    weight = materialize(a, b)
+    assert weight.shape == (s.out_features, s.in_features)
+    assert s.parameters == a.numel() + b.numel()
+    assert KronShape.of(a, b) == s
+    assert KronShape.of(a[0], b[0]) == s._replace(rank=1)
+    assert KronShape.split(*weight.shape, (s.m1, s.n1), s.rank) == s
+    assert KronShape.of(a.mT, b.mT) == s.transposed and s.transposed.transposed == s
+    assert KronShape.of(b, a) == s.swapped and s.swapped.swapped == s
+
+
+@pytest.mark.parametrize("s", SHAPES, ids=name)
+def test_costs_are_those_of_the_products_and_the_order_is_the_cheaper(s):
+    x, a, b = draw(s, 3, torch.float32)
+    x = x.unflatten(-1, (s.n1, s.n2))
+    counted = {}
+    for order in ("b_first", "a_first"):
+        with FlopCounterMode(display=False) as counter:
+            for a_k, b_k in zip(a, b, strict=True):
+                _ = a_k @ (x @ b_k.mT) if order == "b_first" else (a_k @ x) @ b_k.mT
+        counted[order] = counter.get_total_flops() / 3
+        assert counted[order] == 2 * s.multiply_adds(order)
+    assert s.flops == min(counted.values()) == counted[s.order]
+    # B ⊗ A is the same work with the roles exchanged.
+    assert s.swapped.multiply_adds("a_first") == s.multiply_adds("b_first")
+
+
+def test_the_orders_differ_by_what_the_paper_shapes_make_them_differ():
+    up, down = KronShape(16, 2, 192, 384), KronShape(2, 16, 384, 192)
+    assert (up.order, down.order) == ("b_first", "a_first")
+    assert up.multiply_adds("a_first") > 7 * up.multiply_adds("b_first")
+    # BERT_BASE's linear layers at 128 tokens, 21x smaller: 1.403 GFLOP by the paper's Eq. 7, which
+    # counts 2n - 1 for a sum of n products.
+    square = KronShape(384, 48, 2, 16)
+    assert 12 * 128 * (4 * square.flops + up.flops + down.flops) == pytest.approx(1.403e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            (3072, 768, (5, 2)),
+            "weight's 3072 rows are not divisible by a_shape[0] = 5; nearest divisors are 4 and 6.",
+        ),
+        (
+            (7, 768, (2, 2)),
+            "weight's 7 rows are not divisible by a_shape[0] = 2; nearest divisors are 1 and 7.",
+        ),
+        (
+            (4, 6, (2, 12)),
+            "weight's 6 columns are not divisible by a_shape[1] = 12; nearest divisor is 6.",
+        ),
+        (
+            (4, 6, (0, 2)),
+            "weight's 4 rows are not divisible by a_shape[0] = 0; nearest divisor is 1.",
+        ),
+        ((4, 6, (2, 2), 0), "rank = 0, but a sum needs at least one term; use rank=1."),
+    ],
+    ids=lambda v: None if isinstance(v, str) else str(v),
+)
+def test_a_split_that_leaves_a_rest_names_the_nearest_divisors(call, message):
+    with pytest.raises(ValueError) as refusal:
+        KronShape.split(*call)
+    assert str(refusal.value) == message
+
+
+# --- the public face
+
+
+def test_every_public_name_has_a_docstring_that_says_what_it_does():
+    assert sorted(kron_kernels.__all__) == kron_kernels.__all__
+    for public in kron_kernels.__all__:
+        thing = getattr(kron_kernels, public)
+        assert thing.__module__.startswith("kron_kernels.")
+        first = (inspect.getdoc(thing) or "").partition("\n")[0]
+        assert len(first) > 30 and first[-1] in ".:", public
+        if inspect.isclass(thing):
+            methods = [m for key, m in vars(thing).items() if not key.startswith("_")]
+            methods = [getattr(m, "__func__", m) for m in methods if not isinstance(m, property)]
+            for method in filter(inspect.isfunction, methods):
+                overrides = method.__name__ in ("forward", "extra_repr")
+                assert overrides or inspect.getdoc(method), f"{public}.{method.__name__}"
+
+
+def test_arguments_in_a_docstring_are_those_of_the_signature():
+    for f in (kron_matmul, kron_kernels.nearest_kronecker, explain_backends):
+        documented = inspect.getdoc(f).partition("Args:\n")[2].partition("\n\n")[0]
+        for parameter in inspect.signature(f).parameters:
+            assert f"    {parameter}: " in documented or f"*{parameter}: " in documented, parameter
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert kron_kernels.__version__ == importlib.metadata.version("kron-kernels")
+
+
+def test_type_checkers_are_told_that_there_are_types():
+    assert importlib.resources.files("kron_kernels").joinpath("py.typed").is_file()
+    for f in (kron_matmul, kron_kernels.nearest_kronecker, explain_backends):
+        annotated = [p.annotation for p in inspect.signature(f).parameters.values()]
+        assert inspect.Parameter.empty not in annotated
+        assert inspect.signature(f).return_annotation is not inspect.Signature.empty
+
+
+# --- fresh processes
+
+
+def python(*args: str) -> str:
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_doctor_reports_what_serves_on_this_machine():
+    printed = python("-m", "kron_kernels.doctor")
+    for word in ("torch", torch.__version__, kron_kernels.__version__, "eager"):
+        assert word in printed
+    assert all(f"{backend} " in printed for backend in BACKENDS[1:])
+    assert "Traceback" not in printed and "None" not in printed
+    assert all(shape in printed for shape in ("8x attention", "21x feed-forward down"))
+
+
+OPTIONAL = ["triton", "transformers", "numpy", "scipy", "accelerate", "datasets", "matplotlib"]
+
+
+def test_a_fresh_process_needs_only_torch():
+    program = f"""
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch  # with what its own import takes
+for package in {OPTIONAL!r}:
+    sys.modules[package] = None  # an import of it now fails
+import kron_kernels
+x, a, b = torch.ones(3, 12), torch.ones(2, 4, requires_grad=True), torch.ones(5, 3)
+kron_kernels.kron_matmul(x, a, b, activation="gelu").sum().backward()
+table = kron_kernels.KroneckerEmbedding(7, 12, 4)
+layer = kron_kernels.KroneckerLinear.from_linear(torch.nn.Linear(12, 10), (2, 4))
+layer(table(torch.tensor([1, 2]))).sum().backward()
+from kron_kernels import doctor, reference, testing
+testing.assert_close("y", layer(x), reference.kron_matmul(x, layer.a, layer.b, bias=layer.bias), 7)
+assert "eager" in doctor.report()
+print("ran")
+"""
+    assert python("-c", program) == "ran\n"
+
+
+def test_an_import_brings_in_nothing_heavy_that_torch_does_not():
+    heavy = ["transformers", "triton", "torch._dynamo", "torch._inductor", "torch.onnx", "scipy"]
+    program = """
+import sys, torch
+before = set(sys.modules)
+import kron_kernels
+print(*(set(sys.modules) - before))
+"""
+    brought = python("-c", program).split()
+    assert "kron_kernels.functional" in brought
+    for package, module in itertools.product(heavy, brought):
+        assert module != package and not module.startswith(package + "."), module
+    ours = [m for m in brought if m.split(".")[0] not in ("kron_kernels", "torch")]
+    assert all(m.split(".")[0] in sys.stdlib_module_names for m in ours), ours

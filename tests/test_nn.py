@@ -1,0 +1,426 @@
+"""KroneckerLinear and KroneckerEmbedding against the dense layers that they stand for."""
+
+import copy
+import io
+
+import pytest
+import torch
+from operands import SHAPES, name
+from torch import nn
+
+from kron_kernels import KroneckerEmbedding, KroneckerLinear, KronShape
+from kron_kernels.reference import materialize
+from kron_kernels.testing import assert_close
+
+EMBEDDINGS = [(11, 12, 4, 1), (11, 12, 4, 3), (7, 6, 1, 2), (5, 8, 8, 1)]  # v, d, b_size, rank
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def linear_of(s: KronShape, **more) -> KroneckerLinear:
+    layer = KroneckerLinear(s.in_features, s.out_features, (s.m1, s.n1), s.rank, **more)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+# --- KroneckerLinear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("s", SHAPES, ids=name)
+def test_a_layer_is_its_dense_layer(s, bias):
+    layer = linear_of(s, bias=bias, dtype=torch.float64)
+    dense = layer.to_linear()
+    assert (dense.bias is not None) == bias
+    assert dense.weight.is_contiguous() and dense.weight.requires_grad
+    torch.testing.assert_close(dense.weight.detach(), materialize(layer.a, layer.b).detach())
+    for lead in [(), (0,), (4,), (2, 3), (2, 0, 3)]:
+        x = torch.randn(*lead, s.in_features, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), dense(x))
+
+
+@pytest.mark.parametrize("s", SHAPES[1:6], ids=name)
+def test_at_full_rank_a_dense_layer_survives_the_round_trip(s):
+    dense = nn.Linear(s.in_features, s.out_features)
+    before = copy.deepcopy(dense.state_dict())
+    layer = KroneckerLinear.from_linear(dense, (s.m1, s.n1), min(s.m1 * s.n1, s.m2 * s.n2))
+    back = layer.to_linear()
+    torch.testing.assert_close(back.weight, dense.weight, rtol=0, atol=2e-6)
+    assert torch.equal(back.bias, dense.bias) and back.bias is not dense.bias
+    assert all(torch.equal(t, before[key]) for key, t in dense.state_dict().items())
+    x = torch.randn(5, s.in_features)
+    torch.testing.assert_close(layer(x), dense(x), rtol=1e-5, atol=1e-5)
+
+
+def test_from_linear_passes_its_options_on():
+    dense = nn.Linear(8, 6, bias=False)
+    c = torch.diag(torch.logspace(0, -3, 8))
+    layer = KroneckerLinear.from_linear(dense, (3, 2), 2, second_moment=c, backend="eager")
+    assert layer.bias is None and layer.backend == "eager" and layer.rank == 2
+
+    def output_error(layer):
+        return ((layer.to_linear().weight - dense.weight) @ c.sqrt()).norm()
+
+    assert output_error(layer) < output_error(KroneckerLinear.from_linear(dense, (3, 2), 2))
+    kept = KroneckerLinear.from_linear(dense, (3, 2), rescale=True).to_linear()
+    torch.testing.assert_close(kept.weight.norm(), dense.weight.norm())
+
+
+@pytest.mark.parametrize("s", [SHAPES[1], SHAPES[4], SHAPES[8]], ids=name)
+def test_gradients_are_those_of_the_dense_layer(s):
+    layer = linear_of(s, dtype=torch.float64)
+    dense = layer.to_linear()
+    x = torch.randn(6, s.in_features, dtype=torch.float64, requires_grad=True)
+    y, expected = layer(x), dense(x)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    (dx,) = torch.autograd.grad(expected, x, dy, retain_graph=True)
+    torch.testing.assert_close(x.grad, dx)
+    dense.zero_grad()
+    expected.backward(dy)
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+    # The chain rule through W = Σ_k A_k ⊗ B_k.
+    a, b = (t.detach().clone().requires_grad_() for t in (layer.a, layer.b))
+    da, db = torch.autograd.grad(materialize(a, b), (a, b), dense.weight.grad)
+    torch.testing.assert_close(layer.a.grad, da)
+    torch.testing.assert_close(layer.b.grad, db)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("std", [None, 0.02])
+def test_entries_of_a_new_weight_have_the_asked_standard_deviation(rank, std):
+    layer = KroneckerLinear(1024, 1024, (32, 32), rank)
+    dense_std = nn.Linear(1024, 8).weight.std().item()
+    if std is not None:
+        layer.reset_parameters(std)
+    weight = layer.to_linear().weight
+    assert weight.std().item() == pytest.approx(std or dense_std, rel=0.1)
+    assert abs(weight.mean().item()) < 0.1 * weight.std().item()
+    assert not layer.bias.any()
+
+
+def test_every_parameter_is_written_by_reset_and_no_other_name_is_stored():
+    layer = KroneckerLinear(12, 10, (2, 4), 3)
+    assert list(layer.state_dict()) == ["a", "b", "bias"]
+    assert [tuple(t.shape) for t in layer.parameters()] == [(3, 2, 4), (3, 5, 3), (10,)]
+    assert layer.shape == KronShape(2, 4, 5, 3, 3)
+    assert sum(t.numel() for t in layer.parameters()) == layer.shape.parameters + 10
+    assert all(t.isfinite().all() for t in layer.parameters())
+    assert "bias" not in KroneckerLinear(12, 10, (2, 4), bias=False).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ((768, 3072, (5, 2)), r"3072 rows are not divisible by a_shape\[0\] = 5; .* 4 and 6"),
+        ((768, 3072, (16, 5)), r"768 columns are not divisible by a_shape\[1\] = 5; .* 4 and 6"),
+        ((768, 768, (16, 2), 0), "at least one term; use rank=1"),
+    ],
+    ids=["rows", "columns", "rank"],
+)
+def test_a_shape_that_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        KroneckerLinear(*call)
+    with pytest.raises(ValueError, match=r"columns, 4 .* 3 = 12, got x of shape"):
+        KroneckerLinear(12, 10, (2, 4))(torch.ones(2, 10))
+    with pytest.raises(ValueError, match="backend='triton' cannot serve"):
+        KroneckerLinear(12, 10, (2, 4), backend="triton")(torch.ones(2, 12))
+
+
+# --- KroneckerEmbedding
+
+
+def table_of(v, d, b_size, rank, **more) -> KroneckerEmbedding:
+    return KroneckerEmbedding(v, d, b_size, rank, **more)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (6,), (2, 3), (2, 0, 3), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("sizes", EMBEDDINGS, ids=str)
+def test_a_table_is_its_dense_table(sizes, shape):
+    table = table_of(*sizes, dtype=torch.float64)
+    v, d, *_ = sizes
+    dense = table.to_embedding()
+    torch.testing.assert_close(dense.weight.detach(), materialize(table.a, table.b).detach())
+    for dtype in (torch.int64, torch.int32):
+        ids = torch.randint(v, shape, dtype=dtype)
+        rows = table(ids)
+        assert rows.shape == (*shape, d)
+        torch.testing.assert_close(rows, dense(ids))
+
+
+@pytest.mark.parametrize("sizes", EMBEDDINGS, ids=str)
+def test_the_tied_decoder_is_exact(sizes):
+    table = table_of(*sizes, dtype=torch.float64)
+    v, d, *_ = sizes
+    weight, bias = table.to_embedding().weight, torch.randn(v, dtype=torch.float64)
+    for lead in [(), (4,), (0, 2), (2, 3)]:
+        h = torch.randn(*lead, d, dtype=torch.float64)
+        torch.testing.assert_close(table.decode(h), h @ weight.mT)
+        torch.testing.assert_close(table.decode(h, bias), h @ weight.mT + bias)
+
+
+@pytest.mark.parametrize("sizes", EMBEDDINGS, ids=str)
+def test_gradients_of_lookup_and_decoder_are_those_of_the_dense_table(sizes):
+    table = table_of(*sizes, dtype=torch.float64)
+    ids = torch.tensor([[0, 3, 3], [1, 4, 0]])
+    dy = torch.randn(2, 3, sizes[0], dtype=torch.float64)
+    grads = torch.autograd.grad(table.decode(table(ids)), (table.a, table.b), dy)
+    a, b = (t.detach().clone().requires_grad_() for t in (table.a, table.b))
+    weight = materialize(a, b)
+    expected = torch.autograd.grad(weight[ids] @ weight.mT, (a, b), dy)
+    for grad, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, other)
+
+
+@pytest.mark.parametrize("b_size", [1, 4, 12])
+def test_at_full_rank_a_dense_table_survives_the_round_trip(b_size):
+    dense = nn.Embedding(13, 12, padding_idx=2)
+    table = KroneckerEmbedding.from_embedding(dense, b_size, b_size)
+    back = table.to_embedding()
+    torch.testing.assert_close(back.weight, dense.weight, rtol=0, atol=2e-6)
+    assert back.padding_idx == 2 and not table(torch.tensor(2)).any()
+    kept = KroneckerEmbedding.from_embedding(dense, b_size, rescale=True).to_embedding()
+    torch.testing.assert_close(kept.weight.norm(), dense.weight.norm())
+
+
+@pytest.mark.parametrize("padding_idx", [0, 3, -1])
+def test_the_padding_row_starts_at_zero_and_gets_no_gradient_from_the_lookup(padding_idx):
+    table = table_of(6, 8, 2, 2, padding_idx=padding_idx)
+    ids = torch.arange(6)
+    rows = table(ids)
+    assert not rows[padding_idx].any() and rows[1].all()
+    rows.sum().backward()
+    used = table.a.grad.abs().sum((0, 2)) > 0
+    assert not used[padding_idx] and used.sum() == 5
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("std", [1.0, 0.02])
+def test_entries_of_a_new_table_have_the_asked_standard_deviation(rank, std):
+    table = KroneckerEmbedding(1024, 1024, 32, rank)
+    if std != 1.0:
+        table.reset_parameters(std)
+    # 32 entries of b make a wide spread between draws: compare with that of the drawn b.
+    size = (table.a.var((1, 2)) * table.b.square().mean((1, 2))).sum().sqrt().item()
+    assert table.to_embedding().weight.std().item() == pytest.approx(size, rel=0.1)
+    assert size == pytest.approx(std, rel=0.5)
+
+
+def test_a_division_that_leaves_a_rest_or_an_unknown_id_is_refused():
+    with pytest.raises(
+        ValueError, match=r"embedding_dim = 12 is not divisible by b_size = 5; use one of \[1, 2, 3"
+    ):
+        KroneckerEmbedding(7, 12, 5)
+    for b_size in (0, -3):
+        with pytest.raises(ValueError, match="is not divisible by b_size"):
+            KroneckerEmbedding(7, 12, b_size)
+    with pytest.raises(IndexError):
+        KroneckerEmbedding(7, 12, 4)(torch.tensor([7]))
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_table_without_terms_is_refused(rank):
+    with pytest.raises(ValueError, match="use rank=1"):
+        KroneckerEmbedding(7, 12, 4, rank)
+
+
+# --- both, as modules
+
+
+class Model(nn.Module):
+    """A table, a layer of two terms and the tied decoder."""
+
+    def __init__(self, **new):
+        super().__init__()
+        self.words = KroneckerEmbedding(11, 12, 4, 2, padding_idx=0, **new)
+        self.mix = KroneckerLinear(12, 12, (3, 2), 2, **new)
+
+    def forward(self, ids):
+        return self.words.decode(self.mix(self.words(ids)))
+
+
+IDS = torch.tensor([[1, 2, 0], [10, 3, 3]])
+
+
+def test_the_state_survives_a_file_that_holds_only_tensors():
+    model, other = Model(), Model()
+    keys = ["words.a", "words.b", "mix.a", "mix.b", "mix.bias"]
+    assert list(model.state_dict()) == keys
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    assert not torch.equal(model(IDS), other(IDS))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(model(IDS), other(IDS))
+
+
+def test_a_module_is_pickled_whole():
+    file = io.BytesIO()
+    model = Model()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(IDS), model(IDS))
+
+
+def test_a_deep_copy_shares_nothing():
+    model = Model()
+    expected = model(IDS)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(copied(IDS), expected) and not model(IDS).any()
+
+
+def test_a_model_is_built_without_memory_and_filled_later():
+    with torch.device("meta"):
+        model = Model()
+    assert all(p.is_meta for p in model.parameters())
+    assert Model(device="meta")(IDS.to("meta")).shape == (2, 3, 11)
+    assert model.mix.to_linear().weight.is_meta and model.words.to_embedding().weight.is_meta
+    source = Model()
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(model(IDS), source(IDS))
+    empty = Model(device="meta").to_empty(device="cpu")
+    for module in (empty.words, empty.mix):
+        module.reset_parameters()
+    assert all(p.isfinite().all() for p in empty.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtype_is_an_argument_and_a_conversion(dtype):
+    model = Model(dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model(IDS).dtype == dtype
+    assert model.mix.to_linear().weight.dtype == dtype
+    assert {p.dtype for p in Model().to(torch.float64).parameters()} == {torch.float64}
+    layer = KroneckerLinear(12, 10, (2, 4), 2, dtype=torch.complex64)
+    x = torch.randn(3, 12, dtype=torch.complex64)
+    torch.testing.assert_close(layer(x), layer.to_linear()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_within_rounding_of_the_dense_function(dtype):
+    s = KronShape(6, 4, 5, 8, 3)
+    layer = linear_of(s, dtype=dtype)
+    wide = copy.deepcopy(layer).double().to_linear()
+    x = torch.randn(200, s.in_features).to(dtype)
+    assert_close("y", layer(x), wide(x.double()), terms=1)  # one rounding, and that of the bias
+    table = table_of(50, 24, 4, 3, dtype=dtype)
+    ids = torch.randint(50, (200,))
+    dense = copy.deepcopy(table).double().to_embedding()
+    assert_close("rows", table(ids), dense(ids), terms=1)
+    h = torch.randn(200, 24).to(dtype)
+    assert_close("logits", table.decode(h), h.double() @ dense.weight.mT, terms=1)
+    converted = KroneckerLinear.from_linear(layer.to_linear(), (6, 4), 3)
+    assert converted.a.dtype == dtype
+
+
+def test_half_precision_trains():
+    model = Model(dtype=torch.bfloat16)
+    model(IDS).float().square().sum().backward()
+    assert all(
+        p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in model.parameters()
+    )
+
+
+def test_a_model_learns():
+    model = Model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    losses = []
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap of sums in place
+def test_functional_call_and_transforms_see_the_parameters():
+    model = Model(dtype=torch.float64)
+    doubled = {key: 2 * p.detach() for key, p in model.named_parameters()}
+
+    def loss(state, ids):
+        return torch.func.functional_call(model, state, (ids,)).square().sum()
+
+    other = copy.deepcopy(model)
+    other.load_state_dict(doubled)
+    expected = other(IDS).square().sum()
+    torch.testing.assert_close(loss(doubled, IDS), expected)
+    expected.backward()
+    grads = torch.func.grad(loss)(doubled, IDS)
+    for key, p in other.named_parameters():
+        torch.testing.assert_close(grads[key], p.grad)
+    per_sample = torch.vmap(torch.func.grad(loss), (None, 0))(doubled, IDS)
+    for key, grad in grads.items():
+        torch.testing.assert_close(per_sample[key].sum(0), grad)
+
+
+def test_compile_sees_the_whole_graph():
+    model = Model()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    for ids in (IDS, IDS[:1, :2]):
+        model.zero_grad()
+        compiled.zero_grad()
+        expected, y = model(ids), compiled(ids)
+        torch.testing.assert_close(y, expected)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        for p, other in zip(compiled.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, other.grad)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_nothing_that_is_passed_in_is_written_to(mode):
+    model = Model()
+    h, bias, ids = torch.randn(2, 3, 12), torch.randn(11), IDS.clone()
+    kept = [t.clone() for t in (h, bias, ids, *model.parameters())]
+    with mode():
+        y = model.mix(h)
+        y += 1  # the result is the caller's own
+        model.words(ids).mul_(2)
+        logits = model.words.decode(h, bias)
+        logits.zero_()
+    for t, before in zip((h, bias, ids, *model.parameters()), kept, strict=True):
+        assert torch.equal(t, before)
+
+
+def test_frozen_factors_take_no_gradient():
+    model = Model()
+    model.mix.a.requires_grad_(False)
+    model(IDS).sum().backward()
+    assert model.mix.a.grad is None and model.mix.b.grad is not None
+    frozen = Model().requires_grad_(False)
+    assert not frozen(IDS).requires_grad
+
+
+def test_a_layer_in_autocast_gives_the_lower_dtype_as_linear_does():
+    layer, dense = KroneckerLinear(12, 10, (2, 4)), nn.Linear(12, 10)
+    x = torch.randn(3, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == dense(x).dtype == torch.bfloat16
+        layer(x).float().sum().backward()
+    assert layer.a.grad.dtype == torch.float32
+
+
+def test_a_parametrized_factor_is_used():
+    layer = KroneckerLinear(12, 10, (2, 4))
+    nn.utils.parametrizations.weight_norm(layer, "a")
+    x = torch.randn(3, 12)
+    with torch.no_grad():
+        before = layer(x) - layer.bias
+        layer.parametrizations.a.original0.mul_(2)
+        torch.testing.assert_close(layer(x) - layer.bias, 2 * before)
+
+
+def test_the_printed_form_tells_the_sizes_apart():
+    assert repr(KroneckerLinear(768, 3072, (16, 2), 4, bias=False)) == (
+        "KroneckerLinear(in_features=2*384, out_features=16*192, rank=4, bias=False)"
+    )
+    assert repr(KroneckerEmbedding(30522, 768, 8)) == "KroneckerEmbedding(30522, 96*8, rank=1)"
