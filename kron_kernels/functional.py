@@ -57,13 +57,19 @@ def kron_matmul(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, or the backend cannot serve the call.
     """
-    x, *factors, bias = _autocast(x, *factors, bias)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        x, bias, *factors = _lowered(device, x, bias, *factors)
+        # Within, the products would be cast once more, those of float32 sums included.
+        with torch.autocast(device, enabled=False):
+            return kron_matmul(
+                x, *factors, bias=bias, activation=activation, residual=residual, backend=backend
+            )
     factors = check_factors(x, factors)
     check_epilogue(x, factors, bias, activation, residual)
     backend = dispatch.choose(backend, x, *factors)
     if len(factors) != 2 or _plain_is_best(x, *factors):
-        y = eager.kron_matmul(x, *factors)
-        y = y if bias is None else y + bias
+        y = eager.kron_matmul(x, *factors, bias=bias)
     else:
         rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
         y = KronMatmul.apply(rows, *factors, bias, backend)
@@ -124,8 +130,7 @@ class KronMatmul(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, backend: str):
         def plain(x, a, b, bias):
-            y = eager.kron_matmul(x, a, b)
-            return y if bias is None else y + bias
+            return eager.kron_matmul(x, a, b, bias=bias)
 
         return torch.vmap(plain, in_dims[:4])(x, a, b, bias), 0
 
@@ -142,11 +147,8 @@ def _differentiable_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, backen
     return dx, da, db
 
 
-def _autocast(*operands: Tensor | None) -> list[Tensor | None]:
+def _lowered(device: str, *operands: Tensor | None) -> list[Tensor | None]:
     """Cast as ``F.linear`` does: under autocast every real dtype but float64 becomes the lower."""
-    device = operands[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(operands)
     dtype = torch.get_autocast_dtype(device)
 
     def cast(t: Tensor | None) -> Tensor | None:

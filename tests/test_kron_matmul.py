@@ -254,6 +254,14 @@ def test_autocast_casts_as_linear_does(lower):
     assert a.grad.dtype == torch.float32 and a.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("tokens", [5, 1500])
+def test_autocast_rounds_the_operands_and_the_result_and_nothing_between(tokens):
+    x, a, b = draw(SHAPES[4], tokens, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kron_matmul(x, a, b)
+    assert torch.equal(y, kron_matmul(x.bfloat16(), a.bfloat16(), b.bfloat16()))
+
+
 @pytest.mark.parametrize("s", SHAPES[1:], ids=name)
 @pytest.mark.parametrize("tokens", [0, 6])
 def test_meta_tensors_know_the_shape(s, tokens):

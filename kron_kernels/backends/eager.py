@@ -35,13 +35,12 @@ _COPY = 40  # per element of the copy into or out of planes
 _NARROW = 12  # a batched product of q columns runs at q / (q + _NARROW) of the large GEMM's rate
 _BATCH = 2000  # per batched product
 
-
 # Neighbouring factors are multiplied out while the product's sides stay within this.
 _MERGED = 64
 
 
-def kron_matmul(x: Tensor, *factors: Tensor) -> Tensor:
-    """``x (…, n)`` times ``Σ_k F_k ⊗ G_k ⊗ …`` of factors ``(r, m_i, n_i)``, differentiable."""
+def kron_matmul(x: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x Wᵀ + bias`` of ``x (…, n)``, factors ``(r, m_i, n_i)``, ``bias (m,)``; differentiable."""
     dtype = x.dtype
     x, *factors = (_compute(t) for t in (x, *factors))
     if len(factors) > 2:
@@ -57,7 +56,7 @@ def kron_matmul(x: Tensor, *factors: Tensor) -> Tensor:
             terms = zip(*(f.unbind() for f in factors), strict=True)
             first, *others = (_one_term(x, term) for term in terms)
             y = sum(others, first)
-    return y.to(dtype)
+    return (y if bias is None else y + bias).to(dtype)
 
 
 def _one_term(x: Tensor, term: tuple[Tensor, ...]) -> Tensor:
