@@ -38,7 +38,8 @@ def check_factors(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if not (x.is_floating_point() or x.is_complex()):
         raise ValueError(f"x must be floating point or complex, got {x.dtype}; use x.float().")
     for i, f in enumerate(factors):
-        _check_alike(x, f"factor {i}", f)
+        if f.dtype != x.dtype or f.device != x.device:
+            _refuse_unlike(x, f"factor {i}", f)
     return factors
 
 
@@ -57,7 +58,8 @@ def check_epilogue(
                 f"bias must have shape ({rows},), the product of the factors' rows, "
                 f"got {tuple(bias.shape)}."
             )
-        _check_alike(x, "bias", bias)
+        if bias.dtype != x.dtype or bias.device != x.device:
+            _refuse_unlike(x, "bias", bias)
     if activation is not None:
         known = get_args(Activation)
         if activation not in known:
@@ -72,10 +74,9 @@ def check_epilogue(
         )
 
 
-def _check_alike(x: Tensor, name: str, t: Tensor) -> None:
+def _refuse_unlike(x: Tensor, name: str, t: Tensor) -> None:
     if t.dtype != x.dtype:
         raise ValueError(
             f"{name} is {t.dtype} but x is {x.dtype}; cast one with .to(), or use autocast."
         )
-    if t.device != x.device:
-        raise ValueError(f"{name} is on {t.device} but x is on {x.device}; move one with .to().")
+    raise ValueError(f"{name} is on {t.device} but x is on {x.device}; move one with .to().")

@@ -23,8 +23,9 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Wall time of each call, in rounds, so that what slows the machine slows all alike.
 
-    A call that takes less than a millisecond is repeated within its turn, and averaged. CUDA work
-    is waited for.
+    A call that takes less than a millisecond is repeated within its turn, and averaged. One of less
+    than 10 ms is called once before, untimed, or it would pay for what its predecessor left in the
+    caches. CUDA work is waited for.
 
     Args:
         calls: By name; each is called twice before it is timed.
@@ -33,15 +34,21 @@ def interleaved(
     """
     if not calls:
         return {}
-    repeats = {}
+    once = {}
     for name, call in calls.items():
         call()
-        repeats[name] = max(1, int(1e-3 / max(_time(call, 1), 1e-7)))
+        once[name] = max(_time(call, 1), 1e-7)
     rounds: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
     while len(rounds) < max(at_least, 2) or time.perf_counter() < end:
-        rounds.append({name: _time(call, repeats[name]) for name, call in calls.items()})
+        rounds.append({name: _turn(call, once[name]) for name, call in calls.items()})
     return {name: _summary([r[name] for r in rounds]) for name in calls}
+
+
+def _turn(call: Callable[[], Any], expected: float) -> float:
+    if expected < 10e-3:
+        call()
+    return _time(call, max(1, int(1e-3 / expected)))
 
 
 def _time(call: Callable[[], Any], repeats: int) -> float:

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from kron_kernels.shapes import KronShape, Order
 
-# On a CPU tokens go through in chunks whose operands and results stay in L2 (1.1x to 1.5x at 1024
-# tokens of width 768); beyond that, every large temporary costs page faults.
-_CHUNK_BYTES = 2**21
+# On a CPU tokens go through in chunks whose operands and results stay in the cache: 1.1x to 1.5x at
+# 1024 tokens of width 768, flat from 1 to 4 MB. Every large temporary would cost page faults.
+_CHUNK_BYTES = 2**22
 
 # The unit of cost is a multiply-add inside a large GEMM. benchmarks/eager_forms.py measures how
 # far the choice made with these numbers is from the best form.
@@ -41,22 +41,28 @@ _MERGED = 64
 
 def kron_matmul(x: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x Wᵀ + bias`` of ``x (…, n)``, factors ``(r, m_i, n_i)``, ``bias (m,)``; differentiable."""
-    dtype = x.dtype
-    x, *factors = (_compute(t) for t in (x, *factors))
+    operands = [_compute(t) for t in (x, *factors)]
+    wide, factors = operands[0], operands[1:]
     if len(factors) > 2:
         factors = merge_small(factors)
     match factors:
         case (a,):
-            y = F.linear(x, a.sum(0))
+            y = F.linear(wide, a.sum(0))
         case (a, b):
             s = KronShape.of(a, b)
-            rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
-            y = _CONTRACT[choose_form(s)](rows, a, b, s).view(*x.shape[:-1], s.out_features)
+            contract = _CONTRACT[choose_form(s)]
+            if x.ndim == 2:
+                y = contract(wide, a, b, s)
+            else:
+                rows = wide.flatten(0, -2) if x.ndim > 1 else wide[None]
+                y = contract(rows, a, b, s).view(*x.shape[:-1], s.out_features)
         case _:
             terms = zip(*(f.unbind() for f in factors), strict=True)
-            first, *others = (_one_term(x, term) for term in terms)
+            first, *others = (_one_term(wide, term) for term in terms)
             y = sum(others, first)
-    return (y if bias is None else y + bias).to(dtype)
+    if bias is not None:
+        y = y + bias
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _one_term(x: Tensor, term: tuple[Tensor, ...]) -> Tensor:
@@ -155,7 +161,7 @@ def _compute(t: Tensor) -> Tensor:
 
 
 def _chunk_tokens(s: KronShape, itemsize: int) -> int:
-    middle = max(s.n1 * s.m2, s.m1 * s.n2) * s.rank
+    middle = s.rank * (s.n1 * s.m2 if choose_form(s).order == "b_first" else s.m1 * s.n2)
     return max(32, _CHUNK_BYTES // ((s.in_features + s.out_features + middle) * itemsize))
 
 
@@ -172,8 +178,11 @@ def _chunks(s: KronShape, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _b_batched(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None = None) -> Tensor:
     t = x.shape[0]
     z = torch.mm(x.view(t * s.n1, s.n2), b.view(s.rank * s.m2, s.n2).mT)
-    z = z.view(t, s.n1, s.rank, s.m2)
     out = out if out is None else out.view(t, s.m1, s.m2)
+    if s.rank == 1:  # fewer views: they are half the time of a single token
+        y = torch.bmm(a.expand(t, s.m1, s.n1), z.view(t, s.n1, s.m2), out=out)
+        return y.view(t, s.out_features)
+    z = z.view(t, s.n1, s.rank, s.m2)
     y = torch.bmm(a[0].expand(t, s.m1, s.n1), z[:, :, 0], out=out)
     for k in range(1, s.rank):
         y = torch.baddbmm(y, a[k].expand(t, s.m1, s.n1), z[:, :, k], out=out)
