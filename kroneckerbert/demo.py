@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import logging
 
 from kroneckerbert import compress, measure
 from kroneckerbert.data import TextDataset, read_lines
@@ -75,7 +77,8 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
         raise ImportError(
             f"the demo needs {error.name}: pip install 'kron-kernels[demo]'"
         ) from error
-    console = Console()
+    console = Console(highlight=False)
+    logging.disable_progress_bar()  # of loading and saving, which take no time here
     set_seed(seed)
     with replace_folder(Path(output)) as folder:
         teacher, tokenizer = _load(get_model_path())
@@ -142,7 +145,6 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
         f"Saved to {output}: a model per preset, results.json, tradeoff.png. To load one:\n"
         "  import kroneckerbert; from transformers import AutoModel\n"
         f"  model = AutoModel.from_pretrained({str(Path(output) / PRESETS[0])!r})",
-        highlight=False,
     )
     return results
 
@@ -214,41 +216,30 @@ def _told(scores: dict[str, float]) -> str:
 
 
 def _table(results: list[Result], setting: dict) -> Table:
-    """Teacher first; factors in brackets are relative to it."""
-    teacher = results[0]
+    """A column per model, the teacher first; factors in brackets are relative to it."""
     table = Table(
         title=f"{setting['threads']} threads, {setting['machine']}, float32, "
-        f"{setting['tokens']} tokens, {setting['minutes']:g} minutes of distillation"
+        f"{setting['tokens']} tokens,\n{setting['minutes']:g} minutes of distillation per student"
     )
-    table.add_column("", no_wrap=True)
-    for heading in (
-        "parameters",
-        "MB on disk",
-        "GFLOPs",
-        *(f"ms, batch {batch}" for batch in BATCHES),
-        "cosine to teacher",
-        "ranking as teacher",
-    ):
-        table.add_column(heading, justify="right")
+    table.add_column("")
     for r in results:
-        table.add_row(
-            r.name,
-            f"{r.parameters / 1e6:.2f} M{_times(teacher.parameters / r.parameters)}",
-            f"{r.bytes_on_disk / 1e6:.1f}{_times(teacher.bytes_on_disk / r.bytes_on_disk)}",
-            f"{r.gflops:.2f}{_times(teacher.gflops / r.gflops)}",
-            *(
-                f"{r.latency_ms[b].median:.1f}"
-                f"{_times(teacher.latency_ms[b].median / r.latency_ms[b].median)}"
-                for b in BATCHES
-            ),
-            f"{r.before['cosine']:.3f} → {r.after['cosine']:.3f}",
-            f"{r.before['ranking']:.3f} → {r.after['ranking']:.3f}",
-        )
+        table.add_column(r.name, justify="right", no_wrap=True)
+
+    def row(heading: str, value: Callable[[Result], float], digits: int) -> None:
+        first = value(results[0])
+        cells = (f"{value(r):.{digits}f} ({first / value(r):4.1f}x)" for r in results[1:])
+        table.add_row(heading, f"{first:.{digits}f}", *cells)
+
+    row("parameters, millions", lambda r: r.parameters / 1e6, 2)
+    row("MB on disk", lambda r: r.bytes_on_disk / 1e6, 1)
+    row("GFLOPs, batch 1", lambda r: r.gflops, 2)
+    for batch in BATCHES:
+        row(f"ms, batch {batch}", lambda r, batch=batch: r.latency_ms[batch].median, 1)
+    table.add_section()
+    for score, heading in (("cosine", "cosine to teacher"), ("ranking", "ranking as teacher")):
+        table.add_row(f"{heading}, start", *(f"{r.before[score]:.3f}" for r in results))
+        table.add_row("  after distillation", *(f"{r.after[score]:.3f}" for r in results))
     return table
-
-
-def _times(ratio: float) -> str:
-    return "" if ratio == 1 else f" ({ratio:.1f}x)"
 
 
 def _draw(results: list[Result], setting: dict, path: Path) -> None:
@@ -260,7 +251,7 @@ def _draw(results: list[Result], setting: dict, path: Path) -> None:
     sizes = [r.parameters / 1e6 for r in results]
     quality.plot(sizes, [r.after["ranking"] for r in results], "o-", label="after distillation")
     quality.plot(sizes, [r.before["ranking"] for r in results], "o:", label="at the start")
-    quality.set(ylabel="ranking of sentence pairs as the teacher (Spearman)", ylim=(-0.05, 1.05))
+    quality.set(ylabel="ranking of sentence pairs as teacher", ylim=(-0.05, 1.05))
     quality.legend()
     for batch in BATCHES:
         timings = [r.latency_ms[batch] for r in results]
@@ -271,7 +262,8 @@ def _draw(results: list[Result], setting: dict, path: Path) -> None:
     speed.legend()
     for axes in (quality, speed):
         axes.set(xlabel="parameters, millions", xscale="log", xticks=sizes)
-        axes.set_xticklabels([f"{r.name}\n{s:.1f}" for r, s in zip(results, sizes, strict=True)])
+        names = [r.name.replace("kronecker-bert-", "preset ") for r in results]
+        axes.set_xticklabels([f"{n}\n{s:.1f}" for n, s in zip(names, sizes, strict=True)])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.suptitle(

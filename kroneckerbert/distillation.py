@@ -274,6 +274,10 @@ class DistillationArguments(TrainingArguments):
     )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences per step."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Sequences per step."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available,
+        metadata={"help": "Pin memory; on where there is a GPU to copy to."},
+    )
     logging_steps: float = field(
         default=50, metadata={"help": "Steps between reports, or a share of all steps if below 1."}
     )
