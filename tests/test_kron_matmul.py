@@ -180,7 +180,8 @@ def test_drawn_shapes_ranks_dtypes_and_layouts(problem):
     x, a, b = (relayout(t, layout) for t in draw(s, lead, dtype))
     y = kron_matmul(x, a, b)
     assert y.shape == (*lead, s.out_features)
-    assert_close("y", y, reference.kron_matmul(x, a, b), terms(s))
+    # Drawn to be of order 1; a single entry may be near zero by chance.
+    assert_close("y", y, reference.kron_matmul(x, a, b), terms(s), scale=1.0)
 
 
 def test_a_vector_and_matrix_factors():
