@@ -5,6 +5,7 @@ load what ``save_pretrained`` wrote.
 """
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 if find_spec("transformers") is None:
     raise ImportError("kroneckerbert needs transformers: pip install 'kron-kernels[bert]'")
@@ -31,6 +32,9 @@ from kroneckerbert.modeling_kroneckerbert import (
     mean_pooling,
 )
 
+if TYPE_CHECKING:
+    from kroneckerbert.distillation import DistillationArguments, DistillationTrainer
+
 AutoConfig.register(KroneckerBertConfig.model_type, KroneckerBertConfig, exist_ok=True)
 for _auto, _model in (
     (AutoModel, KroneckerBertModel),
@@ -41,7 +45,19 @@ for _auto, _model in (
 ):
     _auto.register(KroneckerBertConfig, _model, exist_ok=True)
 
+
+def __getattr__(name: str) -> Any:
+    """What needs accelerate, imported when it is asked for."""
+    if name in ("DistillationArguments", "DistillationTrainer"):
+        from kroneckerbert import distillation
+
+        return getattr(distillation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
+    "DistillationArguments",
+    "DistillationTrainer",
     "KroneckerBertConfig",
     "KroneckerBertForMaskedLM",
     "KroneckerBertForQuestionAnswering",
