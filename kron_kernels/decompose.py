@@ -9,7 +9,8 @@ from kron_kernels.shapes import KronShape
 
 # Elements of W converted to float64 at a time. 2**22 are 32 MB: 30522 x 768 peaks below 0.3 GB.
 _CHUNK = 2**22
-# Above this side the dense eigenproblem (4096: 45 s on two cores) gives way to a randomised one.
+# Above this side the dense eigenproblem, cubic in it (1.4 s here on two cores), gives way to a
+# randomised one.
 _LARGEST_GRAM = 2048
 
 

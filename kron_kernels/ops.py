@@ -1,8 +1,8 @@
 """Operator contracts: schema, fake kernel, implementation and FLOP formula. Torch only.
 
 Two factors, two-dimensional x: what every backend has a kernel for. Autograd, vmap and autocast
-live outside, in ``functional``; the boundary costs 3 µs (``define`` and ``impl``; ``custom_op``
-with ``register_autograd`` would cost 40).
+live outside, in ``functional``: ``define`` and ``impl`` cost 5 µs a call (25 against 20 at one
+token), less than ``custom_op`` with ``register_autograd``.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _EXTRAS = {
 }
 _DEFAULT_MINUTES = 5.0
 _FILE_WIDTH = 200
-_CALIBRATION_TEXTS = 512  # second moments of 30 k tokens or so
+_CALIBRATION_TEXTS = 512
 
 # Paths and messages may have brackets, which are no markup. A file or pipe has room for any table.
 console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)

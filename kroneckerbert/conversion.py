@@ -169,7 +169,7 @@ def second_moments(
     Returns:
         By name, shape ``(in_features, in_features)``, float32, on the model's device. The query,
         key and value of a layer read the same input and share one tensor. All layers of BERT_BASE
-        take 0.5 GB, of which the 3072-wide ``output.dense`` are nine tenths.
+        take 0.5 GB, of which the 3072-wide ``output.dense`` are five sixths.
 
     Raises:
         ValueError: If there is no token to average over.
