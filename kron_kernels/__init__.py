@@ -3,15 +3,19 @@
 from kron_kernels.decompose import nearest_kronecker
 from kron_kernels.dispatch import explain_backends
 from kron_kernels.functional import kron_matmul
-from kron_kernels.nn import KroneckerEmbedding, KroneckerLinear
+from kron_kernels.fused import kron_feed_forward, kron_qkv
+from kron_kernels.nn import KroneckerEmbedding, KroneckerFeedForward, KroneckerLinear
 from kron_kernels.shapes import KronShape
 
 __version__ = "0.1.0"
 __all__ = [
     "KronShape",
     "KroneckerEmbedding",
+    "KroneckerFeedForward",
     "KroneckerLinear",
     "explain_backends",
+    "kron_feed_forward",
     "kron_matmul",
+    "kron_qkv",
     "nearest_kronecker",
 ]

@@ -15,32 +15,37 @@ def check_factors(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The factors as ``(r, m_i, n_i)``, held to one another and to ``x (…, n)``."""
     if not factors:
         raise ValueError("kron_matmul(x, *factors) needs at least one factor, got none.")
-    for i, f in enumerate(factors):
-        if f.ndim not in (2, 3) or 0 in f.shape:
+    # One pass over the shapes: at one token the checks are a visible part of a call.
+    shapes = [f.shape for f in factors]
+    columns = 1
+    for i, shape in enumerate(shapes):
+        if len(shape) not in (2, 3) or 0 in shape:
             raise ValueError(
                 f"factor {i} must be (m, n) or (rank, m, n) with every side at least 1, "
-                f"got shape {tuple(f.shape)}."
+                f"got shape {tuple(shape)}."
             )
-    factors = tuple(f if f.ndim == 3 else f[None] for f in factors)
-    ranks = [f.shape[0] for f in factors]
-    if any(rank != ranks[0] for rank in ranks):
+        columns *= shape[-1]
+    ranks = [shape[0] if len(shape) == 3 else 1 for shape in shapes]
+    if ranks.count(ranks[0]) != len(ranks):
         raise ValueError(
             f"factors must share one Kronecker rank, got {ranks} (a 2-D factor has rank 1); "
             f"repeat a shared factor with .expand({max(ranks)}, -1, -1)."
         )
-    columns = [f.shape[2] for f in factors]
-    if x.ndim == 0 or x.shape[-1] != prod(columns):
-        product = " * ".join(map(str, columns))
+    if x.ndim == 0 or x.shape[-1] != columns:
+        product = " * ".join(str(shape[-1]) for shape in shapes)
         raise ValueError(
             f"x's last dimension must be the product of the factors' columns, "
-            f"{product} = {prod(columns)}, got x of shape {tuple(x.shape)}."
+            f"{product} = {columns}, got x of shape {tuple(x.shape)}."
         )
-    if not (x.is_floating_point() or x.is_complex()):
-        raise ValueError(f"x must be floating point or complex, got {x.dtype}; use x.float().")
+    dtype, device = x.dtype, x.device
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise ValueError(f"x must be floating point or complex, got {dtype}; use x.float().")
     for i, f in enumerate(factors):
-        if f.dtype != x.dtype or f.device != x.device:
+        if f.dtype != dtype or f.device != device:
             _refuse_unlike(x, f"factor {i}", f)
-    return factors
+    return tuple(
+        f if len(shape) == 3 else f[None] for f, shape in zip(factors, shapes, strict=True)
+    )
 
 
 def check_epilogue(
@@ -51,6 +56,8 @@ def check_epilogue(
     residual: Tensor | None,
 ) -> None:
     """Bias ``(m,)``, activation and residual ``(…, m)`` against checked factors."""
+    if bias is None and activation is None and residual is None:
+        return
     rows = prod([f.shape[1] for f in factors])
     if bias is not None:
         if bias.shape != (rows,):

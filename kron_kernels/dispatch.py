@@ -6,14 +6,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from kron_kernels.backends import eager
+from kron_kernels.backends import eager, native
 from kron_kernels.checks import check_factors
 from kron_kernels.shapes import KronShape
 
 Backend = Literal["auto", "eager", "native", "triton", "cuda"]
 
 _ABSENT = {
-    "native": "this version has no compiled CPU kernels; eager serves CPUs",
     "triton": "this version has no Triton kernels; eager serves GPUs",
     "cuda": "this version has no CUDA C++ kernels; eager serves GPUs",
 }
@@ -23,7 +22,9 @@ def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
     """Why this backend cannot serve the call, as the end of a sentence, or None if it can."""
     if backend == "eager":
         return None
-    names = ", ".join(("auto", "eager", *_ABSENT))
+    if backend == "native":
+        return native.why_not(x, *factors)
+    names = ", ".join(("auto", "eager", "native", *_ABSENT))
     return _ABSENT.get(backend, f"there is no such backend; there are {names}")
 
 
@@ -34,7 +35,7 @@ def choose(backend: str, x: Tensor, *factors: Tensor) -> str:
         ValueError: If the backend asked for cannot serve the call, with the reason.
     """
     if backend == "auto":
-        return "eager"
+        return "eager" if native.why_not(x, *factors) else "native"
     if reason := why_not(backend, x, *factors):
         raise ValueError(f"backend={backend!r} cannot serve this call: {reason}.")
     return backend
@@ -52,7 +53,8 @@ def explain_backends(x: Tensor, *factors: Tensor) -> str:
     """
     factors = check_factors(x, factors)
     lines = [f"{name:8}{why_not(name, x, *factors)}" for name in _ABSENT]
-    return "\n".join([*lines, f"eager   ready: {_eager_plan(*factors)}"])
+    compiled = why_not("native", x, *factors) or f"ready: {native.instruction_set()}"
+    return "\n".join([*lines, f"native  {compiled}", f"eager   ready: {_eager_plan(*factors)}"])
 
 
 def _eager_plan(*factors: Tensor) -> str:

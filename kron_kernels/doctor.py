@@ -9,6 +9,7 @@ import shutil
 import torch
 
 import kron_kernels
+from kron_kernels import dispatch
 from kron_kernels.shapes import KronShape
 
 # KroneckerBERT's layers, 8x and 21x (NAACL 2022, Table 1).
@@ -39,17 +40,18 @@ def report() -> str:
         lines.append(f"{package:14}{_version(package) or f'not installed ({use})'}")
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     lines.append(
-        f"{'C++ compiler':14}{'found' if compiler else 'not found'} (nothing is compiled yet)"
+        f"{'C++ compiler':14}{'found' if compiler else 'not found'} "
+        "(needed once, when kron_kernels is installed, for the native backend)"
     )
-    lines += ["", "backends, for KroneckerBERT's layers at BERT_BASE size"]
+    lines += [
+        "",
+        "KroneckerBERT's layers at BERT_BASE size: who serves on this CPU, and what eager would do",
+    ]
     for name, s in _LAYERS.items():
-        x, a, b = (
-            torch.empty(size, device="meta")
-            for size in ((1, s.in_features), (s.m1, s.n1), (s.m2, s.n2))
-        )
-        *absent, served = kron_kernels.explain_backends(x, a, b).splitlines()
-        lines.append(f"  {name:22}{served}")
-    lines += ["", *absent]
+        x, a, b = (torch.empty(size) for size in ((1, s.in_features), (s.m1, s.n1), (s.m2, s.n2)))
+        *others, eager = kron_kernels.explain_backends(x, a, b).splitlines()
+        lines.append(f"  {name:22}{dispatch.choose('auto', x, a, b):8}{eager}")
+    lines += ["", *others]
     return "\n".join(lines)
 
 

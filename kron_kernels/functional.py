@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kron_kernels import dispatch, ops
-from kron_kernels.backends import eager
+from kron_kernels.backends import eager, native
 from kron_kernels.checks import Activation, check_epilogue, check_factors
 from kron_kernels.dispatch import Backend
 from kron_kernels.shapes import KronShape
-
-_ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
 
 
 def kron_matmul(
@@ -46,9 +39,10 @@ def kron_matmul(
         bias: Shape ``(m,)``, ``m`` the product of the factors' rows.
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
         residual: Shape ``(…, m)``, added last.
-        backend: ``"eager"`` is PyTorch on any device; ``"auto"`` takes the fastest backend that
-            can serve the call. One asked for by name is never replaced by another;
-            :func:`kron_kernels.explain_backends` says which can serve and why others cannot.
+        backend: ``"eager"`` is PyTorch on any device, ``"native"`` compiled code on CPUs;
+            ``"auto"`` takes the fastest that can serve the call. One asked for by name is never
+            replaced; :func:`kron_kernels.explain_backends` says which can serve and why others
+            cannot.
 
     Returns:
         Output of shape ``(…, m)``, of x's dtype (promoted with residual's). On a CPU, 16-bit
@@ -68,36 +62,107 @@ def kron_matmul(
     factors = check_factors(x, factors)
     check_epilogue(x, factors, bias, activation, residual)
     backend = dispatch.choose(backend, x, *factors)
-    if len(factors) != 2 or _plain_is_best(x, *factors):
+    with_grads = differentiable(x, *factors, bias, residual)
+    if _plain_is_best(x, factors, backend, with_grads):
         y = eager.kron_matmul(x, *factors, bias=bias)
-    else:
-        rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
-        y = KronMatmul.apply(rows, *factors, bias, backend)
+        return eager.epilogue(y, activation, residual)
+    rows = as_rows(x)
+    if with_grads:
+        y = apply(rows, *factors, bias, backend)
         y = y.view(*x.shape[:-1], y.shape[-1])
-    if activation is not None:
-        y = _ACTIVATIONS[activation](y)
-    return y if residual is None else y + residual
+        return eager.epilogue(y, activation, residual)
+    fused = residual is not None and residual.dtype == x.dtype
+    epilogue = bias, activation, as_rows(residual) if fused else None
+    if backend == "eager" or observed(rows):
+        y = ops.kron_matmul(rows, *factors, *epilogue, backend)
+    else:
+        y = native.kron_matmul(rows, factors, *epilogue)
+    if x.ndim != 2:
+        y = y.view(*x.shape[:-1], y.shape[-1])
+    return y if fused or residual is None else y + residual
 
 
-def _plain_is_best(x: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether plain products serve better than the operator and its gradient.
+def as_rows(t: Tensor) -> Tensor:
+    """``(…, n)`` as ``(tokens, n)``."""
+    return t if t.ndim == 2 else t.flatten(0, -2) if t.ndim > 2 else t[None]
 
-    A compiler can fuse and export them; without gradients, a few tokens take less time than the
-    call of an operator inside an autograd.Function.
+
+def observed(x: Tensor) -> bool:
+    """Whether the dispatcher must see a call of compiled kernels: a compiler, a mode, a subclass.
+
+    It takes 4 µs, which is a product of a few tokens.
     """
-    if torch.compiler.is_compiling():
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) not in (Tensor, torch.nn.Parameter)
+    )
+
+
+def differentiable(*operands: Tensor | None) -> bool:
+    """Whether someone may differentiate or transform this call."""
+    if transformed():
         return True
-    if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+
+def transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _plain_is_best(x: Tensor, factors: tuple[Tensor, ...], backend: str, with_grads: bool) -> bool:
+    """Whether plain products serve better than the operator and its gradient."""
+    # A compiler can fuse them, and an exporter must translate them.
+    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and with_grads):
+        return True
+    if torch.compiler.is_compiling() and backend == "eager":
+        return True
+    if len(factors) != 2:  # the operator is for two
+        return backend == "eager" or with_grads or observed(x)
+    if backend != "eager":
         return False
-    return eager.fits_one_chunk(x, KronShape.of(a, b))
+    # Without gradients a few tokens take less time than the call of an operator.
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))
+    return not needed and eager.fits_one_chunk(x, KronShape.of(*factors))
+
+
+def apply(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """``x Wᵀ + bias`` of ``x (T, n)``, differentiable in every way."""
+    function = TransformedKronMatmul if transformed() else KronMatmul
+    return function.apply(x, a, b, bias, backend)
+
+
+def backward(ctx, dy: Tensor):
+    """Gradients of ``x``, ``a``, ``b``, ``bias``, and None for the backend."""
+    x, a, b = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():
+        grads = _differentiable_backward(dy, x, a, b, ctx.backend)
+    else:
+        grads = ops.kron_matmul_backward(dy, x.conj(), a.conj(), b.conj(), needed, ctx.backend)
+    grads = [g if n else None for g, n in zip(grads, needed, strict=True)]
+    return *grads, dy.sum(0) if ctx.needs_input_grad[3] else None, None
 
 
 class KronMatmul(torch.autograd.Function):
     """``x (T, n)``, ``a (r, m1, n1)``, ``b (r, m2, n2)``, ``bias (m,)`` or None to ``y (T, m)``."""
 
     @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        ctx.backend = backend
+        return ops.kron_matmul(x, a, b, bias, None, None, backend)
+
+    backward = staticmethod(backward)
+
+
+class TransformedKronMatmul(torch.autograd.Function):
+    """The same for ``torch.func`` and forward mode, whose form of a Function takes 40 µs more."""
+
+    @staticmethod
     def forward(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        return ops.kron_matmul(x, a, b, bias, backend)
+        return ops.kron_matmul(x, a, b, bias, None, None, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -105,22 +170,13 @@ class KronMatmul(torch.autograd.Function):
         ctx.save_for_backward(x, a, b)
         ctx.save_for_forward(x, a, b)
 
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, a, b = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            grads = _differentiable_backward(dy, x, a, b, ctx.backend)
-        else:
-            grads = ops.kron_matmul_backward(dy, x.conj(), a.conj(), b.conj(), needed, ctx.backend)
-        grads = [g if n else None for g, n in zip(grads, needed, strict=True)]
-        return *grads, dy.sum(0) if ctx.needs_input_grad[3] else None, None
+    backward = staticmethod(backward)
 
     @staticmethod
     def jvp(ctx, x_t: Tensor | None, a_t: Tensor | None, b_t: Tensor | None, bias_t, _) -> Tensor:
         x, a, b = ctx.saved_tensors
         terms = [
-            KronMatmul.apply(*operands, None, ctx.backend)
+            TransformedKronMatmul.apply(*operands, None, ctx.backend)
             for operands in ((x_t, a, b), (x, a_t, b), (x, a, b_t))
             if all(t is not None for t in operands)
         ]
@@ -138,7 +194,7 @@ class KronMatmul(torch.autograd.Function):
 
 def _differentiable_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, backend: str):
     """The gradients by operations that have gradients themselves, for double backward."""
-    dx = KronMatmul.apply(dy, a.mH, b.mH, None, backend)
+    dx = apply(dy, a.mH, b.mH, None, backend)
     dy = dy.unflatten(-1, (a.shape[1], b.shape[1]))  # (T, m1, m2)
     x = x.unflatten(-1, (a.shape[2], b.shape[2])).conj()  # (T, n1, n2)
     z = torch.einsum("tjq,kpq->ktjp", x, b.conj())

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kron_kernels.checks import Activation
 from kron_kernels.decompose import nearest_kronecker
 from kron_kernels.functional import Backend, kron_matmul
+from kron_kernels.fused import kron_feed_forward
 from kron_kernels.shapes import KronShape
 
 
@@ -130,6 +132,49 @@ class KroneckerLinear(nn.Module):
             f"in_features={s.n1}*{s.n2}, out_features={s.m1}*{s.m2}, rank={self.rank}, "
             f"bias={self.bias is not None}"
         )
+
+
+class KroneckerFeedForward(nn.Module):
+    """``down(act(up(x)))`` without storing the hidden vector, see :func:`kron_feed_forward`.
+
+    Args:
+        up: From the model's width to the hidden one.
+        down: And back; its ``in_features`` are up's ``out_features``.
+        activation: Between the two, as for :func:`kron_kernels.kron_matmul`.
+        backend: Passed to :func:`kron_kernels.kron_feed_forward`.
+
+    Raises:
+        ValueError: If the layers do not fit one another.
+    """
+
+    def __init__(
+        self,
+        up: KroneckerLinear,
+        down: KroneckerLinear,
+        activation: Activation = "gelu",
+        *,
+        backend: Backend = "auto",
+    ):
+        super().__init__()
+        if up.out_features != down.in_features:
+            raise ValueError(
+                f"down takes {down.in_features} features, but up gives {up.out_features}; "
+                "they must be equal."
+            )
+        self.up, self.down, self.activation, self.backend = up, down, activation, backend
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return kron_feed_forward(
+            x,
+            (self.up.a, self.up.b, self.up.bias),
+            (self.down.a, self.down.b, self.down.bias),
+            activation=self.activation,
+            residual=residual,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
 
 
 class KroneckerEmbedding(nn.Module):

@@ -11,8 +11,9 @@ from torch import Tensor
 
 def materialize(*factors: Tensor) -> Tensor:
     """``Σ_k F_k ⊗ G_k ⊗ …`` of shape ``(m, n)``, formed term by term with ``torch.kron``."""
-    # torch.kron refuses some strides.
-    terms = zip(*((f if f.ndim == 3 else f[None]).contiguous() for f in factors), strict=True)
+    # torch.kron refuses some strides, odd ones of sides of one among them, which are contiguous.
+    copies = (f.clone(memory_format=torch.contiguous_format) for f in factors)
+    terms = zip(*(f if f.ndim == 3 else f[None] for f in copies), strict=True)
     return sum(reduce(torch.kron, term) for term in terms)
 
 

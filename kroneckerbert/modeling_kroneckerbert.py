@@ -21,9 +21,20 @@ from transformers import (
     BertPreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
+from transformers.models.bert.modeling_bert import BertLayer
 
-from kron_kernels import KroneckerEmbedding, KroneckerLinear, KronShape
+from kron_kernels import KroneckerEmbedding, KroneckerLinear, KronShape, kron_feed_forward
 from kroneckerbert.configuration_kroneckerbert import WORD_EMBEDDINGS, KroneckerBertConfig
+
+# What transformers calls by name in hidden_act, as kron_feed_forward knows it.
+_ACTIVATIONS = {
+    GELUActivation: "gelu",
+    GELUTanh: "gelu_tanh",
+    NewGELUActivation: "gelu_tanh",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+}
 
 
 class KroneckerBertPreTrainedModel(BertPreTrainedModel):
@@ -143,7 +154,33 @@ class KroneckerBertModel(KroneckerBertPreTrainedModel, BertModel):
             parent, _, child = path.rpartition(".")
             dense = self.get_submodule(path)
             setattr(self.get_submodule(parent), child, _factorised(dense, shape))
+        for layer in self.encoder.layer:
+            layer.__class__ = KroneckerBertLayer
         super().post_init()
+
+
+class KroneckerBertLayer(BertLayer):
+    """A stock layer, its feed-forward block in one pass where both its layers are factorised."""
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        up, down = self.intermediate.dense, self.output.dense
+        activation = _ACTIVATIONS.get(type(self.intermediate.intermediate_act_fn))
+        # Adapters replace the layers, and hooks expect to be called.
+        parts = self.intermediate, up, self.output, down
+        stock = type(up) is type(down) is KroneckerLinear and not any(
+            part._forward_hooks or part._forward_pre_hooks for part in parts
+        )
+        if not stock or activation is None:
+            return super().feed_forward_chunk(attention_output)
+        layers = (up.a, up.b, up.bias), (down.a, down.b, down.bias)
+        if self.training and self.output.dropout.p:
+            y = kron_feed_forward(attention_output, *layers, activation=activation)
+            return self.output.LayerNorm(self.output.dropout(y) + attention_output)
+        return self.output.LayerNorm(
+            kron_feed_forward(
+                attention_output, *layers, activation=activation, residual=attention_output
+            )
+        )
 
 
 class KroneckerBertForMaskedLM(KroneckerBertPreTrainedModel, BertForMaskedLM):

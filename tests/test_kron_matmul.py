@@ -375,10 +375,10 @@ def test_the_operators_keep_their_contract(s):
     bias, dy = torch.randn(s.out_features), torch.randn(5, s.out_features)
     op = torch.ops.kron_kernels
     for more in (None, bias):
-        torch.library.opcheck(op.kron_matmul.default, (x, a, b, more, "eager"))
+        torch.library.opcheck(op.kron_matmul.default, (x, a, b, more, None, None, "eager"))
     # Dense but permuted: a fake kernel that copies strides would disagree with the real one.
     turned = [t.mT.contiguous().mT for t in (x, a, b)]
-    torch.library.opcheck(op.kron_matmul.default, (*turned, bias, "eager"))
+    torch.library.opcheck(op.kron_matmul.default, (*turned, bias, None, None, "eager"))
     for needed in ([True, True, True], [False, True, False]):
         call = (dy, x, a, b, needed, "eager")
         torch.library.opcheck(op.kron_matmul_backward.default, call)

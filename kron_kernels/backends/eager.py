@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kron_kernels.shapes import KronShape, Order
+from kron_kernels.checks import Activation
+from kron_kernels.shapes import KronShape, Order, contraction_order
 
 # On a CPU tokens go through in chunks whose operands and results stay in the cache: 1.1x to 1.5x at
 # 1024 tokens of width 768, flat from 1 to 4 MB. Every large temporary would cost page faults.
@@ -37,6 +38,21 @@ _BATCH = 2000  # per batched product
 
 # Neighbouring factors are multiplied out while the product's sides stay within this.
 _MERGED = 64
+
+
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def epilogue(y: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
+    """``act(y) + residual``."""
+    if activation is not None:
+        y = _ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
 
 
 def kron_matmul(x: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -66,11 +82,10 @@ def kron_matmul(x: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _one_term(x: Tensor, term: tuple[Tensor, ...]) -> Tensor:
-    """Contract one axis after another, those that shrink the data most for their cost first."""
+    """Contract one axis after another."""
     sizes = [f.shape[1] for f in term]
     lead = x.shape[:-1]
-    # An exchange argument: axis i goes before j where 1/m_i - 1/n_i is larger.
-    for i in sorted(range(len(term)), key=lambda i: 1 / term[i].shape[1] - 1 / term[i].shape[0]):
+    for i in contraction_order([(f.shape[0], f.shape[1]) for f in term]):
         inner = prod(sizes[i + 1 :])
         x = x.reshape(*lead, prod(sizes[:i]), sizes[i], inner)
         x = x.squeeze(-1) @ term[i].mT if inner == 1 else term[i] @ x

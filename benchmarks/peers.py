@@ -1,0 +1,296 @@
+"""Who takes part in bench_kron_matmul.py: dense, ours, plain PyTorch, and other libraries.
+
+    pip install lycoris-lora linear_operator cola-ml
+    pip install --no-deps pyfastkron  # what it requires would replace torch by a CUDA build
+
+A contender takes ``x (T, n)`` and factors ``(m_i, n_i)``, does beforehand what a user would, and
+returns the call to time, which gives a contiguous ``(T, m)``, or None where it does not apply.
+``forward``, ``training`` and ``feed_forward`` return the calls by name, and the check of a result.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from functools import reduce
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from eager_forms import others
+from torch import Tensor
+
+import kron_kernels
+from kron_kernels import dispatch, kron_matmul
+from kron_kernels.backends.eager import merge_small
+from kron_kernels.checks import check_factors
+from kron_kernels.reference import materialize
+from kron_kernels.testing import assert_close
+
+Call = Callable[[], Tensor]
+Sides = list[tuple[int, int]]  # of the factors
+LeftOut = dict[str, str]  # why, by name
+Calls = dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
+Problem = tuple[Calls, Callable[[str, Tensor | tuple[Tensor, ...]], None]]
+
+# Beyond this many entries nobody would form A ⊗ B: 512 MB in float32.
+DENSE_ENTRIES = 2**27
+
+
+def einsum(x: Tensor, *factors: Tensor) -> Tensor:
+    """The definition as one line; in float64 it is the oracle of every measurement."""
+    rows, columns = "abcdefgh"[: len(factors)], "ijklmnop"[: len(factors)]
+    sides = ",".join(r + c for r, c in zip(rows, columns, strict=True))
+    x = x.unflatten(1, [f.shape[1] for f in factors])
+    return torch.einsum(f"t{columns},{sides}->t{rows}", x, *factors).flatten(1)
+
+
+def matmul_per_axis(x: Tensor, *factors: Tensor) -> Tensor:
+    y, done, left = x, len(x), x.shape[1]
+    for f in factors:
+        left //= f.shape[1]
+        y = y.reshape(done, f.shape[1], left)
+        y = y.squeeze(-1) @ f.mT if left == 1 else f @ y
+        done *= f.shape[0]
+    return y.reshape(len(x), -1)
+
+
+def plain(x: Tensor, *factors: Tensor) -> dict[str, Call]:
+    """The lines of PyTorch that people write, by name."""
+    calls = {
+        "einsum": lambda: einsum(x, *factors),
+        "matmul per axis": lambda: matmul_per_axis(x, *factors),
+    }
+    if len(factors) == 2:
+        return calls | _of_two(x, *factors)
+    merged = [f[0] for f in merge_small([f[None] for f in factors])]
+    return calls | {"merged, matmul per axis": lambda: matmul_per_axis(x, *merged)}
+
+
+def _of_two(x: Tensor, a: Tensor, b: Tensor) -> dict[str, Call]:
+    (m1, n1), (m2, n2), t = a.shape, b.shape, len(x)
+
+    def b_first() -> Tensor:
+        z = (x.view(t * n1, n2) @ b.mT).view(t, n1, m2)
+        return torch.bmm(a.expand(t, m1, n1), z).view(t, -1)
+
+    def a_first() -> Tensor:
+        z = torch.bmm(a.expand(t, m1, n1), x.view(t, n1, n2))
+        return (z.view(t * m1, n2) @ b.mT).view(t, -1)
+
+    def slices_of_b() -> Tensor:  # of a tiny right factor
+        columns = x.view(t, n1, n2).unbind(2)
+        mixed = (sum(b[p, q] * columns[q] for q in range(n2)) for p in range(m2))
+        return torch.stack([z @ a.mT for z in mixed], 2).view(t, -1)
+
+    forms = others(x, a, b) | {"bmm, b first": b_first, "bmm, a first": a_first}
+    del forms["kron, then linear"]  # a contender of its own, below
+    if x.requires_grad:
+        forms.pop("slices of a", None)  # written with out=, which has no gradient
+    if m2 * n2 <= 64:
+        forms["slices of b"] = slices_of_b
+    return forms
+
+
+def kron(x: Tensor, *factors: Tensor) -> Call | None:
+    """PEFT's way: the product is formed on every call."""
+    if x.shape[1] * prod(f.shape[0] for f in factors) > DENSE_ENTRIES:
+        return None
+    return lambda: F.linear(x, reduce(torch.kron, factors))
+
+
+def fastkron_rows(x: Tensor, *factors: Tensor) -> Call | None:
+    """``X (F ⊗ G ⊗ …)``, for which the factors are stored transposed.
+
+    It takes tensors, not parameters, and has kernels for two dtypes. alpha and beta stay 1 and 0:
+    with gradients they would be ignored, and its backward is PyTorch, which is not timed here.
+    """
+    from pyfastkron import fastkrontorch
+
+    if x.dtype not in (torch.float32, torch.float64) or x.requires_grad:
+        return None
+    transposed = [f.mT.contiguous() for f in factors]
+    return lambda: fastkrontorch.gemkm(x, transposed)
+
+
+def fastkron_columns(x: Tensor, *factors: Tensor) -> Call | None:
+    """``(F ⊗ G ⊗ …) X``: other kernels, many times as fast where a side is tiny."""
+    from pyfastkron import fastkrontorch
+
+    if x.dtype not in (torch.float32, torch.float64) or x.requires_grad:
+        return None
+    return lambda: fastkrontorch.gekmm(list(factors), x.mT).mT.contiguous()
+
+
+def lycoris(x: Tensor, *factors: Tensor) -> Call | None:
+    from lycoris.functional.lokr import kron_bypass
+
+    if len(factors) != 2:
+        return None
+    a, b = factors
+    return lambda: kron_bypass(x, a, None, None, b, None, None)
+
+
+def linear_operator(x: Tensor, *factors: Tensor) -> Call:
+    from linear_operator.operators import KroneckerProductLinearOperator
+
+    weight = KroneckerProductLinearOperator(*factors)
+    return lambda: (weight @ x.mT).mT.contiguous()
+
+
+def cola(x: Tensor, *factors: Tensor) -> Call:
+    from cola.ops import Dense, Kronecker
+
+    weight = Kronecker(*map(Dense, factors))
+    return lambda: (weight @ x.mT).mT.contiguous()
+
+
+class Library(NamedTuple):
+    package: str
+    module: str
+    prepare: dict[str, Callable[..., Call | None]]
+    pip: str = "pip install"
+
+
+LIBRARIES = [
+    Library(
+        "pyfastkron",
+        "pyfastkron.fastkrontorch",
+        {"fastkron: rows": fastkron_rows, "fastkron: columns": fastkron_columns},
+        pip="pip install --no-deps",
+    ),
+    Library("lycoris-lora", "lycoris.functional.lokr", {"lycoris": lycoris}),
+    Library("linear_operator", "linear_operator.operators", {"linear_operator": linear_operator}),
+    Library("cola-ml", "cola.ops", {"cola": cola}),
+]
+
+
+def installed() -> tuple[list[Library], list[str]]:
+    """The libraries that import, and a line for each that does not."""
+    found, missing = [], []
+    for library in LIBRARIES:
+        try:
+            importlib.import_module(library.module)
+            found.append(library)
+        except Exception as error:  # a broken installation may raise anything
+            why = f"{first_line(error)}; {library.pip} {library.package}"
+            missing.append(f"{library.package} skipped: {why}")
+    return found, missing
+
+
+def versions(libraries: list[Library]) -> dict[str, str]:
+    return {lib.package: importlib.metadata.version(lib.package) for lib in libraries}
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:150]
+
+
+def operands(sides: Sides, tokens: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Of a product whose entries are of order 1."""
+    factors = [(torch.randn(m, n) / n**0.5).to(dtype) for m, n in sides]
+    return torch.randn(tokens, prod(n for _, n in sides)).to(dtype), factors
+
+
+def contenders(
+    x: Tensor, factors: list[Tensor], libraries: list[Library], left_out: LeftOut
+) -> dict[str, Call]:
+    """All but dense. What stands before a colon is a column of the table."""
+    calls = {"auto": lambda: kron_matmul(x, *factors)}
+    calls["eager"] = lambda: kron_matmul(x, *factors, backend="eager")
+    if reason := dispatch.why_not("native", x, *check_factors(x, factors)):
+        left_out["native"] = reason
+    else:
+        calls["native"] = lambda: kron_matmul(x, *factors, backend="native")
+    calls |= {f"torch: {name}": call for name, call in plain(x, *factors).items()}
+    others = {"kron": kron}
+    for library in libraries:
+        others |= library.prepare
+    for name, prepare in others.items():
+        try:
+            call = prepare(x, *factors)
+        except Exception as error:
+            left_out[name] = first_line(error)
+        else:
+            calls |= {} if call is None else {name: call}
+    return calls
+
+
+def forward(
+    sides: Sides, tokens: int, dtype: torch.dtype, libraries: list[Library], left_out: LeftOut
+) -> Problem:
+    x, factors = operands(sides, tokens, dtype)
+    calls = {}
+    if prod(m * n for m, n in sides) <= DENSE_ENTRIES:
+        weight = materialize(*factors)  # formed beforehand: a dense layer would own it
+        calls["dense"] = lambda: F.linear(x, weight)
+    calls |= contenders(x, factors, libraries, left_out)
+    if dtype != torch.float32:
+        wide = [t.float() for t in (x, *factors)]
+        calls["float32"] = lambda: kron_matmul(*wide)
+    sample = torch.linspace(0, tokens - 1, min(tokens, 64)).long()
+    expected = einsum(x[sample].double(), *(f.double() for f in factors))
+
+    def check(name: str, y: Tensor) -> None:
+        assert len(y) == tokens, f"{len(y)} rows"
+        assert_close("y", y[sample], expected, x.shape[1])
+
+    return calls, check
+
+
+def training(sides: Sides, tokens: int, libraries: list[Library], left_out: LeftOut) -> Problem:
+    """y, and the gradients of ``sum(y * dy)`` with regard to x and the factors, or to x and W."""
+    x, factors = operands(sides, tokens, torch.float32)
+    weight = materialize(*factors)
+    dy = torch.randn(tokens, len(weight))
+    for t in (x, weight, *factors):
+        t.requires_grad_()
+    calls = {"dense": lambda: F.linear(x, weight), **contenders(x, factors, libraries, left_out)}
+    leaves = {name: [x, *factors] for name in calls} | {"dense": [x, weight]}
+
+    def step(name: str) -> tuple[Tensor, ...]:
+        y = calls[name]()
+        return y, *torch.autograd.grad(y, leaves[name], dy)
+
+    def gradients(y: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return y.detach(), *torch.autograd.grad(y, leaves, dy.double())
+
+    wide, w, *fs = (t.detach().double().requires_grad_() for t in (x, weight, *factors))
+    expected = dict.fromkeys(calls, gradients(einsum(wide, *fs), wide, *fs))
+    expected["dense"] = gradients(F.linear(wide, w), wide, w)
+
+    def check(name: str, result: tuple[Tensor, ...]) -> None:
+        kinds = ("y", "dx", "dW") if name == "dense" else ("y", "dx", "da", "db")
+        for kind, got, want in zip(kinds, result, expected[name], strict=True):
+            times = 1 if kind in ("y", "dx") else tokens
+            assert_close(kind, got.detach(), want, max(weight.shape) * times)
+
+    return {name: lambda name=name: step(name) for name in calls}, check
+
+
+def feed_forward(up: Sides, down: Sides, tokens: int, left_out: LeftOut) -> Problem:
+    """Linear, GELU, Linear, with biases."""
+    x, (a1, b1) = operands(up, tokens, torch.float32)
+    _, (a2, b2) = operands(down, tokens, torch.float32)
+    w1, w2 = materialize(a1, b1), materialize(a2, b2)
+    bias1, bias2 = torch.randn(len(w1)), torch.randn(len(w2))
+
+    def dense(x: Tensor, w1: Tensor, bias1: Tensor, w2: Tensor, bias2: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, w1, bias1)), w2, bias2)
+
+    def two_calls() -> Tensor:
+        return kron_matmul(
+            kron_matmul(x, a1, b1, bias=bias1, activation="gelu"), a2, b2, bias=bias2
+        )
+
+    calls = {"dense": lambda: dense(x, w1, bias1, w2, bias2), "two calls": two_calls}
+    if fused := getattr(kron_kernels, "kron_feed_forward", None):
+        calls["feed_forward"] = lambda: fused(
+            x, (a1, b1, bias1), (a2, b2, bias2), activation="gelu", residual=None
+        )
+    else:
+        left_out["feed_forward"] = "this version has no kron_feed_forward"
+    expected = dense(*(t.double() for t in (x, w1, bias1, w2, bias2)))
+    return calls, lambda name, y: assert_close("y", y, expected, len(w1) + len(w2))

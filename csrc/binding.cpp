@@ -1,0 +1,151 @@
+// The only file that knows Python, by its limited API: one binary for Python 3.11 and later, and,
+// knowing nothing of torch, for any torch. Arguments are integers: addresses, sizes, strides, in
+// the order of kron.h; kron_kernels/backends/native.py, the only caller, answers for them.
+#define Py_LIMITED_API 0x030b0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "kron.h"
+
+namespace {
+
+// Takes arguments one after another; after a wrong one, `failed` holds and a Python error is set.
+class Arguments {
+public:
+  Arguments(PyObject *const *args, Py_ssize_t count) : next(args), end(args + count) {}
+
+  int64_t integer() {
+    if (failed) return 0;
+    if (next == end) {
+      PyErr_SetString(PyExc_TypeError, "too few arguments");
+      failed = true;
+      return 0;
+    }
+    const int64_t value = PyLong_AsLongLong(*next++);
+    if (value == -1 && PyErr_Occurred()) failed = true;
+    return value;
+  }
+  void *pointer() { return reinterpret_cast<void *>(static_cast<intptr_t>(integer())); }
+
+  kron_execution execution() {
+    kron_execution e;
+    e.isa = integer(), e.threads = integer();
+    e.parallel_for = reinterpret_cast<kron_parallel_for>(pointer());
+    return e;
+  }
+  kron_product product() {
+    kron_product p = {};
+    p.rank = integer(), p.n_factors = integer();
+    p.bias = pointer(), p.residual = pointer(), p.activation = integer(), p.y = pointer();
+    for (int64_t i = 0; i < p.n_factors && i < KRON_MAX_FACTORS; i++) {
+      kron_factor &f = p.factors[i];
+      f.data = pointer(), f.rows = integer(), f.cols = integer();
+      f.rank_stride = integer(), f.row_stride = integer(), f.col_stride = integer();
+      p.turns[i] = integer();
+    }
+    return p;
+  }
+  bool complete() {
+    if (!failed && next != end) {
+      PyErr_SetString(PyExc_TypeError, "too many arguments");
+      failed = true;
+    }
+    return !failed;
+  }
+
+private:
+  PyObject *const *next, *const *end;
+  bool failed = false;
+};
+
+// Runs the kernel without Python's lock.
+template <class Kernel> PyObject *run(Arguments &arguments, Kernel kernel) {
+  if (!arguments.complete()) return nullptr;
+  const char *error;
+  Py_BEGIN_ALLOW_THREADS;
+  error = kernel();
+  Py_END_ALLOW_THREADS;
+  if (error) {
+    PyErr_SetString(PyExc_RuntimeError, error);
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_execution e = a.execution();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const void *x = a.pointer();
+  const int64_t n_products = a.integer();
+  kron_product products[KRON_MAX_PRODUCTS];
+  for (int64_t i = 0; i < n_products && i < KRON_MAX_PRODUCTS; i++) products[i] = a.product();
+  return run(a, [&] { return kron_cpu_forward(&e, dtype, tokens, x, n_products, products); });
+}
+
+PyObject *forward_along(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_execution e = a.execution();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const void *x = a.pointer();
+  const int64_t tail = a.integer();
+  const kron_product product = a.product();
+  return run(a, [&] { return kron_cpu_forward_along(&e, dtype, tokens, x, tail, &product); });
+}
+
+PyObject *feed_forward(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_execution e = a.execution();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const void *x = a.pointer();
+  const kron_product up = a.product(), down = a.product();
+  return run(a, [&] { return kron_cpu_feed_forward(&e, dtype, tokens, x, &up, &down); });
+}
+
+PyObject *backward(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_execution e = a.execution();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const void *dy = a.pointer(), *x = a.pointer();
+  const kron_product product = a.product();
+  void *dx = a.pointer(), *da = a.pointer(), *db = a.pointer();
+  return run(a, [&] { return kron_cpu_backward(&e, dtype, tokens, dy, x, &product, dx, da, db); });
+}
+
+PyObject *feed_forward_backward(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_execution e = a.execution();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const void *dy = a.pointer(), *x = a.pointer();
+  const kron_product up = a.product(), down = a.product();
+  void *g[6];
+  for (void *&gradient : g) gradient = a.pointer();
+  return run(a, [&] {
+    return kron_cpu_feed_forward_backward(&e, dtype, tokens, dy, x, &up, &down, g[0], g[1], g[2],
+                                          g[3], g[4], g[5]);
+  });
+}
+
+PyObject *isa(PyObject *, PyObject *) { return PyLong_FromLongLong(kron_cpu_isa()); }
+
+template <class F> PyCFunction method(F *f) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
+}
+
+PyMethodDef methods[] = {
+    {"forward", method(forward), METH_FASTCALL, "kron_cpu_forward"},
+    {"forward_along", method(forward_along), METH_FASTCALL, "kron_cpu_forward_along"},
+    {"feed_forward", method(feed_forward), METH_FASTCALL, "kron_cpu_feed_forward"},
+    {"backward", method(backward), METH_FASTCALL, "kron_cpu_backward"},
+    {"feed_forward_backward", method(feed_forward_backward), METH_FASTCALL,
+     "kron_cpu_feed_forward_backward"},
+    {"isa", isa, METH_NOARGS, "kron_cpu_isa"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "csrc/kron.h for Python", 0, methods,
+                      nullptr, nullptr, nullptr, nullptr};
+
+} // namespace
+
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }

@@ -1,0 +1,83 @@
+// The C ABI of the compiled kernels: raw pointers and sizes, no torch and no Python headers.
+//
+// Sizes and strides count elements. Every function returns nullptr, or a sentence that says what is
+// wrong (static storage; nothing was written).
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum kron_dtype { KRON_FLOAT32, KRON_FLOAT64, KRON_BFLOAT16, KRON_FLOAT16 };
+enum kron_activation { KRON_NONE, KRON_GELU, KRON_GELU_TANH, KRON_RELU, KRON_SILU };
+enum kron_isa { KRON_PORTABLE, KRON_AVX2, KRON_AVX512 }; // NEON is what PORTABLE means on ARM
+
+enum { KRON_MAX_FACTORS = 8, KRON_MAX_PRODUCTS = 4 };
+
+// A factor (rank, rows, cols) with any strides, so that a transposed factor needs no copy.
+typedef struct {
+  const void *data;
+  int64_t rows, cols;
+  int64_t rank_stride, row_stride, col_stride;
+} kron_factor;
+
+// y = act((Σ_k F_1k ⊗ F_2k ⊗ …) x + bias) + residual, of contiguous rows.
+typedef struct {
+  int64_t rank, n_factors;
+  kron_factor factors[KRON_MAX_FACTORS];
+  int64_t turns[KRON_MAX_FACTORS]; // the factors in the order in which they are contracted
+  const void *bias;                // (m,) or null
+  const void *residual;            // (tokens, m) or null
+  int64_t activation;              // enum kron_activation
+  void *y;                         // (tokens, m)
+} kron_product;
+
+// Runs fn(begin, end, context) over disjoint ranges that cover [0, n), on any threads; 0 on success.
+// torch's own torch_parallel_for has this signature. Null means the calling thread.
+typedef void (*kron_range)(int64_t begin, int64_t end, void *context);
+typedef int32_t (*kron_parallel_for)(int64_t begin, int64_t end, int64_t grain, kron_range fn,
+                                     void *context);
+
+typedef struct {
+  int64_t isa;     // enum kron_isa, at most what kron_cpu_isa returns
+  int64_t threads; // at most this many; results depend on it only through kron_cpu_backward's sums
+  kron_parallel_for parallel_for;
+} kron_execution;
+
+// The widest instruction set that this machine has and this binary was built for.
+int64_t kron_cpu_isa(void);
+
+// Several products of the same x (tokens, n), which is read once.
+const char *kron_cpu_forward(const kron_execution *, int64_t dtype, int64_t tokens, const void *x,
+                             int64_t n_products, const kron_product *products);
+
+// The product along the middle axis of x (tokens, n, tail): y and residual are (tokens, m, tail),
+// and bias is (m, tail). With it a product of many factors goes through memory a few at a time.
+const char *kron_cpu_forward_along(const kron_execution *, int64_t dtype, int64_t tokens,
+                                   const void *x, int64_t tail, const kron_product *);
+
+// down(act(up x)): the hidden vector exists one block of tokens at a time, and for
+// up = (k x l) ⊗ large, contracted from the right, and down = (l' x k) ⊗ large', from the left, one
+// entry at a time.
+const char *kron_cpu_feed_forward(const kron_execution *, int64_t dtype, int64_t tokens,
+                                  const void *x, const kron_product *up, const kron_product *down);
+
+// Gradients of a product of two factors (its bias, residual, activation and y are not looked at).
+// dx (tokens, n) in x's dtype; da and db, contiguous, in float32, for KRON_FLOAT64 in float64; each
+// may be null. Sums over tokens run in an order fixed by the number of threads.
+const char *kron_cpu_backward(const kron_execution *, int64_t dtype, int64_t tokens, const void *dy,
+                              const void *x, const kron_product *product, void *dx, void *da,
+                              void *db);
+
+// Gradients of kron_cpu_feed_forward for factors that meet entry by entry, recomputing the hidden
+// vector, which exists nowhere: dx in x's dtype; the others, contiguous, in the dtype of sums, as
+// above; dbias is of up's bias. Each may be null.
+const char *kron_cpu_feed_forward_backward(const kron_execution *, int64_t dtype, int64_t tokens,
+                                           const void *dy, const void *x, const kron_product *up,
+                                           const kron_product *down, void *dx, void *da_up,
+                                           void *db_up, void *dbias, void *da_down, void *db_down);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,273 @@
+"""Compiled CPU kernels: ``csrc/kron.h`` through the module ``kron_kernels._native``.
+
+Operands are contiguous rows; factors may have any strides, so that the transposed factors of a
+gradient are not copied. Nothing is packed or kept between calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kron_kernels.checks import Activation
+from kron_kernels.shapes import KronShape, contraction_order
+
+try:
+    from kron_kernels import _native
+except ImportError as error:
+    _native = None
+    _missing = str(error)
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
+_ISAS = ("portable", "avx2", "avx512")
+_MAX_FACTORS = 8
+_GROUPED = 4096  # features of a group of several factors: a block of tokens is 200 KB of them
+
+_isa = _native.isa() if _native else 0  # tests lower it, to run what other machines run
+
+
+def _thread_pool() -> int:
+    """Address of torch's ``parallel_for`` for extensions, 0 before torch 2.10."""
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        library = Path(torch.__file__).parent / "lib" / name
+        if library.exists():
+            function = getattr(ctypes.CDLL(str(library)), "torch_parallel_for", None)
+            return ctypes.cast(function, ctypes.c_void_p).value if function else 0
+    return 0
+
+
+_POOL = _thread_pool() if _native else 0
+_threads = torch.get_num_threads
+
+
+def _stay_alone() -> None:
+    global _threads
+    _threads = lambda: 1  # noqa: E731
+
+
+# A forked child inherits torch's pool without its threads: to call it is to wait for ever.
+os.register_at_fork(after_in_child=_stay_alone)
+
+
+def instruction_set() -> str:
+    """The one in use: ``avx512``, ``avx2`` or ``portable`` (NEON, on ARM)."""
+    return _ISAS[_isa]
+
+
+def why_not(x: Tensor, *factors: Tensor) -> str | None:
+    """Why the compiled kernels cannot serve this call, as the end of a sentence, or None."""
+    if _native is None:
+        return (
+            f"the compiled module is missing ({_missing}); "
+            "with a C++17 compiler on the PATH, reinstall kron_kernels"
+        )
+    if x.device.type != "cpu":
+        return f"it runs on CPUs, and x is on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"it has kernels for {', '.join(str(d)[6:] for d in _DTYPES)}, and x is {x.dtype}"
+    if len(factors) > _MAX_FACTORS:
+        return f"it takes up to {_MAX_FACTORS} factors, and there are {len(factors)}"
+    if len(factors) > 2 and factors[0].shape[0] > 1:
+        return f"it sums products of two factors, and there are {len(factors)}"
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))
+    if len(factors) != 2 and needs_grad:
+        return f"it has gradients for two factors, and there are {len(factors)}"
+    if not _POOL and _threads() > 1:
+        return "this torch keeps its thread pool to itself (2.10 and later lend it)"
+    return None
+
+
+def kron_matmul(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``act(x Wᵀ + bias) + residual`` of ``x (T, n)`` and any number of factors."""
+    if len(factors) > 2:
+        return _kron_matmul_in_passes(x, factors, bias, activation, residual)
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], prod([f.shape[1] for f in factors]))
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    _native.forward(*_call(x), 1, *_product(factors, bias, residual, activation, y))
+    return y
+
+
+def _kron_matmul_in_passes(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    activation: Activation | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """More than two factors, in groups small enough for a block of tokens to stay in the cache.
+
+    The last group acts on rows of x. Each before it acts on the axes in front of those that are
+    done, along which its lanes run.
+    """
+    dtype = x.dtype
+    if dtype in (torch.bfloat16, torch.float16):  # one rounding, at the end
+        x, bias, residual = (t if t is None else t.float() for t in (x, bias, residual))
+        factors = [f.float() for f in factors]
+    y, done, stop = x.contiguous(), 1, len(factors)
+    bias, residual = (t if t is None else t.contiguous() for t in (bias, residual))
+    for start in _groups(tuple([f.shape for f in factors])):
+        group = factors[start:stop]
+        outer = x.shape[0] * prod([f.shape[2] for f in factors[:start]])
+        rows = prod([f.shape[1] for f in group])
+        out = x.new_empty(outer, rows * done)
+        epilogue = (bias, residual, activation) if start == 0 else (None, None, None)
+        isa, threads, pool, code, _, address = _call(y)
+        call = isa, threads, pool, code, outer, address
+        if done == 1:
+            _native.forward(*call, 1, *_product(group, *epilogue, out))
+        else:
+            _native.forward_along(*call, done, *_product(group, *epilogue, out))
+        y, done, stop = out, rows * done, start
+    return y.to(dtype)
+
+
+@lru_cache(maxsize=4096)
+def _groups(shapes: tuple[torch.Size, ...]) -> list[int]:
+    """Where each group of factors starts, the last group first."""
+    starts, inputs, outputs = [len(shapes)], 1, 1
+    for i in reversed(range(len(shapes))):
+        _, m, n = shapes[i]
+        inputs, outputs = inputs * n, outputs * m
+        if max(inputs, outputs) > _GROUPED and starts[-1] > i + 1:
+            starts.append(i + 1)
+            inputs, outputs = n, m
+    return [*starts[1:], 0]
+
+
+def kron_qkv(x: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> list[Tensor]:
+    """``x Wᵀ + bias`` of each ``(a, b, bias)``, up to four; x ``(T, n)`` is read once."""
+    x = x.contiguous()
+    ys, arguments, kept = [], [], []
+    for a, b, bias in layers:
+        ys.append(x.new_empty(x.shape[0], a.shape[1] * b.shape[1]))
+        kept.append(bias if bias is None else bias.contiguous())
+        arguments += _product((a, b), kept[-1], None, None, ys[-1])
+    _native.forward(*_call(x), len(layers), *arguments)
+    return ys
+
+
+def kron_feed_forward(
+    x: Tensor,
+    up: tuple[Tensor, Tensor, Tensor | None],
+    activation: Activation,
+    down: tuple[Tensor, Tensor, Tensor | None],
+    residual: Tensor | None,
+) -> Tensor:
+    """``down(act(up(x))) + residual`` of ``(a, b, bias)`` each, x ``(T, n)``."""
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], down[0].shape[1] * down[1].shape[1])
+    up_bias, down_bias, residual = (
+        t if t is None else t.contiguous() for t in (up[2], down[2], residual)
+    )
+    _native.feed_forward(
+        *_call(x),
+        *_product(up[:2], up_bias, None, activation, None),
+        *_product(down[:2], down_bias, residual, None, y),
+    )
+    return y
+
+
+def kron_matmul_backward(
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, a and b, an empty tensor for one that is not needed."""
+    dy, x = dy.contiguous(), x.contiguous()
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dx, da, db = (
+        t.new_empty(t.shape if wanted else 0, dtype=dtype)
+        for t, wanted, dtype in zip((x, a, b), needed, (x.dtype, sums, sums), strict=True)
+    )
+    pointers = (
+        g.data_ptr() if wanted else 0 for g, wanted in zip((dx, da, db), needed, strict=True)
+    )
+    isa, threads, pool, dtype, tokens, address = _call(x)
+    product = _product((a, b), None, None, None, None)
+    _native.backward(isa, threads, pool, dtype, tokens, dy.data_ptr(), address, *product, *pointers)
+    return dx, da.to(a.dtype), db.to(b.dtype)
+
+
+def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
+    """Whether ``a1 ⊗ b1`` and ``a2 ⊗ b2`` share a hidden grid that they can exchange by entries."""
+    (_, k, _), (_, width, _) = a1.shape, b1.shape
+    return (
+        (k, width) == (a2.shape[2], b2.shape[2])
+        and KronShape.of(a1, b1).order == "b_first"
+        and KronShape.of(a2, b2).order == "a_first"
+    )
+
+
+def kron_feed_forward_backward(
+    dy: Tensor,
+    x: Tensor,
+    up: tuple[Tensor, Tensor, Tensor | None],
+    activation: Activation,
+    down: tuple[Tensor, Tensor, Tensor | None],
+    needed: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, up's a, b and bias, down's a and b; empty where not needed."""
+    dy, x = dy.contiguous(), x.contiguous()
+    bias = None if up[2] is None else up[2].contiguous()
+    operands = x, up[0], up[1], bias, down[0], down[1]
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    needed = [n and t is not None for n, t in zip(needed, operands, strict=True)]
+    grads = [
+        x.new_empty(t.shape if wanted else 0, dtype=x.dtype if t is x else sums)
+        for t, wanted in zip(operands, needed, strict=True)
+    ]
+    isa, threads, pool, dtype, tokens, address = _call(x)
+    _native.feed_forward_backward(
+        *(isa, threads, pool, dtype, tokens, dy.data_ptr(), address),
+        *_product(up[:2], bias, None, activation, None),
+        *_product(down[:2], None, None, None, None),
+        *(g.data_ptr() if wanted else 0 for g, wanted in zip(grads, needed, strict=True)),
+    )
+    return tuple(g.to(x.dtype) for g in grads)
+
+
+# The arguments of csrc/binding.cpp, in its order.
+
+
+def _call(x: Tensor) -> tuple[int, ...]:
+    return _isa, _threads(), _POOL, _DTYPES[x.dtype], x.shape[0], x.data_ptr()
+
+
+def _product(
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation | None,
+    y: Tensor | None,
+) -> list[int]:
+    shapes = tuple([f.shape for f in factors])
+    arguments = [
+        shapes[0][0],
+        len(factors),
+        0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        _ACTIVATIONS[activation],
+        0 if y is None else y.data_ptr(),
+    ]
+    for f, (_, rows, cols), turn in zip(factors, shapes, _turns(shapes), strict=True):
+        arguments += (f.data_ptr(), rows, cols, *f.stride(), turn)
+    return arguments
+
+
+@lru_cache(maxsize=4096)
+def _turns(shapes: tuple[torch.Size, ...]) -> list[int]:
+    return contraction_order([(m, n) for _, m, n in shapes])

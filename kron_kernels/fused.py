@@ -1,0 +1,161 @@
+"""Fusions of several products: an attention's three, and a feed-forward block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kron_kernels import dispatch, ops
+from kron_kernels.backends import eager, native
+from kron_kernels.checks import Activation, check_epilogue, check_factors
+from kron_kernels.dispatch import Backend
+from kron_kernels.functional import (
+    apply,
+    as_rows,
+    differentiable,
+    kron_matmul,
+    observed,
+    transformed,
+)
+
+Layer = tuple[Tensor, Tensor, Tensor | None]  # a, b, bias
+
+
+def kron_qkv(
+    x: Tensor, query: Layer, key: Layer, value: Layer, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three products of the same x, such as an attention's, for which x is read once.
+
+    Args:
+        x: Shape ``(…, n)``.
+        query, key, value: ``(a, b, bias)`` each: factors ``(m1, n1)`` and ``(m2, n2)``, or
+            ``(r, …)`` for a sum of r products, and a bias ``(m1 * m2,)`` or None.
+        backend: As for :func:`kron_matmul`.
+
+    Returns:
+        What three calls of :func:`kron_matmul` return; gradients and transforms are theirs.
+
+    Raises:
+        ValueError: As :func:`kron_matmul`.
+    """
+    layers = query, key, value
+    if differentiable(x, *(t for layer in layers for t in layer)) or _stepwise(x):
+        q, k, v = (kron_matmul(x, a, b, bias=c, backend=backend) for a, b, c in layers)
+        return q, k, v
+    layers = [_checked_layer(x, layer) for layer in layers]
+    backend = dispatch.choose(backend, x, *layers[0][:2])
+    if backend == "eager" or observed(x):
+        a, b, biases = zip(*layers, strict=True)
+        ys = ops.kron_qkv(as_rows(x), a, b, biases, backend)
+    else:
+        ys = native.kron_qkv(as_rows(x), layers)
+    q, k, v = (y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    return q, k, v
+
+
+def kron_feed_forward(
+    x: Tensor,
+    up: Layer,
+    down: Layer,
+    *,
+    activation: Activation = "gelu",
+    residual: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """``down(act(up(x))) + residual``: a feed-forward block whose hidden vector is never stored.
+
+    The native backend goes through a block of tokens at a time. Where ``up = (k x l) ⊗ B``, cheaper
+    contracted from the right, and ``down = (l' x k) ⊗ B'``, cheaper from the left, as in
+    KroneckerBERT, an entry of the hidden vector lives in a register only, in the backward, which
+    recomputes it, too. Otherwise, and by eager, a block of it is in memory; and all of it while
+    gradients wait for their backward.
+
+    Args:
+        x: Shape ``(…, n)``.
+        up, down: ``(a, b, bias)`` each: factors ``(m1, n1)`` and ``(m2, n2)``, or ``(r, …)`` for a
+            sum of r products, and a bias ``(m1 * m2,)`` or None.
+        activation: Between the two, as for :func:`kron_matmul`.
+        residual: Of the output's shape, added last.
+        backend: As for :func:`kron_matmul`.
+
+    Returns:
+        Shape ``(…, m)``, of x's dtype (promoted with residual's).
+
+    Raises:
+        ValueError: As :func:`kron_matmul`, or if ``down`` does not take what ``up`` gives.
+    """
+    with_grads = differentiable(x, *up, *down, residual)
+    if not _stepwise(x):
+        up = _checked_layer(x, up, activation)
+        hidden = x.new_empty(1).expand(*x.shape[:-1], up[0].shape[1] * up[1].shape[1])
+        down = _checked_layer(hidden, down, residual=residual)
+        backend = dispatch.choose(backend, x, *up[:2])
+    fused = backend == "native" and native.meet(*up[:2], *down[:2]) and not transformed()
+    if _stepwise(x) or (with_grads and (torch.compiler.is_compiling() or not fused)):
+        a, b, bias = up
+        hidden = kron_matmul(x, a, b, bias=bias, activation=activation, backend=backend)
+        a, b, bias = down
+        return kron_matmul(hidden, a, b, bias=bias, residual=residual, backend=backend)
+
+    rows = as_rows(x)
+    in_kernel = residual is not None and residual.dtype == x.dtype and not with_grads
+    more = as_rows(residual) if in_kernel else None
+    if with_grads:
+        y = FeedForward.apply(rows, *up, activation, *down)
+    elif backend == "eager" or observed(x):
+        y = ops.kron_feed_forward(rows, *up, activation, *down, more, backend)
+    else:
+        y = native.kron_feed_forward(rows, up, activation, down, more)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return y if in_kernel or residual is None else y + residual
+
+
+def _checked_layer(
+    x: Tensor, layer: Layer, activation: Activation | None = None, residual: Tensor | None = None
+) -> Layer:
+    *factors, bias = layer
+    a, b = check_factors(x, factors)
+    check_epilogue(x, (a, b), bias, activation, residual)
+    return a, b, bias
+
+
+def _stepwise(x: Tensor) -> bool:
+    """Whether the products one by one serve better: they cast, know shapes, and are exported."""
+    return (
+        x.device.type == "meta"
+        or torch.is_autocast_enabled(x.device.type)
+        or torch.compiler.is_exporting()
+    )
+
+
+class FeedForward(torch.autograd.Function):
+    """``down(act(up(x)))`` of factors that meet in the hidden vector, which is not kept."""
+
+    @staticmethod
+    def forward(ctx, x, a1, b1, bias1, activation, a2, b2, bias2) -> Tensor:
+        ctx.save_for_backward(x, a1, b1, bias1, a2, b2, bias2)
+        ctx.activation = activation
+        return ops.kron_feed_forward(x, a1, b1, bias1, activation, a2, b2, bias2, None, "native")
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, a1, b1, bias1, a2, b2, bias2 = ctx.saved_tensors
+        operands = {0: x, 1: a1, 2: b1, 3: bias1, 5: a2, 6: b2}
+        grads = [None] * 8
+        if ctx.needs_input_grad[7]:
+            grads[7] = dy.sum(0)
+        if torch.is_grad_enabled():  # for double backward, through the products
+            hidden = apply(x, a1, b1, bias1, "native")
+            hidden = eager.epilogue(hidden, ctx.activation, None)
+            y = apply(hidden, a2, b2, bias2, "native")
+            wanted = [i for i in operands if ctx.needs_input_grad[i]]
+            some = torch.autograd.grad(y, [operands[i] for i in wanted], dy, create_graph=True)
+        else:
+            wanted = list(operands)
+            needed = [ctx.needs_input_grad[i] for i in wanted]
+            some = ops.kron_feed_forward_backward(
+                dy, x, a1, b1, bias1, ctx.activation, a2, b2, needed
+            )
+        for i, grad in zip(wanted, some, strict=True):
+            grads[i] = grad if ctx.needs_input_grad[i] else None
+        return tuple(grads)

@@ -1,0 +1,474 @@
+"""The compiled CPU kernels: every instruction set at hand, fusions, threads, limits."""
+
+import multiprocessing
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operands import SHAPES, draw, name
+
+import kron_kernels
+from kron_kernels import (
+    KroneckerFeedForward,
+    KroneckerLinear,
+    KronShape,
+    dispatch,
+    kron_feed_forward,
+    kron_matmul,
+    kron_qkv,
+    reference,
+)
+from kron_kernels.backends import native
+from kron_kernels.testing import assert_close
+
+pytestmark = pytest.mark.skipif(native._native is None, reason="the kernels are not compiled")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "silu"]
+# Around a vector of tokens, a block of three, and the end of a second block.
+TOKENS = [0, 1, 2, 5, 16, 17, 48, 49, 130]
+# Gradients of factors with whole vectors of columns take another path.
+TURNED = [KronShape(48, 32, 2, 16), KronShape(2, 3, 32, 48)]
+SETS = list(range(native._isa + 1))
+
+
+@pytest.fixture(params=SETS, ids=[native._ISAS[i] for i in SETS])
+def isa(request, monkeypatch):
+    monkeypatch.setattr(native, "_isa", request.param)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def terms(s: KronShape) -> int:
+    return s.rank * (s.n1 + s.n2)
+
+
+# --- one product
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("s", SHAPES, ids=name)
+def test_it_is_the_product_by_torch_kron(s, tokens, dtype, isa):
+    x, a, b = draw(s, tokens, dtype)
+    y = kron_matmul(x, a, b, backend="native")
+    assert y.dtype == dtype
+    assert_close("y", y, reference.kron_matmul(x, a, b), terms(s), scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_the_epilogue_in_every_dtype(tokens, activation, dtype, isa):
+    s = SHAPES[8]
+    x, a, b = draw(s, tokens, dtype)
+    more = {
+        "bias": torch.randn(s.out_features).to(dtype),
+        "activation": activation,
+        "residual": torch.randn(tokens, s.out_features).to(dtype),
+    }
+    y = kron_matmul(x, a, b, **more, backend="native")
+    assert_close("y", y, reference.kron_matmul(x, a, b, **more), terms(s))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("tokens", [1, 16, 49, 300])
+@pytest.mark.parametrize(
+    "s", [*SHAPES, KronShape(48, 32, 2, 16), KronShape(2, 3, 32, 48)], ids=name
+)
+def test_gradients(s, tokens, dtype, isa):
+    x, a, b = draw(s, tokens, dtype)
+    dy = torch.randn(tokens, s.out_features).to(dtype)
+    grads = native.kron_matmul_backward(dy, x, a, b, (True, True, True))
+    wide = [t.double().requires_grad_() for t in (x, a, b)]
+    y = reference.kron_matmul(*wide)
+    expected = torch.autograd.grad(y, wide, dy.double())
+    size = [t.detach().abs().requires_grad_() for t in wide]
+    sums = torch.autograd.grad(reference.kron_matmul(*size), size, dy.double().abs())
+    products = (s.m1 * s.m2, tokens * s.m2 * s.n2, tokens * s.m1 * s.n1)
+    for label, grad, other, total, n in zip(
+        ("dx", "da", "db"), grads, expected, sums, products, strict=True
+    ):
+        assert grad.dtype == dtype
+        # A gradient may have few entries: the scale is that of n products of random signs.
+        scale = total.square().mean().sqrt().item() / n**0.5
+        assert_close(label, grad, other, tokens * (s.m1 + s.m2 + terms(s)), scale=scale)
+
+
+@st.composite
+def problems(draw_from):
+    side = st.sampled_from([1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 24, 31, 33, 97])
+    s = KronShape(*(draw_from(side) for _ in range(4)), draw_from(st.integers(1, 3)))
+    return s, draw_from(st.integers(0, 150)), draw_from(st.sampled_from(DTYPES))
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.sampled_from(SETS))
+def test_drawn_shapes(problem, instruction_set):
+    s, tokens, dtype = problem
+    x, a, b = draw(s, tokens, dtype)
+    before, native._isa = native._isa, instruction_set
+    try:
+        y = kron_matmul(x, a, b, backend="native")
+        dy = torch.randn(tokens, s.out_features).to(dtype)
+        dx, *_ = native.kron_matmul_backward(dy, x, a, b, (True, False, True))
+    finally:
+        native._isa = before
+    assert_close("y", y, reference.kron_matmul(x, a, b), terms(s), scale=1.0)
+    expected = reference.kron_matmul(dy, a.mT.contiguous(), b.mT.contiguous())
+    scale = (s.rank * s.m1 * s.m2 / (s.n1 * s.n2 * s.rank)) ** 0.5
+    assert_close("dx", dx, expected, s.rank * (s.m1 + s.m2), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "sides",
+    [
+        [(3, 4)],
+        [(2, 3), (4, 2), (3, 3)],
+        [(9, 8), (8, 9), (10, 7)],
+        [(3, 5), (17, 16), (33, 30), (2, 3)],
+        [(70, 60), (80, 70), (3, 2)],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", [0, 1, 19])
+def test_any_number_of_factors_with_the_epilogue(tokens, sides, dtype, isa):
+    n = torch.Size([side[1] for side in sides]).numel()
+    m = torch.Size([side[0] for side in sides]).numel()
+    factors = [(torch.randn(side) / side[1] ** 0.5).to(dtype) for side in sides]
+    x, residual = torch.randn(tokens, n).to(dtype), torch.randn(tokens, m).to(dtype)
+    more = {"bias": torch.randn(m).to(dtype), "activation": "gelu", "residual": residual}
+    y = kron_matmul(x, *factors, **more, backend="native")
+    expected = reference.kron_matmul(x, *factors, **more)
+    # A product of four normal factors has entries of 20 RMS, whose errors are as much larger.
+    assert_close("y", y, expected, sum(side[1] for side in sides), slack=8)
+
+
+# --- gelu
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_torchs_at_every_size_of_their_argument(activation, isa):
+    x = torch.cat([torch.linspace(-20, 20, 40001), torch.tensor([-1e30, -0.0, 1e-40, 1e30])])
+    y = kron_matmul(x[:, None], torch.ones(1, 1), activation=activation, backend="native")[:, 0]
+    expected = reference.kron_matmul(x[:, None], torch.ones(1, 1), activation=activation)[:, 0]
+    error = (y - expected).abs() / (expected.abs() + 1e-30).clamp_min(x.abs() * 1e-7)
+    # Twice what csrc/cpu/activation.h promises for the distribution, 1.2e-7, against |x|.
+    assert ((y - expected).abs() <= 2.5e-7 * x.abs() + 1e-37).all(), error.max()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_activations_of_what_is_not_finite_are_torchs(activation, isa):
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    y = kron_matmul(x[:, None], torch.ones(1, 1), activation=activation, backend="native")[:, 0]
+    # In float64: torch's float32 gelu makes a NaN of infinity.
+    expected = {"gelu": F.gelu, "silu": F.silu}[activation](x.double()).float()
+    torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+def test_nan_reaches_its_own_token_and_no_later_call(isa):
+    for s in SHAPES:
+        clean, a, b = draw(s, 60, torch.float32)
+        expected = kron_matmul(clean, a, b, backend="native")
+        for dtype in (torch.float64, torch.float32):
+            x = clean.to(dtype, copy=True)
+            x[3] = torch.nan
+            bad = kron_matmul(x, a.to(dtype), b.to(dtype), backend="native").isnan()
+            assert bad[3].all() and bad.sum() == s.out_features
+        assert torch.equal(kron_matmul(clean, a, b, backend="native"), expected)
+
+
+# --- fusions
+
+
+def layer(s: KronShape, dtype=torch.float64, bias=True):
+    _, a, b = draw(s, 0, dtype)
+    return a, b, torch.randn(s.out_features).to(dtype) if bias else None
+
+
+# The hidden grid is met entry by entry in the first two, and not in the others.
+BLOCKS = [
+    (KronShape(16, 2, 12, 24), KronShape(2, 16, 20, 12)),
+    (KronShape(8, 3, 16, 5, 2), KronShape(4, 8, 9, 16, 3)),
+    (KronShape(8, 8, 4, 6), KronShape(4, 4, 5, 8)),
+    (KronShape(12, 24, 16, 2), KronShape(20, 12, 2, 16)),
+]
+
+
+def test_the_blocks_meet_or_not():
+    factors = [(*layer(up)[:2], *layer(down)[:2]) for up, down in BLOCKS]
+    assert [native.meet(*f) for f in factors] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("tokens", [0, 1, 6, 16, 70])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{name(b[0])}-{name(b[1])}")
+def test_feed_forward_is_its_products(block, activation, tokens, dtype, isa):
+    up, down = (layer(s, dtype) for s in block)
+    x = draw(block[0], (1, tokens), dtype)[0]
+    residual = torch.randn(1, tokens, block[1].out_features).to(dtype)
+    y = kron_feed_forward(x, up, down, activation=activation, residual=residual, backend="native")
+    hidden = reference.kron_matmul(x, *up[:2], bias=up[2], activation=activation)
+    expected = reference.kron_matmul(hidden, *down[:2], bias=down[2], residual=residual)
+    assert_close("y", y, expected, sum(map(terms, block)), slack=8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("tokens", [5, 200])
+@pytest.mark.parametrize("block", BLOCKS[:2], ids=lambda b: f"{name(b[0])}-{name(b[1])}")
+def test_feed_forward_gradients(block, tokens, activation, dtype, isa):
+    up, down = (layer(s, dtype) for s in block)
+    x = draw(block[0], tokens, dtype)[0]
+    operands = [t.requires_grad_() for t in (x, *up, *down)]
+    y = kron_feed_forward(x, up, down, activation=activation, backend="native")
+    dy = torch.randn(y.shape).to(dtype)
+    grads = torch.autograd.grad(y, operands, dy)
+    wide = [t.detach().double().requires_grad_() for t in operands]
+    hidden = reference.kron_matmul(*wide[:3], bias=wide[3], activation=activation)
+    expected = torch.autograd.grad(
+        reference.kron_matmul(hidden, *wide[4:6], bias=wide[6]), wide, dy.double()
+    )
+    n = tokens * sum(map(terms, block)) * 4
+    labels = ["x", "a1", "b1", "c1", "a2", "b2", "c2"]
+    for label, grad, other in zip(labels, grads, expected, strict=True):
+        assert_close(label, grad, other, n, slack=8)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{name(b[0])}-{name(b[1])}")
+@pytest.mark.parametrize("bias", [True, False])
+def test_feed_forward_gradcheck(block, bias):
+    up, down = (layer(s._replace(m2=s.m2, n2=s.n2), bias=bias) for s in block)
+    x = draw(block[0], 2)[0]
+    given = [t for t in (x, *up, *down) if t is not None]
+
+    def f(x, *rest):
+        rest = list(rest)
+        layers = [(rest.pop(0), rest.pop(0), rest.pop(0) if bias else None) for _ in range(2)]
+        return kron_feed_forward(x, *layers)
+
+    operands = [t.requires_grad_() for t in given]
+    torch.autograd.gradcheck(f, operands, check_forward_ad=True, fast_mode=True)
+    torch.autograd.gradgradcheck(f, operands, fast_mode=True)
+
+
+def test_feed_forward_under_transforms_compile_and_autocast():
+    up, down = (layer(s, torch.float32) for s in BLOCKS[0])
+    x = draw(BLOCKS[0][0], (3, 5), torch.float32)[0]
+    expected = kron_feed_forward(x, up, down)
+    torch.testing.assert_close(
+        torch.vmap(lambda row: kron_feed_forward(row, up, down))(x), expected
+    )
+
+    def loss(x):
+        return kron_feed_forward(x, up, down).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(x), leaf.grad)
+    compiled = torch.compile(
+        lambda x: kron_feed_forward(x, up, down), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(x), expected)
+    traced = x.clone().requires_grad_()
+    compiled(traced).square().sum().backward()
+    torch.testing.assert_close(traced.grad, leaf.grad, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kron_feed_forward(x, up, down).dtype == torch.bfloat16
+
+
+def test_the_operators_keep_their_contract():
+    up, down = (layer(s, torch.float32) for s in BLOCKS[0])
+    x = draw(BLOCKS[0][0], 5, torch.float32)[0]
+    op = torch.ops.kron_kernels
+    check = torch.library.opcheck
+    residual = torch.randn(5, BLOCKS[0][1].out_features)
+    for backend in ("native", "eager"):
+        check(op.kron_matmul.default, (x, *up, "gelu", None, backend))
+        call = x, *up, "gelu", *down, residual, backend
+        check(op.kron_feed_forward.default, call)
+        check(op.kron_qkv.default, (x, [up[0]] * 3, [up[1]] * 3, [up[2], None, up[2]], backend))
+    call = residual, x, *up, "gelu", *down[:2], [True] * 6
+    check(op.kron_feed_forward_backward.default, call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+def test_qkv_is_three_products(tokens, dtype, isa):
+    shapes = KronShape(6, 4, 5, 6), KronShape(3, 4, 7, 6), KronShape(1, 6, 2, 4, 2)
+    layers = [layer(s, dtype, bias=i != 1) for i, s in enumerate(shapes)]
+    x = torch.randn(2, tokens, 24).to(dtype)
+    for backend in ("native", "eager"):
+        ys = kron_qkv(x, *layers, backend=backend)
+        for y, s, (a, b, bias) in zip(ys, shapes, layers, strict=True):
+            assert_close("y", y, reference.kron_matmul(x, a, b, bias=bias), terms(s), scale=1.5)
+
+
+def test_qkv_has_gradients():
+    layers = [layer(KronShape(6, 4, 5, 6)) for _ in range(3)]
+    x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
+    q, k, v = kron_qkv(x, *layers)
+    ((q @ k.mT).softmax(-1) @ v).sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+
+
+def test_the_feed_forward_module_and_what_it_refuses():
+    torch.manual_seed(0)
+    up, down = KroneckerLinear(24, 96, (16, 2)), KroneckerLinear(96, 24, (2, 16))
+    block = KroneckerFeedForward(up, down, "relu")
+    x = torch.randn(4, 24)
+    torch.testing.assert_close(block(x, residual=x), down(F.relu(up(x))) + x)
+    with pytest.raises(ValueError, match="down takes 24 features, but up gives 96"):
+        KroneckerFeedForward(up, up)
+    factors = (up.a, up.b, up.bias), (down.a, down.b, down.bias)
+    with pytest.raises(ValueError, match="activation must be None or one of gelu"):
+        kron_feed_forward(x, *factors, activation="swish")
+    with pytest.raises(ValueError, match="last dimension must be the product"):
+        kron_feed_forward(x, factors[0], factors[0])
+    with pytest.raises(ValueError, match="residual must have y's shape"):
+        kron_feed_forward(x, *factors, residual=x[:1])
+
+
+# --- weights are read where they lie
+
+
+def test_no_copy_of_a_weight_outlives_a_call():
+    s = KronShape(48, 40, 3, 5)
+    x, a, b = draw(s, 9, torch.float32)
+    linear = KroneckerLinear(s.in_features, s.out_features, (s.m1, s.n1), bias=False)
+    with torch.no_grad():
+        linear(x)
+        linear.a.data.copy_(a)  # .data writes leave the version counter alone
+        linear.b.data.mul_(0)
+        assert not linear(x).any()
+        linear.load_state_dict({"a": a, "b": b})
+        assert_close("y", linear(x), reference.kron_matmul(x, a, b), terms(s))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_factors_of_any_strides(dtype, isa):
+    s = KronShape(24, 18, 20, 15, 2)
+    for tokens in (2, 40):
+        x, a, b = draw(s, tokens, dtype)
+        expected = kron_matmul(x, a, b, backend="native")
+        turned = a.mT.contiguous().mT, b.mT.contiguous().mT
+        spaced = tuple(torch.stack([f, f], -1)[..., 0] for f in (a, b))
+        for factors in (turned, spaced):
+            y = kron_matmul(x, *factors, backend="native")
+            assert_close("y", y, expected.double(), terms(s))
+
+
+# --- threads
+
+
+def test_results_do_not_depend_on_threads_and_repeat_exactly(two_threads):
+    for s in (KronShape(48, 48, 12, 12), KronShape(12, 12, 48, 48)):
+        x, a, b = draw(s, 1000, torch.float32)
+        dy = torch.randn(1000, s.out_features)
+        two = kron_matmul(x, a, b, backend="native")
+        grads = [native.kron_matmul_backward(dy, x, a, b, (1, 1, 1)) for _ in range(3)]
+        for other in grads[1:]:
+            assert all(map(torch.equal, grads[0], other))
+        torch.set_num_threads(1)
+        assert torch.equal(kron_matmul(x, a, b, backend="native"), two)
+        torch.set_num_threads(2)
+
+
+def _in_child(queue, operands):
+    torch.utils.deterministic.fill_uninitialized_memory = False  # torch fills in its own pool
+    queue.put(kron_matmul(*operands, backend="native").tolist())
+
+
+def test_a_forked_child_can_call(two_threads):
+    operands = draw(KronShape(48, 48, 12, 12), 500, torch.float32)
+    expected = kron_matmul(*operands, backend="native").tolist()  # torch's pool is up
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue, operands))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == expected
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_pythons_lock_is_released():
+    s = KronShape(96, 96, 16, 16)
+    x, a, b = draw(s, 20_000, torch.float32)
+    ticks, done = [], threading.Event()
+
+    def work():
+        kron_matmul(x, a, b, backend="native")
+        done.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    while not done.is_set():
+        ticks.append(time.perf_counter())
+        time.sleep(1e-3)
+    worker.join()
+    assert len(ticks) > 5
+
+
+# --- dispatch
+
+
+def test_auto_takes_the_compiled_kernels_and_says_which():
+    x, a, b = draw(SHAPES[2], 5, torch.float32)
+    assert dispatch.choose("auto", x, a, b) == "native"
+    assert f"native  ready: {native.instruction_set()}" in kron_kernels.explain_backends(x, a, b)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: draw(SHAPES[1], 2, torch.complex64), "x is torch.complex64"),
+        (lambda: tuple(t.to("meta") for t in draw(SHAPES[1])), "x is on meta"),
+        (
+            lambda: (torch.ones(1, 1), *[torch.ones(1, 1, 1)] * 9),
+            "up to 8 factors, and there are 9",
+        ),
+        (lambda: (torch.ones(1, 1), *[torch.ones(2, 1, 1)] * 3), "sums products of two factors"),
+        (
+            lambda: (torch.ones(1, 1), *[torch.ones(1, 1, 1, requires_grad=True)] * 3),
+            "gradients for two factors",
+        ),
+    ],
+    ids=["complex", "device", "factors", "sum", "gradients"],
+)
+def test_what_it_cannot_serve_goes_to_eager_with_a_reason(call, reason):
+    operands = call()
+    assert reason in dispatch.why_not("native", *operands)
+    assert dispatch.choose("auto", *operands) == "eager"
+    with pytest.raises(ValueError, match="backend='native' cannot serve this call"):
+        kron_matmul(*operands, backend="native")
+
+
+def test_without_the_module_eager_serves(monkeypatch):
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "_missing", "No module named 'kron_kernels._native'", raising=False)
+    x, a, b = draw(SHAPES[2], 5, torch.float32)
+    assert "C++17 compiler" in dispatch.why_not("native", x, a, b)
+    assert dispatch.choose("auto", x, a, b) == "eager"
+    assert_close("y", kron_matmul(x, a, b), reference.kron_matmul(x, a, b), terms(SHAPES[2]))
+
+
+def test_without_a_pool_that_torch_lends_it_serves_one_thread_only(monkeypatch, two_threads):
+    monkeypatch.setattr(native, "_POOL", 0)
+    x, a, b = draw(SHAPES[2], 5, torch.float32)
+    assert "thread pool" in dispatch.why_not("native", x, a, b)
+    torch.set_num_threads(1)
+    assert dispatch.why_not("native", x, a, b) is None
