@@ -21,7 +21,7 @@ from transformers import (
     BertPreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 from transformers.models.bert.modeling_bert import BertLayer
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KronShape, kron_feed_forward
@@ -34,6 +34,7 @@ _ACTIVATIONS = {
     NewGELUActivation: "gelu_tanh",
     nn.ReLU: "relu",
     nn.SiLU: "silu",
+    SiLUActivation: "silu",
 }
 
 

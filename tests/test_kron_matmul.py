@@ -20,12 +20,14 @@ def terms(s: KronShape) -> int:
     return s.rank * (s.n1 + s.n2)
 
 
+# "auto" is native where that is compiled; tests/test_native.py has more of it.
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("tokens", [0, 1, 7, 1500])
 @pytest.mark.parametrize("s", SHAPES, ids=name)
-def test_it_is_the_product_by_torch_kron(s, tokens, dtype):
+def test_it_is_the_product_by_torch_kron(s, tokens, dtype, backend):
     x, a, b = draw(s, tokens, dtype)
-    y = kron_matmul(x, a, b)
+    y = kron_matmul(x, a, b, backend=backend)
     assert y.dtype == dtype and y.shape == (tokens, s.out_features)
     assert_close("y", y, reference.kron_matmul(x, a, b), terms(s))
 
@@ -45,12 +47,13 @@ def test_every_form_of_eager_agrees_forward_and_backward(s, tokens, form):
         assert_close(label, grad, other, max(tokens, 1) * (s.m1 + s.m2 + terms(s)))
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("s", SHAPES, ids=name)
-def test_gradients_in_every_dtype(s, dtype):
+def test_gradients_in_every_dtype(s, dtype, backend):
     tokens = 600
     x, a, b = (t.requires_grad_() for t in draw(s, tokens, dtype))
-    y = kron_matmul(x, a, b)
+    y = kron_matmul(x, a, b, backend=backend)
     dy = torch.randn_like(y)
     grads = torch.autograd.grad(y, (x, a, b), dy)
     wide = torch.complex128 if dtype.is_complex else torch.float64
@@ -84,19 +87,27 @@ def test_only_the_gradients_that_are_asked_for(s, needed):
         assert_close("grad", grad, other, 1000)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("auto", torch.float64), ("eager", torch.complex128)],
+    ids=["auto-real", "eager-complex"],
+)
 @pytest.mark.parametrize("s", SMALL, ids=name)
-def test_gradcheck_in_reverse_and_forward_mode_batched_and_twice(s, dtype):
+def test_gradcheck_in_reverse_and_forward_mode_batched_and_twice(s, backend, dtype):
     operands = [t.requires_grad_() for t in draw(s, 2, dtype)]
+
+    def product(x, a, b):
+        return kron_matmul(x, a, b, backend=backend)
+
     torch.autograd.gradcheck(
-        kron_matmul,
+        product,
         operands,
         check_forward_ad=True,
         check_batched_grad=True,
         check_batched_forward_grad=True,
     )
     if s.parameters < 100:
-        torch.autograd.gradgradcheck(kron_matmul, operands, check_fwd_over_rev=True)
+        torch.autograd.gradgradcheck(product, operands, check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu", "silu"])

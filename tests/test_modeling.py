@@ -22,6 +22,7 @@ from transformers import (
     BertTokenizer,
     pipeline,
 )
+from transformers.models.bert.modeling_bert import BertLayer
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear
 from kroneckerbert import (
@@ -34,6 +35,7 @@ from kroneckerbert import (
     embed,
     mean_pooling,
 )
+from kroneckerbert.modeling_kroneckerbert import KroneckerBertLayer
 
 BASE = BertConfig(
     vocab_size=64,
@@ -192,6 +194,38 @@ def test_sdpa_and_eager_agree():
     eager.set_attn_implementation("eager")
     assert model.config._attn_implementation == "sdpa"
     torch.testing.assert_close(model(**batch)[0], eager(**batch)[0])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"])
+def test_the_fused_feed_forward_block_is_the_stock_one(activation):
+    layer = KroneckerBertModel(tiny_config(hidden_act=activation)).eval().encoder.layer[0]
+    x = torch.randn(2, 7, 32)
+    expected = BertLayer.feed_forward_chunk(layer, x)
+    called = []
+    hook = layer.intermediate.register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(layer.feed_forward_chunk(x), expected)
+    assert called, "a hook on a part must be called"
+    hook.remove()
+    called.clear()
+    layer.intermediate.forward = lambda x: called.append(1)
+    torch.testing.assert_close(layer.feed_forward_chunk(x), expected)
+    assert not called, "the block should have been one call"
+
+
+def test_the_fused_block_drops_out_in_training_and_lets_adapters_in():
+    layer = KroneckerBertModel(tiny_config()).encoder.layer[0]
+    x = torch.randn(2, 7, 32)
+    layer.train()
+    gradients = []
+    for forward in (KroneckerBertLayer.feed_forward_chunk, BertLayer.feed_forward_chunk):
+        torch.manual_seed(1)
+        y = forward(layer, x)
+        gradients += torch.autograd.grad(y.pow(3).sum(), layer.output.dense.b)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    layer.eval()
+    plain = layer.feed_forward_chunk(x)
+    layer.output.dense = torch.nn.Sequential(layer.output.dense, torch.nn.Dropout(0.0))
+    torch.testing.assert_close(layer.feed_forward_chunk(x), plain)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

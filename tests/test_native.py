@@ -163,9 +163,9 @@ def test_activations_are_torchs_at_every_size_of_their_argument(activation, isa)
     x = torch.cat([torch.linspace(-20, 20, 40001), torch.tensor([-1e30, -0.0, 1e-40, 1e30])])
     y = kron_matmul(x[:, None], torch.ones(1, 1), activation=activation, backend="native")[:, 0]
     expected = reference.kron_matmul(x[:, None], torch.ones(1, 1), activation=activation)[:, 0]
-    error = (y - expected).abs() / (expected.abs() + 1e-30).clamp_min(x.abs() * 1e-7)
-    # Twice what csrc/cpu/activation.h promises for the distribution, 1.2e-7, against |x|.
-    assert ((y - expected).abs() <= 2.5e-7 * x.abs() + 1e-37).all(), error.max()
+    # csrc/cpu/activation.h promises 2.4e-7 for what multiplies x; the product is rounded once more.
+    error = ((y - expected).abs() - 1e-37) / x.abs().clamp_min(1e-30)
+    assert error.max() <= 2.4e-7 + 0.6e-7
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])

@@ -73,13 +73,13 @@ def why_not(x: Tensor, *factors: Tensor) -> str | None:
         return f"it runs on CPUs, and x is on {x.device}"
     if x.dtype not in _DTYPES:
         return f"it has kernels for {', '.join(str(d)[6:] for d in _DTYPES)}, and x is {x.dtype}"
-    if len(factors) > _MAX_FACTORS:
-        return f"it takes up to {_MAX_FACTORS} factors, and there are {len(factors)}"
-    if len(factors) > 2 and factors[0].shape[0] > 1:
-        return f"it sums products of two factors, and there are {len(factors)}"
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))
-    if len(factors) != 2 and needs_grad:
-        return f"it has gradients for two factors, and there are {len(factors)}"
+    if len(factors) != 2:
+        if len(factors) > _MAX_FACTORS:
+            return f"it takes up to {_MAX_FACTORS} factors, and there are {len(factors)}"
+        if len(factors) > 2 and factors[0].shape[0] > 1:
+            return f"it sums products of two factors, and there are {len(factors)}"
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors)):
+            return f"it has gradients for two factors, and there are {len(factors)}"
     if not _POOL and _threads() > 1:
         return "this torch keeps its thread pool to itself (2.10 and later lend it)"
     return None
@@ -263,8 +263,10 @@ def _product(
         _ACTIVATIONS[activation],
         0 if y is None else y.data_ptr(),
     ]
-    for f, (_, rows, cols), turn in zip(factors, shapes, _turns(shapes), strict=True):
-        arguments += (f.data_ptr(), rows, cols, *f.stride(), turn)
+    turns = _turns(shapes)
+    for i, f in enumerate(factors):
+        _, rows, cols = shapes[i]
+        arguments += (f.data_ptr(), rows, cols, *f.stride(), turns[i])
     return arguments
 
 
