@@ -15,7 +15,21 @@ def check_factors(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The factors as ``(r, m_i, n_i)``, held to one another and to ``x (…, n)``."""
     if not factors:
         raise ValueError("kron_matmul(x, *factors) needs at least one factor, got none.")
-    # One pass over the shapes: at one token the checks are a visible part of a call.
+    dtype, device = x.dtype, x.device
+    if len(factors) == 2:  # what is usual and right is told in 1 µs, a visible part of a small call
+        a, b = factors
+        (*_, n), a_shape, b_shape = x.shape or (0,), a.shape, b.shape
+        if (
+            len(a_shape) == 3 == len(b_shape)
+            and a_shape[0] == b_shape[0]
+            and 0 not in a_shape
+            and 0 not in b_shape
+            and n == a_shape[2] * b_shape[2]
+            and dtype.is_floating_point
+            and dtype == a.dtype == b.dtype
+            and device == a.device == b.device
+        ):
+            return a, b
     shapes = [f.shape for f in factors]
     columns = 1
     for i, shape in enumerate(shapes):
@@ -37,7 +51,6 @@ def check_factors(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             f"x's last dimension must be the product of the factors' columns, "
             f"{product} = {columns}, got x of shape {tuple(x.shape)}."
         )
-    dtype, device = x.dtype, x.device
     if not (dtype.is_floating_point or dtype.is_complex):
         raise ValueError(f"x must be floating point or complex, got {dtype}; use x.float().")
     for i, f in enumerate(factors):

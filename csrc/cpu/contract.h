@@ -157,13 +157,26 @@ void correlate_tile(const Rows<T> &p, const Rows<T> &q, Int r, Int s, Int count,
       }
     }
   }
+  if constexpr (QR == 1) { // one column of results, whole if nothing is in its way
+    if (c_row == 1 && r + PR <= p.rows && !accumulate)
+      return store(c + r + s * c_col, sums_of_lanes<T>(acc));
+  }
   T sums[SUMS];
   KRON_UNROLL
   for (int i = 0; i < SUMS; i += L) store(sums + i, sums_of_lanes<T>(acc + i));
+  T *out = c + r * c_row + s * c_col;
+  if (r + PR <= p.rows && s + QR <= q.rows && !accumulate) { // most tiles: no test per entry
+    KRON_UNROLL
+    for (int k = 0; k < PR; k++) {
+      KRON_UNROLL
+      for (int l = 0; l < QR; l++) out[k * c_row + l * c_col] = sums[k * QR + l];
+    }
+    return;
+  }
   for (int k = 0; k < PR && r + k < p.rows; k++) {
     for (int l = 0; l < QR && s + l < q.rows; l++) {
-      T &out = c[(r + k) * c_row + (s + l) * c_col];
-      out = sums[k * QR + l] + (accumulate ? out : T(0));
+      T &entry = out[k * c_row + l * c_col];
+      entry = sums[k * QR + l] + (accumulate ? entry : T(0));
     }
   }
 }
@@ -176,6 +189,27 @@ void correlate(const Rows<T> &p, Rows<T> q, Int count, Int inner, T *c, Int c_ro
   constexpr int L = LANES<T>;
   if (p.step == inner && q.step == inner) inner *= count, count = 1;
   const T *const first = q.data;
+  // Of short sums the scattered results take longest: a vector of them at a time, if they lie so.
+  if (inner * count <= 4 * L && !accumulate) {
+    if (c_row == 1 && p.rows >= L) {
+      for (Int r = 0; r < p.rows; r += L)
+        for (Int i = 0; i < batch; i++)
+          for (Int s = 0; s < q.rows; s++) {
+            q.data = first + i * q_batch;
+            correlate_tile<T, 1>(p, q, r, s, count, inner, c + i * c_batch, 1, c_col, false);
+          }
+      return;
+    }
+    if (c_col == 1 && q.rows >= L) {
+      for (Int i = 0; i < batch; i++) {
+        q.data = first + i * q_batch;
+        for (Int s = 0; s < q.rows; s += L)
+          for (Int r = 0; r < p.rows; r++)
+            correlate_tile<T, 1>(q, p, s, r, count, inner, c + i * c_batch, 1, c_row, false);
+      }
+      return;
+    }
+  }
   const Int cols = q.rows < 4 ? q.rows < 2 ? 1 : 2 : 4, rows = L < cols ? 1 : L / cols;
   for (Int r = 0; r < p.rows; r += rows) {
     for (Int i = 0; i < batch; i++) {
