@@ -1,0 +1,693 @@
+// Checks the kernels of kron.h against sums over whole Kronecker products, without torch or Python.
+//
+//   check [--seed 1] [--draws 200] [--every 1] [--work 1e6]
+//   check --self-test
+//
+// --draws is the number of random shapes of each kind of call, --every 3 takes a third of the fixed
+// ones; where the reference would take more than --work multiply-adds, a case has fewer tokens.
+// The self-test is one of the comparison.
+#include "kron.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace {
+
+typedef int64_t Int;
+typedef long double Real;
+
+std::string doing; // for the message of a failure
+[[noreturn]] void fail(const std::string &what) {
+  printf("FAILED: %s\n  %s\n", what.c_str(), doing.c_str());
+  exit(1);
+}
+
+struct Random {
+  std::mt19937_64 bits;
+  Int below(Int n) { return Int(bits() % uint64_t(n)); }
+  double number() { return double(int64_t(bits())) * 0x1p-63; } // -1 to 1
+};
+
+// ---- numbers in memory -------------------------------------------------------------------------
+
+struct Dtype {
+  Int id;
+  const char *name;
+  int bytes, digits, least; // bits of the significand, exponent of the smallest normal number
+};
+const Dtype DTYPES[] = {{KRON_FLOAT32, "float32", 4, 24, -126},
+                        {KRON_FLOAT64, "float64", 8, 53, -1022},
+                        {KRON_BFLOAT16, "bfloat16", 2, 8, -126},
+                        {KRON_FLOAT16, "float16", 2, 11, -14}};
+const Dtype &computed(const Dtype &d) { return d.bytes == 2 ? DTYPES[0] : d; }
+double epsilon(const Dtype &d) { return ldexp(1, 1 - computed(d).digits); }
+
+double decode(const Dtype &d, uint16_t bits) {
+  const int fraction_bits = d.digits - 1, top = (1 << (16 - d.digits)) - 1;
+  const int exponent = bits >> fraction_bits & top, fraction = bits & ((1 << fraction_bits) - 1);
+  const double sign = bits >> 15 ? -1 : 1;
+  if (exponent == top) return fraction ? NAN : sign * INFINITY;
+  const int significand = exponent ? fraction + (1 << fraction_bits) : fraction;
+  return sign * ldexp(significand, std::max(exponent, 1) - 1 + d.least - fraction_bits);
+}
+uint16_t encode(const Dtype &d, double v) {
+  const int sign = signbit(v) ? 0x8000 : 0, fraction_bits = d.digits - 1;
+  const int infinity = 0x7fff >> fraction_bits << fraction_bits;
+  if (!isfinite(v)) return uint16_t(sign | (isnan(v) ? 0x7fff : infinity));
+  // In units in the last place, to nearest even; a carry into the exponent is as it should be.
+  const int exponent = v == 0 ? d.least : std::max(d.least, ilogb(v));
+  const int units = int(lrint(ldexp(fabs(v), fraction_bits - exponent)));
+  return uint16_t(sign | std::min(infinity, (exponent - d.least) * (1 << fraction_bits) + units));
+}
+
+// Numbers in memory of exactly their size, aligned to one of them and no better, all NaN at first.
+// Where no ASan sees a step past the end, NaNs lie there, too.
+class Buffer {
+public:
+  Buffer(const Dtype &d, Int count)
+      : dtype(&d), size(count), memory(static_cast<char *>(malloc(total())), free) {
+    reset();
+  }
+  void reset() { memset(memory.get(), 0xff, total()); }
+  char *data() const { return memory.get() + dtype->bytes; }
+  std::string bytes(Int first, Int end) const {
+    return std::string(data() + first * dtype->bytes, data() + end * dtype->bytes);
+  }
+  bool intact() const {
+    const std::string all(memory.get(), total());
+    return all.substr(0, dtype->bytes) == std::string(dtype->bytes, '\xff') &&
+           all.substr(total() - BEHIND) == std::string(BEHIND, '\xff');
+  }
+  double get(Int i) const {
+    if (dtype->bytes == 2) return decode(*dtype, reinterpret_cast<uint16_t *>(data())[i]);
+    if (dtype->bytes == 4) return reinterpret_cast<float *>(data())[i];
+    return reinterpret_cast<double *>(data())[i];
+  }
+  void set(Int i, double v) {
+    if (dtype->bytes == 2) reinterpret_cast<uint16_t *>(data())[i] = encode(*dtype, v);
+    else if (dtype->bytes == 4) reinterpret_cast<float *>(data())[i] = float(v);
+    else reinterpret_cast<double *>(data())[i] = v;
+  }
+  void draw(Random &r, double scale) {
+    for (Int i = 0; i < size; i++) set(i, scale * r.number());
+  }
+
+  const Dtype *dtype;
+  Int size;
+
+private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t BEHIND = 0;
+#else
+  static constexpr size_t BEHIND = 128;
+#endif
+  size_t total() const { return size_t((size + 1) * dtype->bytes) + BEHIND; }
+  std::unique_ptr<char, void (*)(void *)> memory;
+};
+
+// ---- the reference, and how far from it a kernel may be ----------------------------------------
+
+// Partial sums of n terms are about as large as the whole sum, or sqrt(Σ terms²), if that is more;
+// rounding them leaves about eps * sqrt(n) of that. So a number carries this error, squared and in
+// units of eps², and its square, or while it grows the sum of its terms' squares.
+struct Number {
+  Real value = 0;
+  double error = 0, square = 0;
+  Number() = default;
+  Number(Real v, double e = 0) : value(v), error(e), square(double(v * v)) {}
+  void add(const Number &p, const Number &q) {
+    value += p.value * q.value;
+    error += p.error * q.square + q.error * p.square;
+    square += p.square * q.square;
+  }
+  Number rounded(double terms) const {
+    return Number(value, error + terms * (square + double(value * value)));
+  }
+};
+typedef std::vector<Number> Numbers;
+Numbers exact(const Buffer &b) {
+  Numbers all;
+  for (Int i = 0; i < b.size; i++) all.push_back(Number(b.get(i)));
+  return all;
+}
+
+// The largest error in units of its bound, after the rounding to the dtype of `found`; more than 1
+// is wrong. `d` is the dtype of the operands.
+const double MARGIN = LDBL_MANT_DIG > DBL_MANT_DIG ? 2 : 8; // where the reference is no better
+double worst_error(const Dtype &d, const Buffer &found, const Numbers &expected) {
+  const double half = ldexp(1, -found.dtype->digits), tiny = half * ldexp(1, found.dtype->least);
+  const double unit = MARGIN * epsilon(d);
+  double worst = found.intact() ? 0 : INFINITY;
+  for (Int i = 0; i < found.size; i++) {
+    const double error = fabs(double(found.get(i) - expected[i].value));
+    const double within = unit * sqrt(expected[i].error);
+    const double rounding = half * (fabs(double(expected[i].value)) + within) + tiny;
+    if (isnan(error)) return INFINITY;
+    if (error > rounding) worst = std::max(worst, (error - rounding) / within);
+  }
+  return worst;
+}
+
+// The value and the slope at x. Vectorised ones are within 2 eps |x| and 4 eps; no slope is steeper
+// than 1.13 or changes faster than by 1, but relu's, which may be the other one next to 0.
+const char *const ACTIVATIONS[] = {"no activation", "gelu", "gelu_tanh", "relu", "silu"};
+std::pair<Number, Number> activate(const Dtype &d, Int kind, const Number &x) {
+  const double v = double(x.value), c = sqrt(2 / M_PI), k = 0.044715, unit = MARGIN * epsilon(d);
+  double g, dg; // the value is v g
+  switch (kind) {
+  case KRON_NONE: return {x, 1};
+  case KRON_RELU:
+    return {Number(std::max(v, 0.), x.error),
+            Number(v > 0, fabs(v) <= unit * sqrt(x.error) ? 1 / (unit * unit) : 0)};
+  case KRON_GELU: g = erfc(-v / sqrt(2)) / 2, dg = exp(-v * v / 2) / sqrt(2 * M_PI); break;
+  case KRON_SILU: g = 1 / (1 + exp(-v)), dg = g * (1 - g); break;
+  default:
+    g = (1 + tanh(c * (v + k * v * v * v))) / 2;
+    dg = 2 * g * (1 - g) * c * (1 + 3 * k * v * v);
+  }
+  return {Number(v * g, 1.28 * x.error + 4 * v * v), Number(g + v * dg, x.error + 16)};
+}
+
+struct Side {
+  Int rows, cols;
+};
+struct Shape {
+  Int rank;
+  std::vector<Side> sides;
+  Int product(Int Side::*side) const {
+    Int n = 1;
+    for (const Side &s : sides) n *= s.*side;
+    return n;
+  }
+};
+
+// rows x cols dot products of `count` terms: p's rows and terms are so many numbers apart, and q's.
+Numbers dots(Int rows, Int cols, Int count, const Numbers &p, Int p_row, Int p_term,
+             const Numbers &q, Int q_row, Int q_term) {
+  Numbers all(rows * cols);
+  for (Int r = 0; r < rows; r++) {
+    for (Int c = 0; c < cols; c++) {
+      Number sum;
+      for (Int i = 0; i < count; i++) sum.add(p[r * p_row + i * p_term], q[c * q_row + i * q_term]);
+      all[r * cols + c] = sum;
+    }
+  }
+  return all;
+}
+
+// Σ_k F_1k ⊗ F_2k ⊗ … with operands of its own.
+const char *const LAYOUTS[] = {"", " padded", " transposed", " with gaps", " upside down, shared"};
+struct Product {
+  Product(const Dtype &d, const Shape &s, Int tokens, Random &r)
+      : dtype(d), shape(s), m(s.product(&Side::rows)), n(s.product(&Side::cols)), bias(d, m),
+        residual(d, tokens * m) {
+    bias.draw(r, 1), residual.draw(r, 4);
+    call.rank = s.rank, call.n_factors = Int(s.sides.size()), call.activation = r.below(5);
+    call.bias = r.below(2) ? bias.data() : nullptr;
+    call.residual = r.below(2) ? residual.data() : nullptr;
+    text = std::string("; ") + ACTIVATIONS[call.activation] + (call.bias ? ", bias" : "") +
+           (call.residual ? ", residual" : "") + ", rank " + std::to_string(s.rank);
+    for (Int i = 0; i < call.n_factors; i++) draw_factor(i, r.below(2) ? 0 : r.below(5), r);
+  }
+  void draw_factor(Int at, Int layout, Random &r) {
+    const Side s = shape.sides[at];
+    kron_factor &f = call.factors[at] = {nullptr, s.rows, s.cols, s.rows * s.cols, s.cols, 1};
+    if (layout == 1) f.row_stride = s.cols + 3, f.rank_stride = s.rows * f.row_stride + 5;
+    if (layout == 2) f.row_stride = 1, f.col_stride = s.rows;
+    if (layout == 3) f.col_stride = 2, f.row_stride = 2 * s.cols + 1, f.rank_stride *= 3;
+    if (layout == 4) f.row_stride = -s.cols, f.rank_stride = 0;
+    first[at] = layout == 4 ? (s.rows - 1) * s.cols : 0;
+    factors.emplace_back(dtype, 1 + (shape.rank - 1) * f.rank_stride +
+                                    (s.rows - 1) * std::abs(f.row_stride) +
+                                    (s.cols - 1) * f.col_stride);
+    f.data = factors[at].data() + first[at] * dtype.bytes;
+    for (Int k = 0; k < shape.rank; k++)
+      for (Int i = 0; i < s.rows; i++)
+        for (Int j = 0; j < s.cols; j++) factors[at].set(place(at, k, i, j), r.number());
+    text += ", " + std::to_string(s.rows) + "x" + std::to_string(s.cols) + LAYOUTS[layout];
+  }
+  Int place(Int at, Int k, Int i, Int j) const {
+    const kron_factor &f = call.factors[at];
+    return first[at] + k * f.rank_stride + i * f.row_stride + j * f.col_stride;
+  }
+  double factor(Int at, Int k, Int i, Int j) const { return factors[at].get(place(at, k, i, j)); }
+
+  void set_order(Int index) {
+    turns = ", turns";
+    for (Int i = 0; i < call.n_factors; i++) call.turns[i] = i;
+    while (index--) std::next_permutation(call.turns, call.turns + call.n_factors);
+    for (Int i = 0; i < call.n_factors; i++) turns += " " + std::to_string(call.turns[i]);
+  }
+
+  // The matrix (m, n), entry by entry.
+  Numbers whole() const {
+    Numbers all(m * n);
+    for (Int o = 0; o < m; o++) {
+      for (Int i = 0; i < n; i++) {
+        for (Int k = 0; k < shape.rank; k++) {
+          Real w = 1;
+          Int rows = m, cols = n;
+          for (Int f = 0; f < call.n_factors; f++) {
+            const Side s = shape.sides[f];
+            rows /= s.rows, cols /= s.cols;
+            w *= factor(f, k, o / rows % s.rows, i / cols % s.cols);
+          }
+          all[o * n + i].add(w, 1);
+        }
+      }
+    }
+    return all;
+  }
+  // Before the activation, and from there on.
+  Numbers apply(const Numbers &x, Int tokens) const {
+    double terms = 2;
+    for (const Side &s : shape.sides) terms += double(shape.rank * s.cols);
+    Numbers all = dots(tokens, m, n, x, n, 1, whole(), n, 1);
+    for (Int i = 0; i < Int(all.size()); i++) {
+      if (call.bias) all[i].add(bias.get(i % m), 1);
+      all[i] = all[i].rounded(terms);
+    }
+    return all;
+  }
+  Numbers finish(Numbers y) const {
+    for (Int i = 0; i < Int(y.size()); i++) {
+      y[i] = activate(dtype, call.activation, y[i]).first;
+      if (call.residual) y[i].add(residual.get(i), 1);
+      y[i] = y[i].rounded(1);
+    }
+    return y;
+  }
+  // dx, da, db, the latter two from the gradient of the whole.
+  std::vector<Numbers> gradients(const Numbers &dy, const Numbers &x, Int tokens) const {
+    const Side a = shape.sides[0], b = shape.sides[1];
+    const Numbers dw = dots(m, n, tokens, dy, 1, m, x, 1, n);
+    Numbers dx = dots(tokens, n, m, dy, m, 1, whole(), 1, n);
+    Numbers da(shape.rank * a.rows * a.cols), db(shape.rank * b.rows * b.cols);
+    for (Int k = 0; k < shape.rank; k++) {
+      for (Int i = 0; i < m * n; i++) {
+        const Int ar = i / n / b.rows, br = i / n % b.rows, ac = i % n / b.cols, bc = i % b.cols;
+        da[(k * a.rows + ar) * a.cols + ac].add(dw[i], factor(1, k, br, bc));
+        db[(k * b.rows + br) * b.cols + bc].add(dw[i], factor(0, k, ar, ac));
+      }
+    }
+    const Int a_side = std::max(a.rows, a.cols), b_side = std::max(b.rows, b.cols);
+    for (Number &v : dx) v = v.rounded(double(shape.rank * (a.rows + b.rows)));
+    for (Number &v : da) v = v.rounded(double((tokens + 2) * b_side));
+    for (Number &v : db) v = v.rounded(double((tokens + 2) * a_side));
+    return {dx, da, db};
+  }
+
+  const Dtype &dtype;
+  const Shape shape;
+  const Int m, n;
+  Buffer bias, residual;
+  std::vector<Buffer> factors;
+  Int first[KRON_MAX_FACTORS];
+  kron_product call = {};
+  std::string text, turns;
+};
+
+// ---- calls -------------------------------------------------------------------------------------
+
+// A thread for each range of one or two parts; the last ones start first.
+Int most_ranges = 0;
+int32_t parallel_for(int64_t begin, int64_t end, int64_t, kron_range fn, void *context) {
+  std::vector<std::thread> threads;
+  for (Int last = end, start; last > begin; last = start) {
+    start = std::max(begin, last - 1 - Int(threads.size() % 2));
+    threads.emplace_back([=] { fn(start, last, context); });
+  }
+  for (std::thread &t : threads) t.join();
+  most_ranges = std::max(most_ranges, Int(threads.size()));
+  return 0;
+}
+
+enum Kind { FORWARD, FEED_FORWARD, BACKWARD, FEED_FORWARD_BACKWARD };
+const char *const KINDS[] = {"forward", "feed-forward", "backward", "feed-forward's backward"};
+const char *const ISAS[] = {"portable", "avx2", "avx512"};
+
+// A call with its operands and results, which can be made again.
+struct Call {
+  Call(Kind kind, const Dtype &d, Int tokens, const std::vector<Shape> &shapes, Random &r)
+      : kind(kind), dtype(d), tokens(tokens), x(d, tokens * shapes[0].product(&Side::cols)),
+        dy(d, tokens * shapes.back().product(&Side::rows)) {
+    x.draw(r, 1), dy.draw(r, 1);
+    for (const Shape &s : shapes) products.emplace_back(d, s, tokens, r);
+    if (kind != FORWARD) outputs.emplace_back(d, kind == FEED_FORWARD ? dy.size : x.size);
+    for (const Product &p : products) {
+      if (kind == FORWARD) outputs.emplace_back(d, tokens * p.m);
+      if (kind < BACKWARD) continue;
+      for (const Side &s : p.shape.sides)
+        outputs.emplace_back(computed(d), p.shape.rank * s.rows * s.cols);
+      if (kind != BACKWARD && &p == &products[0]) outputs.emplace_back(computed(d), p.m);
+    }
+  }
+
+  // Two products of two factors have four orders; the second is that in which they meet.
+  void set_order(Int index) {
+    for (Product &p : products) p.set_order(index >> (kind != FORWARD && &p != &products[0]));
+  }
+
+  // Writes those of the outputs that are `wanted`, bit by bit; returns the bytes of all.
+  std::vector<std::string> run(Int isa, Int threads, Int wanted = -1) {
+    doing = std::string(KINDS[kind]) + ", " + dtype.name + ", " + ISAS[isa] + ", " +
+            std::to_string(threads) + " threads, " + std::to_string(tokens) + " tokens, outputs " +
+            std::to_string(wanted);
+    std::vector<kron_product> p;
+    for (const Product &product : products)
+      doing += product.text + product.turns, p.push_back(product.call);
+    std::vector<void *> y;
+    for (Buffer &b : outputs)
+      b.reset(), y.push_back(wanted >> y.size() & 1 ? b.data() : nullptr);
+    for (size_t i = 0; i < p.size(); i++) p[i].y = y[kind == FORWARD ? i : 0];
+    const kron_execution e = {isa, threads, threads == 1 ? nullptr : parallel_for};
+    const Int id = dtype.id;
+    const char *error =
+        kind == FORWARD ? kron_cpu_forward(&e, id, tokens, x.data(), Int(p.size()), p.data())
+        : kind == FEED_FORWARD ? kron_cpu_feed_forward(&e, id, tokens, x.data(), &p[0], &p[1])
+        : kind == BACKWARD
+            ? kron_cpu_backward(&e, id, tokens, dy.data(), x.data(), &p[0], y[0], y[1], y[2])
+            : kron_cpu_feed_forward_backward(&e, id, tokens, dy.data(), x.data(), &p[0], &p[1],
+                                             y[0], y[1], y[2], y[3], y[4], y[5]);
+    if (error) fail(std::string("refused: ") + error);
+    std::vector<std::string> bytes;
+    for (const Buffer &b : outputs) bytes.push_back(b.bytes(0, b.size));
+    return bytes;
+  }
+
+  std::vector<Numbers> expected() const {
+    const Numbers in = exact(x);
+    std::vector<Numbers> all;
+    if (kind == FORWARD)
+      for (const Product &p : products) all.push_back(p.finish(p.apply(in, tokens)));
+    if (kind == BACKWARD) all = products[0].gradients(exact(dy), in, tokens);
+    if (kind == FORWARD || kind == BACKWARD) return all;
+    const Product &up = products[0], &down = products[1];
+    Numbers h = up.apply(in, tokens), slopes, dbias(up.m);
+    for (Number &v : h) {
+      const auto both = activate(dtype, up.call.activation, v);
+      v = both.first, slopes.push_back(both.second);
+    }
+    if (kind == FEED_FORWARD) return {down.finish(down.apply(h, tokens))};
+    const std::vector<Numbers> g2 = down.gradients(exact(dy), h, tokens);
+    for (Int i = 0; i < Int(h.size()); i++) {
+      Number dh;
+      dh.add(g2[0][i], slopes[i]);
+      h[i] = dh.rounded(1), dbias[i % up.m].add(h[i], 1);
+    }
+    for (Number &b : dbias) b = b.rounded(double(tokens));
+    const std::vector<Numbers> g1 = up.gradients(h, in, tokens);
+    return {g1[0], g1[1], g1[2], dbias, g2[1], g2[2]};
+  }
+
+  const Kind kind;
+  const Dtype &dtype;
+  const Int tokens;
+  Buffer x, dy;
+  std::vector<Product> products;
+  std::vector<Buffer> outputs; // those of tokens first
+};
+
+// ---- groups of cases ---------------------------------------------------------------------------
+
+struct Group {
+  std::string name;
+  Int cases = 0;
+  double worst = 0;
+  void note(double error) {
+    cases++, worst = std::max(worst, error);
+    if (!(error <= 1)) fail("an error of " + std::to_string(error) + " times its bound");
+  }
+  void require(bool holds, const char *otherwise) {
+    cases++;
+    if (!holds) fail(otherwise);
+  }
+  void print() const {
+    printf("%-28s%9lld cases", name.c_str(), (long long)cases);
+    if (worst > 0) printf(", worst error %.2f of its bound", worst);
+    printf("\n"), fflush(stdout);
+  }
+};
+Group divided{"threads"}, poisoned{"NaN and infinity"};
+
+// Against one thread, and from run to run.
+void check_threads(Call &call, Int isa, const std::vector<Numbers> &expected) {
+  const std::vector<std::string> alone = call.run(isa, 1);
+  for (Int threads : {5, 3, 2}) {
+    most_ranges = 0;
+    const std::vector<std::string> bytes = call.run(isa, threads);
+    if (!most_ranges) return; // too little work to divide
+    for (size_t i = 0; i < bytes.size(); i++) {
+      if (i == 0 || call.kind < BACKWARD)
+        divided.require(bytes[i] == alone[i], "this depends on the number of threads");
+      else divided.note(worst_error(call.dtype, call.outputs[i], expected[i]));
+    }
+    divided.require(call.run(isa, threads) == bytes, "this differs from run to run");
+  }
+}
+
+// A bad number reaches all outputs of its token, no other token's, and no later call's.
+void check_poison(Call &call, Int isa, Random &r) {
+  const bool forward = call.kind < BACKWARD;
+  Buffer &input = forward ? call.x : call.dy;
+  double bad = INFINITY; // which an activation may turn into 0
+  for (const Product &p : call.products) bad = p.call.activation ? NAN : bad;
+  const Int place = r.below(input.size), token = place / (input.size / call.tokens);
+  const double good = input.get(place);
+  const std::vector<std::string> clean = call.run(isa, 1);
+  input.set(place, bad), call.run(isa, 1), input.set(place, good);
+  for (size_t i = 0; i < (forward ? clean.size() : 1); i++) {
+    const Buffer &b = call.outputs[i];
+    const Int size = b.size / call.tokens, first = token * size, bytes = b.dtype->bytes;
+    bool reached = true;
+    for (Int o = first; o < first + size; o++) reached = reached && !(fabs(b.get(o)) < INFINITY);
+    poisoned.require(reached, "a bad number does not reach all of its token");
+    poisoned.require(b.bytes(0, first) == clean[i].substr(0, first * bytes) &&
+                         b.bytes(first + size, b.size) == clean[i].substr((first + size) * bytes),
+                     "a bad number reaches another token");
+  }
+  poisoned.require(call.run(isa, 1) == clean, "a bad number reaches the next call");
+}
+
+// Every instruction set and order, and subsets of the gradients.
+void check(Group &group, Kind kind, const Dtype &d, Int tokens, const std::vector<Shape> &shapes,
+           double most_work, Random &r) {
+  double work = 0;
+  for (const Shape &s : shapes) work += double(s.product(&Side::rows) * s.product(&Side::cols));
+  Call call(kind, d, std::min(tokens, 1 + Int(most_work / work)), shapes, r);
+  const std::vector<Numbers> expected = call.expected();
+  const Int all = (Int(1) << call.outputs.size()) - 1;
+  const Int orders = kind == FEED_FORWARD ? 4 : shapes[0].sides.size() == 3 ? 6 : 2;
+  const Int step = kind < BACKWARD || most_work >= 1e7 ? all + 1 : kind == BACKWARD ? 1 : 7;
+  for (Int isa = 0; isa <= kron_cpu_isa(); isa++) {
+    for (Int order = kind == FEED_FORWARD_BACKWARD; order < orders; order++) {
+      call.set_order(order);
+      for (Int wanted = all; wanted >= 0; wanted -= step) {
+        call.run(isa, 1, wanted);
+        for (size_t i = 0; i < call.outputs.size(); i++)
+          if (wanted >> i & 1) group.note(worst_error(d, call.outputs[i], expected[i]));
+      }
+      check_threads(call, isa, expected);
+    }
+    if (call.tokens) check_poison(call, isa, r);
+  }
+}
+
+// Every 16-bit number with another one added, which often lies between two, and with nothing.
+void check_rounding(Group &group, const Dtype &d, Random &r) {
+  Call call(FORWARD, d, 2 << 16, {{1, {{1, 1}}}}, r);
+  Product &p = call.products[0];
+  p.factors[0].set(0, 1);
+  p.call.activation = KRON_NONE, p.call.bias = nullptr, p.call.residual = p.residual.data();
+  for (Int i = 0; i < call.tokens; i++) {
+    call.x.set(i, decode(d, uint16_t(i)));
+    p.residual.set(i, i >> 16 ? -0. : decode(d, uint16_t(r.below(1 << 16))));
+  }
+  for (Int isa = 0; isa <= kron_cpu_isa(); isa++) {
+    call.run(isa, 1);
+    for (Int i = 0; i < call.tokens; i++) {
+      const double sum = float(call.x.get(i)) + float(p.residual.get(i));
+      const double y = call.outputs[0].get(i), right = decode(d, encode(d, sum));
+      group.require(isnan(sum) ? isnan(y) : y == right, "a 16-bit number is rounded wrongly");
+    }
+  }
+}
+
+void check_refusals(Group &group, Random &r) {
+  const Shape shape = {1, {{8, 8}, {8, 8}}};
+  Call call(FEED_FORWARD_BACKWARD, DTYPES[0], 20, {shape, shape}, r);
+  call.set_order(1);
+  for (int wrong = 0; wrong < 16; wrong++) {
+    kron_execution e = {0, 2, parallel_for};
+    kron_product p[] = {call.products[0].call, call.products[1].call};
+    Int dtype = KRON_FLOAT32, n = 2;
+    p[0].y = p[1].y = call.outputs[0].data();
+    switch (wrong) {
+    case 0: doing = "rank 0", p[1].rank = 0; break;
+    case 1: doing = "no factor", p[1].n_factors = 0; break;
+    case 2: doing = "nine factors", p[1].n_factors = 9; break;
+    case 3: doing = "an empty side", p[1].factors[1].cols = 0; break;
+    case 4: doing = "a turn too high", p[1].turns[0] = 2; break;
+    case 5: doing = "a turn below 0", p[1].turns[0] = -1; break;
+    case 6: doing = "a turn twice", p[1].turns[0] = 1; break;
+    case 7: doing = "dtype -1", dtype = -1; break;
+    case 8: doing = "dtype 4", dtype = 4; break;
+    case 9: doing = "isa -1", e.isa = -1; break;
+    case 10: doing = "isa too high", e.isa = kron_cpu_isa() + 1; break;
+    case 11: doing = "no thread", e.threads = 0; break;
+    case 12: doing = "unequal columns", p[1].factors[1].cols = 7; break;
+    case 13: doing = "does not meet", std::swap(p[0].turns[0], p[0].turns[1]); break;
+    case 14: doing = "no product", n = 0; break;
+    case 15: doing = "five products", n = 5; break;
+    }
+    const Int t = call.tokens;
+    void *const x = call.x.data(), *const g = call.outputs[0].data();
+    if (wrong != 13) group.require(kron_cpu_forward(&e, dtype, t, x, n, p), "taken");
+    if (wrong < 13) group.require(kron_cpu_feed_forward(&e, dtype, t, x, p, p + 1), "taken");
+    if (wrong < 12) group.require(kron_cpu_backward(&e, dtype, t, x, x, p + 1, g, g, g), "taken");
+    if (wrong < 14)
+      group.require(kron_cpu_feed_forward_backward(&e, dtype, t, x, x, p, p + 1, g, g, g, g, g, g),
+                    "taken");
+  }
+  group.require(call.outputs[0].bytes(0, 1) == "\xff\xff\xff\xff", "a refused call wrote");
+}
+
+// That the comparison takes right numbers and fails on wrong and missing ones.
+void self_test(Random &r) {
+  for (const Dtype &d : DTYPES) {
+    Call call(FORWARD, d, 17, {{2, {{7, 8}, {9, 5}}}}, r);
+    const Numbers expected = call.expected()[0];
+    Buffer found(d, Int(expected.size()));
+    Int largest = 0;
+    for (Int i = 0; i < found.size; i++) {
+      found.set(i, double(expected[i].value));
+      if (fabs(found.get(i)) > fabs(found.get(largest))) largest = i;
+    }
+    const auto rejects = [&](double v) {
+      found.set(largest, v);
+      return worst_error(d, found, expected) > 1;
+    };
+    const double right = found.get(largest), off = std::max(1e-3, ldexp(4, -d.digits));
+    doing = d.name;
+    if (rejects(right)) fail("a right number was rejected");
+    if (!rejects(right * (1 + off)) || !rejects(right * (1 - off))) fail("a wrong number passed");
+    if (!rejects(NAN)) fail("NaN passed");
+    for (Int i = 0; d.bytes == 2 && i < 1 << 16; i++)
+      if (!isnan(decode(d, uint16_t(i))) && encode(d, decode(d, uint16_t(i))) != i) fail("16-bit");
+  }
+  printf("the comparison rejects what it should\n");
+}
+
+// ---- shapes ------------------------------------------------------------------------------------
+
+const std::vector<Int> TOKENS = {0, 1, 2, 5, 15, 16, 17, 33, 47, 48, 49, 97, 130};
+const std::vector<Shape> SHAPES = {
+    {1, {{1, 1}}}, {3, {{1, 1}, {1, 1}}}, {2, {{1, 1}, {1, 1}, {1, 1}}}, {1, {{33, 31}}},
+    {3, {{16, 48}}}, {2, {{1, 257}}}, {1, {{257, 1}}}, {2, {{1, 257}, {257, 1}}},
+    {1, {{257, 1}, {1, 257}}}, {1, {{1, 257}, {3, 2}}}, {3, {{2, 3}, {257, 1}}},
+    {2, {{7, 5}, {11, 13}}}, {1, {{13, 17}, {3, 19}}}, {1, {{7, 8}, {9, 15}}},
+    {2, {{16, 17}, {23, 8}}}, {3, {{8, 9}, {15, 16}}}, {1, {{24, 25}, {31, 33}}},
+    {2, {{33, 31}, {25, 24}}}, {2, {{9, 7}, {17, 24}}}, {1, {{15, 23}, {16, 7}}},
+    {3, {{31, 7}, {33, 9}}}, {1, {{5, 4}, {7, 48}}}, {1, {{7, 6}, {5, 32}}},
+    {1, {{96, 12}, {2, 16}}}, {1, {{48, 48}, {2, 2}}}, {1, {{8, 2}, {48, 48}}},
+    {4, {{2, 16}, {96, 12}}}, {1, {{16, 2}, {24, 48}}}, {1, {{1, 1}, {1, 8}}},
+    {2, {{3, 5}, {7, 2}, {8, 9}}}, {1, {{16, 4}, {1, 7}, {5, 3}}}, {1, {{2, 3}, {16, 16}, {2, 3}}},
+    {1, {{17, 2}, {2, 17}, {3, 3}}},
+};
+
+typedef std::vector<Int> Sides;
+Sides sides_of(const Shape &s, Int Side::*side) {
+  Sides all;
+  for (const Side &one : s.sides) all.push_back(one.*side);
+  return all;
+}
+// Any sides, but the columns given.
+Shape draw_shape(Random &r, const Sides &cols) {
+  const Int sides[] = {1, 1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 23, 24, 25, 31, 32, 33, 48};
+  for (;;) {
+    Shape s = {1 + r.below(3), {}};
+    for (Int c : cols) s.sides.push_back({sides[r.below(20)], c ? c : sides[r.below(20)]});
+    if (s.product(&Side::rows) * s.product(&Side::cols) < 100000) return s;
+  }
+}
+
+} // namespace
+
+int main(int count, char **arguments) {
+  Int seed = 1, draws = 200, every = 1, cases = 0;
+  double work = 1e6;
+  Random r;
+  for (int i = 1; i < count; i++) {
+    const std::string name = arguments[i], value = i + 1 < count ? arguments[i + 1] : "0";
+    if (name == "--self-test") return self_test(r), 0;
+    else if (name == "--seed") seed = std::stoll(value), i++;
+    else if (name == "--draws") draws = std::stoll(value), i++;
+    else if (name == "--every") every = std::stoll(value), i++;
+    else if (name == "--work") work = std::stod(value), i++;
+    else return printf("no such option: %s\n", name.c_str()), 2;
+  }
+  r.bits.seed(uint64_t(seed));
+  Group groups[] = {{KINDS[0]}, {KINDS[1]}, {KINDS[2]}, {KINDS[3]}};
+  Group rounding{"16-bit rounding"}, refusals{"refusals"};
+  const auto run = [&](Kind kind, Int i, Int tokens, const std::vector<Shape> &shapes, double most) {
+    if (cases++ % every == 0) check(groups[kind], kind, DTYPES[i % 4], tokens, shapes, most, r);
+  };
+  const auto feed_forward = [&](Int i, Int tokens, const Shape &up, double most) {
+    const Sides hidden = sides_of(up, &Side::rows);
+    run(FEED_FORWARD_BACKWARD, i, tokens, {up, draw_shape(r, hidden)}, most);
+    const Sides others[] = {hidden, {hidden[1], hidden[0]}, {hidden[0] * hidden[1]}};
+    run(FEED_FORWARD, i, tokens, {up, draw_shape(r, others[i / 4 % 3])}, most);
+  };
+  Int i = 0;
+  for (const Shape &s : SHAPES) {
+    for (int dtype = 0; dtype < 4; dtype++, i++) {
+      run(FORWARD, i, TOKENS[i % 13], {s}, work);
+      if (s.sides.size() != 2) continue;
+      run(BACKWARD, i, TOKENS[i % 13], {s}, work);
+      feed_forward(i, TOKENS[i % 13], s, work);
+    }
+  }
+  for (Int tokens : TOKENS) {
+    for (int dtype = 0; dtype < 4; dtype++) {
+      run(FORWARD, dtype, tokens, {{2, {{7, 16}, {9, 5}}}, {1, {{3, 5}, {5, 16}}}}, work);
+      run(BACKWARD, dtype, tokens, {{2, {{7, 16}, {9, 5}}}}, work);
+      feed_forward(dtype, tokens, {1, {{3, 2}, {20, 17}}}, work);
+    }
+  }
+  every = 1;
+  for (i = 0; i < draws; i++) {
+    const Int tokens = TOKENS[r.below(13)];
+    std::vector<Shape> shapes = {draw_shape(r, Sides(1 + r.below(3)))};
+    Sides cols = sides_of(shapes[0], &Side::cols);
+    for (Int more = r.below(2) * r.below(4); more > 0; more--) {
+      std::rotate(cols.begin(), cols.begin() + 1, cols.end());
+      shapes.push_back(draw_shape(r, cols));
+    }
+    run(FORWARD, i, tokens, shapes, work);
+    run(BACKWARD, i, tokens, {draw_shape(r, {0, 0})}, work);
+    feed_forward(i, tokens, draw_shape(r, {0, 0}), work);
+  }
+  // Enough work for several threads, in calls whose reference is hardly more.
+  const Shape up = {2, {{2, 1}, {96, 128}}}, down = {2, {{1, 2}, {128, 96}}};
+  for (int dtype = 0; dtype < 4; dtype++) {
+    run(FORWARD, dtype, 97, {{2, {{2, 1}, {128, 160}}}}, 100 * work);
+    run(BACKWARD, dtype, 97, {{2, {{2, 1}, {64, 96}}}}, 100 * work);
+    run(FEED_FORWARD, dtype, 97, {up, down}, 100 * work);
+    run(FEED_FORWARD_BACKWARD, dtype, 97, {up, down}, 100 * work);
+  }
+  for (int dtype : {KRON_BFLOAT16, KRON_FLOAT16}) check_rounding(rounding, DTYPES[dtype], r);
+  check_refusals(refusals, r);
+  for (const Group &g : groups) g.print();
+  for (const Group *g : {&divided, &poisoned, &rounding, &refusals}) g->print();
+}
