@@ -449,7 +449,8 @@ void check_threads(Call &call, Int isa, const std::vector<Numbers> &expected) {
     const std::vector<std::string> bytes = call.run(isa, threads);
     if (!most_ranges) return; // too little work to divide
     for (size_t i = 0; i < bytes.size(); i++) {
-      if (i == 0 || call.kind < BACKWARD)
+      // A feed-forward's last bits: the compiler fuses what it likes, differently for each block size.
+      if (call.kind == FORWARD || (i == 0 && call.kind == BACKWARD))
         divided.require(bytes[i] == alone[i], "this depends on the number of threads");
       else divided.note(worst_error(call.dtype, call.outputs[i], expected[i]));
     }

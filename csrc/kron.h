@@ -41,7 +41,7 @@ typedef int32_t (*kron_parallel_for)(int64_t begin, int64_t end, int64_t grain, 
 
 typedef struct {
   int64_t isa;     // enum kron_isa, at most what kron_cpu_isa returns
-  int64_t threads; // at most this many; results depend on it only through kron_cpu_backward's sums
+  int64_t threads; // at most this many. Sums over tokens depend on it, and a feed-forward's last bits
   kron_parallel_for parallel_for;
 } kron_execution;
 
