@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from kron_kernels.backends import eager, native
+from kron_kernels.backends import eager, native, triton_gpu
 from kron_kernels.checks import check_factors
 from kron_kernels.shapes import KronShape
 
 Backend = Literal["auto", "eager", "native", "triton", "cuda"]
 
-_ABSENT = {
-    "triton": "this version has no Triton kernels; eager serves GPUs",
-    "cuda": "this version has no CUDA C++ kernels; eager serves GPUs",
-}
+_CUDA = "this version has no CUDA C++ kernels; triton and eager serve GPUs"
 
 
 def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
@@ -24,20 +22,28 @@ def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
         return None
     if backend == "native":
         return native.why_not(x, *factors)
-    names = ", ".join(("auto", "eager", "native", *_ABSENT))
-    return _ABSENT.get(backend, f"there is no such backend; there are {names}")
+    if backend == "triton":
+        return triton_gpu.why_not(x, *factors)
+    if backend == "cuda":
+        return _CUDA
+    return f"there is no such backend; there are {', '.join(get_args(Backend))}"
 
 
-def choose(backend: str, x: Tensor, *factors: Tensor) -> str:
-    """The backend to run. One asked for by name is granted or refused, never replaced.
+def choose(backend: str, x: Tensor, *products: Sequence[Tensor]) -> str:
+    """The backend to run, for all products of a call, each given by its factors.
+
+    One asked for by name is granted or refused, never replaced.
 
     Raises:
         ValueError: If the backend asked for cannot serve the call, with the reason.
     """
     if backend == "auto":
-        return "eager" if native.why_not(x, *factors) else "native"
-    if reason := why_not(backend, x, *factors):
-        raise ValueError(f"backend={backend!r} cannot serve this call: {reason}.")
+        compiled = "native" if x.device.type == "cpu" else "triton"
+        served = not any(why_not(compiled, x, *factors) for factors in products)
+        return compiled if served else "eager"
+    for factors in products:
+        if reason := why_not(backend, x, *factors):
+            raise ValueError(f"backend={backend!r} cannot serve this call: {reason}.")
     return backend
 
 
@@ -52,9 +58,13 @@ def explain_backends(x: Tensor, *factors: Tensor) -> str:
         ValueError: If ``kron_matmul`` would refuse these operands whatever the backend.
     """
     factors = check_factors(x, factors)
-    lines = [f"{name:8}{why_not(name, x, *factors)}" for name in _ABSENT]
+    cuda = why_not("cuda", x, *factors)
+    triton = why_not("triton", x, *factors) or f"ready: {triton_gpu.plan(x, *factors)}"
     compiled = why_not("native", x, *factors) or f"ready: {native.instruction_set()}"
-    return "\n".join([*lines, f"native  {compiled}", f"eager   ready: {_eager_plan(*factors)}"])
+    return (
+        f"cuda    {cuda}\ntriton  {triton}\nnative  {compiled}\n"
+        f"eager   ready: {_eager_plan(*factors)}"
+    )
 
 
 def _eager_plan(*factors: Tensor) -> str:

@@ -33,7 +33,7 @@ def report() -> str:
         f"GPU           {_gpu()}",
     ]
     for package, use in {
-        "triton": "no kernels of ours need it yet",
+        "triton": "our kernels for GPUs: pip install triton",
         "transformers": "kroneckerbert: pip install kron-kernels[bert]",
         "accelerate": "kroneckerbert's distillation: pip install kron-kernels[bert]",
     }.items():
@@ -50,7 +50,7 @@ def report() -> str:
     for name, s in _LAYERS.items():
         x, a, b = (torch.empty(size) for size in ((1, s.in_features), (s.m1, s.n1), (s.m2, s.n2)))
         *others, eager = kron_kernels.explain_backends(x, a, b).splitlines()
-        lines.append(f"  {name:22}{dispatch.choose('auto', x, a, b):8}{eager}")
+        lines.append(f"  {name:22}{dispatch.choose('auto', x, (a, b)):8}{eager}")
     lines += ["", *others]
     return "\n".join(lines)
 

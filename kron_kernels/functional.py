@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kron_kernels import dispatch, ops
-from kron_kernels.backends import eager, native
+from kron_kernels.backends import COMPILED, eager
 from kron_kernels.checks import Activation, check_epilogue, check_factors
 from kron_kernels.dispatch import Backend
 from kron_kernels.shapes import KronShape
@@ -39,8 +39,8 @@ def kron_matmul(
         bias: Shape ``(m,)``, ``m`` the product of the factors' rows.
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
         residual: Shape ``(…, m)``, added last.
-        backend: ``"eager"`` is PyTorch on any device, ``"native"`` compiled code on CPUs;
-            ``"auto"`` takes the fastest that can serve the call. One asked for by name is never
+        backend: ``"eager"`` is PyTorch on any device, ``"native"`` compiled code on CPUs, ``"triton"``
+            Triton kernels on GPUs; ``"auto"`` takes the fastest that can serve the call. One asked for by name is never
             replaced; :func:`kron_kernels.explain_backends` says which can serve and why others
             cannot.
 
@@ -61,7 +61,7 @@ def kron_matmul(
             )
     factors = check_factors(x, factors)
     check_epilogue(x, factors, bias, activation, residual)
-    backend = dispatch.choose(backend, x, *factors)
+    backend = dispatch.choose(backend, x, factors)
     with_grads = differentiable(x, *factors, bias, residual)
     if _plain_is_best(x, factors, backend, with_grads):
         y = eager.kron_matmul(x, *factors, bias=bias)
@@ -76,7 +76,7 @@ def kron_matmul(
     if backend == "eager" or observed(rows):
         y = ops.kron_matmul(rows, *factors, *epilogue, backend)
     else:
-        y = native.kron_matmul(rows, factors, *epilogue)
+        y = COMPILED[backend].kron_matmul(rows, factors, *epilogue)
     if x.ndim != 2:
         y = y.view(*x.shape[:-1], y.shape[-1])
     return y if fused or residual is None else y + residual

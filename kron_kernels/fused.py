@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kron_kernels import dispatch, ops
-from kron_kernels.backends import eager, native
+from kron_kernels.backends import COMPILED, eager
 from kron_kernels.checks import Activation, check_epilogue, check_factors
 from kron_kernels.dispatch import Backend
 from kron_kernels.functional import (
@@ -43,12 +43,12 @@ def kron_qkv(
         q, k, v = (kron_matmul(x, a, b, bias=c, backend=backend) for a, b, c in layers)
         return q, k, v
     layers = [_checked_layer(x, layer) for layer in layers]
-    backend = dispatch.choose(backend, x, *layers[0][:2])
+    backend = dispatch.choose(backend, x, *(layer[:2] for layer in layers))
     if backend == "eager" or observed(x):
         a, b, biases = zip(*layers, strict=True)
         ys = ops.kron_qkv(as_rows(x), a, b, biases, backend)
     else:
-        ys = native.kron_qkv(as_rows(x), layers)
+        ys = COMPILED[backend].kron_qkv(as_rows(x), layers)
     q, k, v = (y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
     return q, k, v
 
@@ -64,11 +64,11 @@ def kron_feed_forward(
 ) -> Tensor:
     """``down(act(up(x))) + residual``: a feed-forward block whose hidden vector is never stored.
 
-    The native backend goes through a block of tokens at a time. Where ``up = (k x l) ⊗ B``, cheaper
-    contracted from the right, and ``down = (l' x k) ⊗ B'``, cheaper from the left, as in
+    The compiled backends go through a block of tokens at a time. Where ``up = (k x l) ⊗ B``,
+    cheaper contracted from the right, and ``down = (l' x k) ⊗ B'``, cheaper from the left, as in
     KroneckerBERT, an entry of the hidden vector lives in a register only, in the backward, which
-    recomputes it, too. Otherwise, and by eager, a block of it is in memory; and all of it while
-    gradients wait for their backward.
+    recomputes it, too. Otherwise it is in memory: native keeps a block of it, the others all, and
+    all do while gradients wait for their backward.
 
     Args:
         x: Shape ``(…, n)``.
@@ -89,9 +89,11 @@ def kron_feed_forward(
         up = _checked_layer(x, up, activation)
         hidden = x.new_empty(1).expand(*x.shape[:-1], up[0].shape[1] * up[1].shape[1])
         down = _checked_layer(hidden, down, residual=residual)
-        backend = dispatch.choose(backend, x, *up[:2])
-    fused = backend == "native" and native.meet(*up[:2], *down[:2]) and not transformed()
-    if _stepwise(x) or (with_grads and (torch.compiler.is_compiling() or not fused)):
+        backend = dispatch.choose(backend, x, up[:2], down[:2])
+        fused = backend in COMPILED and COMPILED[backend].meet(*up[:2], *down[:2])
+    if _stepwise(x) or (
+        with_grads and (not fused or transformed() or torch.compiler.is_compiling())
+    ):
         a, b, bias = up
         hidden = kron_matmul(x, a, b, bias=bias, activation=activation, backend=backend)
         a, b, bias = down
@@ -101,11 +103,11 @@ def kron_feed_forward(
     in_kernel = residual is not None and residual.dtype == x.dtype and not with_grads
     more = as_rows(residual) if in_kernel else None
     if with_grads:
-        y = FeedForward.apply(rows, *up, activation, *down)
+        y = FeedForward.apply(rows, *up, activation, *down, backend)
     elif backend == "eager" or observed(x):
         y = ops.kron_feed_forward(rows, *up, activation, *down, more, backend)
     else:
-        y = native.kron_feed_forward(rows, up, activation, down, more)
+        y = COMPILED[backend].kron_feed_forward(rows, up, activation, down, more)
     y = y.view(*x.shape[:-1], y.shape[-1])
     return y if in_kernel or residual is None else y + residual
 
@@ -132,29 +134,29 @@ class FeedForward(torch.autograd.Function):
     """``down(act(up(x)))`` of factors that meet in the hidden vector, which is not kept."""
 
     @staticmethod
-    def forward(ctx, x, a1, b1, bias1, activation, a2, b2, bias2) -> Tensor:
+    def forward(ctx, x, a1, b1, bias1, activation, a2, b2, bias2, backend) -> Tensor:
         ctx.save_for_backward(x, a1, b1, bias1, a2, b2, bias2)
-        ctx.activation = activation
-        return ops.kron_feed_forward(x, a1, b1, bias1, activation, a2, b2, bias2, None, "native")
+        ctx.activation, ctx.backend = activation, backend
+        return ops.kron_feed_forward(x, a1, b1, bias1, activation, a2, b2, bias2, None, backend)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, a1, b1, bias1, a2, b2, bias2 = ctx.saved_tensors
         operands = {0: x, 1: a1, 2: b1, 3: bias1, 5: a2, 6: b2}
-        grads = [None] * 8
+        grads = [None] * 9
         if ctx.needs_input_grad[7]:
             grads[7] = dy.sum(0)
         if torch.is_grad_enabled():  # for double backward, through the products
-            hidden = apply(x, a1, b1, bias1, "native")
+            hidden = apply(x, a1, b1, bias1, ctx.backend)
             hidden = eager.epilogue(hidden, ctx.activation, None)
-            y = apply(hidden, a2, b2, bias2, "native")
+            y = apply(hidden, a2, b2, bias2, ctx.backend)
             wanted = [i for i in operands if ctx.needs_input_grad[i]]
             some = torch.autograd.grad(y, [operands[i] for i in wanted], dy, create_graph=True)
         else:
             wanted = list(operands)
             needed = [ctx.needs_input_grad[i] for i in wanted]
             some = ops.kron_feed_forward_backward(
-                dy, x, a1, b1, bias1, ctx.activation, a2, b2, needed
+                dy, x, a1, b1, bias1, ctx.activation, a2, b2, needed, ctx.backend
             )
         for i, grad in zip(wanted, some, strict=True):
             grads[i] = grad if ctx.needs_input_grad[i] else None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kron_kernels.checks import Activation
 from kron_kernels.decompose import nearest_kronecker
+from kron_kernels.embedding import kron_cross_entropy, kron_embedding
 from kron_kernels.functional import Backend, kron_matmul
 from kron_kernels.fused import kron_feed_forward
 from kron_kernels.shapes import KronShape
@@ -282,11 +282,7 @@ class KroneckerEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of E: ids ``(…)`` to ``(…, embedding_dim)``."""
-        terms = [
-            (F.embedding(ids, a, self.padding_idx)[..., None] * b).flatten(-2)  # (…, d/n, n)
-            for a, b in zip(self.a, self.b, strict=True)
-        ]
-        return sum(terms[1:], terms[0])
+        return kron_embedding(ids, self.a, self.b, self.padding_idx)
 
     def decode(self, h: Tensor, bias: Tensor | None = None) -> Tensor:
         """Exact tied decoder ``h Eᵀ + bias``, ``b_size`` times cheaper than with E formed.
@@ -299,6 +295,13 @@ class KroneckerEmbedding(nn.Module):
             Logits of shape ``(…, num_embeddings)``.
         """
         return kron_matmul(h, self.a, self.b, bias=bias)
+
+    def cross_entropy(self, h: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``F.cross_entropy(decode(h, bias), labels)`` without all logits at once.
+
+        See :func:`kron_kernels.embedding.kron_cross_entropy`.
+        """
+        return kron_cross_entropy(h, self.a, self.b, labels, bias=bias)
 
     def extra_repr(self) -> str:
         _, rows, columns = self.a.shape

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kron_kernels.backends import eager, native
+from kron_kernels.backends import COMPILED, eager
 from kron_kernels.checks import Activation
 from kron_kernels.shapes import KronShape
 
@@ -39,8 +39,10 @@ torch.library.define(
 torch.library.define(
     "kron_kernels::kron_feed_forward_backward",
     "(Tensor dy, Tensor x, Tensor a1, Tensor b1, Tensor? bias1, str activation,"
-    " Tensor a2, Tensor b2, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor a2, Tensor b2, bool[] needed, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+torch.library.define("kron_kernels::kron_embedding", "(Tensor ids, Tensor a, Tensor b) -> Tensor")
 
 Grads = tuple[Tensor, Tensor, Tensor]  # of x, a and b; empty where not needed
 
@@ -54,16 +56,16 @@ def _matmul(
     residual: Tensor | None,
     backend: str,
 ) -> Tensor:
-    if backend == "native":
-        return native.kron_matmul(x, (a, b), bias, activation, residual)
+    if backend in COMPILED:
+        return COMPILED[backend].kron_matmul(x, (a, b), bias, activation, residual)
     return eager.epilogue(eager.forward(x, a, b, bias), activation, residual)
 
 
 def _backward(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Sequence[bool], backend: str
 ) -> Grads:
-    if backend == "native":
-        return native.kron_matmul_backward(dy, x, a, b, needed)
+    if backend in COMPILED:
+        return COMPILED[backend].kron_matmul_backward(dy, x, a, b, needed)
     return eager.backward(dy, x, a, b, tuple(needed))
 
 
@@ -74,8 +76,8 @@ def _qkv(
     biases: Sequence[Tensor | None],
     backend: str,
 ) -> list[Tensor]:
-    if backend == "native":
-        return native.kron_qkv(x, list(zip(a, b, biases, strict=True)))
+    if backend in COMPILED:
+        return COMPILED[backend].kron_qkv(x, list(zip(a, b, biases, strict=True)))
     return [eager.forward(x, p, q, c) for p, q, c in zip(a, b, biases, strict=True)]
 
 
@@ -91,8 +93,9 @@ def _feed_forward(
     residual: Tensor | None,
     backend: str,
 ) -> Tensor:
-    if backend == "native":
-        return native.kron_feed_forward(x, (a1, b1, bias1), activation, (a2, b2, bias2), residual)
+    if backend in COMPILED:
+        up, down = (a1, b1, bias1), (a2, b2, bias2)
+        return COMPILED[backend].kron_feed_forward(x, up, activation, down, residual)
     hidden = eager.epilogue(eager.forward(x, a1, b1, bias1), activation, None)
     return eager.epilogue(eager.forward(hidden, a2, b2, bias2), None, residual)
 
@@ -107,9 +110,18 @@ def _feed_forward_backward(
     a2: Tensor,
     b2: Tensor,
     needed: Sequence[bool],
+    backend: str,
 ) -> tuple[Tensor, ...]:
-    up = a1, b1, bias1
-    return native.kron_feed_forward_backward(dy, x, up, activation, (a2, b2, None), needed)
+    up, down = (a1, b1, bias1), (a2, b2, None)
+    return COMPILED[backend].kron_feed_forward_backward(dy, x, up, activation, down, needed)
+
+
+def _embedding(ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return COMPILED["triton"].kron_embedding(ids, a, b)
+
+
+def _fake_embedding(ids, a, b) -> Tensor:
+    return a.new_empty(ids.shape[0], a.shape[2] * b.shape[2])
 
 
 def _fake_matmul(x, a, b, bias, activation, residual, backend) -> Tensor:
@@ -131,7 +143,7 @@ def _fake_feed_forward(x, a1, b1, bias1, activation, a2, b2, bias2, residual, ba
     return x.new_empty(x.shape[0], a2.shape[1] * b2.shape[1])
 
 
-def _fake_feed_forward_backward(dy, x, a1, b1, bias1, activation, a2, b2, needed):
+def _fake_feed_forward_backward(dy, x, a1, b1, bias1, activation, a2, b2, needed, backend):
     return tuple(
         x.new_empty(t.shape if wanted and t is not None else 0)
         for t, wanted in zip((x, a1, b1, bias1, a2, b2), needed, strict=True)
@@ -144,6 +156,7 @@ for _name, _impl, _fake in (
     ("kron_qkv", _qkv, _fake_qkv),
     ("kron_feed_forward", _feed_forward, _fake_feed_forward),
     ("kron_feed_forward_backward", _feed_forward_backward, _fake_feed_forward_backward),
+    ("kron_embedding", _embedding, _fake_embedding),
 ):
     torch.library.impl(f"kron_kernels::{_name}", "CompositeExplicitAutograd", _impl)
     torch.library.register_fake(f"kron_kernels::{_name}", _fake)
@@ -152,6 +165,7 @@ kron_matmul = torch.ops.kron_kernels.kron_matmul.default
 kron_matmul_backward = torch.ops.kron_kernels.kron_matmul_backward.default
 kron_qkv = torch.ops.kron_kernels.kron_qkv.default
 kron_feed_forward = torch.ops.kron_kernels.kron_feed_forward.default
+kron_embedding = torch.ops.kron_kernels.kron_embedding.default
 kron_feed_forward_backward = torch.ops.kron_kernels.kron_feed_forward_backward.default
 
 
@@ -190,7 +204,7 @@ def _feed_forward_flops(
 
 @register_flop_formula(torch.ops.kron_kernels.kron_feed_forward_backward)
 def _feed_forward_backward_flops(
-    dy_shape, x_shape, a1, b1, bias1, activation, a2, b2, needed, *, out_shape=None, **kwargs
+    dy_shape, x_shape, a1, b1, bias1, activation, a2, b2, *more, out_shape=None, **kwargs
 ) -> int:
     # The forward again, but for the last product, and the two products of each backward.
     return 3 * _feed_forward_flops(x_shape, a1, b1, None, None, a2, b2)

@@ -19,6 +19,7 @@ from kron_kernels.reference import materialize
 
 BACKENDS = get_args(dispatch.Backend)
 OPERANDS = draw(SHAPES[1], dtype=torch.float32)
+X, *FACTORS = OPERANDS
 
 
 # --- backends
@@ -35,7 +36,7 @@ def test_eager_serves_every_call():
 
 
 def test_auto_chooses_a_backend_that_serves_the_call():
-    chosen = dispatch.choose("auto", *OPERANDS)
+    chosen = dispatch.choose("auto", X, FACTORS)
     assert chosen in BACKENDS and chosen != "auto"
     assert dispatch.why_not(chosen, *OPERANDS) is None
 
@@ -44,12 +45,15 @@ def test_auto_chooses_a_backend_that_serves_the_call():
 def test_a_backend_asked_for_by_name_is_granted_or_refused_never_replaced(backend):
     reason = dispatch.why_not(backend, *OPERANDS)
     if reason is None:
-        assert dispatch.choose(backend, *OPERANDS) == backend
+        assert dispatch.choose(backend, X, FACTORS) == backend
         kron_matmul(*OPERANDS, backend=backend)
         return
-    for call in (dispatch.choose, lambda b, *operands: kron_matmul(*operands, backend=b)):
+    for call in (
+        lambda: dispatch.choose(backend, X, FACTORS),
+        lambda: kron_matmul(*OPERANDS, backend=backend),
+    ):
         with pytest.raises(ValueError) as refusal:
-            call(backend, *OPERANDS)
+            call()
         assert str(refusal.value) == f"backend={backend!r} cannot serve this call: {reason}."
 
 
@@ -57,7 +61,7 @@ def test_an_unknown_backend_is_told_the_known_ones():
     with pytest.raises(
         ValueError, match=r"backend='mkl' cannot serve .* no such backend"
     ) as refusal:
-        dispatch.choose("mkl", *OPERANDS)
+        dispatch.choose("mkl", X, FACTORS)
     assert all(backend in str(refusal.value) for backend in BACKENDS)
 
 

@@ -1,0 +1,393 @@
+"""Triton kernels on GPUs: what they serve, and their launches.
+
+Triton is imported with the first call. Nothing here waits for the GPU or looks at its results, so
+that a call can be captured in a CUDA graph once it has run outside of one and been compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from importlib.util import find_spec
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kron_kernels.backends import triton_launch
+from kron_kernels.backends.triton_launch import Geometry, Tile, device_of, geometry, power_of_two
+from kron_kernels.checks import Activation
+from kron_kernels.shapes import KronShape
+
+Layer = tuple[Tensor, Tensor, Tensor | None]  # a, b, bias
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_INT32 = 2**31  # factors are addressed in 32 bits, tokens in 64
+
+
+def why_not(x: Tensor, *factors: Tensor) -> str | None:
+    """Why these kernels cannot serve this call, as the end of a sentence, or None."""
+    if reason := _unserved(x):
+        return reason
+    if len(factors) != 2:
+        return f"it multiplies by two factors, and there are {len(factors)}"
+    if max(f.numel() for f in factors) >= _INT32:
+        return "a factor has 2^31 entries or more"
+    s = KronShape.of(*factors)
+    if geometry(s) is None:
+        if s.rank > 16:
+            return f"it sums up to 16 products, and the Kronecker rank is {s.rank}"
+        return (
+            f"each factor has a side over 64 ({s.m1}x{s.n1} and {s.m2}x{s.n2}), "
+            "and two large matrix products need no kernel of ours"
+        )
+    return None
+
+
+def why_not_embedding(a: Tensor, b: Tensor) -> str | None:
+    """Why the lookup's kernel cannot serve this table, as the end of a sentence, or None."""
+    if b.shape[2] > 1024:
+        return f"it takes rows b of up to 1024 entries, and this one has {b.shape[2]}"
+    return _unserved(a)
+
+
+def _unserved(x: Tensor) -> str | None:
+    if not (x.is_cuda or (triton_launch.simulating and x.device.type == "cpu")):
+        return f"it runs on GPUs, and x is on {x.device}"
+    if not _has_triton():
+        return "Triton is not installed; pip install triton"
+    if x.is_cuda and (reason := _too_old(x.device.index)):
+        return reason
+    if x.dtype not in _DTYPES:
+        return f"it has kernels for {', '.join(str(d)[6:] for d in _DTYPES)}, and x is {x.dtype}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@lru_cache(maxsize=64)
+def _too_old(index: int) -> str | None:
+    if torch.version.hip or torch.cuda.get_device_capability(index) >= (8, 0):
+        return None
+    return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(index)} is older"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Triton's name for what PyTorch's own products do with float32: ``"ieee"`` or ``"tf32"``."""
+    if dtype != torch.float32:
+        return "tf32"  # of no effect
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")  # torch 2.9
+    if setting in ("ieee", "tf32"):
+        return setting
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def on_device(x: Tensor):
+    """A context in which x's GPU is the current one, as Triton's launches want it."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def sizes(g: Geometry) -> dict[str, int | bool]:
+    """A kernel's constants that say what is multiplied."""
+    return {
+        "RANK": g.rank, "O": g.O, "U": g.U, "N": g.N, "K": g.K, "INNER": g.inner,
+        "O_": power_of_two(g.O), "U_": power_of_two(g.U), "BY_DOT": g.by_dot, "EACH": g.each,
+    }  # fmt: skip
+
+
+def plan(x: Tensor, a: Tensor, b: Tensor) -> str:
+    """What the kernel would do, in words."""
+    s = KronShape.of(a, b)
+    g = geometry(s)
+    t = triton_launch.tile(
+        g, prod(x.shape[:-1]), x.dtype, precision(x.dtype) == "ieee", device_of(x)
+    )
+    mixed, product = ("B", "A") if g.inner else ("A", "B")
+    how = "on tensor cores" if g.by_dot else "in registers"
+    first, then = f"{mixed} {how}", f"{product} on tensor cores"
+    if not g.mix_first:
+        first, then = then, first
+    return f"{first}, then {then}; {t.tokens} tokens a program, {t.warps} warps"
+
+
+def kron_matmul(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``act(x Wᵀ + bias) + residual`` of ``x (T, n)`` and two factors."""
+    a, b = factors
+    return _products(x, [(a, b, bias)], activation, residual)[0]
+
+
+def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
+    """``x Wᵀ + bias`` of each ``(a, b, bias)``; x ``(T, n)`` is read once, where that pays.
+
+    It does where the large factors are small: a program that does all products has room for fewer
+    tokens, and so reads the factors more often. In bytes read from the L2 cache for a token of
+    KroneckerBERT's width: 21x 13 KB together, 14 KB apart; 8x 61 KB together, 36 KB apart.
+    """
+    a, b, _ = layers[0]
+    alike = all(
+        (f.shape, f.stride()) == (g.shape, g.stride())
+        for layer in layers[1:]
+        for f, g in zip(layer[:2], (a, b), strict=True)
+    )
+    if alike and max(a.numel(), b.numel()) * x.element_size() <= 2**16:
+        return _products(x, layers)
+    return [kron_matmul(x, layer[:2], layer[2]) for layer in layers]
+
+
+def _products(
+    x: Tensor,
+    layers: Sequence[Layer],
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """Products of one x with factors of equal shapes and strides, in one launch."""
+    from kron_kernels.backends.triton_forward import kron_matmul_kernel
+
+    x = x.contiguous()
+    tokens = x.shape[0]
+    s = KronShape.of(*layers[0][:2])
+    ys = tuple(x.new_empty(tokens, s.out_features) for _ in layers)
+    if tokens == 0:
+        return list(ys)
+    g = geometry(s)
+    side = 1 if g.inner else 0
+    mixes = tuple(layer[side] for layer in layers)
+    dots = tuple(layer[1 - side] for layer in layers)
+    biases = tuple(None if layer[2] is None else layer[2].contiguous() for layer in layers)
+    residual = None if residual is None else residual.contiguous()
+    how = precision(x.dtype)
+    t = triton_launch.tile(g, tokens, x.dtype, how == "ieee", device_of(x), len(layers))
+    grid = -(-tokens // t.tokens), -(-g.N // (t.columns * t.tiles))
+    with on_device(x):
+        kron_matmul_kernel[grid](
+            x, mixes, dots, biases, residual, ys, tokens,
+            *mixes[0].stride(), *dots[0].stride(),
+            **sizes(g), MIX_FIRST=g.mix_first, ACTIVATION=activation, PRECISION=how,
+            BT=t.tokens, BC=t.depth, BN=t.columns, TILES=t.tiles, STAGES=t.stages,
+            num_warps=t.warps,
+        )  # fmt: skip
+    return list(ys)
+
+
+def kron_matmul_backward(
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, a and b, an empty tensor for one that is not needed."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = kron_matmul(dy, (a.mT, b.mT)) if needed[0] else x.new_empty(0)
+    da, db = a.new_empty(0), b.new_empty(0)
+    if needed[1] or needed[2]:
+        some = factor_gradients(dy, x, a, b, needed[1], needed[2])
+        da, db = (new if n else old for new, n, old in zip(some, needed[1:], (da, db), strict=True))
+    return dx, da, db
+
+
+def factor_gradients(
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, need_a: bool, need_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the factors, deterministic; None for one that is not needed."""
+    from kron_kernels.backends.triton_backward import factor_gradients_kernel
+
+    tokens = x.shape[0]
+    if tokens == 0:
+        return torch.zeros_like(a), torch.zeros_like(b)
+    g = geometry(KronShape.of(a, b))
+    flipped = not g.mix_first
+    if flipped:
+        g, x, dy, a, b = g.transposed, dy, x, a.mT, b.mT
+    mix, dot, need_mix, need_dot = (b, a, need_b, need_a) if g.inner else (a, b, need_a, need_b)
+    how = precision(x.dtype)
+    t, shares = _gradient_tile(g, tokens, x.dtype == torch.float32, how == "ieee", device_of(x))
+    tiles = -(-g.N // t.columns) * -(-g.K // t.depth)
+    wide = {"device": x.device, "dtype": torch.float32}
+    d_dot = torch.empty(shares, g.rank, g.N, g.K, **wide) if need_dot else None
+    d_mix = torch.empty(g.rank, shares * tiles, g.O, g.U, **wide) if need_mix else None
+    with on_device(x):
+        factor_gradients_kernel[tiles, g.rank, shares](
+            dy, x, mix, dot, d_mix, d_dot, tokens, -(-tokens // shares),
+            *mix.stride(), *dot.stride(),
+            **sizes(g), PRECISION=how,
+            BT=t.tokens, BC=t.depth, BN=t.columns, STAGES=t.stages, num_warps=t.warps,
+        )  # fmt: skip
+    d_mix = d_mix.sum(1).to(mix.dtype) if need_mix else None
+    d_dot = d_dot.sum(0).to(dot.dtype) if need_dot else None
+    if flipped:
+        d_mix, d_dot = (t if t is None else t.mT for t in (d_mix, d_dot))
+    return (d_dot, d_mix) if g.inner else (d_mix, d_dot)
+
+
+@lru_cache(maxsize=4096)
+def _gradient_tile(
+    g: Geometry, tokens: int, single: bool, exact: bool, device: triton_launch.Device
+) -> tuple[Tile, int]:
+    """The tile, and into how many shares the tokens are divided.
+
+    Shares are as few as give every multiprocessor two programs, for each writes its sums: float32
+    of the size of the factor.
+    """
+    wide = 32 if exact else 64 if single else 128
+    columns, depth = triton_launch.pieces(g.N, wide), triton_launch.pieces(g.K, wide // 2)
+    block = max(1, 32 // g.vectors)
+    while block * g.vectors < 16:  # the depth of the product with z
+        block *= 2
+    work = power_of_two(g.O) * power_of_two(g.U)
+    while depth > 16 and not g.by_dot and block * depth * work > 2**16:
+        depth //= 2
+    programs = -(-g.N // columns) * -(-g.K // depth) * g.rank
+    shares = max(1, min(-(-2 * device.multiprocessors // programs), -(-tokens // (4 * block))))
+    return Tile(block, depth, columns, 1, 4, 2), shares
+
+
+def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
+    """Whether ``a1 ⊗ b1`` and ``a2 ⊗ b2`` fit the fused feed-forward block.
+
+    They meet in a hidden grid that they exchange by columns, and a block of few tokens has room for
+    what it keeps of them: the sums of both products.
+    """
+    (r1, hidden, u), (r2, p, _) = a1.shape, a2.shape
+    sums = r1 * power_of_two(u) * b1.shape[1] + power_of_two(p) * b2.shape[1]
+    rows = max(r1 * power_of_two(u), r2 * power_of_two(p))
+    return (
+        (hidden, b1.shape[1]) == (a2.shape[2], b2.shape[2])
+        and KronShape.of(a1, b1).order == "b_first"
+        and KronShape.of(a2, b2).order == "a_first"
+        and rows <= triton_launch.MAX_VECTORS
+        and sums * 4 * max(1, 16 // max(power_of_two(u), power_of_two(p)))
+        <= triton_launch.SUMS_FEED_FORWARD
+        and max(r1, r2) <= 4
+    )
+
+
+def kron_feed_forward(
+    x: Tensor, up: Layer, activation: Activation, down: Layer, residual: Tensor | None
+) -> Tensor:
+    """``down(act(up(x))) + residual`` of ``(a, b, bias)`` each, x ``(T, n)``."""
+    if not meet(*up[:2], *down[:2]):
+        hidden = kron_matmul(x, up[:2], up[2], activation)
+        return kron_matmul(hidden, down[:2], down[2], None, residual)
+    from kron_kernels.backends.triton_feed_forward import feed_forward_kernel
+
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], down[0].shape[1] * down[1].shape[1])
+    if x.shape[0] == 0:
+        return y
+    residual = None if residual is None else residual.contiguous()
+    (a1, b1, bias1), (a2, b2, bias2) = (
+        (a, b, bias if bias is None else bias.contiguous()) for a, b, bias in (up, down)
+    )
+    constants, t, out = _feed_forward_constants(x, a1, b1, a2, b2, activation, backward=False)
+    with on_device(x):
+        feed_forward_kernel[-(-x.shape[0] // t.tokens),](
+            x, a1, b1, bias1, a2, b2, bias2, residual, y, x.shape[0],
+            *a1.stride(), *b1.stride(), *a2.stride(), *b2.stride(),
+            **constants, BT=t.tokens, BC=t.depth, BN=t.columns, BM=out, STAGES=t.stages,
+            num_warps=t.warps,
+        )  # fmt: skip
+    return y
+
+
+def kron_feed_forward_backward(
+    dy: Tensor,
+    x: Tensor,
+    up: Layer,
+    activation: Activation,
+    down: Layer,
+    needed: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, up's a, b and bias, down's a and b; empty where not needed."""
+    from kron_kernels.backends.triton_feed_forward import feed_forward_backward_kernel
+
+    dy, x = dy.contiguous(), x.contiguous()
+    (a1, b1, bias1), (a2, b2, _) = up, down
+    operands = x, a1, b1, bias1, a2, b2
+    needed = [n and t is not None for n, t in zip(needed, operands, strict=True)]
+    tokens = x.shape[0]
+    if tokens == 0:
+        return tuple(
+            torch.zeros_like(t) if n else x.new_empty(0)
+            for t, n in zip(operands, needed, strict=True)
+        )
+    bias1 = None if bias1 is None else bias1.contiguous()
+    (r1, h, u), (_, n, k), (r2, p, _), (_, m, _) = a1.shape, b1.shape, a2.shape, b2.shape
+    constants, t, depth = _feed_forward_constants(x, a1, b1, a2, b2, activation, backward=True)
+    grid = -(-tokens // t.tokens), -(-n // t.columns)
+    wide = {"device": x.device, "dtype": torch.float32}
+    v, dz = x.new_empty(r2, tokens, p, n), x.new_empty(r1, tokens, u, n)
+    d_a1 = torch.empty(r1, grid[0] * grid[1], h, u, **wide) if needed[1] else None
+    d_bias1 = torch.empty(grid[0], h * n, **wide) if needed[3] else None
+    d_a2 = torch.empty(r2, grid[0] * grid[1], p, h, **wide) if needed[4] else None
+    with on_device(x):
+        feed_forward_backward_kernel[grid](
+            dy, x, a1, b1, bias1, a2, b2, v, dz, d_a1, d_bias1, d_a2, tokens,
+            *a1.stride(), *b1.stride(), *a2.stride(), *b2.stride(),
+            **constants, BT=t.tokens, BC=t.depth, BN=t.columns, BM=depth, STAGES=t.stages,
+            num_warps=t.warps,
+        )  # fmt: skip
+    # Plain matrix products of all tokens' rows, which PyTorch's library does best.
+    v, dz = v.view(r2, tokens * p, n), dz.view(r1, tokens * u, n)
+    x_rows, dy_rows = x.view(tokens * u, k), dy.view(tokens * p, m)
+    empty = x.new_empty(0)
+    dx = empty
+    if needed[0]:
+        dx = dz[0] @ b1[0]
+        for i in range(1, r1):
+            dx = dx.addmm_(dz[i], b1[i])
+        dx = dx.view(tokens, u * k)
+    return (
+        dx,
+        d_a1.sum(1).to(x.dtype) if needed[1] else empty,
+        dz.mT @ x_rows if needed[2] else empty,
+        d_bias1.sum(0).to(x.dtype) if needed[3] else empty,
+        d_a2.sum(1).to(x.dtype) if needed[4] else empty,
+        dy_rows.mT @ v if needed[5] else empty,
+    )
+
+
+def _feed_forward_constants(
+    x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, activation: str, backward: bool
+) -> tuple[dict[str, object], Tile, int]:
+    (r1, h, u), (_, n, k), (r2, p, _), (_, m, _) = a1.shape, b1.shape, a2.shape, b2.shape
+    how = precision(x.dtype)
+    constants = {
+        "R1": r1, "R2": r2, "H": h, "U": u, "P": p, "N": n, "K": k, "M": m,
+        "U_": power_of_two(u), "P_": power_of_two(p), "ACTIVATION": activation, "PRECISION": how,
+    }  # fmt: skip
+    vectors = power_of_two(u), power_of_two(p)
+    t, out = triton_launch.feed_forward_tile(
+        vectors, (r1, r2), (n, k, m), x.shape[0], x.dtype.itemsize, how == "ieee", backward
+    )
+    return constants, t, out
+
+
+def kron_embedding(ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Rows ``ids (T,)`` of ``Σ_k a_k ⊗ b_k``: ``(T, d)``."""
+    from kron_kernels.backends.triton_embedding import embedding_kernel
+
+    ids = ids.contiguous()
+    (rank, rows, columns), size = a.shape, b.shape[2]
+    y = a.new_empty(ids.shape[0], columns * size)
+    if ids.shape[0] == 0:
+        return y
+    # 8 KB of y a program: 128-bit stores by 4 warps, several of them.
+    wide = min(power_of_two(columns), max(1, 1024 // power_of_two(size)))
+    block = max(1, 4096 // (wide * power_of_two(size)))
+    grid = -(-ids.shape[0] // block), -(-columns // wide)
+    with on_device(a):
+        embedding_kernel[grid](
+            ids, a, b, y, ids.shape[0], *a.stride(), b.stride(0), b.stride(2),
+            RANK=rank, ROWS=rows, COLUMNS=columns, SIZE=size, SIZE_=power_of_two(size),
+            BT=block, BJ=wide,
+        )  # fmt: skip
+    return y

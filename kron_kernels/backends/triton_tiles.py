@@ -1,0 +1,206 @@
+"""Tiles of a Kronecker product in Triton: loads, mixes, activations and stores of a block of tokens.
+
+Of two factors the larger, ``dot (r, N, K)``, multiplies on tensor cores; the smaller,
+``mix (r, O, U)``, mixes U vectors of K entries into O, or of N. A token is ``x (U, K)`` and
+``y (O, N)`` if the mix is the left factor, and ``x (K, U)`` and ``y (N, O)`` if it is the right one
+(``INNER``): then the vectors lie interleaved. So one kernel serves both factor orders and, as the
+mix comes before or after the product (``MIX_FIRST``), both contraction orders.
+
+A name with an underscore, ``U_``, is the size rounded up to a power of two, as Triton's tiles are.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_mix(mix, k, o, u, stride_r, stride_o, stride_u, O: tl.constexpr, U: tl.constexpr):
+    """``mix[k, o, u]`` in float32 of index tensors that broadcast, 0 outside."""
+    inside = (o < O) & (u < U)
+    return tl.load(mix + k * stride_r + o * stride_o + u * stride_u, mask=inside, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def load_dot(
+    dot, k, c, d, stride_r, stride_d, stride_c,
+    K: tl.constexpr, N: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """``dot[k, d, c]`` transposed, as a tile ``(BC, BN)``, 0 outside."""
+    cols = c + tl.arange(0, BC)[:, None]
+    ds = d + tl.arange(0, BN)[None, :]
+    where = dot + k * stride_r + ds * stride_d + cols * stride_c
+    return tl.load(where, mask=(cols < K) & (ds < N), other=0.0)
+
+
+@triton.jit
+def load_vectors(
+    x, offsets, live, c, K: tl.constexpr, U: tl.constexpr, U_: tl.constexpr,
+    INNER: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Entries c … c + BC of a token's U vectors, as ``(BT, BC, U_)``, 0 outside."""
+    if INNER and U == U_:  # one contiguous piece, which 128-bit loads can read
+        e = c * U + tl.arange(0, BC * U)[None, :]
+        flat = tl.load(x + offsets[:, None] + e, mask=live[:, None] & (e < K * U), other=0.0)
+        return tl.reshape(flat, (BT, BC, U))
+    cols = c + tl.arange(0, BC)[None, :, None]
+    us = tl.arange(0, U_)[None, None, :]
+    if INNER:
+        e = cols * U + us
+    else:
+        e = us * K + cols
+    inside = live[:, None, None] & (cols < K) & (us < U)
+    return tl.load(x + offsets[:, None, None] + e, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_each(
+    x, offsets, live, c, K: tl.constexpr, U: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """The same entries, of vectors that lie one after another, as a tuple of U ``(BT, BC)``."""
+    cols = c + tl.arange(0, BC)[None, :]
+    inside = live[:, None] & (cols < K)
+    vectors = ()
+    for u in tl.static_range(U):
+        vector = tl.load(x + offsets[:, None] + (u * K + cols), mask=inside, other=0.0)
+        vectors = vectors + (vector,)
+    return vectors
+
+
+@triton.jit
+def load_rows(
+    x, offsets, live, c, K: tl.constexpr, U: tl.constexpr, U_: tl.constexpr,
+    INNER: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The same entries as rows ``(BT * U_, BC)``, a token's vectors one below another."""
+    if INNER:
+        vectors = load_vectors(x, offsets, live, c, K, U, U_, True, BT, BC)
+        return tl.reshape(tl.permute(vectors, (0, 2, 1)), (BT * U_, BC))
+    cols = c + tl.arange(0, BC)[None, :]
+    us = tl.arange(0, U_)[None, :]
+    starts = tl.reshape(offsets[:, None] + us * K, (BT * U_,))
+    used = tl.reshape(live[:, None] & (us < U), (BT * U_,))
+    inside = used[:, None] & (cols < K)
+    return tl.load(x + starts[:, None] + cols, mask=inside, other=0.0)
+
+
+@triton.jit
+def mix_vectors(
+    vectors, mix, k, mix_r, mix_o, mix_u,
+    U: tl.constexpr, O: tl.constexpr, U_: tl.constexpr, O_: tl.constexpr,
+    BY_DOT: tl.constexpr, EACH: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """``Σ_u mix[k, o, u] vector_u`` as rows ``(BT * O_, BC)``, of the vectors' dtype.
+
+    ``vectors`` are what ``load_each`` gives if EACH, else what ``load_vectors`` gives.
+    """
+    if BY_DOT:
+        us, os = tl.arange(0, U_)[:, None], tl.arange(0, O_)[None, :]
+        m = load_mix(mix, k, os, us, mix_r, mix_o, mix_u, O, U).to(vectors.dtype)
+        z = tl.dot(tl.reshape(vectors, (BT * BC, U_)), m, input_precision=PRECISION)
+        z = tl.permute(tl.reshape(z, (BT, BC, O_)), (0, 2, 1)).to(vectors.dtype)
+    elif EACH:
+        z = tl.zeros((BT, O_, BC), tl.float32)
+        for u in tl.static_range(U):
+            m = load_mix(mix, k, tl.arange(0, O_), u, mix_r, mix_o, mix_u, O, U)
+            z += vectors[u].to(tl.float32)[:, None, :] * m[None, :, None]
+        # A sum of one term keeps the layout of a product's operand, in which every warp has all
+        # rows, from spreading to the mix: 8 warps would mix the same vectors (8 times the work).
+        z = tl.sum(z[:, :, :, None], 3).to(vectors[0].dtype)
+    else:
+        us, os = tl.arange(0, U_)[None, :], tl.arange(0, O_)[:, None]
+        m = load_mix(mix, k, os, us, mix_r, mix_o, mix_u, O, U)  # (O_, U_)
+        wide = vectors.to(tl.float32)
+        z = tl.sum(wide[:, None, :, :] * m[None, :, None, :], 3).to(vectors.dtype)
+    return tl.reshape(z, (BT * O_, BC))
+
+
+@triton.jit
+def split_rows(rows, U_: tl.constexpr):
+    """Rows ``(BT * U_, BN)`` as a tuple of U_ vectors ``(BT, BN)``, one thread holding all U_."""
+    BT: tl.constexpr = rows.shape[0] // U_
+    BN: tl.constexpr = rows.shape[1]
+    parts = (tl.permute(tl.reshape(rows, (BT, U_, BN)), (0, 2, 1)),)
+    for level in tl.static_range(5):
+        if U_ >> level > 1:
+            halves = ()
+            for i in tl.static_range(1 << level):
+                pair = tl.reshape(parts[i], (BT, BN, 2, U_ >> (level + 1)))
+                halves = halves + tl.split(tl.permute(pair, (0, 1, 3, 2)))
+            parts = halves
+    vectors = ()
+    for i in tl.static_range(U_):
+        vectors = vectors + (tl.reshape(parts[i], (BT, BN)),)
+    return vectors
+
+
+@triton.jit
+def normal_tail(x, gauss):
+    """The normal distribution at ``-|x|``, given ``gauss = exp(-x²/2)``: benchmarks/fit_gelu.py.
+
+    Relative error 1.5e-7 for ``|x| <= 14``: the same polynomial as in csrc/cpu/activation.h.
+    """
+    t = 1.0 / (1.0 + 0.3 * tl.abs(x))
+    p = 0.035674778773789155 * t - 0.1572031018997223
+    p = p * t + 0.20635353870925918
+    p = p * t - 0.05368367300900895
+    p = p * t + 0.1285616411245486
+    p = p * t + 0.0999134879709448
+    p = p * t + 0.12075395664861333
+    p = p * t + 0.11962929879253524
+    return gauss * p * t
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation of float32 x."""
+    if ACTIVATION == "gelu":
+        tail = normal_tail(x, tl.exp(-0.5 * x * x))
+        return x * tl.where(x > 0, 1.0 - tail, tail)
+    if ACTIVATION == "gelu_tanh":  # 0.5 x (1 + tanh w) = x / (1 + exp(-2w))
+        w = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x / (1.0 + tl.exp(-2.0 * w))
+    if ACTIVATION == "relu":
+        return tl.where(x < 0, 0.0, x)  # NaN stays
+    if ACTIVATION == "silu":
+        return x / (1.0 + tl.exp(-x))
+    return x
+
+
+@triton.jit
+def activate_with_slope(x, ACTIVATION: tl.constexpr):
+    """The activation of float32 x and its derivative."""
+    if ACTIVATION == "gelu":
+        gauss = tl.exp(-0.5 * x * x)
+        tail = normal_tail(x, gauss)
+        below = tl.where(x > 0, 1.0 - tail, tail)
+        return x * below, below + x * gauss * 0.3989422804014327
+    if ACTIVATION == "gelu_tanh":
+        w = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        s = 1.0 / (1.0 + tl.exp(-2.0 * w))
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        return x * s, s + x * s * (1.0 - s) * slope
+    if ACTIVATION == "relu":
+        return tl.where(x < 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
+    s = 1.0 / (1.0 + tl.exp(-x))
+    return x * s, s + x * s * (1.0 - s)
+
+
+@triton.jit
+def finish(
+    y, bias, residual, out, where, e, inside, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr
+):  # fmt: skip
+    """Store ``act(y + bias[e]) + residual`` of a tile of float32 at the offsets ``where + e``.
+
+    ``residual`` lies as ``out`` does; it and ``bias`` may be None.
+    """
+    if bias is not None:
+        y += tl.load(bias + e, mask=e < FEATURES, other=0.0).to(tl.float32)
+    y = activate(y, ACTIVATION)
+    if residual is not None:
+        y += tl.load(residual + where + e, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + where + e, y.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,378 @@
+"""Triton kernels, executed from the machine code's PTX by a simulator of the GPU, on CPU tensors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from operands import SHAPES, draw, name
+from torch.func import vmap
+
+from kron_kernels import (
+    KroneckerEmbedding,
+    KronShape,
+    kron_feed_forward,
+    kron_matmul,
+    kron_qkv,
+    reference,
+)
+from kron_kernels.backends import triton_gpu, triton_launch
+from kron_kernels.testing import assert_close
+
+pytest.importorskip("triton")
+from simulator import Device  # noqa: E402
+
+# Both orders, either factor as the mix, in registers and on tensor cores, and a rank in each.
+MIXED = [
+    *SHAPES,
+    KronShape(32, 32, 24, 24),
+    KronShape(20, 33, 70, 17),
+    KronShape(3, 20, 34, 40),
+    KronShape(70, 66, 8, 2, 2),
+]
+PRESETS = [
+    KronShape(384, 384, 2, 2),
+    KronShape(384, 48, 2, 16),
+    KronShape(8, 2, 384, 384),
+    KronShape(2, 8, 384, 384),
+    KronShape(16, 2, 192, 384),
+    KronShape(2, 16, 384, 192),
+]
+SUMS = [
+    KronShape(384, 48, 2, 16, 4),
+    KronShape(384, 384, 8, 2, 4),
+    KronShape(384, 384, 2, 8, 4),
+]
+DTYPES = ("float16", "bfloat16", "tf32", "float32")
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
+
+
+@pytest.fixture(autouse=True)
+def _simulating(monkeypatch):
+    """CPU tensors stand for a GPU's; the rule's tiles, whatever the machine has measured."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    monkeypatch.setattr(triton_launch, "simulating", True)
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+def gpu(request):
+    with Device(request.param) as device:
+        yield device
+
+
+@pytest.fixture
+def dtype(request):
+    """A dtype, or float32 multiplied in tf32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
+    yield torch.float32 if request.param == "tf32" else getattr(torch, request.param)
+    torch.set_float32_matmul_precision(before)
+
+
+def terms(s: KronShape) -> int:
+    return s.rank * (s.n1 + s.n2)
+
+
+def unit(dtype: torch.dtype) -> float:
+    """How much coarser than float32 a product in tf32 may be: 10 bits of fraction, not 23."""
+    tf32 = dtype == torch.float32 and triton_gpu.precision(dtype) == "tf32"
+    return 2.0**13 if tf32 else 1.0
+
+
+def check(label, actual, expected, n, dtype, **more):
+    assert actual.dtype == dtype
+    slack = 4 * unit(dtype) / n**0.5 if unit(dtype) > 1 else 4
+    assert_close(label, actual, expected.detach(), n, slack=slack, **more)
+
+
+def epilogue_of(s: KronShape, tokens: int, dtype: torch.dtype, i: int):
+    """Every activation, with and without a bias and a residual, in turn."""
+    bias = torch.randn(s.out_features).to(dtype) if i % 3 else None
+    residual = torch.randn(tokens, s.out_features).to(dtype) if i % 2 else None
+    return {"bias": bias, "activation": ACTIVATIONS[i % 5], "residual": residual}
+
+
+# --- forward
+
+
+@pytest.mark.parametrize("dtype", DTYPES, indirect=True)
+@pytest.mark.parametrize("s", MIXED, ids=name)
+def test_forward_in_every_order_dtype_and_epilogue(s, dtype, gpu, request):
+    turn = sum(map(ord, request.node.name)) + sum(s)
+    tokens = (1, 5, 19)[turn % 3]
+    x, a, b = draw(s, tokens, dtype)
+    if turn % 2:  # transposed factors, as a gradient has them
+        a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
+    more = epilogue_of(s, tokens, dtype, turn)
+    y = kron_matmul(x, a, b, **more, backend="triton")
+    check("y", y, reference.kron_matmul(x, a, b, **more), terms(s), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"], indirect=True)
+@pytest.mark.parametrize("s", [*PRESETS, *SUMS], ids=name)
+def test_forward_of_the_presets(s, dtype, gpu):
+    x, a, b = draw(s, 35, dtype)
+    more = epilogue_of(s, 35, dtype, 1)
+    y = kron_matmul(x, a, b, **more, backend="triton")
+    check("y", y, reference.kron_matmul(x, a, b, **more), terms(s), dtype)
+
+
+def test_no_tokens_is_no_launch(gpu):
+    for s in MIXED[:4]:
+        x, a, b = draw(s, 0, torch.float16)
+        assert kron_matmul(x, a, b, backend="triton").shape == (0, s.out_features)
+        grads = triton_gpu.kron_matmul_backward(
+            x.new_empty(0, s.out_features), x, a, b, [True] * 3
+        )
+        assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, (x, a, b), strict=True))
+    assert not gpu.launches
+
+
+@pytest.mark.parametrize("s", MIXED[:10], ids=name)
+def test_a_nan_stays_in_its_token(s, gpu):
+    x, a, b = draw(s, 5, torch.float16)
+    x[2] = torch.nan
+    y = kron_matmul(x, a, b, backend="triton")
+    assert y[2].isnan().all() and not y[[0, 1, 3, 4]].isnan().any()
+
+
+def test_offsets_beyond_32_bits():
+    """An output of more than 2^31 numbers, of which the simulated program writes the last rows."""
+    s = KronShape(64, 1, 64, 2)
+    with Device(80, execute=False) as device:
+        x, a, b = (t.to(torch.float16) for t in draw(s, 3))
+        kron_matmul(x, a, b, backend="triton")
+    ptx = device.launches[0].asm["ptx"]
+    assert "mul.wide" in ptx or "mad.lo.s64" in ptx or "shl.b64" in ptx
+
+
+@pytest.mark.parametrize("s", [PRESETS[1], SHAPES[8]], ids=name)
+@pytest.mark.parametrize("dtype", ["float16", "float32"], indirect=True)
+def test_three_products_of_one_x(s, dtype, gpu):
+    x, _, _ = draw(s, 19, dtype)
+    layers = []
+    for i in range(3):
+        _, a, b = draw(s, 1, dtype)
+        bias = torch.randn(s.out_features).to(dtype) if i != 1 else None
+        layers.append((a.roll(i, 1), b.roll(i, 2), bias))
+    ys = kron_qkv(x, *layers, backend="triton")
+    for y, (a, b, bias) in zip(ys, layers, strict=True):
+        check("y", y, reference.kron_matmul(x, a, b, bias=bias), terms(s), dtype)
+    assert len(gpu.launches) == 1
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "tf32", "float32"], indirect=True)
+@pytest.mark.parametrize("s", MIXED, ids=name)
+def test_gradients_in_every_order_and_dtype(s, dtype, gpu, request):
+    turn = sum(map(ord, request.node.name))
+    if turn % 4 and gpu.arch == 90:
+        pytest.skip("one in four of these on sm_90")
+    tokens = (1, 21, 70)[turn % 3]
+    check_gradients(s, tokens, dtype)
+
+
+def check_gradients(s, tokens, dtype):
+    x, a, b = (t.requires_grad_() for t in draw(s, tokens, dtype))
+    dy = torch.randn(tokens, s.out_features).to(dtype)
+    y = kron_matmul(x, a, b, backend="triton")
+    grads = torch.autograd.grad(y, (x, a, b), dy)
+    wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
+    expected = torch.autograd.grad(reference.kron_matmul(*wide), wide, dy.double())
+    size = [t.detach().abs().requires_grad_() for t in wide]
+    sums = torch.autograd.grad(reference.kron_matmul(*size), size, dy.double().abs())
+    products = (s.m1 * s.m2, tokens * s.m2 * s.n2, tokens * s.m1 * s.n1)
+    for label, grad, other, total, n in zip(
+        ("dx", "da", "db"), grads, expected, sums, products, strict=True
+    ):
+        # What is multiplied twice is rounded to 16 bits between, so a gradient of few entries is
+        # held to the size of its terms.
+        scale = total.square().mean().sqrt().item() / n**0.5
+        check(label, grad, other, max(tokens, 1) * (s.m1 + s.m2 + terms(s)), dtype, scale=scale)
+
+
+@pytest.mark.parametrize("s", PRESETS[:1] + PRESETS[4:], ids=name)
+def test_gradients_of_the_presets(s, gpu):
+    if gpu.arch == 90 and s != PRESETS[0]:
+        pytest.skip("the largest on sm_90")
+    check_gradients(s, 35, torch.float16)
+
+
+def test_gradients_are_the_same_bits_every_time(gpu):
+    x, a, b = draw(SHAPES[3], 150, torch.float16)
+    dy = torch.randn(150, SHAPES[3].out_features).half()
+    first, second = (
+        triton_gpu.kron_matmul_backward(dy, x, a, b, [True] * 3) for _ in range(2)
+    )
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["dx", "da", "db"])
+@pytest.mark.parametrize("s", [SHAPES[2], SHAPES[5]], ids=name)
+def test_only_the_gradients_that_are_needed(s, needed, gpu):
+    operands = draw(s, 9, torch.float32)
+    for t, n in zip(operands, needed, strict=True):
+        t.requires_grad_(bool(n))
+    kron_matmul(*operands, backend="triton").sum().backward()
+    assert [t.grad is not None for t in operands] == [bool(n) for n in needed]
+    assert len(gpu.launches) == 2  # forward, and one kernel of the backward
+
+
+def test_second_order_gradients_and_vmap(gpu):
+    s = SHAPES[2]
+    x, a, b = (t.requires_grad_() for t in draw(s, 3, torch.float32))
+
+    def second(call, *operands):
+        (g,) = torch.autograd.grad(call(*operands).square().sum(), operands[1], create_graph=True)
+        return torch.autograd.grad(g.square().sum(), operands)
+
+    got = second(lambda *o: kron_matmul(*o, backend="triton"), x, a, b)
+    wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
+    for label, g, other in zip("xab", got, second(reference.kron_matmul, *wide), strict=True):
+        torch.testing.assert_close(g.double(), other, rtol=1e-3, atol=1e-4 * other.abs().max(), msg=label)
+    xs = torch.stack([x.detach(), 2 * x.detach()])
+    ys = vmap(lambda v: kron_matmul(v, a.detach(), b.detach(), backend="triton"))(xs)
+    torch.testing.assert_close(ys[1], 2 * ys[0])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiler_keeps_the_kernels_in_one_graph(training, gpu):
+    s = SHAPES[2]
+    x, a, b = (t.requires_grad_(training) for t in draw(s, 5, torch.float32))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda *o: kron_matmul(*o, activation="gelu", backend="triton"),
+        fullgraph=True,
+        backend=backend,
+    )
+    y = compiled(x, a, b)
+    check("y", y, reference.kron_matmul(x, a, b, activation="gelu"), terms(s), torch.float32)
+    assert len(graphs) == 1
+
+
+# --- feed-forward
+
+
+FEED_FORWARDS = [
+    (KronShape(4, 2, 12, 24), KronShape(2, 4, 24, 12)),
+    (KronShape(5, 3, 7, 9), KronShape(3, 5, 11, 7)),
+    (KronShape(4, 2, 12, 24, 2), KronShape(1, 4, 24, 12, 3)),
+]
+
+
+def check_feed_forward(up, down, tokens, dtype, activation, bias=True, backward=True):
+    x, a1, b1 = draw(up, tokens, dtype)
+    _, a2, b2 = draw(down, 1, dtype)
+    operands = [x, a1, b1, a2, b2]
+    if bias:
+        operands += [torch.randn(s.out_features).to(dtype) for s in (up, down)]
+    dy = torch.randn(tokens, down.out_features).to(dtype)
+
+    def run(call, x, a1, b1, a2, b2, c1=None, c2=None, **more):
+        return call(x, (a1, b1, c1), (a2, b2, c2), **more)
+
+    def oracle(x, first, second):
+        hidden = reference.kron_matmul(x, *first[:2], bias=first[2], activation=activation)
+        return reference.kron_matmul(hidden, *second[:2], bias=second[2])
+
+    wide = [t.double().requires_grad_() for t in operands]
+    expected = run(oracle, *wide)
+    assert triton_gpu.meet(a1, b1, a2, b2)
+    n = terms(up) + terms(down)
+    y = run(
+        kron_feed_forward, *operands, residual=dy, activation=activation, backend="triton"
+    )
+    check("y", y, expected + dy.double(), n, dtype)
+    if not backward:
+        return
+    operands = [t.requires_grad_() for t in operands]
+    y = run(kron_feed_forward, *operands, activation=activation, backend="triton")
+    grads = torch.autograd.grad(y, operands, dy)
+    others = torch.autograd.grad(expected, wide, dy.double())
+    for i, (grad, other) in enumerate(zip(grads, others, strict=True)):
+        check(f"gradient {i}", grad, other, tokens * 4 * n, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, indirect=True)
+@pytest.mark.parametrize("shapes", FEED_FORWARDS, ids=["plain", "odd", "sums"])
+def test_feed_forward_and_its_gradients(shapes, dtype, gpu, request):
+    turn = sum(map(ord, request.node.name))
+    if gpu.arch == 90 and turn % 2:
+        pytest.skip("one in two of these on sm_90")
+    activation = ACTIVATIONS[1 + turn % 4]
+    check_feed_forward(*shapes, (5, 19)[turn % 2], dtype, activation, bias=bool(turn % 3))
+
+
+@pytest.mark.parametrize("up, down", [PRESETS[2:4], PRESETS[4:]], ids=["8x", "21x"])
+def test_feed_forward_of_the_presets(up, down, gpu):
+    check_feed_forward(up, down, 35, torch.float16, "gelu", backward=gpu.arch == 80)
+
+
+def test_a_feed_forward_that_does_not_meet_goes_in_two_launches(gpu):
+    up, down = KronShape(24, 24, 4, 2), KronShape(24, 24, 2, 4)
+    x, a1, b1 = draw(up, 5, torch.float32)
+    _, a2, b2 = draw(down, 5, torch.float32)
+    assert not triton_gpu.meet(a1, b1, a2, b2)
+    y = kron_feed_forward(x, (a1, b1, None), (a2, b2, None), backend="triton")
+    hidden = reference.kron_matmul(x, a1, b1, activation="gelu")
+    check("y", y, reference.kron_matmul(hidden, a2, b2), terms(up) + terms(down), torch.float32)
+    assert len(gpu.launches) == 2
+
+
+# --- embedding
+
+
+@pytest.mark.parametrize("rank, size", [(1, 8), (2, 5), (1, 1)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"], indirect=True)
+def test_embedding_lookup_and_its_gradients(rank, size, dtype, gpu):
+    table = KroneckerEmbedding(41, 6 * size, size, rank, padding_idx=3, dtype=dtype)
+    ids = torch.randint(0, 41, (3, 7))
+    ids[0, 0] = 3
+    out = table(ids)
+    assert gpu.launches[0].name == "embedding_kernel"
+    wide = [p.detach().double().requires_grad_() for p in (table.a, table.b)]
+    dense = reference.materialize(*wide)
+    expected = F.embedding(ids, dense)
+    check("rows", out, expected, rank, dtype)
+    dy = torch.randn_like(out)
+    out.backward(dy)
+    others = torch.autograd.grad(expected, wide, dy.double())
+    others[0][:, 3] = 0
+    for label, grad, other in zip("ab", (table.a.grad, table.b.grad), others, strict=True):
+        check(label, grad, other, ids.numel() * 6 * size, dtype)
+
+
+def test_an_id_that_is_no_row_gives_nan_and_reads_nothing(gpu):
+    table = KroneckerEmbedding(5, 24, 8, dtype=torch.float16)
+    with torch.no_grad():
+        out = table(torch.tensor([4, 5, -1, 0]))
+    assert out.isnan().all(-1).tolist() == [False, True, True, False]
+
+
+def test_the_tied_decoder(gpu):
+    s = KronShape(1000, 12, 1, 8)
+    h, a, b = draw(s, 3, torch.float16)
+    check("logits", kron_matmul(h, a, b, backend="triton"), reference.kron_matmul(h, a, b), terms(s), torch.float16)
+
+
+# --- what is planted must be found
+
+
+def test_traffic_is_what_must_be(gpu):
+    """Bytes read and written: x and y once, the factors and the bias once for a program."""
+    for s in PRESETS:
+        tokens, itemsize = 64, 2
+        x, a, b = draw(s, tokens, torch.float16)
+        bias = torch.zeros(s.out_features, dtype=torch.float16)
+        gpu.launches.clear()
+        kron_matmul(x, a, b, bias=bias, backend="triton")
+        (launch,) = gpu.launches
+        programs = launch.grid[0] * launch.grid[1]
+        least = tokens * (s.in_features + s.out_features) + programs * (s.parameters + s.out_features)
+        moved = 32 * (launch.traffic["load_sectors"] + launch.traffic["store_sectors"])
+        assert moved <= 1.1 * itemsize * least, (s, moved / (itemsize * least), launch.grid)
