@@ -1,0 +1,452 @@
+"""A compiled GPU kernel read without a GPU: a static report, and bounds of time from below.
+
+``static_report`` disassembles what Triton compiled (``CompiledKernel.asm``) and says what it takes
+of a multiprocessor and which instructions it holds. ``lower_bound`` combines that with counts from
+a simulated run (see its docstring for the units) into the least time that each resource of a
+``Device`` allows. ``check_budget`` compares such rows with limits written down before.
+
+The bounds are uncalibrated: they were never compared with a clock, they know of no latency, and
+they count PTX instructions where the hardware executes SASS. They rank variants of a kernel, and
+nothing else; never quote one as a time.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from benchmarks.gpu_devices import DEVICES, MULTIPROCESSORS, Device, Multiprocessor
+
+__all__ = [
+    "DEVICES",
+    "Bound",
+    "Device",
+    "Occupancy",
+    "Static",
+    "check_budget",
+    "lower_bound",
+    "occupancy",
+    "static_report",
+]
+
+Arch = int | str  # 80 for sm_80, or "gfx942"
+Limit = Literal["registers", "shared", "threads", "blocks"]
+
+
+class Occupancy(NamedTuple):
+    """How many blocks one multiprocessor holds at once, and what forbids one more."""
+
+    blocks_per_sm: int
+    occupancy: float  # resident warps over the most that could be: 0 to 1
+    limited_by: Limit
+
+
+@dataclass(frozen=True)
+class Static:
+    """What a kernel's machine code says before it runs.
+
+    The counts are of instructions in the code, not of executions. Widths are bits per lane. Bulk
+    copies (TMA) have no width per lane and are not among the loads and stores, nor are atomics.
+    ``vars`` makes a row for ``check_budget`` of it; ``dataclasses.asdict`` does not copy a Counter
+    but counts its items.
+    """
+
+    arch: Arch
+    registers: int  # per thread
+    spill_loads: int  # instructions on local memory: spills, and arrays indexed at run time
+    spill_stores: int
+    stack: int  # bytes per thread
+    shared: int  # bytes per block, static and dynamic, without what the system reserves
+    warps: int  # per block
+    blocks_per_sm: int
+    occupancy: float  # 0 to 1
+    limited_by: Limit
+    instructions: int
+    tensor: Counter[str]  # tensor-core instructions, as "HMMA.16816.F32"
+    global_loads: Counter[int]  # by width; asynchronous copies to shared memory are among them
+    global_stores: Counter[int]
+    shared_loads: Counter[int]
+    shared_stores: Counter[int]
+    barriers: int  # of the whole block
+    shuffles: int
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The least seconds that a launch takes, by the resource that it would have to itself."""
+
+    dram: float
+    l2: float
+    tensor: float
+    issue: float
+    fp32: float
+    special: float
+    shared: float
+    limiter: str  # the name of the largest of the above
+    tail: float  # ≥ 1: rounds of blocks begun, over rounds filled
+    seconds: float  # the largest of the above, times the tail
+    coalescing: float  # bytes the lanes load per byte moved; above 1 where lanes share an address
+    bank_conflicts: float  # ≥ 1: passes through shared memory, over those without conflicts
+
+
+def occupancy(arch: Arch, threads: int, registers: int, shared: int) -> Occupancy:
+    """Residency of blocks of ``threads``, by NVIDIA's rules (cuda_occupancy.h).
+
+    ``registers`` are per thread, ``shared`` bytes per block without the system's reserve. A block
+    that fits on no multiprocessor has 0 blocks. All of the memory that can be shared memory is
+    taken to be. The tensor memory of sm_100, which limits residency too, is left out: what a
+    kernel takes of it is not in ``asm``.
+    """
+    sm = _multiprocessor(arch)
+    warps = ceil(threads / sm.warp)
+    per_warp = _round_up(max(registers, 1) * sm.warp, sm.register_unit)
+    # The check at launch takes a block's warps to be spread over all partitions evenly.
+    launches = registers <= sm.registers_per_thread and (
+        per_warp * _round_up(warps, sm.partitions) <= sm.registers
+    )
+    resident_warps = sm.registers // sm.partitions // per_warp * sm.partitions
+    per_block = _round_up(shared + sm.shared_reserve, sm.shared_unit)
+    limits: dict[Limit, int] = {
+        # In this order, so that a tie names what no change of registers or tiles could raise.
+        "threads": sm.threads // (warps * sm.warp),
+        "blocks": sm.blocks,
+        "registers": resident_warps // warps if launches else 0,
+        "shared": sm.shared // max(per_block, 1) if shared <= sm.shared_per_block else 0,
+    }
+    limited_by = min(limits, key=limits.__getitem__)
+    blocks = limits[limited_by]
+    return Occupancy(blocks, blocks * warps * sm.warp / sm.threads, limited_by)
+
+
+def _multiprocessor(arch: Arch) -> Multiprocessor:
+    if arch not in MULTIPROCESSORS:
+        raise ValueError(f"no limits are known for {arch!r}, only for {list(MULTIPROCESSORS)}")
+    return MULTIPROCESSORS[arch]
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def static_report(asm: Mapping[str, Any], arch: Arch, num_warps: int, shared: int) -> Static:
+    """Reads ``CompiledKernel.asm``: its ``cubin`` for NVIDIA, its ``amdgcn`` for AMD.
+
+    ``num_warps`` and ``shared`` (dynamic bytes per block) are those of ``CompiledKernel.metadata``.
+    Disassembling a cubin takes the cuobjdump and nvdisasm that Triton brings along.
+    """
+    threads = num_warps * _multiprocessor(arch).warp
+    if isinstance(arch, str):
+        resources, census = _amd_resources(asm["amdgcn"]), _amd_census(asm["amdgcn"])
+    else:
+        resources, census = _nvidia_report(asm["cubin"], arch)
+    shared += resources.shared
+    return Static(
+        arch=arch,
+        registers=resources.registers,
+        stack=resources.stack,
+        shared=shared,
+        warps=num_warps,
+        **occupancy(arch, threads, resources.registers, shared)._asdict(),
+        **vars(census),
+    )
+
+
+class _Resources(NamedTuple):
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    shared: int  # static bytes per block
+
+
+@dataclass
+class _Census:
+    """The part of ``Static`` that is counted instruction by instruction."""
+
+    instructions: int = 0
+    spill_loads: int = 0
+    spill_stores: int = 0
+    tensor: Counter[str] = field(default_factory=Counter)
+    global_loads: Counter[int] = field(default_factory=Counter)
+    global_stores: Counter[int] = field(default_factory=Counter)
+    shared_loads: Counter[int] = field(default_factory=Counter)
+    shared_stores: Counter[int] = field(default_factory=Counter)
+    barriers: int = 0
+    shuffles: int = 0
+
+
+def _one_kernel(pattern: re.Pattern[str], text: str) -> Iterator[int]:
+    """The numbers of the only match: the counts of several kernels would be mixed."""
+    matches = list(pattern.finditer(text))
+    if len(matches) != 1:
+        raise ValueError(f"{len(matches)} kernels found by {pattern.pattern!r} instead of one")
+    return map(int, matches[0].groups())
+
+
+# NVIDIA ------------------------------------------------------------------------------------------
+
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+_SASS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_SASS_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+# Of a warp (HMMA), of a Hopper warpgroup (HGMMA), of a Blackwell SM (UTCHMMA).
+_SASS_TENSOR = re.compile(r"[A-Z]G?MMA|UTC[A-Z]MMA")
+
+
+def _nvidia_report(cubin: bytes, arch: int) -> tuple[_Resources, _Census]:
+    # Here, because the bounds and budgets do without Triton.
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
+        sass = _run(knobs.nvidia.nvdisasm.path, "-c", str(file))
+    registers, stack, shared = _one_kernel(_USAGE, usage)
+    if arch >= 90 and shared:
+        # From sm_90 on the section of static shared memory, where there is one, begins with the
+        # system's reserve.
+        shared -= MULTIPROCESSORS[arch].shared_reserve
+    return _Resources(registers, stack, shared), _nvidia_census(sass)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _nvidia_census(sass: str) -> _Census:
+    census = _Census()
+    for predicate, mnemonic in _SASS.findall(sass):
+        # ptxas pads the end with NOP, and puts loads that never execute next to barriers.
+        if mnemonic == "NOP" or predicate in ("!PT", "!UPT"):
+            continue
+        census.instructions += 1
+        opcode, *modifiers = mnemonic.split(".")
+        width = next((_SASS_WIDTHS[m] for m in modifiers if m in _SASS_WIDTHS), 32)
+        match opcode:
+            case "LDG" | "LDGSTS" | "LD":
+                census.global_loads[width] += 1
+            case "STG" | "ST":
+                census.global_stores[width] += 1
+            case "LDS":
+                census.shared_loads[width] += 1
+            case "STS":
+                census.shared_stores[width] += 1
+            case "LDSM":
+                census.shared_loads[_matrices(modifiers)] += 1
+            case "STSM":
+                census.shared_stores[_matrices(modifiers)] += 1
+            case "LDL":
+                census.spill_loads += 1
+            case "STL":
+                census.spill_stores += 1
+            case "BAR":
+                census.barriers += 1
+            case "SHFL":
+                census.shuffles += 1
+            case _ if _SASS_TENSOR.fullmatch(opcode):
+                census.tensor[mnemonic] += 1
+    return census
+
+
+def _matrices(modifiers: list[str]) -> int:
+    """LDSM.16.M88.4 moves four matrices of 8 × 8 halves, each of which is 32 bits a lane."""
+    return 32 * int(modifiers[-1]) if modifiers[-1].isdigit() else 32
+
+
+# AMD ---------------------------------------------------------------------------------------------
+
+_AMD = re.compile(r"^\s+([a-z]+_\w+)", re.MULTILINE)
+_AMD_MEMORY = re.compile(
+    r"(?P<space>global|buffer|flat|ds)_(?P<way>load|read|store|write)(?P<pair>2?)(?:st64)?_(?:lds_)?"
+    r"(?:[us]?(?P<unit>dword|short|byte)(?:x(?P<times>\d))?|[biu](?P<bits>\d+))"
+)
+_AMD_UNITS = {"dword": 32, "short": 16, "byte": 8}
+_AMD_SHUFFLE = re.compile(r"permute|permlane|swizzle|_dpp")
+
+
+def _amd_resources(assembly: str) -> _Resources:
+    """From the kernel's metadata; its vector registers include the accumulation registers."""
+    (registers,) = _one_kernel(_amd_field("vgpr_count"), assembly)
+    (stack,) = _one_kernel(_amd_field("private_segment_fixed_size"), assembly)
+    (shared,) = _one_kernel(_amd_field("group_segment_fixed_size"), assembly)
+    return _Resources(registers, stack, shared)
+
+
+def _amd_field(name: str) -> re.Pattern[str]:
+    return re.compile(rf"^[\s-]+\.{name}:\s+(\d+)", re.MULTILINE)
+
+
+def _amd_census(assembly: str) -> _Census:
+    census = _Census()
+    for mnemonic in _AMD.findall(assembly):
+        census.instructions += 1
+        if memory := _AMD_MEMORY.match(mnemonic):
+            place = "shared" if memory["space"] == "ds" else "global"
+            way = "loads" if memory["way"] in ("load", "read") else "stores"
+            getattr(census, f"{place}_{way}")[_amd_width(memory)] += 1
+        elif mnemonic.startswith("scratch_load"):
+            census.spill_loads += 1
+        elif mnemonic.startswith("scratch_store"):
+            census.spill_stores += 1
+        elif mnemonic.startswith(("v_mfma", "v_smfmac")):
+            census.tensor[mnemonic] += 1
+        elif mnemonic == "s_barrier":
+            census.barriers += 1
+        elif _AMD_SHUFFLE.search(mnemonic):
+            census.shuffles += 1
+    return census
+
+
+def _amd_width(memory: re.Match[str]) -> int:
+    """global_load_dwordx4 and ds_read_b128 move 128 bits, ds_read2_b64 twice 64."""
+    if memory["bits"]:
+        width = int(memory["bits"])
+    else:
+        width = _AMD_UNITS[memory["unit"]] * int(memory["times"] or 1)
+    return 2 * width if memory["pair"] else width
+
+
+# Bounds ------------------------------------------------------------------------------------------
+
+_SECTOR = 32  # bytes: what the caches move at once
+_SCHEDULERS = 4  # per SM, each of which issues one warp instruction per clock
+_WARP = 32
+# Parameters are operands of SASS instructions, and ptxas renames registers instead of moving them.
+_FREE = re.compile(r"(?:mov|cvta|ld\.param)\b")
+# PTX opcodes do not tell integer additions from those in floating point; comparisons, selections
+# and conversions run on other lanes, and signs are free.
+_FP32 = frozenset({"fma", "add", "sub", "mul"})
+# A division of either kind begins with a reciprocal.
+_SPECIAL = frozenset({"ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh", "div"})
+
+
+def lower_bound(
+    device: Device,
+    static: Static,
+    instructions: Mapping[str, int],
+    traffic: Mapping[str, int],
+    blocks_counted: int,
+    blocks: int,
+    dram_bytes: int,
+) -> Bound:
+    """The least time of a launch of ``blocks``, from the counts of ``blocks_counted`` of them.
+
+    ``instructions`` are executed warp instructions by PTX opcode. ``traffic`` holds
+    ``load_sectors`` and ``store_sectors`` (of 32 bytes, per warp instruction), ``load_bytes`` (that
+    the lanes asked for), ``smem_load_wavefronts`` and ``smem_store_wavefronts`` (passes through
+    shared memory) with the same as ``…_ideal`` had no banks conflicted, and ``mma_flops``; what is
+    absent counts as 0. ``dram_bytes`` is what the whole launch must move at least: inputs once and
+    outputs once.
+
+    Each resource is taken to do nothing but this work, at its peak rate, on as many SMs as have a
+    block: the roofline of Williams, Waterman and Patterson (CACM 52(4), 2009) with more roofs. The
+    largest time is multiplied by the tail, the last round of blocks counted as a full one, which
+    holds for blocks that take equally long. Three roofs can be too high: ``l2`` where loads hit in
+    L1, ``fp32`` where integers are added on lanes of their own, and ``tensor`` for products of 8
+    bits, which it times as fp16.
+    """
+    if blocks_counted < 1 or blocks < 1:
+        raise ValueError(f"{blocks_counted} blocks counted for a launch of {blocks}")
+    if not _runs_on(static.arch, device.capability):
+        raise ValueError(f"code for {static.arch} does not run on sm_{device.capability}")
+    # A device may hold more or fewer blocks than the first of its generation, which was compiled
+    # for: registers and shared memory are the kernel's, the limits are the device's.
+    resident = occupancy(
+        device.capability, static.warps * _WARP, static.registers, static.shared
+    ).blocks_per_sm
+    if resident == 0:
+        raise ValueError(f"a block does not fit on an SM of sm_{device.capability}")
+
+    scale = blocks / blocks_counted
+    counts = Counter(traffic)
+    sectors = counts["load_sectors"] + counts["store_sectors"]
+    wavefronts = counts["smem_load_wavefronts"] + counts["smem_store_wavefronts"]
+    ideal = counts["smem_load_ideal"] + counts["smem_store_ideal"]
+    issued = sum(n for opcode, n in instructions.items() if not _FREE.match(opcode))
+
+    def lanes(opcodes: frozenset[str]) -> int:
+        return _WARP * sum(instructions.get(opcode, 0) for opcode in opcodes)
+
+    busy = min(device.sms, blocks)
+    hertz = device.clock_ghz * 1e9
+    clocks = hertz * busy  # of all busy SMs together, in a second
+    seconds = {
+        "dram": dram_bytes / (device.dram_gb_s * 1e9),
+        "l2": scale * sectors * _SECTOR / (device.l2_bytes_per_clock * hertz),
+        "tensor": scale * counts["mma_flops"] / (device.tensor_tflops * 1e12 * busy / device.sms),
+        "issue": scale * issued / (_SCHEDULERS * clocks),
+        "fp32": scale * lanes(_FP32) / (device.fp32_lanes * clocks),
+        "special": scale * lanes(_SPECIAL) / (device.special_lanes * clocks),
+        "shared": scale * wavefronts / clocks,
+    }
+    limiter = max(seconds, key=seconds.__getitem__)
+    rounds = blocks / (resident * device.sms)
+    tail = ceil(rounds) / rounds if rounds > 1 else 1.0
+    return Bound(
+        **seconds,
+        limiter=limiter,
+        tail=tail,
+        seconds=seconds[limiter] * tail,
+        coalescing=counts["load_bytes"] / max(_SECTOR * counts["load_sectors"], 1),
+        bank_conflicts=wavefronts / ideal if ideal else 1.0,
+    )
+
+
+def _runs_on(arch: Arch, capability: int) -> bool:
+    """A cubin runs within its generation, from the version on that it was compiled for."""
+    return isinstance(arch, int) and arch // 10 == capability // 10 and arch % 10 <= capability % 10
+
+
+# Budgets -----------------------------------------------------------------------------------------
+
+
+def check_budget(
+    budget: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]
+) -> list[str]:
+    """What in ``rows`` exceeds ``budget``, one readable line for each violation.
+
+    A row is a report as a dictionary, with ``kernel`` and ``arch`` and whatever else was measured.
+    An entry of the budget applies to the rows whose fields equal all of its ``match``, and gives
+    limits by field as ``max`` and ``min``, both inclusive; a field that counts by kind (``tensor``)
+    is summed. A budget that checks nothing is a defect: an entry that matches no row or has no
+    limit, and a row that lacks a limited field, are violations too.
+    """
+    rows = list(rows)
+    violations = []
+    for entry in budget:
+        match = entry["match"]
+        limits = [(way, *limit) for way in ("max", "min") for limit in entry.get(way, {}).items()]
+        matching = [r for r in rows if all(f in r and r[f] == v for f, v in match.items())]
+        if not limits:
+            violations.append(f"budget entry {_fields(match)}: has neither max nor min")
+        if not matching:
+            violations.append(f"budget entry {_fields(match)}: matches no row")
+        for row in matching:
+            named = {f: row[f] for f in ("kernel", "arch", *match) if f in row}
+            for way, quantity, limit in limits:
+                if problem := _excess(row, way, quantity, limit):
+                    violations.append(f"{_fields(named)}: {problem}")
+    return violations
+
+
+def _excess(row: Mapping[str, Any], way: str, quantity: str, limit: float) -> str | None:
+    if quantity not in row:
+        return f"{quantity} is missing, {way} {limit}"
+    value = row[quantity]
+    if isinstance(value, Mapping):
+        value = sum(value.values())
+    # Not the other way round: a NaN is within no limit.
+    within = value <= limit if way == "max" else value >= limit
+    return None if within else f"{quantity} = {value}, {way} {limit}"
+
+
+def _fields(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in row.items())

@@ -1,0 +1,206 @@
+"""Triton's side: a driver whose device is the simulator."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .access import Options
+from .launch import Argument, Launch, execute
+from .memory import storage_bytes
+from .ptx import parse
+
+try:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase, decompose_descriptor
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # run_ptx needs none of it
+    triton, DriverBase, TensorDescriptor = None, object, ()
+
+_MAX_SHARED = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448}
+_MAX_SHARED_OTHERS = {"cuda": 101376, "hip": 65536}
+
+
+class Device:
+    """A simulated GPU. Inside `with`, Triton compiles for it and launches on it.
+
+    arch            a compute capability (80, 90, …), or the name of an AMD one (compiled only)
+    execute         False only compiles, and records the launches
+    races           look for races in shared memory, and between CTAs in global memory
+    statistics      count sectors and wavefronts
+    uninitialised   refuse reads of memory that `expect_written` named before it is written
+    late_copies     let cp.async copy as late as it may, over poison
+    edit            a function of the PTX, applied before it is executed: plants bugs
+    """
+
+    def __init__(
+        self,
+        arch: int | str = 80,
+        *,
+        execute: bool = True,
+        races: bool = True,
+        statistics: bool = True,
+        uninitialised: bool = True,
+        late_copies: bool = True,
+        edit: Callable[[str], str] | None = None,
+    ):
+        self.arch, self.execute, self.edit = arch, execute, edit
+        self.options = Options(races, statistics, uninitialised, late_copies)
+        self.launches: list[Launch] = []
+        self._fresh: dict[int, tuple[torch.UntypedStorage, np.ndarray]] = {}
+        if isinstance(arch, str):
+            self.target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+            # Triton keeps compiled kernels by device number: every architecture has its own.
+            self.number = int(arch.removeprefix("gfx"), 16)
+            if execute:
+                raise ValueError("AMD's machine code cannot be executed: pass execute=False")
+        else:
+            self.target, self.number = GPUTarget("cuda", arch, 32), arch
+
+    def expect_written(self, *tensors: torch.Tensor) -> None:
+        """Counts the storages of these tensors as uninitialised from now on."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            written = np.zeros(storage.nbytes(), bool)
+            self._fresh[storage.data_ptr()] = storage, written  # kept: its address stays its own
+
+    def __enter__(self) -> "Device":
+        active = triton.runtime.driver
+        self._previous = active._active
+        self._driver = _Driver(self)
+        active.set_active(self._driver)
+        triton.knobs.runtime.kernel_load_start_hook.add(self._driver.utils.loading)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        triton.knobs.runtime.kernel_load_start_hook.remove(self._driver.utils.loading)
+        triton.runtime.driver._active = self._previous
+
+    def launch(self, grid, source, metadata, asm: dict[str, str | bytes], values: tuple) -> None:
+        name, warps, shared = metadata.name, metadata.num_warps, metadata.shared
+        launch = Launch(name, tuple(map(int, grid)), warps, shared, asm)
+        self.launches.append(launch)
+        if not self.execute:
+            return
+        ptx = self.edit(asm["ptx"]) if self.edit else asm["ptx"]
+        arguments = list(_arguments(source.signature, values))
+        written = {pointer: state for pointer, (_, state) in self._fresh.items()}
+        block = (32 * warps, 1, 1)
+        execute(parse(ptx)[name], launch, block, arguments, self.options, written)
+
+
+def _arguments(signature: dict[str, Any], values: tuple) -> Iterator[Argument]:
+    """The kernel's parameters, in order: constants dropped, tuples and descriptors laid flat."""
+    for (name, type_), value in zip(signature.items(), values, strict=False):
+        yield from _flat(name, type_, value)
+
+
+def _flat(name: str, type_: Any, value: Any) -> Iterator[Argument]:
+    if isinstance(type_, tuple):
+        for i, (one, part) in enumerate(zip(type_, value, strict=True)):
+            yield from _flat(f"{name}[{i}]", one, part)
+    elif type_ == "constexpr":
+        return
+    elif isinstance(value, TensorDescriptor):
+        for part in decompose_descriptor(value):
+            yield name, part
+    elif type_ in ("fp16", "bf16", "fp32", "fp64", "f32"):
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}.get(type_)
+        yield name, _tensor_bytes(torch.tensor(float(value), dtype=dtype or torch.float32))
+    elif hasattr(value, "data_ptr") and not isinstance(value, torch.Tensor):
+        yield name, value.base  # triton.reinterpret's wrapper
+    else:
+        yield name, value
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> bytes:
+    return storage_bytes(tensor.untyped_storage()).tobytes()
+
+
+class _Utilities:
+    """What Triton asks of a driver when it loads a kernel."""
+
+    def __init__(self, device: Device):
+        self.device = device
+        self.asm: dict[str, str | bytes] = {}
+
+    def loading(self, module, function, name, metadata_group, hash) -> None:
+        """Notes the compiler's outputs, of which load_binary is given only the last."""
+        self.asm = {}
+        for file in map(Path, metadata_group.values()):
+            kind = file.suffix[1:]
+            if kind != "json":
+                binary = kind in ("cubin", "hsaco")
+                self.asm[kind] = file.read_bytes() if binary else file.read_text()
+
+    def load_binary(self, name, kernel, shared, device):
+        return object(), self.asm, 0, 0, 1024  # module, function, registers, spills, most threads
+
+    def unload_module(self, module) -> None:
+        pass
+
+    def get_device_properties(self, device) -> dict[str, int]:
+        target = self.device.target
+        return {
+            "max_shared_mem": _MAX_SHARED.get(target.arch, _MAX_SHARED_OTHERS[target.backend]),
+            "multiprocessor_count": 108,
+            "warpSize": target.warp_size,
+            "max_num_regs": 65536,
+            "sm_clock_rate": 1_400_000,
+            "mem_clock_rate": 1_200_000,
+            "mem_bus_width": 5120,
+        }
+
+
+class _Launcher:
+    """Triton keeps it with the compiled kernel: it must ask for the device that is active then."""
+
+    def __init__(self, source, metadata):
+        self.source, self.metadata = source, metadata
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *values) -> None:
+        device = triton.runtime.driver.active.device
+        device.launch((x, y, z), self.source, self.metadata, function, values)
+
+
+class _Driver(DriverBase):
+    def __init__(self, device: Device):
+        self.device, self.utils, self.launcher_cls = device, _Utilities(device), _Launcher
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False  # never chosen by itself
+
+    def map_python_to_cpp_type(self, type_: str) -> str:
+        return type_
+
+    def get_current_target(self):
+        return self.device.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_current_device(self) -> int:
+        return self.device.number
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_interface(self):
+        return torch.cpu
+
+    def get_benchmarker(self) -> Callable:
+        # There is no time to measure: an autotuner takes its first configuration.
+        return lambda function, quantiles=None, **_: [1.0] * len(quantiles or [0])
+
+    def get_empty_cache_for_benchmark(self) -> None:
+        return None
+
+    def clear_cache(self, cache) -> None:
+        pass

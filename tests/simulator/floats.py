@@ -1,0 +1,142 @@
+"""Arithmetic on floats."""
+
+from collections.abc import Callable
+from functools import reduce
+
+import numpy as np
+
+from .errors import Unsupported
+from .formats import TYPES, UNSIGNED, decoder, element_width, encoder
+from .ptx import Instruction
+from .steps import Mask, Step, assign, executes, only
+
+_ROUNDING = {"rn", "rz", "rm", "rp"}
+_IGNORED = ("rn", "approx", "full", "noftz", "ftz", "sat", "relu", "NaN")
+
+
+def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    return a * b + c
+
+
+OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "fma": _fused,
+    "mad": _fused,
+    "div": np.divide,
+    "min": lambda *values: reduce(np.fmin, values),
+    "max": lambda *values: reduce(np.fmax, values),
+    "ex2": np.exp2,
+    "lg2": np.log2,
+    "rcp": np.reciprocal,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda a: 1 / np.sqrt(a),
+    "sin": np.sin,
+    "cos": np.cos,
+    "tanh": np.tanh,
+    "abs": np.abs,
+    "neg": np.negative,
+}
+_PROPAGATING = {
+    "min": lambda *values: reduce(np.minimum, values),
+    "max": lambda *values: reduce(np.maximum, values),
+}
+_DIRECT = {"add", "sub", "mul"}  # numpy's own operation already rounds once
+
+
+def flush(values: np.ndarray, type_: str) -> np.ndarray:
+    """Subnormal numbers become zeros of their sign, in float32 only."""
+    if type_ not in ("f32", "f32x2"):
+        return values
+    return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.copysign(0, values), values)
+
+
+def round_directed(values: np.ndarray, dtype: np.dtype, mode: str) -> np.ndarray:
+    """Float64 values rounded to zero, down or up."""
+    nearest = values.astype(dtype)
+    with np.errstate(all="ignore"):
+        if mode == "rz":
+            wrong, goal = np.abs(nearest) > np.abs(values), 0
+        else:
+            wrong = nearest > values if mode == "rm" else nearest < values
+            goal = -np.inf if mode == "rm" else np.inf
+        return np.where(wrong, np.nextafter(nearest, dtype.type(goal)), nearest)
+
+
+def prepare(machine, instruction: Instruction, type_: str) -> Step:
+    """One ufunc where numpy rounds as PTX does; otherwise in float64, and then rounded."""
+    opcode, modifiers = instruction.opcode, instruction.modifiers
+    only(instruction, *_IGNORED, *_ROUNDING)
+    function = (_PROPAGATING if "NaN" in modifiers else {}).get(opcode)
+    function = function or OPERATIONS.get(opcode)
+    if function is None:
+        raise Unsupported(f"opcode {instruction.name}")
+    operands = machine.operands
+    destination = operands.write(instruction.operands[0], type_)
+    sources = [operands.read(one, type_) for one in instruction.operands[1:]]
+    direction = next((one for one in modifiers if one in ("rz", "rm", "rp")), None)
+    plain = not {"ftz", "sat", "relu"} & set(modifiers) and direction is None
+    if plain and TYPES[type_].kind == "f":
+        if opcode in _DIRECT:
+            a, b = sources
+            return lambda mask: function(a, b, out=destination, where=mask)
+        if opcode in ("fma", "mad") and type_ != "f64":
+            return _fused_step(destination, *sources)
+    if direction and type_ not in ("f32", "f32x2"):
+        raise Unsupported(f"rounding .{direction} of {type_}")
+
+    bits = [one.view(UNSIGNED[element_width(type_)]) for one in sources]
+    decode, encode = decoder(type_), encoder(type_)
+    dtype = np.dtype(np.float32)
+    output = destination.view(UNSIGNED[destination.itemsize])
+
+    def step(mask: Mask) -> None:
+        values = [decode(one).astype(np.float64) for one in bits]
+        if "ftz" in modifiers:
+            values = [flush(one, type_) for one in values]
+        result = function(*values)
+        if "relu" in modifiers:
+            result = np.maximum(result, 0)
+        if "sat" in modifiers:
+            result = np.clip(np.nan_to_num(result, nan=0.0), 0, 1)
+        if direction:
+            result = round_directed(result, dtype, direction)
+        if "ftz" in modifiers:
+            result = flush(result, type_)
+        assign(output, encode(result).view(output.dtype), mask)
+
+    return step
+
+
+def _fused_step(destination: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> Step:
+    """In float64 the product of two floats is exact, which leaves (almost) one rounding."""
+
+    def step(mask: Mask) -> None:
+        total = np.multiply(a, b, dtype=np.float64)
+        np.add(total, c, out=total)
+        assign(destination, total, mask)
+
+    return step
+
+
+@executes("copysign")
+def _copysign(machine, instruction: Instruction) -> Step:
+    type_ = instruction.types[-1]
+    sign, value = (machine.operands.read(one, type_) for one in instruction.operands[1:3])
+    destination = machine.operands.write(instruction.operands[0], type_)
+    return lambda mask: np.copysign(value, sign, out=destination, where=mask)
+
+
+@executes("testp")
+def _testp(machine, instruction: Instruction) -> Step:
+    source = machine.operands.read(instruction.operands[1], instruction.types[-1])
+    destination = machine.operands.write(instruction.operands[0], "pred")
+    test = {
+        "nan": np.isnan,
+        "notanumber": np.isnan,
+        "finite": np.isfinite,
+        "infinite": np.isinf,
+        "number": lambda values: ~np.isnan(values),
+    }[instruction.modifiers[0]]
+    return lambda mask: assign(destination, test(source), mask)
