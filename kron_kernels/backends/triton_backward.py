@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 
 from kron_kernels.backends.triton_tiles import (
-    load_each,
     load_rows,
     load_vectors,
-    mix_vectors,
+    mix_by_dot,
+    mix_each,
+    split_last,
 )
 
 
@@ -29,8 +30,7 @@ def factor_gradients_kernel(
     mix_r, mix_o, mix_u, dot_r, dot_d, dot_c,
     RANK: tl.constexpr, O: tl.constexpr, U: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     O_: tl.constexpr, U_: tl.constexpr, INNER: tl.constexpr, BY_DOT: tl.constexpr,
-    EACH: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``d_dot (shares, RANK, N, K)``, ``d_mix (RANK, shares, tiles, O, U)``; either may be None."""
     TILES_C: tl.constexpr = (K + BC - 1) // BC
@@ -44,60 +44,35 @@ def factor_gradients_kernel(
         inside = (ds[:, None] < N) & (cs[None, :] < K)
         where = dot + k * dot_r + ds[:, None] * dot_d + cs[None, :] * dot_c
         factor = tl.load(where, mask=inside, other=0.0)
-        if BY_DOT:
-            sum_mix = tl.zeros((U_, O_), tl.float32)
-        elif EACH:
-            sum_mix = ()
-            for _ in tl.static_range(U):
-                sum_mix = sum_mix + (tl.zeros((BT, O_), tl.float32),)
-        else:
-            sum_mix = tl.zeros((BT, O_, U_), tl.float32)
+        # Of every token's v with every token's x, on tensor cores; in the end a token's own count.
+        # To sum those alone takes a reduction over threads in every step, which is four times more
+        # instructions than all the rest.
+        sum_mix = tl.zeros((BT * O_, BT * U_), tl.float32)
 
     for t in tl.range(0, share, BT, num_stages=STAGES):
         rows = part * share + t + tl.arange(0, BT)
         live = (rows < rows_total) & (t + tl.arange(0, BT) < share)
-        x_offsets, dy_offsets = rows * (K * U), rows * (N * O)
-        right = load_rows(dy, dy_offsets, live, d, N, O, O_, INNER, BT, BN)
-        if EACH:
-            vectors = load_each(x, x_offsets, live, c, K, U, BC)
-        else:
-            vectors = load_vectors(x, x_offsets, live, c, K, U, U_, INNER, BT, BC)
+        right = load_rows(dy, rows * (N * O), live, d, N, O, O_, INNER, BT, BN)
+        vectors = load_vectors(x, rows * (K * U), live, c, K, U, U_, INNER, BT, BC)
         if d_dot is not None:
-            z = mix_vectors(
-                vectors, mix, k, mix_r, mix_o, mix_u,
-                U, O, U_, O_, BY_DOT, EACH, PRECISION, BT, BC,
-            )  # fmt: skip
+            if BY_DOT:
+                z = mix_by_dot(vectors, mix, k, mix_r, mix_o, mix_u, U, O, U_, O_, PRECISION, BT, BC)
+            else:
+                each = split_last(vectors, U_)
+                z = mix_each(each, mix, k, mix_r, mix_o, mix_u, U, O, O_, BT, BC)
             sum_dot = tl.dot(tl.trans(right), z, sum_dot, input_precision=PRECISION)
         if d_mix is not None:
-            v = tl.dot(right, factor, input_precision=PRECISION)
-            v = tl.reshape(v, (BT, O_, BC))
-            if BY_DOT:
-                v = tl.reshape(tl.permute(v, (0, 2, 1)), (BT * BC, O_)).to(vectors.dtype)
-                flat = tl.reshape(vectors, (BT * BC, U_))
-                sum_mix = tl.dot(tl.trans(flat), v, sum_mix, input_precision=PRECISION)
-            elif EACH:
-                old = sum_mix
-                sum_mix = ()
-                for u in tl.static_range(U):
-                    product = tl.sum(v * vectors[u].to(tl.float32)[:, None, :], 2)
-                    sum_mix = sum_mix + (old[u] + product,)
-            else:
-                v = tl.permute(v, (0, 2, 1))
-                wide = vectors.to(tl.float32)
-                sum_mix += tl.sum(v[:, :, :, None] * wide[:, :, None, :], 1)
+            v = tl.dot(right, factor, input_precision=PRECISION).to(x.dtype.element_ty)
+            left = tl.reshape(tl.permute(vectors, (0, 2, 1)), (BT * U_, BC))
+            sum_mix = tl.dot(v, tl.trans(left), sum_mix, input_precision=PRECISION)
 
     if d_dot is not None:
         where = d_dot + (part * RANK + k) * (N * K) + ds[:, None] * K + cs[None, :]
         tl.store(where, sum_dot, mask=(ds[:, None] < N) & (cs[None, :] < K))
     if d_mix is not None:
-        start = (k * tl.num_programs(2) + part) * tl.num_programs(0) + tile
-        where = d_mix + start * (O * U)
-        if BY_DOT:
-            inside = (us[:, None] < U) & (os[None, :] < O)
-            tl.store(where + os[None, :] * U + us[:, None], sum_mix, mask=inside)
-        elif EACH:
-            for u in tl.static_range(U):
-                tl.store(where + os * U + u, tl.sum(sum_mix[u], 0), mask=os < O)
-        else:
-            inside = (os[:, None] < O) & (us[None, :] < U)
-            tl.store(where + os[:, None] * U + us[None, :], tl.sum(sum_mix, 0), mask=inside)
+        ts = tl.arange(0, BT)
+        own = ts[:, None, None, None] == ts[None, None, :, None]
+        pairs = tl.where(own, tl.reshape(sum_mix, (BT, O_, BT, U_)), 0.0)
+        where = d_mix + ((k * tl.num_programs(2) + part) * tl.num_programs(0) + tile) * (O * U)
+        inside = (os[:, None] < O) & (us[None, :] < U)
+        tl.store(where + os[:, None] * U + us[None, :], tl.sum(tl.sum(pairs, 2), 0), mask=inside)

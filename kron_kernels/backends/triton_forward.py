@@ -18,7 +18,8 @@ from kron_kernels.backends.triton_tiles import (
     load_mix,
     load_rows,
     load_vectors,
-    mix_vectors,
+    mix_by_dot,
+    mix_each,
     split_rows,
 )
 
@@ -29,7 +30,7 @@ def kron_matmul_kernel(
     mix_r, mix_o, mix_u, dot_r, dot_d, dot_c,
     RANK: tl.constexpr, O: tl.constexpr, U: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     O_: tl.constexpr, U_: tl.constexpr, INNER: tl.constexpr, MIX_FIRST: tl.constexpr,
-    BY_DOT: tl.constexpr, EACH: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BY_DOT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -48,19 +49,20 @@ def kron_matmul_kernel(
     for c in tl.range(0, K, BC, num_stages=STAGES):
         if not MIX_FIRST:
             left = load_rows(x, x_offsets, live, c, K, U, U_, INNER, BT, BC)
-        elif EACH:
-            vectors = load_each(x, x_offsets, live, c, K, U, BC)
-        else:
+        elif BY_DOT:
             vectors = load_vectors(x, x_offsets, live, c, K, U, U_, INNER, BT, BC)
+        else:
+            vectors = load_each(x, x_offsets, live, c, K, U, U_, INNER, BT, BC)
         new = ()
         for p in tl.static_range(len(ys)):
             parts = sums[p * TILES * TERMS : (p + 1) * TILES * TERMS]
             for k in tl.static_range(RANK):
-                if MIX_FIRST:
-                    left = mix_vectors(
-                        vectors, mixes[p], k, mix_r, mix_o, mix_u,
-                        U, O, U_, O_, BY_DOT, EACH, PRECISION, BT, BC,
-                    )  # fmt: skip
+                if MIX_FIRST and BY_DOT:
+                    left = mix_by_dot(
+                        vectors, mixes[p], k, mix_r, mix_o, mix_u, U, O, U_, O_, PRECISION, BT, BC
+                    )
+                elif MIX_FIRST:
+                    left = mix_each(vectors, mixes[p], k, mix_r, mix_o, mix_u, U, O, O_, BT, BC)
                 old = parts
                 parts = ()
                 for i in tl.static_range(len(old)):

@@ -34,15 +34,21 @@ def why_not(x: Tensor, *factors: Tensor) -> str | None:
         return f"it multiplies by two factors, and there are {len(factors)}"
     if max(f.numel() for f in factors) >= _INT32:
         return "a factor has 2^31 entries or more"
-    s = KronShape.of(*factors)
-    if geometry(s) is None:
-        if s.rank > 16:
-            return f"it sums up to 16 products, and the Kronecker rank is {s.rank}"
-        return (
-            f"each factor has a side over 64 ({s.m1}x{s.n1} and {s.m2}x{s.n2}), "
-            "and two large matrix products need no kernel of ours"
-        )
-    return None
+    return _no_geometry(*KronShape.of(*factors))
+
+
+# The shapes of parameters are constants to a compiler, and so are the answers below.
+@torch.compiler.assume_constant_result
+def _no_geometry(*sizes: int) -> str | None:
+    s = KronShape(*sizes)
+    if geometry(s) is not None:
+        return None
+    if s.rank > 16:
+        return f"it sums up to 16 products, and the Kronecker rank is {s.rank}"
+    return (
+        f"both factors are large ({s.m1}x{s.n1} and {s.m2}x{s.n2}), "
+        "and two large matrix products need no kernel of ours"
+    )
 
 
 def why_not_embedding(a: Tensor, b: Tensor) -> str | None:
@@ -64,16 +70,24 @@ def _unserved(x: Tensor) -> str | None:
     return None
 
 
-@lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result
 def _has_triton() -> bool:
+    return _installed()
+
+
+@lru_cache(maxsize=1)
+def _installed() -> bool:
     return find_spec("triton") is not None
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def _too_old(index: int) -> str | None:
-    if torch.version.hip or torch.cuda.get_device_capability(index) >= (8, 0):
+    if torch.version.hip or _capability(index) >= (8, 0):
         return None
     return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(index)} is older"
+
+
+_capability = lru_cache(maxsize=64)(torch.cuda.get_device_capability)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -97,7 +111,7 @@ def sizes(g: Geometry) -> dict[str, int | bool]:
     """A kernel's constants that say what is multiplied."""
     return {
         "RANK": g.rank, "O": g.O, "U": g.U, "N": g.N, "K": g.K, "INNER": g.inner,
-        "O_": power_of_two(g.O), "U_": power_of_two(g.U), "BY_DOT": g.by_dot, "EACH": g.each,
+        "O_": power_of_two(g.O), "U_": power_of_two(g.U), "BY_DOT": g.by_dot,
     }  # fmt: skip
 
 
@@ -209,7 +223,8 @@ def factor_gradients(
         g, x, dy, a, b = g.transposed, dy, x, a.mT, b.mT
     mix, dot, need_mix, need_dot = (b, a, need_b, need_a) if g.inner else (a, b, need_a, need_b)
     how = precision(x.dtype)
-    t, shares = _gradient_tile(g, tokens, x.dtype == torch.float32, how == "ieee", device_of(x))
+    exact = x.dtype == torch.float32 and how == "ieee"
+    t, shares = _gradient_tile(g, tokens, x.dtype == torch.float32, exact, device_of(x))
     tiles = -(-g.N // t.columns) * -(-g.K // t.depth)
     wide = {"device": x.device, "dtype": torch.float32}
     d_dot = torch.empty(shares, g.rank, g.N, g.K, **wide) if need_dot else None
@@ -242,12 +257,13 @@ def _gradient_tile(
     block = max(1, 32 // g.vectors)
     while block * g.vectors < 16:  # the depth of the product with z
         block *= 2
-    work = power_of_two(g.O) * power_of_two(g.U)
-    while depth > 16 and not g.by_dot and block * depth * work > 2**16:
-        depth //= 2
+    block = min(block, 16)
+    if g.inner and g.U < 16:  # of interleaved pairs 64 columns do not fit the registers
+        depth = min(depth, 32)
+    warps = 8 if columns * depth > 2**12 else 4
     programs = -(-g.N // columns) * -(-g.K // depth) * g.rank
     shares = max(1, min(-(-2 * device.multiprocessors // programs), -(-tokens // (4 * block))))
-    return Tile(block, depth, columns, 1, 4, 2), shares
+    return Tile(block, depth, columns, 1, warps, 2), shares
 
 
 def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:

@@ -19,7 +19,7 @@ from kron_kernels.shapes import KronShape
 TUNED = Path(__file__).parent / "tuned"
 
 _MAX_MIX = 64  # a mix with a longer side does not fit a tile beside the sums
-MAX_VECTORS = 16  # vectors that a thread holds at once
+MAX_VECTORS = 32  # vectors that a thread holds at once
 _MAX_RANK = 16  # terms are unrolled
 SUMS_FEED_FORWARD = 192 * 1024  # bytes of sums of both products
 _SUMS = 96 * 1024  # bytes of sums in a program: 96 of the 255 registers a thread at 8 warps
@@ -41,11 +41,6 @@ class Geometry:
     def by_dot(self) -> bool:
         """Whether the mix has room for tensor cores, whose smallest operand is 16 x 16."""
         return min(self.O, self.U) >= 16
-
-    @property
-    def each(self) -> bool:
-        """Whether a mix goes through the vectors one by one: a few, each in one piece."""
-        return not self.inner and not self.by_dot and self.U <= MAX_VECTORS
 
     @property
     def vectors(self) -> int:
@@ -102,8 +97,8 @@ def geometry(s: KronShape) -> Geometry | None:
             mix_first = inner == (order == "b_first")
             (o, u), (n, k) = ((s.m2, s.n2), (s.m1, s.n1)) if inner else ((s.m1, s.n1), (s.m2, s.n2))
             g = Geometry(o, u, n, k, s.rank, inner, mix_first)
-            many = g.rank * power_of_two(u) > MAX_VECTORS and not g.by_dot
-            if max(o, u) <= _MAX_MIX and not (many and not mix_first):
+            held = power_of_two(u) if mix_first else g.rank * power_of_two(u)
+            if max(o, u) <= _MAX_MIX and (g.by_dot or held <= MAX_VECTORS):
                 ways.append((s.multiply_adds(order), o * u, not mix_first, g))
     return min(ways, key=lambda way: way[:3])[-1] if ways else None
 
@@ -123,49 +118,49 @@ def rule(
 ) -> Tile:
     """Tiles by reasoning.
 
-    64 rows of a product fill a warp group's tensor cores and read a factor from the L2 cache once
-    for them; all columns in one program read x once. With few tokens there are more programs than
-    one per block of tokens, so that every multiprocessor has one: columns are divided first, for x
-    is small, then tokens. ``exact`` float32 has no tensor cores and wants small tiles.
+    A program reads the factor from the L2 cache: for so many tokens that this is no more than they
+    are themselves, if they fit. Smaller blocks leave room for several programs on a multiprocessor,
+    one of which computes while another waits for memory. All columns in one program read x once.
+    With few tokens every multiprocessor shall have a program: columns are divided first, for x is
+    small then, next tokens. ``exact`` float32 has no tensor cores and wants small tiles.
     """
     rows = 32 if exact else 64
     columns = pieces(g.N, 32 if exact else 128)
-    if products * columns * max(16, g.sums) * 4 > _SUMS:
-        columns = 32
     budget = _SUMS // 4 if exact else _SUMS
+    if products * columns * max(16, g.sums) * 4 > budget:
+        columns = 32
 
     def tiles_for(block: int) -> int:
         return max(1, budget // (products * block * g.sums * columns * 4))
 
-    block = max(1, rows // g.vectors)
+    def programs(block: int, tiles: int) -> int:
+        return -(-tokens // block) * -(-needed // tiles)
+
+    factor, token = g.rank * g.N * g.K, g.U * g.K + g.O * g.N
+    least = max(1, 16 // g.vectors)  # 16 rows fill a tensor core
+    block = min(max(least, power_of_two(-(-factor // token))), max(1, rows // g.vectors))
     needed = -(-g.N // columns)
-    while block * g.vectors > 16 and tiles_for(block) < needed and products > 1:
+    while block > least and tiles_for(block) < needed and products > 1:
         block //= 2
-    block = max(1, min(block, max(16 // g.vectors, power_of_two(tokens))))
+    block = min(block, max(least, power_of_two(tokens)))
     tiles = min(needed, tiles_for(block))
-    while tiles > 1 and -(-tokens // block) * -(-needed // tiles) < device.multiprocessors:
+    while tiles > 1 and programs(block, tiles) < device.multiprocessors:
         tiles = -(-tiles // 2)
-    while (
-        block * g.vectors > 16
-        and block > 1
-        and (-(-tokens // block) * -(-needed // tiles) < device.multiprocessors)
-    ):
+    while block > least and programs(block, tiles) < device.multiprocessors:
         block //= 2
     warps = 8 if products * block * g.sums * columns * tiles * 4 > _SUMS // 2 else 4
 
     depth = pieces(g.K, 32 if itemsize == 4 else 64)
-    if g.mix_first and not g.by_dot:  # registers of a mix
-        while depth > 16 and block * depth * power_of_two(g.O) * power_of_two(g.U) > 2**16:
+    if g.mix_first and not g.by_dot:
+        held = power_of_two(g.O) + power_of_two(g.U) * g.inner
+        while depth > 16 and block * depth * held > 96 * 32 * warps:
             depth //= 2
-    stages = 2
     # Twice what a stage holds: Hopper's products read the next while the last is in use.
-    while (
-        depth > 16
-        and 2 * itemsize * depth * (block * power_of_two(g.U) + products * tiles * columns * g.rank)
-        > device.shared
-    ):
+    while depth > 16 and 2 * itemsize * depth * (
+        block * power_of_two(g.U) + products * tiles * columns * g.rank
+    ) > device.shared:
         depth //= 2
-    return Tile(block, depth, columns, tiles, warps, stages)
+    return Tile(block, depth, columns, tiles, warps, 2)
 
 
 @lru_cache(maxsize=4096)
@@ -197,8 +192,7 @@ def feed_forward_tile(
         padded = -(-n // columns) * columns, -(-m // out) * out
         return block * (first * padded[0] + second * padded[1]) * 4
 
-    limit = _SUMS if backward or exact else SUMS_FEED_FORWARD * 3 // 4
-    while block > 1 and block * max(vectors) > 16 and sums(block) > limit:
+    while block > 1 and block * max(vectors) > 16 and sums(block) > _SUMS:
         block //= 2
     block = max(1, min(block, max(16 // max(vectors), power_of_two(tokens))))
     return Tile(block, depth, columns, 1, 8 if sums(block) > _SUMS // 2 else 4, 2), out

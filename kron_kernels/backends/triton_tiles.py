@@ -58,16 +58,13 @@ def load_vectors(
 
 @triton.jit
 def load_each(
-    x, offsets, live, c, K: tl.constexpr, U: tl.constexpr, BC: tl.constexpr
+    x, offsets, live, c, K: tl.constexpr, U: tl.constexpr, U_: tl.constexpr,
+    INNER: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The same entries, of vectors that lie one after another, as a tuple of U ``(BT, BC)``."""
-    cols = c + tl.arange(0, BC)[None, :]
-    inside = live[:, None] & (cols < K)
-    vectors = ()
-    for u in tl.static_range(U):
-        vector = tl.load(x + offsets[:, None] + (u * K + cols), mask=inside, other=0.0)
-        vectors = vectors + (vector,)
-    return vectors
+    """The same entries as a tuple of U vectors ``(BT, BC)``."""
+    if INNER:
+        return split_last(load_vectors(x, offsets, live, c, K, U, U_, True, BT, BC), U_)
+    return split_rows(load_rows(x, offsets, live, c, K, U, U_, False, BT, BC), U_)
 
 
 @triton.jit
@@ -88,54 +85,57 @@ def load_rows(
 
 
 @triton.jit
-def mix_vectors(
+def mix_by_dot(
     vectors, mix, k, mix_r, mix_o, mix_u,
     U: tl.constexpr, O: tl.constexpr, U_: tl.constexpr, O_: tl.constexpr,
-    BY_DOT: tl.constexpr, EACH: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_u mix[k, o, u] vector_u`` as rows ``(BT * O_, BC)``, of the vectors' dtype.
-
-    ``vectors`` are what ``load_each`` gives if EACH, else what ``load_vectors`` gives.
-    """
-    if BY_DOT:
-        us, os = tl.arange(0, U_)[:, None], tl.arange(0, O_)[None, :]
-        m = load_mix(mix, k, os, us, mix_r, mix_o, mix_u, O, U).to(vectors.dtype)
-        z = tl.dot(tl.reshape(vectors, (BT * BC, U_)), m, input_precision=PRECISION)
-        z = tl.permute(tl.reshape(z, (BT, BC, O_)), (0, 2, 1)).to(vectors.dtype)
-    elif EACH:
-        z = tl.zeros((BT, O_, BC), tl.float32)
-        for u in tl.static_range(U):
-            m = load_mix(mix, k, tl.arange(0, O_), u, mix_r, mix_o, mix_u, O, U)
-            z += vectors[u].to(tl.float32)[:, None, :] * m[None, :, None]
-        # A sum of one term keeps the layout of a product's operand, in which every warp has all
-        # rows, from spreading to the mix: 8 warps would mix the same vectors (8 times the work).
-        z = tl.sum(z[:, :, :, None], 3).to(vectors[0].dtype)
-    else:
-        us, os = tl.arange(0, U_)[None, :], tl.arange(0, O_)[:, None]
-        m = load_mix(mix, k, os, us, mix_r, mix_o, mix_u, O, U)  # (O_, U_)
-        wide = vectors.to(tl.float32)
-        z = tl.sum(wide[:, None, :, :] * m[None, :, None, :], 3).to(vectors.dtype)
+    """``Σ_u mix[k, o, u] vector_u`` as rows ``(BT * O_, BC)``, of ``vectors (BT, BC, U_)``."""
+    us, os = tl.arange(0, U_)[:, None], tl.arange(0, O_)[None, :]
+    m = load_mix(mix, k, os, us, mix_r, mix_o, mix_u, O, U).to(vectors.dtype)
+    z = tl.dot(tl.reshape(vectors, (BT * BC, U_)), m, input_precision=PRECISION)
+    z = tl.permute(tl.reshape(z, (BT, BC, O_)), (0, 2, 1)).to(vectors.dtype)
     return tl.reshape(z, (BT * O_, BC))
 
 
 @triton.jit
-def split_rows(rows, U_: tl.constexpr):
-    """Rows ``(BT * U_, BN)`` as a tuple of U_ vectors ``(BT, BN)``, one thread holding all U_."""
-    BT: tl.constexpr = rows.shape[0] // U_
-    BN: tl.constexpr = rows.shape[1]
-    parts = (tl.permute(tl.reshape(rows, (BT, U_, BN)), (0, 2, 1)),)
-    for level in tl.static_range(5):
-        if U_ >> level > 1:
+def mix_each(
+    vectors, mix, k, mix_r, mix_o, mix_u,
+    U: tl.constexpr, O: tl.constexpr, O_: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The same in registers, of a tuple of vectors ``(BT, BC)``."""
+    z = tl.zeros((BT, O_, BC), tl.float32)
+    for u in tl.static_range(U):
+        m = load_mix(mix, k, tl.arange(0, O_), u, mix_r, mix_o, mix_u, O, U)
+        z += vectors[u].to(tl.float32)[:, None, :] * m[None, :, None]
+    # A sum of one term keeps the layout of a product's operand, in which every warp has all rows,
+    # from spreading to the mix: 8 warps would mix the same vectors, 8 times the work.
+    z = tl.sum(z[:, :, :, None], 3).to(vectors[0].dtype)
+    return tl.reshape(z, (BT * O_, BC))
+
+
+@triton.jit
+def split_last(z, SIZE: tl.constexpr):
+    """``(a, b, SIZE)``, SIZE a power of two, as a tuple of ``(a, b)``: one thread has all SIZE."""
+    parts = (z,)
+    for level in tl.static_range(6):
+        if SIZE >> level > 1:
             halves = ()
             for i in tl.static_range(1 << level):
-                pair = tl.reshape(parts[i], (BT, BN, 2, U_ >> (level + 1)))
+                pair = tl.reshape(parts[i], (z.shape[0], z.shape[1], 2, SIZE >> (level + 1)))
                 halves = halves + tl.split(tl.permute(pair, (0, 1, 3, 2)))
             parts = halves
     vectors = ()
-    for i in tl.static_range(U_):
-        vectors = vectors + (tl.reshape(parts[i], (BT, BN)),)
+    for i in tl.static_range(SIZE):
+        vectors = vectors + (tl.reshape(parts[i], (z.shape[0], z.shape[1])),)
     return vectors
+
+
+@triton.jit
+def split_rows(rows, U_: tl.constexpr):
+    """Rows ``(BT * U_, BN)``, a token's one below another, as a tuple of U_ ``(BT, BN)``."""
+    tokens = tl.reshape(rows, (rows.shape[0] // U_, U_, rows.shape[1]))
+    return split_last(tl.permute(tokens, (0, 2, 1)), U_)
 
 
 @triton.jit
