@@ -1,4 +1,4 @@
-"""The two ends of a table ``Σ_k A_k ⊗ b_k``: looking up its rows, and the loss of its tied decoder."""
+"""The two ends of a table ``Σ_k A_k ⊗ b_k``: its rows, and the loss of its tied decoder."""
 
 from __future__ import annotations
 

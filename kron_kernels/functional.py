@@ -39,10 +39,10 @@ def kron_matmul(
         bias: Shape ``(m,)``, ``m`` the product of the factors' rows.
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
         residual: Shape ``(…, m)``, added last.
-        backend: ``"eager"`` is PyTorch on any device, ``"native"`` compiled code on CPUs, ``"triton"``
-            Triton kernels on GPUs; ``"auto"`` takes the fastest that can serve the call. One asked for by name is never
-            replaced; :func:`kron_kernels.explain_backends` says which can serve and why others
-            cannot.
+        backend: ``"eager"`` is PyTorch on any device, ``"native"`` compiled code on CPUs,
+            ``"triton"`` Triton kernels on GPUs; ``"auto"`` takes the last two where they can serve
+            the call. One asked for by name is never replaced;
+            :func:`kron_kernels.explain_backends` says which can serve and why others cannot.
 
     Returns:
         Output of shape ``(…, m)``, of x's dtype (promoted with residual's). On a CPU, 16-bit
@@ -114,9 +114,11 @@ def transformed() -> bool:
 def _plain_is_best(x: Tensor, factors: tuple[Tensor, ...], backend: str, with_grads: bool) -> bool:
     """Whether plain products serve better than the operator and its gradient."""
     # A compiler can fuse them, and an exporter must translate them.
-    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and with_grads):
+    if torch.compiler.is_exporting():
         return True
-    if torch.compiler.is_compiling() and backend == "eager":
+    if torch.compiler.is_compiling() and (
+        backend == "eager" or (with_grads and backend != "triton")
+    ):
         return True
     if len(factors) != 2:  # the operator is for two
         return backend == "eager" or with_grads or observed(x)

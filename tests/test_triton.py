@@ -1,9 +1,10 @@
-"""Triton kernels, executed from the machine code's PTX by a simulator of the GPU, on CPU tensors."""
+"""Triton kernels: the PTX that the compiler makes of them, executed by a simulator of the GPU."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from operands import SHAPES, draw, name
+from torch._dynamo.backends.common import aot_autograd
 from torch.func import vmap
 
 from kron_kernels import (
@@ -18,7 +19,7 @@ from kron_kernels.backends import triton_gpu, triton_launch
 from kron_kernels.testing import assert_close
 
 pytest.importorskip("triton")
-from simulator import Device  # noqa: E402
+from simulator import Device
 
 # Both orders, either factor as the mix, in registers and on tensor cores, and a rank in each.
 MIXED = [
@@ -119,10 +120,10 @@ def test_no_tokens_is_no_launch(gpu):
     for s in MIXED[:4]:
         x, a, b = draw(s, 0, torch.float16)
         assert kron_matmul(x, a, b, backend="triton").shape == (0, s.out_features)
-        grads = triton_gpu.kron_matmul_backward(
-            x.new_empty(0, s.out_features), x, a, b, [True] * 3
+        grads = triton_gpu.kron_matmul_backward(x.new_empty(0, s.out_features), x, a, b, [True] * 3)
+        assert all(
+            g.shape == t.shape and not g.any() for g, t in zip(grads, (x, a, b), strict=True)
         )
-        assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, (x, a, b), strict=True))
     assert not gpu.launches
 
 
@@ -144,8 +145,8 @@ def test_offsets_beyond_32_bits():
     assert "mul.wide" in ptx or "mad.lo.s64" in ptx or "shl.b64" in ptx
 
 
-@pytest.mark.parametrize("s", [PRESETS[1], SHAPES[8]], ids=name)
-@pytest.mark.parametrize("dtype", ["float16", "float32"], indirect=True)
+@pytest.mark.parametrize("s", [PRESETS[1], SHAPES[7]], ids=name)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"], indirect=True)
 def test_three_products_of_one_x(s, dtype, gpu):
     x, _, _ = draw(s, 19, dtype)
     layers = []
@@ -185,9 +186,9 @@ def check_gradients(s, tokens, dtype):
     for label, grad, other, total, n in zip(
         ("dx", "da", "db"), grads, expected, sums, products, strict=True
     ):
-        # What is multiplied twice is rounded to 16 bits between, so a gradient of few entries is
-        # held to the size of its terms.
-        scale = total.square().mean().sqrt().item() / n**0.5
+        # A gradient may have a single entry, near zero by chance: its scale is at least that of n
+        # products of random signs, whose absolute values sum to √n times as much.
+        scale = max(total.square().mean().item() / n, other.square().mean().item()) ** 0.5
         check(label, grad, other, max(tokens, 1) * (s.m1 + s.m2 + terms(s)), dtype, scale=scale)
 
 
@@ -201,9 +202,7 @@ def test_gradients_of_the_presets(s, gpu):
 def test_gradients_are_the_same_bits_every_time(gpu):
     x, a, b = draw(SHAPES[3], 150, torch.float16)
     dy = torch.randn(150, SHAPES[3].out_features).half()
-    first, second = (
-        triton_gpu.kron_matmul_backward(dy, x, a, b, [True] * 3) for _ in range(2)
-    )
+    first, second = (triton_gpu.kron_matmul_backward(dy, x, a, b, [True] * 3) for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
 
 
@@ -229,7 +228,8 @@ def test_second_order_gradients_and_vmap(gpu):
     got = second(lambda *o: kron_matmul(*o, backend="triton"), x, a, b)
     wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
     for label, g, other in zip("xab", got, second(reference.kron_matmul, *wide), strict=True):
-        torch.testing.assert_close(g.double(), other, rtol=1e-3, atol=1e-4 * other.abs().max(), msg=label)
+        scale = other.abs().max().item()
+        torch.testing.assert_close(g.double(), other, rtol=1e-3, atol=1e-4 * scale, msg=label)
     xs = torch.stack([x.detach(), 2 * x.detach()])
     ys = vmap(lambda v: kron_matmul(v, a.detach(), b.detach(), backend="triton"))(xs)
     torch.testing.assert_close(ys[1], 2 * ys[0])
@@ -238,21 +238,27 @@ def test_second_order_gradients_and_vmap(gpu):
 @pytest.mark.parametrize("training", [False, True])
 def test_a_compiler_keeps_the_kernels_in_one_graph(training, gpu):
     s = SHAPES[2]
-    x, a, b = (t.requires_grad_(training) for t in draw(s, 5, torch.float32))
+    operands = [t.requires_grad_(training) for t in draw(s, 5, torch.float32)]
     graphs = []
 
-    def backend(graph, inputs):
-        graphs.append(graph)
+    def keep(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
         return graph
 
-    compiled = torch.compile(
-        lambda *o: kron_matmul(*o, activation="gelu", backend="triton"),
-        fullgraph=True,
-        backend=backend,
-    )
-    y = compiled(x, a, b)
-    check("y", y, reference.kron_matmul(x, a, b, activation="gelu"), terms(s), torch.float32)
-    assert len(graphs) == 1
+    def call(*operands):
+        return kron_matmul(*operands, activation="gelu", backend="triton")
+
+    compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    y = torch.compile(call, fullgraph=True, backend=compiler)(*operands)
+    wide = [t.detach().double().requires_grad_() for t in operands]
+    expected = reference.kron_matmul(*wide, activation="gelu")
+    check("y", y, expected, terms(s), torch.float32)
+    assert len(graphs) == 1 and "kron_kernels.kron_matmul" in graphs[0]
+    if training:
+        grads = torch.autograd.grad(y.sum(), operands)
+        assert "kron_kernels.kron_matmul_backward" in graphs[1]
+        for grad, other in zip(grads, torch.autograd.grad(expected.sum(), wide), strict=True):
+            check("gradient", grad, other, 5 * terms(s) * s.m1 * s.m2, torch.float32)
 
 
 # --- feed-forward
@@ -284,9 +290,7 @@ def check_feed_forward(up, down, tokens, dtype, activation, bias=True, backward=
     expected = run(oracle, *wide)
     assert triton_gpu.meet(a1, b1, a2, b2)
     n = terms(up) + terms(down)
-    y = run(
-        kron_feed_forward, *operands, residual=dy, activation=activation, backend="triton"
-    )
+    y = run(kron_feed_forward, *operands, residual=dy, activation=activation, backend="triton")
     check("y", y, expected + dy.double(), n, dtype)
     if not backward:
         return
@@ -357,7 +361,13 @@ def test_an_id_that_is_no_row_gives_nan_and_reads_nothing(gpu):
 def test_the_tied_decoder(gpu):
     s = KronShape(1000, 12, 1, 8)
     h, a, b = draw(s, 3, torch.float16)
-    check("logits", kron_matmul(h, a, b, backend="triton"), reference.kron_matmul(h, a, b), terms(s), torch.float16)
+    check(
+        "logits",
+        kron_matmul(h, a, b, backend="triton"),
+        reference.kron_matmul(h, a, b),
+        terms(s),
+        torch.float16,
+    )
 
 
 # --- what is planted must be found
@@ -373,6 +383,8 @@ def test_traffic_is_what_must_be(gpu):
         kron_matmul(x, a, b, bias=bias, backend="triton")
         (launch,) = gpu.launches
         programs = launch.grid[0] * launch.grid[1]
-        least = tokens * (s.in_features + s.out_features) + programs * (s.parameters + s.out_features)
+        least = tokens * (s.in_features + s.out_features) + programs * (
+            s.parameters + s.out_features
+        )
         moved = 32 * (launch.traffic["load_sectors"] + launch.traffic["store_sectors"])
         assert moved <= 1.1 * itemsize * least, (s, moved / (itemsize * least), launch.grid)

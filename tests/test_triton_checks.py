@@ -12,9 +12,9 @@ from kron_kernels.backends import triton_gpu, triton_launch
 from kron_kernels.testing import assert_close
 
 pytest.importorskip("triton")
-from simulator import Device, SimulationError  # noqa: E402
+from simulator import Device, SimulationError
 
-from kron_kernels.backends import triton_forward  # noqa: E402
+from kron_kernels.backends import triton_forward
 
 UP, DOWN = KronShape(4, 2, 32, 64), KronShape(2, 4, 64, 32)
 SQUARE = KronShape(16, 16, 32, 32)

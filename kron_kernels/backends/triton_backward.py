@@ -6,8 +6,8 @@ whose mix comes first (of another one x and dy change places, and the factors ar
     d dot_k[d, c] = Σ_t,o dy_o[d] z_k,o[c]          with z_k,o[c] = Σ_u mix_k[o, u] x_u[c]
     d mix_k[o, u] = Σ_t,c v_k,o[c] x_u[c]           with v_k,o[c] = Σ_d dot_k[d, c] dy_o[d]
 
-A program has one tile (d, c) of ``dot`` and sums over a share of the tokens, z and v recomputed. The
-shares' sums, and the tiles' of ``d mix``, are added afterwards in a fixed order: deterministic.
+A program has one tile (d, c) of ``dot`` and sums over a share of the tokens, z and v recomputed.
+The shares' sums, and the tiles' of ``d mix``, are added afterwards in a fixed order: deterministic.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def factor_gradients_kernel(
     mix_r, mix_o, mix_u, dot_r, dot_d, dot_c,
     RANK: tl.constexpr, O: tl.constexpr, U: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     O_: tl.constexpr, U_: tl.constexpr, INNER: tl.constexpr, BY_DOT: tl.constexpr,
-    PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """``d_dot (shares, RANK, N, K)``, ``d_mix (RANK, shares, tiles, O, U)``; either may be None."""
     TILES_C: tl.constexpr = (K + BC - 1) // BC
@@ -56,7 +57,9 @@ def factor_gradients_kernel(
         vectors = load_vectors(x, rows * (K * U), live, c, K, U, U_, INNER, BT, BC)
         if d_dot is not None:
             if BY_DOT:
-                z = mix_by_dot(vectors, mix, k, mix_r, mix_o, mix_u, U, O, U_, O_, PRECISION, BT, BC)
+                z = mix_by_dot(
+                    vectors, mix, k, mix_r, mix_o, mix_u, U, O, U_, O_, PRECISION, BT, BC
+                )
             else:
                 each = split_last(vectors, U_)
                 z = mix_each(each, mix, k, mix_r, mix_o, mix_u, U, O, O_, BT, BC)

@@ -1,15 +1,15 @@
 """A feed-forward block in Triton whose hidden vector exists in registers only.
 
 ``up = A (H, U) ⊗ B (N, K)`` is contracted from the right and ``down = A' (P, H) ⊗ B' (M, N)`` from
-the left, so that they meet in a grid (H, N): column d of the hidden vector is a mix of the U numbers
-``z_u[d] = Σ_c B[d, c] x_u[c]``, and what goes on of it is its mix into P numbers,
+the left, so that they meet in a grid (H, N): column d of the hidden vector is a mix of the U
+numbers ``z_u[d] = Σ_c B[d, c] x_u[c]``, and what goes on of it is its mix into P numbers,
 
     v_p[d] = Σ_h A'[p, h] act(Σ_u A[h, u] z_u[d] + bias[h, d]).
 
-For a block of tokens the kernel makes z by a product, goes through h in registers and hands v to the
-next product. Neither z, v nor the hidden vector is ever in memory. The backward recomputes them; it
-writes v and the gradient of z, which are H / P and H / U times shorter than the hidden vector, for
-the products that make the gradients of B, B' and x. See ``triton_tiles`` for the terms.
+For a block of tokens the kernel makes z by a product, goes through h in registers and hands v to
+the next product. Neither z, v nor the hidden vector is ever in memory. The backward recomputes
+them; it writes v and the gradient of z, which are H / P and H / U times shorter than the hidden
+vector, for the products that make the gradients of B, B' and x. See ``triton_tiles`` for the terms.
 """
 
 from __future__ import annotations

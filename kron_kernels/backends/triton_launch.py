@@ -86,8 +86,8 @@ def power_of_two(n: int) -> int:
 def geometry(s: KronShape) -> Geometry | None:
     """The cheapest way to multiply by such a product, or None if there is none.
 
-    Either factor may mix and either come first; of equals the smaller mix, then the mix first, whose
-    sums do not grow with the rank.
+    Either factor may mix and either come first; of equals the smaller mix, then the mix first,
+    whose sums do not grow with the rank.
     """
     if s.rank > _MAX_RANK:
         return None
@@ -156,9 +156,8 @@ def rule(
         while depth > 16 and block * depth * held > 96 * 32 * warps:
             depth //= 2
     # Twice what a stage holds: Hopper's products read the next while the last is in use.
-    while depth > 16 and 2 * itemsize * depth * (
-        block * power_of_two(g.U) + products * tiles * columns * g.rank
-    ) > device.shared:
+    held = block * power_of_two(g.U) + products * tiles * columns * g.rank
+    while depth > 16 and 2 * itemsize * depth * held > device.shared:
         depth //= 2
     return Tile(block, depth, columns, tiles, warps, 2)
 
@@ -202,16 +201,19 @@ def tile(
     g: Geometry, tokens: int, dtype: torch.dtype, exact: bool, device: Device, products: int = 1
 ) -> Tile:
     """The measured tile where there is one, else the rule's."""
-    found = _table(device.name).get(key(g, tokens, dtype, products))
+    found = _table(device.name).get(key(g, tokens, dtype, products, exact))
     # A bucket of tokens shares its programs' tiles, and the compiled kernels with them.
     return found or rule(g, power_of_two(max(tokens, 1)), dtype.itemsize, exact, device, products)
 
 
-def key(g: Geometry, tokens: int, dtype: torch.dtype, products: int) -> str:
+def key(
+    g: Geometry, tokens: int, dtype: torch.dtype, products: int = 1, exact: bool = False
+) -> str:
     """Under what a table keeps a tile: tokens by powers of two."""
+    name = f"{'exact ' * exact}{str(dtype)[6:]}"
     sizes = f"mix {g.O}x{g.U} dot {g.N}x{g.K} rank {g.rank}"
     places = f"{'inner' if g.inner else 'outer'} {'mix' if g.mix_first else 'dot'} first"
-    return f"{sizes} {places} {str(dtype)[6:]} x{products} {power_of_two(max(tokens, 1))} tokens"
+    return f"{sizes} {places} {name} x{products} {power_of_two(max(tokens, 1))} tokens"
 
 
 @lru_cache(maxsize=64)
@@ -229,10 +231,12 @@ def _table(device: str) -> dict[str, Tile]:
 
 
 def save(device: str, tiles: dict[str, Tile]) -> Path:
-    """Write a device's table."""
-    TUNED.mkdir(exist_ok=True)
+    """Write a device's table; a killed process leaves the old one or the new one."""
+    TUNED.mkdir(parents=True, exist_ok=True)
     path = TUNED / f"{device.replace(' ', '-')}.json"
-    path.write_text(json.dumps({k: asdict(v) for k, v in tiles.items()}, indent=1) + "\n")
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps({k: asdict(v) for k, v in tiles.items()}, indent=1) + "\n")
+    aside.replace(path)
     _table.cache_clear()
     return path
 

@@ -1,4 +1,4 @@
-"""Tiles of a Kronecker product in Triton: loads, mixes, activations and stores of a block of tokens.
+"""Tiles of a Kronecker product in Triton: loads, mixes, activations and stores.
 
 Of two factors the larger, ``dot (r, N, K)``, multiplies on tensor cores; the smaller,
 ``mix (r, O, U)``, mixes U vectors of K entries into O, or of N. A token is ``x (U, K)`` and
@@ -48,10 +48,7 @@ def load_vectors(
         return tl.reshape(flat, (BT, BC, U))
     cols = c + tl.arange(0, BC)[None, :, None]
     us = tl.arange(0, U_)[None, None, :]
-    if INNER:
-        e = cols * U + us
-    else:
-        e = us * K + cols
+    e = cols * U + us if INNER else us * K + cols
     inside = live[:, None, None] & (cols < K) & (us < U)
     return tl.load(x + offsets[:, None, None] + e, mask=inside, other=0.0)
 

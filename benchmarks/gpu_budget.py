@@ -1,0 +1,167 @@
+"""What the compiled Triton kernels cost, for every GPU generation; needs no GPU.
+
+    python benchmarks/gpu_budget.py [--match TEXT] [--arch 80 90 …] [--write]
+
+Compiles KroneckerBERT's layers as a large batch would run them and prints registers, spills, shared
+memory, occupancy and tensor-core instructions. ``gpu_budget.json`` says what is allowed; --write
+makes it from what is seen, with a little room. The tests hold the kernels to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from simulator import Device  # noqa: E402
+
+from benchmarks.gpu_static import Static, static_report  # noqa: E402
+from kron_kernels import KroneckerEmbedding, KronShape, kron_feed_forward, kron_matmul, kron_qkv  # noqa: E402
+from kron_kernels.backends import triton_gpu, triton_launch  # noqa: E402
+
+BUDGET = Path(__file__).with_name("gpu_budget.json")
+ARCHS = (80, 86, 89, 90, 100, 120, "gfx942")
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
+TOKENS = 256  # enough for the tiles of a large batch on the stand-in's two multiprocessors
+
+LAYERS = {
+    "8x attention": KronShape(384, 384, 2, 2),
+    "21x attention": KronShape(384, 48, 2, 16),
+    "8x up": KronShape(8, 2, 384, 384),
+    "8x down": KronShape(2, 8, 384, 384),
+    "21x up": KronShape(16, 2, 192, 384),
+    "21x down": KronShape(2, 16, 384, 192),
+    "square": KronShape(32, 32, 24, 24),
+}
+
+
+def operands(s: KronShape, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    sizes = (TOKENS, s.in_features), (s.rank, s.m1, s.n1), (s.rank, s.m2, s.n2), (s.out_features,)
+    return tuple(torch.zeros(size, dtype=dtype) for size in sizes)
+
+
+def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], object]]]:
+    """Name of a layer, of what is done to it, and the call."""
+    for layer, s in LAYERS.items():
+
+        def forward(dtype: torch.dtype, s: KronShape = s) -> None:
+            x, a, b, bias = operands(s, dtype)
+            kron_matmul(x, a, b, bias=bias, backend="triton")
+
+        def factors(dtype: torch.dtype, s: KronShape = s) -> None:
+            x, a, b, _ = operands(s, dtype)
+            triton_gpu.factor_gradients(x.new_zeros(TOKENS, s.out_features), x, a, b, True, True)
+
+        def inputs(dtype: torch.dtype, s: KronShape = s) -> None:
+            x, a, b, _ = operands(s.transposed, dtype)
+            kron_matmul(x, a.mT.contiguous().mT, b.mT.contiguous().mT, backend="triton")
+
+        yield layer, "forward", forward
+        yield layer, "dX", inputs
+        yield layer, "dA, dB", factors
+
+    for size in ("8x", "21x"):
+        up, down = LAYERS[f"{size} up"], LAYERS[f"{size} down"]
+
+        def layers(dtype: torch.dtype, up: KronShape = up, down: KronShape = down):
+            x, a1, b1, c1 = operands(up, dtype)
+            _, a2, b2, c2 = operands(down, dtype)
+            return x, (a1, b1, c1), (a2, b2, c2)
+
+        def feed_forward(dtype: torch.dtype, layers=layers) -> None:
+            kron_feed_forward(*layers(dtype), backend="triton")
+
+        def backward(dtype: torch.dtype, layers=layers) -> None:
+            x, first, second = layers(dtype)
+            triton_gpu.kron_feed_forward_backward(x, x, first, "gelu", second, [True] * 6)
+
+        yield f"{size} block", "forward", feed_forward
+        yield f"{size} block", "backward", backward
+
+    def qkv(dtype: torch.dtype) -> None:
+        x, a, b, bias = operands(LAYERS["21x attention"], dtype)
+        kron_qkv(x, *[(a, b, bias)] * 3, backend="triton")
+
+    def lookup(dtype: torch.dtype) -> None:
+        with torch.no_grad():
+            KroneckerEmbedding(100, 768, 8, dtype=dtype)(torch.zeros(TOKENS, dtype=torch.int64))
+
+    yield "21x QKV", "forward", qkv
+    yield "embedding", "forward", lookup
+
+
+def compiled(call: Callable[[torch.dtype], object], arch: int | str, dtype: torch.dtype) -> Static:
+    """The static report of the one kernel that a call launches."""
+    simulated, simulating = triton_launch.SIMULATED, triton_launch.simulating
+    triton_launch.SIMULATED = replace(simulated, shared=SHARED[arch])
+    triton_launch.simulating = True
+    try:
+        with Device(arch, execute=False) as device:
+            call(dtype)
+    finally:
+        triton_launch.SIMULATED, triton_launch.simulating = simulated, simulating
+    (launch,) = device.launches
+    return static_report(launch.asm, arch, launch.num_warps, launch.shared)
+
+
+def rows(
+    match: str = "", archs: tuple[int | str, ...] = ARCHS, dtype: torch.dtype = torch.float16
+) -> Iterator[dict[str, object]]:
+    """The report of every case whose name contains ``match``, as a budget's rows."""
+    for layer, action, call in cases():
+        if match in f"{layer} {action}":
+            for arch in archs:
+                found = compiled(call, arch, dtype)
+                wide = sum(n for bits, n in found.global_loads.items() if bits >= 128)
+                yield {"kernel": f"{layer} {action}", "wide_loads": wide, **vars(found)}
+
+
+def entry(row: dict[str, object]) -> dict[str, object]:
+    """What a later compilation of the same case may cost: as much, and never a spill."""
+    return {
+        "match": {"kernel": row["kernel"], "arch": row["arch"]},
+        "max": {
+            "spill_loads": 0,
+            "spill_stores": 0,
+            "registers": row["registers"],
+            "shared": row["shared"],
+        },
+        "min": {
+            "blocks_per_sm": row["blocks_per_sm"],
+            "tensor": row["tensor"].total(),
+            "wide_loads": row["wide_loads"],
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--arch", nargs="*", default=[str(arch) for arch in ARCHS])
+    parser.add_argument("--write", action="store_true", help=f"write {BUDGET.name}")
+    arguments = parser.parse_args()
+    archs = tuple(int(arch) if arch.isdigit() else arch for arch in arguments.arch)
+    seen = []
+    for row in rows(arguments.match, archs):
+        seen.append(row)
+        print(
+            f"{row['kernel']:22} {row['arch']!s:7} registers {row['registers']:3}  "
+            f"spills {row['spill_loads']}/{row['spill_stores']}  shared {row['shared']:6}  "
+            f"{row['warps']} warps x {row['blocks_per_sm']:2} blocks  "
+            f"tensor {row['tensor'].total():3}  loads by bits {dict(row['global_loads'])}",
+            flush=True,
+        )
+    if arguments.write:
+        BUDGET.write_text(json.dumps([entry(row) for row in seen], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

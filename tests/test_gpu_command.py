@@ -1,0 +1,273 @@
+"""The command for owners of a GPU, and the tuner, as far as they go without one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # `benchmarks` belongs to no installed package
+
+from benchmarks import gpu, tune  # noqa: E402
+from kron_kernels import KronShape  # noqa: E402
+from kron_kernels.backends import triton_gpu, triton_launch  # noqa: E402
+from kron_kernels.backends.triton_launch import Tile  # noqa: E402
+from kron_kernels.timing import Timing  # noqa: E402
+
+TINY = tune.Case(KronShape(4, 2, 16, 32), torch.float16, 16)
+OTHER = tune.Case(KronShape(3, 4, 5, 2), torch.float16, 4)
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
+
+
+# --- the command
+
+
+@pytest.mark.parametrize("module", [gpu, tune])
+def test_without_a_gpu_it_says_so(module, tmp_path, capsys):
+    assert module.main(["--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "no GPU" in said and "--simulate" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_simulated_quick_run_reports_what_was_not_done(tmp_path):
+    assert gpu.main(["--simulate", "--quick", "--out", str(tmp_path)]) == 0
+    report, text = report_of(tmp_path)
+    assert report["simulated"] and "failed" not in report["counts"]
+    states = {(r["section"], r["state"]) for r in report["results"]}
+    assert {s for s, state in states if state == "passed"} == {
+        "environment",
+        "correctness",
+        "tuning",
+    }
+    assert ("timing", "passed") not in states
+    gaps = "\n".join(report["not_done"])
+    words = "no clock", "no CUDA graphs", "no streams", "one GPU", "nothing here was run on one"
+    for word in words:
+        assert word in gaps and word in text
+    assert "Nothing that was done failed" in text and str(ROOT) not in text
+    assert not (ROOT / "kron_kernels/backends/tuned/simulated.json").exists()
+
+
+def test_a_wrong_kernel_is_a_failure(tmp_path, monkeypatch, capsys):
+    right, some = triton_gpu.kron_matmul, []
+
+    def wrong(*operands):
+        return right(*operands) + 1
+
+    monkeypatch.setattr(triton_gpu, "kron_matmul", wrong)
+    monkeypatch.setattr(gpu, "_shape_jobs", lambda place: [])
+    monkeypatch.setattr(gpu, "_few_jobs", lambda: some)
+    some.append(gpu.Job("forward", "strides", gpu.strides))
+    some.append(gpu.Job("tables", "ids that are no rows", gpu.unknown_ids))
+    arguments = ["--simulate", "--quick", "--only", "correctness", "--out", str(tmp_path)]
+    assert gpu.main(arguments) == 1
+    report, text = report_of(tmp_path)
+    assert report["counts"] == {"failed": 1, "passed": 1}
+    (failed,) = (r for r in report["results"] if r["state"] == "failed")
+    assert "in units of" in failed["message"] and "assert_close" in failed["traceback"]
+    assert text.index("## Failures") < text.index("## What was done")
+    assert "strides FAILED" in capsys.readouterr().err
+    assert any("section timing" in gap for gap in report["not_done"])
+
+
+def test_a_command_that_dies_or_hangs_costs_one_job(tmp_path):
+    """What stands for a section's process: job 1 crashes, job 3 hangs, job 4 loses the GPU."""
+    jobs = [gpu.Job("group", f"job {i}", lambda place: None) for i in range(6)]
+    lines = tmp_path / "lines"
+    child = """
+import json, os, sys, time
+path, first = sys.argv[1], int(sys.argv[2])
+for i in range(first, 6):
+    if i == 1: os.abort()
+    if i == 3: time.sleep(60)
+    with open(path, "a") as file:
+        state = "failed" if i == 4 else "passed"
+        file.write(json.dumps({"name": f"job {i}", "state": state}) + "\\n")
+    if i == 4: sys.exit(3)
+"""
+    start = [sys.executable, "-c", child, str(lines)]
+    gpu.in_processes("timing", jobs, lines, lambda first: [*start, str(first)], patience=2)
+    results = gpu.read_lines(lines)
+    assert [r["name"] for r in results] == [job.name for job in jobs]
+    assert [r["state"] == "passed" for r in results] == [True, False, True, False, False, True]
+    assert "exit status" in results[1]["message"] and "no result for 2 s" in results[3]["message"]
+
+
+def test_processes_that_end_at_once_are_not_started_for_ever(tmp_path):
+    jobs = [gpu.Job("group", f"job {i}", lambda place: None) for i in range(50)]
+    lines, starts = tmp_path / "lines", []
+
+    def command(first):
+        starts.append(first)
+        return [sys.executable, "-c", "raise SystemExit(1)"]
+
+    gpu.in_processes("timing", jobs, lines, command)
+    assert len(starts) == 2
+    states = [r["state"] for r in gpu.read_lines(lines)]
+    assert states == ["failed"] * 2 + ["not done"] * 48
+
+
+def test_a_section_in_a_process_of_its_own(tmp_path):
+    """The child's side of it, by the simulator."""
+    flags = ["--simulate", "--quick", "--out", str(tmp_path), "--child", "environment", "0"]
+    subprocess.run([sys.executable, "-m", "benchmarks.gpu", *flags], cwd=ROOT, check=True)
+    (result,) = gpu.read_lines(tmp_path / "jobs-environment.jsonl")
+    assert result["state"] == "passed" and result["data"]["torch"] == torch.__version__
+
+
+# --- timing, with a pretended clock
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """A GPU that the simulator stands for, and every turn takes as long."""
+
+    def by_events(turns, each, seconds):
+        for turn in turns.values():
+            turn()
+        return {name: Timing(1e-3 * i, 1e-3 * i, 1e-3 * i) for i, name in enumerate(turns, 1)}
+
+    def captured(calls, pool=None):
+        return lambda: [call() for call in calls]
+
+    monkeypatch.setattr(tune, "by_events", by_events)
+    monkeypatch.setattr(tune, "captured", captured)
+    monkeypatch.setattr(tune, "rotation", lambda each: 2)
+    monkeypatch.setattr(tune, "cache_size", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(gpu.Place, "needs_gpu", lambda self, why: None)
+    with tune.simulator(tmp_path / "tuned") as clock:
+        yield gpu.Place("cpu", True, tmp_path, clock)
+
+
+UP, DOWN = KronShape(4, 2, 12, 24), KronShape(2, 4, 24, 12)
+
+
+@pytest.mark.parametrize(
+    "kind, shapes, names",
+    [
+        ("forward", (UP,), {"triton", "eager", "dense"}),
+        ("training", (UP,), {"triton", "eager", "dense"}),
+        ("block training", (UP, DOWN), {"fused", "calls", "dense"}),
+        ("qkv forward", (UP,) * 3, {"fused", "calls", "dense"}),
+    ],
+)
+def test_a_timing_cell_checks_and_times_everyone(kind, shapes, names, pretended):
+    dtype = "float32" if kind == "training" else "float16"
+    cell = gpu.Cell(kind, "a label", shapes, 5, dtype)
+    job = gpu.Job(kind, str(cell), lambda place: gpu.time_cell(place, cell))
+    result = gpu.attempt("timing", job, pretended)
+    assert result["state"] == "passed", result
+    data = json.loads(json.dumps(result))["data"]
+    assert set(data["loop"]) == set(data["graph"]) >= names
+    assert "a label" in "\n".join(gpu.timing_tables([result]))
+
+
+def test_a_wrong_contender_is_left_out_and_one_of_ours_fails(pretended, monkeypatch):
+    cell = gpu.Cell("forward", "a label", (UP,), 5, "float16")
+    monkeypatch.setattr(gpu, "dense_call", lambda cell, x, layers: x.new_zeros(5, 48))
+    assert "dense" in gpu.time_cell(pretended, cell)["left_out"]
+    right = triton_gpu.kron_matmul
+    monkeypatch.setattr(triton_gpu, "kron_matmul", lambda *o, **more: right(*o, **more) + 1)
+    with pytest.raises(AssertionError, match="in units of"):
+        gpu.time_cell(pretended, cell)
+
+
+# --- the tuner
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """With a rule that is easily beaten."""
+    bad = Tile(tokens=8, depth=16, columns=16, tiles=1, warps=8, stages=2)
+    monkeypatch.setattr(triton_launch, "rule", lambda *case: bad)
+    with tune.simulator(tmp_path / "tuned") as clock:
+        yield tune.Bench("cpu", clock, rounds=1)
+
+
+def test_the_tuner_writes_a_table_that_launches_take(bench, tmp_path):
+    (record,) = tune.run([TINY], bench, tmp_path / "tuning.jsonl")
+    assert record["gain"] > tune.BETTER and not record["wrong"] and len(record["times"]) > 4
+    best = Tile(**record["best"])
+    assert best != Tile(**record["rule"])
+    device = triton_launch.SIMULATED
+    assert triton_launch.tile(TINY.geometry, 16, torch.float16, False, device) == best
+    assert triton_launch.tile(TINY.geometry, 9, torch.float16, False, device) == best
+    assert triton_launch.tile(TINY.geometry, 8, torch.float16, False, device) != best
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["simulated.json"]
+
+
+def test_the_tuner_by_its_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "SIMULATED", [OTHER])
+    path = tmp_path / "tuning.jsonl"
+    assert tune.main(["--simulate", "--quick", "--out", str(path)]) == 0
+    assert list(tune.measured(path, "simulated")) == [OTHER.key]
+    said = capsys.readouterr().out
+    assert OTHER.key in said and "1 cases" in said
+    assert not triton_launch.simulating and triton_launch.TUNED.name == "tuned"
+
+
+def test_an_interrupted_run_goes_on_where_it_was(bench, tmp_path, monkeypatch):
+    path, seen = tmp_path / "tuning.jsonl", []
+    real = tune.tune_case
+
+    def interrupted(case, bench):
+        seen.append(case)
+        if case == OTHER and seen.count(OTHER) == 1:
+            raise KeyboardInterrupt
+        return real(case, bench)
+
+    monkeypatch.setattr(tune, "tune_case", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune.run([TINY, OTHER], bench, path)
+    (tmp_path / "tuned" / "simulated.json").unlink()
+    triton_launch._table.cache_clear()
+    with path.open("a") as file:
+        file.write('{"device": "simul')  # torn off
+    tune.run([TINY, OTHER], bench, path)
+    assert seen == [TINY, OTHER, OTHER]
+    assert set(tune.measured(path, "simulated")) == {TINY.key, OTHER.key}
+    table = json.loads((tmp_path / "tuned" / "simulated.json").read_text())
+    assert TINY.key in table  # with what was measured before the interruption
+
+
+def test_candidates_that_do_not_compile_are_counted_and_wrong_ones_named(bench, monkeypatch):
+    launch = tune.launch
+
+    def planted(key, tile, *operands):
+        if tile.warps == 4:
+            raise RuntimeError("out of resource")
+        ys = launch(key, tile, *operands)
+        return [y + 1 for y in ys] if tile.stages == 4 else ys
+
+    monkeypatch.setattr(tune, "launch", planted)
+    record = tune.tune_case(TINY, bench)
+    assert record["left_out"] == {"RuntimeError": 1}
+    (wrong,) = record["wrong"]
+    assert "stages 4" in wrong and "1 WRONG" in tune.line(record)
+
+
+def test_only_possible_neighbours_are_tried():
+    for case in tune.cases(quick=True):
+        g, products = case.geometry, case.products
+        t = triton_launch.rule(g, case.tokens, 2, False, triton_launch.SIMULATED, products)
+        near = tune.neighbours(g, t, products)
+        assert t not in near and len(set(near)) == len(near) > 3
+        assert all(n.tokens * g.vectors >= 16 and min(n.depth, n.columns) >= 16 for n in near)
+    assert len({case.key for case in tune.cases(quick=False)}) == len(tune.cases(quick=False))
