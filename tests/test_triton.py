@@ -309,7 +309,7 @@ def test_feed_forward_and_its_gradients(shapes, dtype, gpu, request):
     if gpu.arch == 90 and turn % 2:
         pytest.skip("one in two of these on sm_90")
     activation = ACTIVATIONS[1 + turn % 4]
-    check_feed_forward(*shapes, (5, 19)[turn % 2], dtype, activation, bias=bool(turn % 3))
+    check_feed_forward(*shapes, (1, 5, 19)[turn % 3], dtype, activation, bias=bool(turn % 3))
 
 
 @pytest.mark.parametrize("up, down", [PRESETS[2:4], PRESETS[4:]], ids=["8x", "21x"])

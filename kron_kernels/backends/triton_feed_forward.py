@@ -205,9 +205,9 @@ def feed_forward_backward_kernel(
 
     for j in tl.static_range(R2 * P_):
         if j % P_ < P:
-            where = (j // P_ * rows_total.to(tl.int64) + rows) * (P * N) + j % P_ * N
+            where = (tl.full((), j // P_, tl.int64) * rows_total + rows) * (P * N) + j % P_ * N
             tl.store(v_out + where[:, None] + ds, v[j].to(v_out.dtype.element_ty), mask=inside)
     for j in tl.static_range(R1 * U_):
         if j % U_ < U:
-            where = (j // U_ * rows_total.to(tl.int64) + rows) * (U * N) + j % U_ * N
+            where = (tl.full((), j // U_, tl.int64) * rows_total + rows) * (U * N) + j % U_ * N
             tl.store(dz_out + where[:, None] + ds, dz[j].to(dz_out.dtype.element_ty), mask=inside)

@@ -106,7 +106,7 @@ def store_tile(
     O: tl.constexpr, N: tl.constexpr, O_: tl.constexpr, INNER: tl.constexpr,
     ACTIVATION: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Finish entries d … d + BN of the outputs: ``(BT, BN, O_)`` if INNER, else ``(BT, O_, BN)``."""
+    """Finish entries d … d + BN of outputs ``(BT, BN, O_)`` if INNER, else ``(BT, O_, BN)``."""
     if INNER and O == O_:  # one contiguous piece
         e = d * O + tl.arange(0, BN * O)[None, :]
         inside = live[:, None] & (e < N * O)

@@ -212,58 +212,67 @@ def factor_gradients(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, need_a: bool, need_b: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the factors, deterministic; None for one that is not needed."""
-    from kron_kernels.backends.triton_backward import factor_gradients_kernel
-
-    tokens = x.shape[0]
-    if tokens == 0:
+    if x.shape[0] == 0:
         return torch.zeros_like(a), torch.zeros_like(b)
     g = geometry(KronShape.of(a, b))
     flipped = not g.mix_first
     if flipped:
         g, x, dy, a, b = g.transposed, dy, x, a.mT, b.mT
     mix, dot, need_mix, need_dot = (b, a, need_b, need_a) if g.inner else (a, b, need_a, need_b)
-    how = precision(x.dtype)
-    exact = x.dtype == torch.float32 and how == "ieee"
-    t, shares = _gradient_tile(g, tokens, x.dtype == torch.float32, exact, device_of(x))
-    tiles = -(-g.N // t.columns) * -(-g.K // t.depth)
-    wide = {"device": x.device, "dtype": torch.float32}
-    d_dot = torch.empty(shares, g.rank, g.N, g.K, **wide) if need_dot else None
-    d_mix = torch.empty(g.rank, shares * tiles, g.O, g.U, **wide) if need_mix else None
-    with on_device(x):
-        factor_gradients_kernel[tiles, g.rank, shares](
-            dy, x, mix, dot, d_mix, d_dot, tokens, -(-tokens // shares),
-            *mix.stride(), *dot.stride(),
-            **sizes(g), PRECISION=how,
-            BT=t.tokens, BC=t.depth, BN=t.columns, STAGES=t.stages, num_warps=t.warps,
-        )  # fmt: skip
-    d_mix = d_mix.sum(1).to(mix.dtype) if need_mix else None
-    d_dot = d_dot.sum(0).to(dot.dtype) if need_dot else None
+    gradients = _gradients_by_dot if g.by_dot else _gradients_of_small_mix
+    d_mix, d_dot = gradients(g, dy, x, mix, dot, need_mix, need_dot)
     if flipped:
         d_mix, d_dot = (t if t is None else t.mT for t in (d_mix, d_dot))
     return (d_dot, d_mix) if g.inner else (d_mix, d_dot)
 
 
-@lru_cache(maxsize=4096)
-def _gradient_tile(
-    g: Geometry, tokens: int, single: bool, exact: bool, device: triton_launch.Device
-) -> tuple[Tile, int]:
-    """The tile, and into how many shares the tokens are divided.
+def _gradients_of_small_mix(
+    g: Geometry, dy: Tensor, x: Tensor, mix: Tensor, dot: Tensor, need_mix: bool, need_dot: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    from kron_kernels.backends.triton_backward import mix_gradients_kernel
 
-    Shares are as few as give every multiprocessor two programs, for each writes its sums: float32
-    of the size of the factor.
-    """
-    wide = 32 if exact else 64 if single else 128
-    columns, depth = triton_launch.pieces(g.N, wide), triton_launch.pieces(g.K, wide // 2)
-    block = max(1, 32 // g.vectors)
-    while block * g.vectors < 16:  # the depth of the product with z
-        block *= 2
-    block = min(block, 16)
-    if g.inner and g.U < 16:  # of interleaved pairs 64 columns do not fit the registers
-        depth = min(depth, 32)
-    warps = 8 if columns * depth > 2**12 else 4
-    programs = -(-g.N // columns) * -(-g.K // depth) * g.rank
-    shares = max(1, min(-(-2 * device.multiprocessors // programs), -(-tokens // (4 * block))))
-    return Tile(block, depth, columns, 1, warps, 2), shares
+    tokens = x.shape[0]
+    rows = dy.view(tokens, g.N, g.O).mT if g.inner else dy.view(tokens, g.O, g.N)
+    rows = rows.reshape(tokens * g.O, g.N)
+    v = torch.matmul(rows, dot) if need_mix else None  # (rank, T * O, K)
+    z = x.new_empty(g.rank, tokens * g.O, g.K) if need_dot else None
+    t, group, shares = triton_launch.mix_gradient_tile(g, tokens, device_of(x))
+    tiles = -(-g.K // t.depth)
+    wide = {"device": x.device, "dtype": torch.float32}
+    d_mix = torch.empty(shares * tiles, g.rank, g.O, g.U, **wide) if need_mix else None
+    with on_device(x):
+        mix_gradients_kernel[tiles, g.rank * -(-g.O // group), shares](
+            x, v, mix, z, d_mix, tokens, -(-tokens // shares), *mix.stride(),
+            O=g.O, U=g.U, K=g.K, U_=power_of_two(g.U), INNER=g.inner,
+            GROUP=group, BT=t.tokens, BC=t.depth, num_warps=t.warps,
+        )  # fmt: skip
+    d_mix = d_mix.sum(0).to(mix.dtype) if need_mix else None
+    return d_mix, torch.matmul(rows.mT, z) if need_dot else None
+
+
+def _gradients_by_dot(
+    g: Geometry, dy: Tensor, x: Tensor, mix: Tensor, dot: Tensor, need_mix: bool, need_dot: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    from kron_kernels.backends.triton_backward import factor_gradients_kernel
+
+    tokens = x.shape[0]
+    how = precision(x.dtype)
+    t, shares = triton_launch.factor_gradient_tile(g, tokens, x.dtype, how == "ieee", device_of(x))
+    tiles = -(-g.N // t.columns) * -(-g.K // t.depth)
+    wide = {"device": x.device, "dtype": torch.float32}
+    d_dot = torch.empty(shares, g.rank, g.N, g.K, **wide) if need_dot else None
+    d_mix = torch.empty(shares * tiles, g.rank, g.O, g.U, **wide) if need_mix else None
+    constants = sizes(g)
+    del constants["BY_DOT"]
+    with on_device(x):
+        factor_gradients_kernel[tiles, g.rank, shares](
+            dy, x, mix, dot, d_mix, d_dot, tokens, -(-tokens // shares),
+            *mix.stride(), *dot.stride(),
+            **constants, PRECISION=how,
+            BT=t.tokens, BC=t.depth, BN=t.columns, STAGES=t.stages, num_warps=t.warps,
+        )  # fmt: skip
+    d_mix = d_mix.sum(0).to(mix.dtype) if need_mix else None
+    return d_mix, d_dot.sum(0).to(dot.dtype) if need_dot else None
 
 
 def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:

@@ -124,7 +124,7 @@ def rule(
     With few tokens every multiprocessor shall have a program: columns are divided first, for x is
     small then, next tokens. ``exact`` float32 has no tensor cores and wants small tiles.
     """
-    rows = 32 if exact else 64
+    rows = 32 if exact else 128 if g.by_dot else 64
     columns = pieces(g.N, 32 if exact else 128)
     budget = _SUMS // 4 if exact else _SUMS
     if products * columns * max(16, g.sums) * 4 > budget:
@@ -138,8 +138,11 @@ def rule(
 
     factor, token = g.rank * g.N * g.K, g.U * g.K + g.O * g.N
     least = max(1, 16 // g.vectors)  # 16 rows fill a tensor core
-    block = min(max(least, power_of_two(-(-factor // token))), max(1, rows // g.vectors))
     needed = -(-g.N // columns)
+    block = max(least, power_of_two(-(-factor // token)))
+    while block * g.sums * columns * needed * 8 <= _SUMS // 2:  # room in 4 warps for twice as many
+        block *= 2
+    block = min(block, max(1, rows // g.vectors))
     while block > least and tiles_for(block) < needed and products > 1:
         block //= 2
     block = min(block, max(least, power_of_two(tokens)))
@@ -160,6 +163,42 @@ def rule(
     while depth > 16 and 2 * itemsize * depth * held > device.shared:
         depth //= 2
     return Tile(block, depth, columns, tiles, warps, 2)
+
+
+@lru_cache(maxsize=4096)
+def mix_gradient_tile(g: Geometry, tokens: int, device: Device) -> tuple[Tile, int, int]:
+    """The tile, how many outputs a program mixes, and into how many shares tokens are divided.
+
+    A thread sums what it sees of every pair of an output and an input in registers, 128 at most:
+    so 32 pairs of 4 entries each. Shares are as many as give every multiprocessor 8 programs of 4
+    warps, so that some compute while others wait for memory.
+    """
+    group = max(1, min(g.O, 32 // power_of_two(g.U)))
+    held = group * power_of_two(g.U)
+    each = 8 if held <= 16 else 4 if held <= 32 else 2
+    depth = pieces(g.K, 64)
+    block = max(1, each * 128 // depth)
+    programs = -(-g.K // depth) * -(-g.O // group) * g.rank
+    shares = max(1, min(-(-8 * device.multiprocessors // programs), -(-tokens // (4 * block))))
+    return Tile(block, depth, 0, 1, 4, 1), group, shares
+
+
+@lru_cache(maxsize=4096)
+def factor_gradient_tile(
+    g: Geometry, tokens: int, dtype: torch.dtype, exact: bool, device: Device
+) -> tuple[Tile, int]:
+    """The tile for a mix on tensor cores, and into how many shares the tokens are divided.
+
+    Shares are as few as give every multiprocessor two programs, for each writes its sums: float32
+    of the size of the factor.
+    """
+    wide = 32 if exact else 64 if dtype == torch.float32 else 128
+    columns, depth = pieces(g.N, wide), pieces(g.K, wide // 2)
+    block = max(1, 32 // g.vectors)
+    warps = 8 if columns * depth > 2**12 else 4
+    programs = -(-g.N // columns) * -(-g.K // depth) * g.rank
+    shares = max(1, min(-(-2 * device.multiprocessors // programs), -(-tokens // (4 * block))))
+    return Tile(block, depth, columns, 1, warps, 2), shares
 
 
 @lru_cache(maxsize=4096)
