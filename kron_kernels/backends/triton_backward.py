@@ -100,9 +100,7 @@ def factor_gradients_kernel(
         inside = (ds[:, None] < N) & (cs[None, :] < K)
         where = dot + k * dot_r + ds[:, None] * dot_d + cs[None, :] * dot_c
         factor = tl.load(where, mask=inside, other=0.0)
-        # Of every token's v with every token's x, on tensor cores; in the end a token's own count.
-        # To sum those alone would take a reduction over threads in every step.
-        sum_mix = tl.zeros((BT * O_, BT * U_), tl.float32)
+        sum_mix = tl.zeros((BT, O_, U_), tl.float32)  # tokens are summed over once, at the end
 
     for t in tl.range(0, share, BT, num_stages=STAGES):
         rows = part * share + t + tl.arange(0, BT)
@@ -114,16 +112,13 @@ def factor_gradients_kernel(
             sum_dot = tl.dot(tl.trans(right), z, sum_dot, input_precision=PRECISION)
         if d_mix is not None:
             v = tl.dot(right, factor, input_precision=PRECISION).to(x.dtype.element_ty)
-            left = tl.reshape(tl.permute(vectors, (0, 2, 1)), (BT * U_, BC))
-            sum_mix = tl.dot(v, tl.trans(left), sum_mix, input_precision=PRECISION)
+            v = tl.reshape(v, (BT, O_, BC))
+            sum_mix = tl.dot(v, vectors, sum_mix, input_precision=PRECISION)
 
     if d_dot is not None:
         where = d_dot + (part * RANK + k) * (N * K) + ds[:, None] * K + cs[None, :]
         tl.store(where, sum_dot, mask=(ds[:, None] < N) & (cs[None, :] < K))
     if d_mix is not None:
-        ts = tl.arange(0, BT)
-        own = ts[:, None, None, None] == ts[None, None, :, None]
-        pairs = tl.where(own, tl.reshape(sum_mix, (BT, O_, BT, U_)), 0.0)
         where = d_mix + ((part * tl.num_programs(0) + tile) * RANK + k) * (O * U)
         inside = (os[:, None] < O) & (us[None, :] < U)
-        tl.store(where + os[:, None] * U + us[None, :], tl.sum(tl.sum(pairs, 2), 0), mask=inside)
+        tl.store(where + os[:, None] * U + us[None, :], tl.sum(sum_mix, 0), mask=inside)

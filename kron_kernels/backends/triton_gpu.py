@@ -219,11 +219,34 @@ def factor_gradients(
     if flipped:
         g, x, dy, a, b = g.transposed, dy, x, a.mT, b.mT
     mix, dot, need_mix, need_dot = (b, a, need_b, need_a) if g.inner else (a, b, need_a, need_b)
-    gradients = _gradients_by_dot if g.by_dot else _gradients_of_small_mix
+    exact = x.dtype == torch.float32 and precision(x.dtype) == "ieee"
+    if g.by_dot:
+        gradients = _gradients_by_dot
+    elif g.dense_gradient_pays(x.itemsize, exact):
+        gradients = _gradients_of_dense
+    else:
+        gradients = _gradients_of_small_mix
     d_mix, d_dot = gradients(g, dy, x, mix, dot, need_mix, need_dot)
     if flipped:
         d_mix, d_dot = (t if t is None else t.mT for t in (d_mix, d_dot))
     return (d_dot, d_mix) if g.inner else (d_mix, d_dot)
+
+
+def _gradients_of_dense(
+    g: Geometry, dy: Tensor, x: Tensor, mix: Tensor, dot: Tensor, need_mix: bool, need_dot: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """From the dense weight's gradient, in float32: both are contractions of it."""
+    if x.is_cuda and x.itemsize == 2 and "dtype" in torch.ops.aten.mm.overloads():
+        dense = torch.mm(dy.mT, x, out_dtype=torch.float32)  # torch 2.8
+    else:
+        dense = torch.mm(dy.mT, x).float()
+    if g.inner:
+        dense = dense.view(g.N, g.O, g.K, g.U).transpose(0, 1).transpose(2, 3)
+    else:
+        dense = dense.view(g.O, g.N, g.U, g.K)  # (O, N, U, K)
+    d_mix = torch.einsum("oduc,kdc->kou", dense, dot.float()).to(mix.dtype) if need_mix else None
+    d_dot = torch.einsum("oduc,kou->kdc", dense, mix.float()).to(dot.dtype) if need_dot else None
+    return d_mix, d_dot
 
 
 def _gradients_of_small_mix(

@@ -39,8 +39,8 @@ class Geometry:
 
     @property
     def by_dot(self) -> bool:
-        """Whether the mix has room for tensor cores, whose smallest operand is 16 x 16."""
-        return min(self.O, self.U) >= 16
+        """Whether the mix has room for tensor cores: 16 x 16, more than half of it filled."""
+        return min(self.O, self.U) > 8
 
     @property
     def vectors(self) -> int:
@@ -51,6 +51,19 @@ class Geometry:
     def sums(self) -> int:
         """Sums that a program keeps for a token and a column of the product."""
         return self.vectors * (1 if self.mix_first else self.rank)
+
+    def dense_gradient_pays(self, itemsize: int, exact: bool) -> bool:
+        """Whether the factors' gradients are best read off the dense weight's, a plain product.
+
+        It costs more operations and fewer passes over memory than v and z do, which are made,
+        written and read. A GPU does some 200 operations of 16 bits in the time of a byte, some 100
+        in tf32, and 10 in exact float32.
+        """
+        few, many = self.O * self.N, self.U * self.K
+        between = 4 * self.rank * self.O * self.K
+        passes = itemsize * ((2 + 2 * self.inner) * few + many + between)
+        rate = 200 if itemsize == 2 else 10 if exact else 100
+        return 2 * few * many / rate + itemsize * (few + many) < passes
 
     @property
     def transposed(self) -> Geometry:
@@ -170,7 +183,7 @@ def mix_gradient_tile(g: Geometry, tokens: int, device: Device) -> tuple[Tile, i
     """The tile, how many outputs a program mixes, and into how many shares tokens are divided.
 
     A thread sums what it sees of every pair of an output and an input in registers, 128 at most:
-    so 32 pairs of 4 entries each. Shares are as many as give every multiprocessor 8 programs of 4
+    so 32 pairs of 4 entries each. Shares are as many as give every multiprocessor 4 programs of 4
     warps, so that some compute while others wait for memory.
     """
     group = max(1, min(g.O, 32 // power_of_two(g.U)))
@@ -179,7 +192,7 @@ def mix_gradient_tile(g: Geometry, tokens: int, device: Device) -> tuple[Tile, i
     depth = pieces(g.K, 64)
     block = max(1, each * 128 // depth)
     programs = -(-g.K // depth) * -(-g.O // group) * g.rank
-    shares = max(1, min(-(-8 * device.multiprocessors // programs), -(-tokens // (4 * block))))
+    shares = max(1, min(-(-4 * device.multiprocessors // programs), -(-tokens // (4 * block))))
     return Tile(block, depth, 0, 1, 4, 1), group, shares
 
 
@@ -194,10 +207,10 @@ def factor_gradient_tile(
     """
     wide = 32 if exact else 64 if dtype == torch.float32 else 128
     columns, depth = pieces(g.N, wide), pieces(g.K, wide // 2)
-    block = max(1, 32 // g.vectors)
+    block = max(1, (32 if exact else 64) // g.vectors)
     warps = 8 if columns * depth > 2**12 else 4
     programs = -(-g.N // columns) * -(-g.K // depth) * g.rank
-    shares = max(1, min(-(-2 * device.multiprocessors // programs), -(-tokens // (4 * block))))
+    shares = max(1, min(2 * device.multiprocessors // programs, -(-tokens // (4 * block))))
     return Tile(block, depth, columns, 1, warps, 2), shares
 
 
