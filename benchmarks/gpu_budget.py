@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,7 +66,8 @@ def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], object]]]:
 
         yield layer, "forward", forward
         yield layer, "dX", inputs
-        yield layer, "dA, dB", factors
+        if layer != "8x attention":  # made by PyTorch's product
+            yield layer, "dA, dB", factors
 
     for size in ("8x", "21x"):
         up, down = LAYERS[f"{size} up"], LAYERS[f"{size} down"]
@@ -99,7 +100,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], object]]]:
 
 
 def compiled(call: Callable[[torch.dtype], object], arch: int | str, dtype: torch.dtype) -> Static:
-    """The static report of the one kernel that a call launches."""
+    """The static report of the kernel that a call launches."""
     simulated, simulating = triton_launch.SIMULATED, triton_launch.simulating
     triton_launch.SIMULATED = replace(simulated, shared=SHARED[arch])
     triton_launch.simulating = True
@@ -113,7 +114,7 @@ def compiled(call: Callable[[torch.dtype], object], arch: int | str, dtype: torc
 
 
 def rows(
-    match: str = "", archs: tuple[int | str, ...] = ARCHS, dtype: torch.dtype = torch.float16
+    match: str = "", archs: Sequence[int | str] = ARCHS, dtype: torch.dtype = torch.float16
 ) -> Iterator[dict[str, object]]:
     """The report of every case whose name contains ``match``, as a budget's rows."""
     for layer, action, call in cases():
@@ -129,8 +130,9 @@ def entry(row: dict[str, object]) -> dict[str, object]:
     return {
         "match": {"kernel": row["kernel"], "arch": row["arch"]},
         "max": {
-            "spill_loads": 0,
-            "spill_stores": 0,
+            # AMD's compiler has no room for a feed-forward block; nothing there is tuned yet.
+            "spill_loads": row["spill_loads"] if row["arch"] == "gfx942" else 0,
+            "spill_stores": row["spill_stores"] if row["arch"] == "gfx942" else 0,
             "registers": row["registers"],
             "shared": row["shared"],
         },
@@ -160,7 +162,10 @@ def main() -> None:
             flush=True,
         )
     if arguments.write:
-        BUDGET.write_text(json.dumps([entry(row) for row in seen], indent=1) + "\n")
+        new = [entry(row) for row in seen]
+        old = json.loads(BUDGET.read_text()) if BUDGET.exists() else []
+        kept = [e for e in old if e["match"] not in [n["match"] for n in new]]
+        BUDGET.write_text(json.dumps([*kept, *new], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -58,21 +58,20 @@ def feed_forward_kernel(
     sums = ()
     for _ in tl.static_range(OUT_TILES):
         sums = sums + (tl.zeros((BT * P_, BM), tl.float32),)
-    for i in tl.static_range(HIDDEN_TILES):
-        vectors = ()
-        for k in tl.static_range(R1):
-            vectors = vectors + split_rows(zs[i * R1 + k], U_)
-        vs = contract_hidden(
-            vectors, a1, bias1, a2, i * BN, a1_r, a1_o, a1_u, a2_r, a2_o, a2_u,
-            R1, R2, H, U, P, N, U_, P_, ACTIVATION, BT, BN,
-        )  # fmt: skip
-        for k in tl.static_range(R2):
-            left = tl.reshape(vs[k], (BT * P_, BN)).to(x.dtype.element_ty)
-            old = sums
-            sums = ()
-            for j in tl.static_range(OUT_TILES):
-                right = load_dot(b2, k, i * BN, j * BM, b2_r, b2_d, b2_c, N, M, BN, BM)
-                sums = sums + (tl.dot(left, right, old[j], input_precision=PRECISION),)
+    vectors = ()
+    for i in tl.static_range(HIDDEN_TILES * R1):
+        vectors = vectors + split_rows(zs[i], U_)
+    vs = contract_hidden(
+        vectors, a1, bias1, a2, a1_r, a1_o, a1_u, a2_r, a2_o, a2_u,
+        R1, R2, H, U, P, N, U_, P_, ACTIVATION, BT, BN, HIDDEN_TILES,
+    )  # fmt: skip
+    for i in tl.static_range(HIDDEN_TILES * R2):
+        left = tl.reshape(vs[i], (BT * P_, BN)).to(x.dtype.element_ty)
+        old = sums
+        sums = ()
+        for j in tl.static_range(OUT_TILES):
+            right = load_dot(b2, i % R2, i // R2 * BN, j * BM, b2_r, b2_d, b2_c, N, M, BN, BM)
+            sums = sums + (tl.dot(left, right, old[j], input_precision=PRECISION),)
     for j in tl.static_range(OUT_TILES):
         store_tile(
             tl.reshape(sums[j], (BT, P_, BM)), bias2, residual, y, y_offsets, live, j * BM,
@@ -82,14 +81,16 @@ def feed_forward_kernel(
 
 @triton.jit
 def hidden_row(
-    vectors, h, d, a1, bias1, a1_r, a1_o, a1_u,
-    R1: tl.constexpr, H: tl.constexpr, U: tl.constexpr, N: tl.constexpr, U_: tl.constexpr,
+    vectors, first, ms, h, d, bias1, TERMS: tl.constexpr, N: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Row h of the hidden grid before its activation, columns d … d + BN."""
+    """Row h of the hidden grid before its activation, columns d … d + BN.
+
+    Of TERMS vectors from ``first`` on and as many entries of up's mix.
+    """
     row = tl.zeros((BT, BN), tl.float32)
-    for j in tl.static_range(R1 * U_):
-        row += vectors[j] * load_mix(a1, j // U_, h, j % U_, a1_r, a1_o, a1_u, H, U)
+    for j in tl.static_range(TERMS):
+        row += vectors[first + j] * ms[j]
     if bias1 is not None:
         ds = d + tl.arange(0, BN)[None, :]
         row += tl.load(bias1 + h * N + ds, mask=ds < N, other=0.0).to(tl.float32)
@@ -97,28 +98,42 @@ def hidden_row(
 
 
 @triton.jit
+def mix_row(a1, h, a1_r, a1_o, a1_u, R1: tl.constexpr, H: tl.constexpr, U: tl.constexpr,
+            U_: tl.constexpr):  # fmt: skip
+    """Row h of up's mix, of all its terms, as a tuple of numbers."""
+    ms = ()
+    for j in tl.static_range(R1 * U_):
+        ms = ms + (load_mix(a1, j // U_, h, j % U_, a1_r, a1_o, a1_u, H, U),)
+    return ms
+
+
+@triton.jit
 def contract_hidden(
-    vectors, a1, bias1, a2, d, a1_r, a1_o, a1_u, a2_r, a2_o, a2_u,
+    vectors, a1, bias1, a2, a1_r, a1_o, a1_u, a2_r, a2_o, a2_u,
     R1: tl.constexpr, R2: tl.constexpr, H: tl.constexpr, U: tl.constexpr, P: tl.constexpr,
     N: tl.constexpr, U_: tl.constexpr, P_: tl.constexpr, ACTIVATION: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """``v_k,p[d]`` for each term k of down, as ``(BT, P_, BN)``."""
+    """``v_k,p[d]`` for each tile of columns and term k of down, as ``(BT, P_, BN)``."""
     ps = tl.arange(0, P_)
     vs = ()
-    for _ in tl.static_range(R2):
+    for _ in tl.static_range(TILES * R2):
         vs = vs + (tl.zeros((BT, P_, BN), tl.float32),)
     for h in range(H):
-        row = hidden_row(vectors, h, d, a1, bias1, a1_r, a1_o, a1_u, R1, H, U, N, U_, BT, BN)
-        row = activate(row, ACTIVATION)
+        ms = mix_row(a1, h, a1_r, a1_o, a1_u, R1, H, U, U_)
+        downs = ()
+        for k in tl.static_range(R2):
+            downs = downs + (load_mix(a2, k, ps, h, a2_r, a2_o, a2_u, P, H),)
         old = vs
         vs = ()
-        for k in tl.static_range(R2):
-            m = load_mix(a2, k, ps, h, a2_r, a2_o, a2_u, P, H)
-            vs = vs + (old[k] + row[:, None, :] * m[None, :, None],)
+        for i in tl.static_range(TILES):
+            row = hidden_row(vectors, i * R1 * U_, ms, h, i * BN, bias1, R1 * U_, N, BT, BN)
+            row = activate(row, ACTIVATION)[:, None, :]
+            for k in tl.static_range(R2):
+                vs = vs + (old[i * R2 + k] + row * downs[k][None, :, None],)
     spread = ()
-    for k in tl.static_range(R2):  # as in mix_vectors: keeps the product's layout out of the loop
-        spread = spread + (tl.sum(vs[k][:, :, :, None], 3),)
+    for i in tl.static_range(TILES * R2):  # as in mix_each: the product's layout stays out
+        spread = spread + (tl.sum(vs[i][:, :, :, None], 3),)
     return spread
 
 
@@ -177,7 +192,8 @@ def feed_forward_backward_kernel(
     part = block * tl.num_programs(1) + tile
     parts = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
     for h in range(H):
-        row = hidden_row(z, h, d, a1, bias1, a1_r, a1_o, a1_u, R1, H, U, N, U_, BT, BN)
+        ups = mix_row(a1, h, a1_r, a1_o, a1_u, R1, H, U, U_)
+        row = hidden_row(z, 0, ups, h, d, bias1, R1 * U_, N, BT, BN)
         row, slope = activate_with_slope(row, ACTIVATION)
         row = tl.where(inside, row, 0.0)  # what no token owns must not reach a sum
         grad = tl.zeros((BT, BN), tl.float32)
@@ -194,7 +210,7 @@ def feed_forward_backward_kernel(
         old = dz
         dz = ()
         for j in tl.static_range(R1 * U_):
-            dz = dz + (old[j] + grad * load_mix(a1, j // U_, h, j % U_, a1_r, a1_o, a1_u, H, U),)
+            dz = dz + (old[j] + grad * ups[j],)
             if d_a1 is not None and j % U_ < U:
                 where = d_a1 + ((j // U_ * parts + part) * H + h) * U + j % U_
                 tl.store(where, tl.sum(tl.sum(z[j] * grad, 1), 0))

@@ -246,6 +246,8 @@ def feed_forward_tile(
     while block > 1 and block * max(vectors) > 16 and sums(block) > _SUMS:
         block //= 2
     block = max(1, min(block, max(16 // max(vectors), power_of_two(tokens))))
+    if sums(block) > _SUMS * 3 // 4:  # no registers left for more on the way to shared memory
+        depth = min(depth, 32)
     return Tile(block, depth, columns, 1, 8 if sums(block) > _SUMS // 2 else 4, 2), out
 
 
