@@ -7,8 +7,10 @@ import pytest
 import torch
 from operands import SHAPES, name
 from torch import nn
+from torch.nn import functional as F
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KronShape
+from kron_kernels.embedding import kron_cross_entropy
 from kron_kernels.reference import materialize
 from kron_kernels.testing import assert_close
 
@@ -424,3 +426,40 @@ def test_the_printed_form_tells_the_sizes_apart():
         "KroneckerLinear(in_features=2*384, out_features=16*192, rank=4, bias=False)"
     )
     assert repr(KroneckerEmbedding(30522, 768, 8)) == "KroneckerEmbedding(30522, 96*8, rank=1)"
+
+
+# --- the tied decoder's loss
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 100])
+def test_cross_entropy_in_chunks_is_that_of_all_logits(tokens, generator):
+    table = KroneckerEmbedding(23, 12, 4, rank=2, dtype=torch.float64)
+    h = torch.randn(3, 5, 12, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(23, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 23, (3, 5), generator=generator)
+    labels[0, :2] = -100
+    operands = h, table.a, table.b, bias
+    loss = kron_cross_entropy(h, table.a, table.b, labels, bias=bias, tokens=tokens)
+    expected = F.cross_entropy(table.decode(h, bias).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(table.cross_entropy(h, labels, bias), expected)
+    for got, other in zip(
+        torch.autograd.grad(loss, operands), torch.autograd.grad(expected, operands), strict=True
+    ):
+        torch.testing.assert_close(got, other)
+
+
+def test_cross_entropy_of_16_bit_logits_is_summed_in_float32():
+    table = KroneckerEmbedding(23, 12, 4, dtype=torch.bfloat16)
+    loss = table.cross_entropy(torch.randn(7, 12).bfloat16(), torch.arange(7))
+    assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+def test_cross_entropy_is_told_what_does_not_fit():
+    table = KroneckerEmbedding(23, 12, 4)
+    with pytest.raises(ValueError, match=r"one entry for each hidden state, shape \(2, 3\)"):
+        table.cross_entropy(torch.ones(2, 3, 12), torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(ValueError, match="tokens = 0 must be at least 1"):
+        kron_cross_entropy(
+            torch.ones(3, 12), table.a, table.b, torch.zeros(3, dtype=torch.int64), tokens=0
+        )

@@ -6,7 +6,7 @@ that a call can be captured in a CUDA graph once it has run outside of one and b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
@@ -26,6 +26,15 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INT32 = 2**31  # factors are addressed in 32 bits, tokens in 64
 
 
+def _constant(function: Callable) -> Callable:
+    """Compilers take its result for given: of a device and of the shapes of parameters.
+
+    What torch.compiler.assume_constant_result does, without importing the compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def why_not(x: Tensor, *factors: Tensor) -> str | None:
     """Why these kernels cannot serve this call, as the end of a sentence, or None."""
     if reason := _unserved(x):
@@ -37,8 +46,7 @@ def why_not(x: Tensor, *factors: Tensor) -> str | None:
     return _no_geometry(*KronShape.of(*factors))
 
 
-# The shapes of parameters are constants to a compiler, and so are the answers below.
-@torch.compiler.assume_constant_result
+@_constant
 def _no_geometry(*sizes: int) -> str | None:
     s = KronShape(*sizes)
     if geometry(s) is not None:
@@ -70,7 +78,7 @@ def _unserved(x: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _has_triton() -> bool:
     return _installed()
 
@@ -80,7 +88,7 @@ def _installed() -> bool:
     return find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _too_old(index: int) -> str | None:
     if torch.version.hip or _capability(index) >= (8, 0):
         return None
