@@ -154,8 +154,8 @@ def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     """``x Wᵀ + bias`` of each ``(a, b, bias)``; x ``(T, n)`` is read once, where that pays.
 
     It does where the large factors are small: a program that does all products has room for fewer
-    tokens, and so reads the factors more often. In bytes read from the L2 cache for a token of
-    KroneckerBERT's width: 21x 13 KB together, 14 KB apart; 8x 61 KB together, 36 KB apart.
+    tokens, and so reads the factors more often. In bytes moved for a token of KroneckerBERT's
+    width: 21x 14 KB together, 17 KB apart; 8x 61 KB together (by calculation), 37 KB apart.
     """
     a, b, _ = layers[0]
     alike = all(

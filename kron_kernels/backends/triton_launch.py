@@ -139,7 +139,8 @@ def rule(
     """
     rows = 32 if exact else 128 if g.by_dot else 64
     columns = pieces(g.N, 32 if exact else 128)
-    budget = _SUMS // 4 if exact else _SUMS
+    # Several products need more sums for the same tokens; those of 16 fit, by the thinnest pieces.
+    budget = _SUMS // 4 if exact else _SUMS if products == 1 else _SUMS * 3 // 2
     if products * columns * max(16, g.sums) * 4 > budget:
         columns = 32
 
@@ -164,16 +165,17 @@ def rule(
         tiles = -(-tiles // 2)
     while block > least and programs(block, tiles) < device.multiprocessors:
         block //= 2
-    warps = 8 if products * block * g.sums * columns * tiles * 4 > _SUMS // 2 else 4
+    kept = products * block * g.sums * columns * tiles * 4
+    warps = 8 if kept > _SUMS // 2 else 4
 
-    depth = pieces(g.K, 32 if itemsize == 4 else 64)
+    depth = 16 if kept > _SUMS else pieces(g.K, 32 if itemsize == 4 else 64)
     if g.mix_first and not g.by_dot:
         held = power_of_two(g.O) + power_of_two(g.U) * g.inner
         while depth > 16 and block * depth * held > 96 * 32 * warps:
             depth //= 2
     # Twice what a stage holds: Hopper's products read the next while the last is in use.
-    held = block * power_of_two(g.U) + products * tiles * columns * g.rank
-    while depth > 16 and 2 * itemsize * depth * held > device.shared:
+    staged = block * power_of_two(g.U) + products * tiles * columns * g.rank
+    while depth > 16 and 2 * itemsize * depth * staged > device.shared:
         depth //= 2
     return Tile(block, depth, columns, tiles, warps, 2)
 
