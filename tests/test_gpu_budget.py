@@ -16,7 +16,7 @@ BUDGET = json.loads(gpu_budget.BUDGET.read_text())
 KERNELS = list(dict.fromkeys(entry["match"]["kernel"] for entry in BUDGET))
 # One of each kernel and of each way through it; the others are alike.
 OFTEN = {"8x attention forward", "21x up forward", "21x down dA, dB", "square dA, dB"}
-OFTEN |= {"21x block forward", "21x block backward", "21x QKV forward", "embedding forward"}
+OFTEN |= {"21x block forward", "21x block backward", "embedding forward"}
 
 
 def held(kernel: str, archs=gpu_budget.ARCHS) -> None:
@@ -45,9 +45,10 @@ def test_the_budget_has_every_case_and_no_spill():
     names = {f"{layer} {action}" for layer, action, _ in gpu_budget.cases()}
     assert set(KERNELS) == names and names >= OFTEN
     for entry in BUDGET:
-        if entry["match"]["arch"] != "gfx942":
-            assert entry["max"]["spill_loads"] == entry["max"]["spill_stores"] == 0
-        product = not entry["match"]["kernel"].startswith("embedding")
-        product &= "dA" not in entry["match"]["kernel"] or "square" in entry["match"]["kernel"]
+        if entry["match"]["arch"] == "gfx942":
+            continue
+        assert entry["max"]["spill_loads"] == entry["max"]["spill_stores"] == 0
+        kernel = entry["match"]["kernel"]
+        product = "embedding" not in kernel and ("dA" not in kernel or "square" in kernel)
         assert entry["min"]["tensor"] > 0 or not product, entry
         assert entry["min"]["wide_loads"] > 0, entry

@@ -155,7 +155,7 @@ def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
 
     It does where the large factors are small: a program that does all products has room for fewer
     tokens, and so reads the factors more often. In bytes moved for a token of KroneckerBERT's
-    width: 21x 14 KB together, 17 KB apart; 8x 61 KB together (by calculation), 37 KB apart.
+    width: 21x 15 KB together, 17 KB apart; 8x 61 KB together (by calculation), 37 KB apart.
     """
     a, b, _ = layers[0]
     alike = all(
