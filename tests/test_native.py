@@ -300,7 +300,7 @@ def test_the_operators_keep_their_contract():
         call = x, *up, "gelu", *down, residual, backend
         check(op.kron_feed_forward.default, call)
         check(op.kron_qkv.default, (x, [up[0]] * 3, [up[1]] * 3, [up[2], None, up[2]], backend))
-    call = residual, x, *up, "gelu", *down[:2], [True] * 6
+    call = residual, x, *up, "gelu", *down[:2], [True] * 6, "native"
     check(op.kron_feed_forward_backward.default, call)
 
 

@@ -1,5 +1,6 @@
 """Triton kernels: the PTX that the compiler makes of them, executed by a simulator of the GPU."""
 
+import random
 import re
 
 import pytest
@@ -132,6 +133,28 @@ def test_forward_of_the_presets(s, dtype, gpu):
     more = epilogue_of(s, 35, dtype, 1)
     y = kron_matmul(x, a, b, **more, backend="triton")
     check("y", y, reference.kron_matmul(x, a, b, **more), terms(s), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_drawn_products_and_their_gradients(seed, monkeypatch):
+    """Any sides, ranks, tokens, dtypes and epilogues, on any of the architectures."""
+    draws = random.Random(seed)
+    s = KronShape(*(draws.choice([1, 2, 3, 5, 8, 9, 16, 17, 31, 40]) for _ in range(4)))
+    s = s._replace(rank=draws.choice([1, 1, 2, 3]))
+    tokens, dtype = draws.choice([1, 2, 7, 33]), draws.choice([torch.float16, torch.bfloat16])
+    dense = draws.choice([True, False])
+    monkeypatch.setattr(triton_launch.Geometry, "dense_gradient_pays", lambda *_: dense)
+    with Device(draws.choice([80, 90, 120])):
+        x, a, b = draw(s, tokens, dtype)
+        more = epilogue_of(s, tokens, dtype, seed)
+        y = kron_matmul(x, a, b, **more, backend="triton")
+        expected = reference.kron_matmul(x, a, b, **more)
+        # The sum may be a single number near zero, and the factors' rounding is that of its terms.
+        size = reference.kron_matmul(x.abs(), a.abs(), b.abs()) / (s.rank * s.n1 * s.n2) ** 0.5
+        scale = max(expected.square().mean().item(), size.square().mean().item()) ** 0.5
+        check("y", y, expected, terms(s), dtype, scale=scale)
+        check_gradients(s, tokens, dtype)
 
 
 def test_no_tokens_is_no_launch(gpu):
