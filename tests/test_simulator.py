@@ -542,3 +542,25 @@ def test_comments_do_not_move_lines():
     body = "/* one\n two */ // three\n trap;"
     with pytest.raises(SimulationError, match=r"PTX line 21\b"):
         by_hand(body)
+
+
+@triton.jit
+def widening(x, y, out, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    a = tl.load(x + i, mask=i < n, other=0.0)
+    b = tl.load(y + i, mask=i < n, other=0.0)
+    tl.store(
+        out + i, a.to(tl.float32) * b.to(tl.float32) + tl.load(out + i, mask=i < n), mask=i < n
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_16_bits_into_32(dtype):
+    """From sm_100 on one instruction widens and multiplies."""
+    x, y, out = torch.randn(50).to(dtype), torch.randn(50).to(dtype), torch.randn(50)
+    expected = x.double() * y.double() + out.double()
+    with Device(120) as gpu:
+        widening[(1,)](x, y, out, 50, BLOCK=64)
+    name = "f16" if dtype == torch.float16 else "bf16"
+    assert f"fma.rn.f32.{name}" in gpu.launches[0].asm["ptx"]
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)

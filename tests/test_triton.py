@@ -55,8 +55,8 @@ def slow(machines):
 
 
 # Architecture and dtype. sm_90 has its own tensor-core instructions, for 16 bits most of all.
-EVERY = [*((80, d) for d in DTYPES), (90, "float16")]
-EVERY += slow([*((90, d) for d in DTYPES[1:]), (120, "float16"), (120, "tf32")])
+EVERY = [*((80, d) for d in DTYPES), (90, "float16"), (120, "float16")]
+EVERY += slow([*((90, d) for d in DTYPES[1:]), (120, "tf32")])
 SOME = [(80, "float16"), (80, "float32"), (90, "float16")]
 SOME += slow(
     [machine for machine in ((a, d) for a in (80, 90) for d in DTYPES) if machine not in SOME]

@@ -72,6 +72,8 @@ def prepare(machine, instruction: Instruction, type_: str) -> Step:
     function = function or OPERATIONS.get(opcode)
     if function is None:
         raise Unsupported(f"opcode {instruction.name}")
+    if len(instruction.types) > 1:
+        return _mixed_step(machine, instruction, function)
     operands = machine.operands
     destination = operands.write(instruction.operands[0], type_)
     sources = [operands.read(one, type_) for one in instruction.operands[1:]]
@@ -116,6 +118,28 @@ def _fused_step(destination: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.nda
         total = np.multiply(a, b, dtype=np.float64)
         np.add(total, c, out=total)
         assign(destination, total, mask)
+
+    return step
+
+
+def _mixed_step(machine, instruction: Instruction, function: Callable) -> Step:
+    """``fma.rn.f32.bf16`` and the like, from sm_100 on: of 16 bits all operands but the last."""
+    wide, narrow = instruction.types
+    if (
+        wide != "f32"
+        or narrow not in ("f16", "bf16")
+        or {"sat", "ftz"} & set(instruction.modifiers)
+    ):
+        raise Unsupported(f"opcode {instruction.name}")
+    operands, decode = machine.operands, decoder(narrow)
+    destination = operands.write(instruction.operands[0], wide)
+    *short, last = instruction.operands[1:]
+    bits = [operands.read(one, narrow).view(np.uint16) for one in short]
+    last = operands.read(last, wide)
+
+    def step(mask: Mask) -> None:
+        values = [decode(one).astype(np.float64) for one in bits]
+        assign(destination, function(*values, last.astype(np.float64)).astype(np.float32), mask)
 
     return step
 
