@@ -45,6 +45,11 @@ public:
     }
     return p;
   }
+  kron_cuda_execution gpu() {
+    kron_cuda_execution e;
+    e.device = integer(), e.stream = pointer(), e.tf32 = integer();
+    return e;
+  }
   bool complete() {
     if (!failed && next != end) {
       PyErr_SetString(PyExc_TypeError, "too many arguments");
@@ -128,6 +133,103 @@ PyObject *feed_forward_backward(PyObject *, PyObject *const *args, Py_ssize_t co
 
 PyObject *isa(PyObject *, PyObject *) { return PyLong_FromLongLong(kron_cpu_isa()); }
 
+#if defined(KRON_CUDA_ARCHS)
+
+// Nothing, or the sentence that a question about what is served was answered with.
+PyObject *reason(const char *text) {
+  if (!text) Py_RETURN_NONE;
+  return PyUnicode_FromString(text);
+}
+
+PyObject *cuda_why_not(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const int64_t device = a.integer();
+  return a.complete() ? reason(kron_cuda_why_not(device)) : nullptr;
+}
+
+PyObject *cuda_unserved(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_product product = a.product();
+  return a.complete() ? reason(kron_cuda_unserved(&product)) : nullptr;
+}
+
+PyObject *cuda_forward(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_cuda_execution e = a.gpu();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const void *x = a.pointer();
+  const int64_t n_products = a.integer();
+  kron_product products[KRON_MAX_PRODUCTS];
+  for (int64_t i = 0; i < n_products && i < KRON_MAX_PRODUCTS; i++) products[i] = a.product();
+  return run(a, [&] { return kron_cuda_forward(&e, dtype, tokens, x, n_products, products); });
+}
+
+PyObject *cuda_backward_workspace(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_cuda_execution e = a.gpu();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const kron_product product = a.product();
+  if (!a.complete()) return nullptr;
+  return PyLong_FromLongLong(kron_cuda_backward_workspace(&e, dtype, tokens, &product));
+}
+
+PyObject *cuda_backward(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_cuda_execution e = a.gpu();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const void *dy = a.pointer(), *x = a.pointer();
+  const kron_product product = a.product();
+  void *dx = a.pointer(), *da = a.pointer(), *db = a.pointer(), *workspace = a.pointer();
+  return run(a, [&] {
+    return kron_cuda_backward(&e, dtype, tokens, dy, x, &product, dx, da, db, workspace);
+  });
+}
+
+PyObject *cuda_feed_forward_unserved(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_cuda_execution e = a.gpu();
+  const int64_t dtype = a.integer();
+  const kron_product up = a.product(), down = a.product();
+  if (!a.complete()) return nullptr;
+  return reason(kron_cuda_feed_forward_unserved(&e, dtype, &up, &down));
+}
+
+PyObject *cuda_feed_forward(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_cuda_execution e = a.gpu();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const void *x = a.pointer();
+  const kron_product up = a.product(), down = a.product();
+  return run(a, [&] { return kron_cuda_feed_forward(&e, dtype, tokens, x, &up, &down); });
+}
+
+PyObject *cuda_feed_forward_backward_workspace(PyObject *, PyObject *const *args,
+                                               Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_cuda_execution e = a.gpu();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const kron_product up = a.product(), down = a.product();
+  if (!a.complete()) return nullptr;
+  return PyLong_FromLongLong(
+      kron_cuda_feed_forward_backward_workspace(&e, dtype, tokens, &up, &down));
+}
+
+PyObject *cuda_feed_forward_backward(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_cuda_execution e = a.gpu();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const void *dy = a.pointer(), *x = a.pointer();
+  const kron_product up = a.product(), down = a.product();
+  void *g[7];
+  for (void *&gradient : g) gradient = a.pointer();
+  return run(a, [&] {
+    return kron_cuda_feed_forward_backward(&e, dtype, tokens, dy, x, &up, &down, g[0], g[1], g[2],
+                                           g[3], g[4], g[5], g[6]);
+  });
+}
+
+#endif
+
 template <class F> PyCFunction method(F *f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
 }
@@ -140,6 +242,21 @@ PyMethodDef methods[] = {
     {"feed_forward_backward", method(feed_forward_backward), METH_FASTCALL,
      "kron_cpu_feed_forward_backward"},
     {"isa", isa, METH_NOARGS, "kron_cpu_isa"},
+#if defined(KRON_CUDA_ARCHS)
+    {"cuda_why_not", method(cuda_why_not), METH_FASTCALL, "kron_cuda_why_not"},
+    {"cuda_unserved", method(cuda_unserved), METH_FASTCALL, "kron_cuda_unserved"},
+    {"cuda_forward", method(cuda_forward), METH_FASTCALL, "kron_cuda_forward"},
+    {"cuda_backward_workspace", method(cuda_backward_workspace), METH_FASTCALL,
+     "kron_cuda_backward_workspace"},
+    {"cuda_backward", method(cuda_backward), METH_FASTCALL, "kron_cuda_backward"},
+    {"cuda_feed_forward_unserved", method(cuda_feed_forward_unserved), METH_FASTCALL,
+     "kron_cuda_feed_forward_unserved"},
+    {"cuda_feed_forward", method(cuda_feed_forward), METH_FASTCALL, "kron_cuda_feed_forward"},
+    {"cuda_feed_forward_backward_workspace", method(cuda_feed_forward_backward_workspace),
+     METH_FASTCALL, "kron_cuda_feed_forward_backward_workspace"},
+    {"cuda_feed_forward_backward", method(cuda_feed_forward_backward), METH_FASTCALL,
+     "kron_cuda_feed_forward_backward"},
+#endif
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -148,4 +265,10 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "csrc/kron.h for Python"
 
 } // namespace
 
-PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__native() {
+  PyObject *m = PyModule_Create(&module);
+#if defined(KRON_CUDA_ARCHS)
+  if (m && PyModule_AddStringConstant(m, "cuda_archs", KRON_CUDA_ARCHS)) Py_CLEAR(m);
+#endif
+  return m;
+}

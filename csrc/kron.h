@@ -78,6 +78,56 @@ const char *kron_cpu_feed_forward_backward(const kron_execution *, int64_t dtype
                                            const kron_product *down, void *dx, void *da_up,
                                            void *db_up, void *dbias, void *da_down, void *db_down);
 
+// --- NVIDIA GPUs. Every pointer is to the GPU's memory; a call only launches kernels on a stream. It
+// allocates nothing and waits for nothing, so that it can be captured in a graph. Products have two
+// factors, of float32, float16 or bfloat16.
+
+typedef struct {
+  int64_t device; // the GPU's index
+  void *stream;   // cudaStream_t
+  int64_t tf32;   // whether KRON_FLOAT32 may be multiplied in tf32
+} kron_cuda_execution;
+
+// nullptr if this binary has CUDA kernels and this GPU can run them, else why not.
+const char *kron_cuda_why_not(int64_t device);
+
+// For which GPUs this binary has kernels, such as "80 86 90a"; empty without CUDA.
+const char *kron_cuda_archs(void);
+
+// nullptr if the product is served, forward and backward, else why not.
+const char *kron_cuda_unserved(const kron_product *);
+
+// As kron_cpu_forward.
+const char *kron_cuda_forward(const kron_cuda_execution *, int64_t dtype, int64_t tokens,
+                              const void *x, int64_t n_products, const kron_product *products);
+
+// As kron_cpu_backward, with the same bits every time. workspace has at least as many bytes as
+// kron_cuda_backward_workspace says, for the gradients asked for.
+int64_t kron_cuda_backward_workspace(const kron_cuda_execution *, int64_t dtype, int64_t tokens,
+                                     const kron_product *product);
+const char *kron_cuda_backward(const kron_cuda_execution *, int64_t dtype, int64_t tokens,
+                               const void *dy, const void *x, const kron_product *product, void *dx,
+                               void *da, void *db, void *workspace);
+
+// nullptr if kron_cuda_feed_forward and its backward serve these two, else why not.
+const char *kron_cuda_feed_forward_unserved(const kron_cuda_execution *, int64_t dtype,
+                                            const kron_product *up, const kron_product *down);
+
+// down(act(up x)), for up = (h x u) ⊗ large, contracted from the right, and down = (p x h) ⊗ large',
+// from the left: the hidden vector exists in registers, one entry at a time.
+const char *kron_cuda_feed_forward(const kron_cuda_execution *, int64_t dtype, int64_t tokens,
+                                   const void *x, const kron_product *up, const kron_product *down);
+
+// As kron_cpu_feed_forward_backward, with the same bits every time.
+int64_t kron_cuda_feed_forward_backward_workspace(const kron_cuda_execution *, int64_t dtype,
+                                                  int64_t tokens, const kron_product *up,
+                                                  const kron_product *down);
+const char *kron_cuda_feed_forward_backward(const kron_cuda_execution *, int64_t dtype,
+                                            int64_t tokens, const void *dy, const void *x,
+                                            const kron_product *up, const kron_product *down,
+                                            void *dx, void *da_up, void *db_up, void *dbias,
+                                            void *da_down, void *db_down, void *workspace);
+
 #ifdef __cplusplus
 }
 #endif

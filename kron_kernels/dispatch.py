@@ -7,13 +7,11 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from kron_kernels.backends import eager, native, triton_gpu
+from kron_kernels.backends import cuda, eager, native, triton_gpu
 from kron_kernels.checks import check_factors
 from kron_kernels.shapes import KronShape
 
 Backend = Literal["auto", "eager", "native", "triton", "cuda"]
-
-_CUDA = "this version has no CUDA C++ kernels; triton and eager serve GPUs"
 
 
 def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
@@ -25,7 +23,7 @@ def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
     if backend == "triton":
         return triton_gpu.why_not(x, *factors)
     if backend == "cuda":
-        return _CUDA
+        return cuda.why_not(x, *factors)
     return f"there is no such backend; there are {', '.join(get_args(Backend))}"
 
 

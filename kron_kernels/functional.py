@@ -117,7 +117,7 @@ def _plain_is_best(x: Tensor, factors: tuple[Tensor, ...], backend: str, with_gr
     if torch.compiler.is_exporting():
         return True
     if torch.compiler.is_compiling() and (
-        backend == "eager" or (with_grads and backend != "triton")
+        backend == "eager" or (with_grads and backend not in ("triton", "cuda"))
     ):
         return True
     if len(factors) != 2:  # the operator is for two

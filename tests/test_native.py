@@ -22,7 +22,7 @@ from kron_kernels import (
     kron_qkv,
     reference,
 )
-from kron_kernels.backends import native
+from kron_kernels.backends import abi, native
 from kron_kernels.testing import assert_close
 
 pytestmark = pytest.mark.skipif(native._native is None, reason="the kernels are not compiled")
@@ -459,7 +459,7 @@ def test_what_it_cannot_serve_goes_to_eager_with_a_reason(call, reason):
 
 def test_without_the_module_eager_serves(monkeypatch):
     monkeypatch.setattr(native, "_native", None)
-    monkeypatch.setattr(native, "_missing", "No module named 'kron_kernels._native'", raising=False)
+    monkeypatch.setattr(abi, "missing", "No module named 'kron_kernels._native'", raising=False)
     x, a, b = draw(SHAPES[2], 5, torch.float32)
     assert "C++17 compiler" in dispatch.why_not("native", x, a, b)
     assert dispatch.choose("auto", x, (a, b)) == "eager"

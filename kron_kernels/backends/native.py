@@ -16,17 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kron_kernels.backends import abi
+from kron_kernels.backends.abi import product
 from kron_kernels.checks import Activation
-from kron_kernels.shapes import KronShape, contraction_order
+from kron_kernels.shapes import KronShape
 
-try:
-    from kron_kernels import _native
-except ImportError as error:
-    _native = None
-    _missing = str(error)
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
+_native = abi.module
 _ISAS = ("portable", "avx2", "avx512")
 _MAX_FACTORS = 8
 _GROUPED = 4096  # features of a group of several factors: a block of tokens is 200 KB of them
@@ -66,13 +61,13 @@ def why_not(x: Tensor, *factors: Tensor) -> str | None:
     """Why the compiled kernels cannot serve this call, as the end of a sentence, or None."""
     if _native is None:
         return (
-            f"the compiled module is missing ({_missing}); "
+            f"the compiled module is missing ({abi.missing}); "
             "with a C++17 compiler on the PATH, reinstall kron_kernels"
         )
     if x.device.type != "cpu":
         return f"it runs on CPUs, and x is on {x.device}"
-    if x.dtype not in _DTYPES:
-        return f"it has kernels for {', '.join(str(d)[6:] for d in _DTYPES)}, and x is {x.dtype}"
+    if x.dtype not in abi.DTYPES:
+        return f"it has kernels for {', '.join(str(d)[6:] for d in abi.DTYPES)}, and x is {x.dtype}"
     if len(factors) != 2:
         if len(factors) > _MAX_FACTORS:
             return f"it takes up to {_MAX_FACTORS} factors, and there are {len(factors)}"
@@ -99,7 +94,7 @@ def kron_matmul(
     y = x.new_empty(x.shape[0], prod([f.shape[1] for f in factors]))
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
-    _native.forward(*_call(x), 1, *_product(factors, bias, residual, activation, y))
+    _native.forward(*_call(x), 1, *product(factors, bias, residual, activation, y))
     return y
 
 
@@ -130,9 +125,9 @@ def _kron_matmul_in_passes(
         isa, threads, pool, code, _, address = _call(y)
         call = isa, threads, pool, code, outer, address
         if done == 1:
-            _native.forward(*call, 1, *_product(group, *epilogue, out))
+            _native.forward(*call, 1, *product(group, *epilogue, out))
         else:
-            _native.forward_along(*call, done, *_product(group, *epilogue, out))
+            _native.forward_along(*call, done, *product(group, *epilogue, out))
         y, done, stop = out, rows * done, start
     return y.to(dtype)
 
@@ -157,7 +152,7 @@ def kron_qkv(x: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor | None]]) 
     for a, b, bias in layers:
         ys.append(x.new_empty(x.shape[0], a.shape[1] * b.shape[1]))
         kept.append(bias if bias is None else bias.contiguous())
-        arguments += _product((a, b), kept[-1], None, None, ys[-1])
+        arguments += product((a, b), kept[-1], None, None, ys[-1])
     _native.forward(*_call(x), len(layers), *arguments)
     return ys
 
@@ -177,8 +172,8 @@ def kron_feed_forward(
     )
     _native.feed_forward(
         *_call(x),
-        *_product(up[:2], up_bias, None, activation, None),
-        *_product(down[:2], down_bias, residual, None, y),
+        *product(up[:2], up_bias, None, activation, None),
+        *product(down[:2], down_bias, residual, None, y),
     )
     return y
 
@@ -197,8 +192,10 @@ def kron_matmul_backward(
         g.data_ptr() if wanted else 0 for g, wanted in zip((dx, da, db), needed, strict=True)
     )
     isa, threads, pool, dtype, tokens, address = _call(x)
-    product = _product((a, b), None, None, None, None)
-    _native.backward(isa, threads, pool, dtype, tokens, dy.data_ptr(), address, *product, *pointers)
+    arguments = product((a, b), None, None, None, None)
+    _native.backward(
+        isa, threads, pool, dtype, tokens, dy.data_ptr(), address, *arguments, *pointers
+    )
     return dx, da.to(a.dtype), db.to(b.dtype)
 
 
@@ -233,43 +230,12 @@ def kron_feed_forward_backward(
     isa, threads, pool, dtype, tokens, address = _call(x)
     _native.feed_forward_backward(
         *(isa, threads, pool, dtype, tokens, dy.data_ptr(), address),
-        *_product(up[:2], bias, None, activation, None),
-        *_product(down[:2], None, None, None, None),
+        *product(up[:2], bias, None, activation, None),
+        *product(down[:2], None, None, None, None),
         *(g.data_ptr() if wanted else 0 for g, wanted in zip(grads, needed, strict=True)),
     )
     return tuple(g.to(x.dtype) for g in grads)
 
 
-# The arguments of csrc/binding.cpp, in its order.
-
-
 def _call(x: Tensor) -> tuple[int, ...]:
-    return _isa, _threads(), _POOL, _DTYPES[x.dtype], x.shape[0], x.data_ptr()
-
-
-def _product(
-    factors: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: Activation | None,
-    y: Tensor | None,
-) -> list[int]:
-    shapes = tuple([f.shape for f in factors])
-    arguments = [
-        shapes[0][0],
-        len(factors),
-        0 if bias is None else bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        _ACTIVATIONS[activation],
-        0 if y is None else y.data_ptr(),
-    ]
-    turns = _turns(shapes)
-    for i, f in enumerate(factors):
-        _, rows, cols = shapes[i]
-        arguments += (f.data_ptr(), rows, cols, *f.stride(), turns[i])
-    return arguments
-
-
-@lru_cache(maxsize=4096)
-def _turns(shapes: tuple[torch.Size, ...]) -> list[int]:
-    return contraction_order([(m, n) for _, m, n in shapes])
+    return _isa, _threads(), _POOL, abi.DTYPES[x.dtype], x.shape[0], x.data_ptr()

@@ -6,7 +6,7 @@ that a call can be captured in a CUDA graph once it has run outside of one and b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
@@ -16,23 +16,14 @@ import torch
 from torch import Tensor
 
 from kron_kernels.backends import triton_launch
+from kron_kernels.backends.gpu import DTYPES, constant, precision
 from kron_kernels.backends.triton_launch import Geometry, Tile, device_of, geometry, power_of_two
 from kron_kernels.checks import Activation
 from kron_kernels.shapes import KronShape
 
 Layer = tuple[Tensor, Tensor, Tensor | None]  # a, b, bias
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INT32 = 2**31  # factors are addressed in 32 bits, tokens in 64
-
-
-def _constant(function: Callable) -> Callable:
-    """Compilers take its result for given: of a device and of the shapes of parameters.
-
-    What torch.compiler.assume_constant_result does, without importing the compiler.
-    """
-    function._dynamo_marked_constant = True
-    return function
 
 
 def why_not(x: Tensor, *factors: Tensor) -> str | None:
@@ -46,7 +37,7 @@ def why_not(x: Tensor, *factors: Tensor) -> str | None:
     return _no_geometry(*KronShape.of(*factors))
 
 
-@_constant
+@constant
 def _no_geometry(*sizes: int) -> str | None:
     s = KronShape(*sizes)
     if geometry(s) is not None:
@@ -73,12 +64,12 @@ def _unserved(x: Tensor) -> str | None:
         return "Triton is not installed; pip install triton"
     if x.is_cuda and (reason := _too_old(x.device.index)):
         return reason
-    if x.dtype not in _DTYPES:
-        return f"it has kernels for {', '.join(str(d)[6:] for d in _DTYPES)}, and x is {x.dtype}"
+    if x.dtype not in DTYPES:
+        return f"it has kernels for {', '.join(str(d)[6:] for d in DTYPES)}, and x is {x.dtype}"
     return None
 
 
-@_constant
+@constant
 def _has_triton() -> bool:
     return _installed()
 
@@ -88,7 +79,7 @@ def _installed() -> bool:
     return find_spec("triton") is not None
 
 
-@_constant
+@constant
 def _too_old(index: int) -> str | None:
     if torch.version.hip or _capability(index) >= (8, 0):
         return None
@@ -96,16 +87,6 @@ def _too_old(index: int) -> str | None:
 
 
 _capability = lru_cache(maxsize=64)(torch.cuda.get_device_capability)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """Triton's name for what PyTorch's own products do with float32: ``"ieee"`` or ``"tf32"``."""
-    if dtype != torch.float32:
-        return "tf32"  # of no effect
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")  # torch 2.9
-    if setting in ("ieee", "tf32"):
-        return setting
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def on_device(x: Tensor):

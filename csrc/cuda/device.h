@@ -1,0 +1,152 @@
+// What kernels are written in: CUDA's own words, and a name for each instruction that has none.
+// With KRON_EMULATED the same sources are compiled for the host, where tests/emulator runs them.
+#pragma once
+#include <stdint.h>
+
+namespace kron {
+struct Float16 {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+} // namespace kron
+
+// A kernel is a function of one struct, under a name that tools can show:
+//   KRON_KERNEL(kron_forward_float16, ForwardArguments, THREADS, BLOCKS, forward<Float16>)
+// BLOCKS of THREADS are to fit on a multiprocessor: what its registers are shared out for.
+#if defined(KRON_EMULATED)
+#include "emulated.h"
+#define KRON_KERNEL(NAME, ARGUMENTS, THREADS, BLOCKS, ...)                                         \
+  extern "C" void NAME(const void *arguments) {                                                    \
+    __VA_ARGS__(*static_cast<const ARGUMENTS *>(arguments));                                       \
+  }
+#else
+#define KRON_KERNEL(NAME, ARGUMENTS, THREADS, BLOCKS, ...)                                         \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                    \
+      NAME(const __grid_constant__ ARGUMENTS arguments) {                                          \
+    __VA_ARGS__(arguments);                                                                        \
+  }
+#endif
+
+#define KRON_DEVICE __device__ __forceinline__
+
+namespace kron {
+
+#if !defined(KRON_EMULATED)
+
+KRON_DEVICE float to_float(float x) { return x; }
+KRON_DEVICE float to_float(Float16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+KRON_DEVICE float to_float(Bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+
+// Two numbers rounded to the nearest, the first in the lower half.
+KRON_DEVICE uint32_t pack(float first, float second, Float16) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+  return y;
+}
+KRON_DEVICE uint32_t pack(float first, float second, Bfloat16) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+  return y;
+}
+
+// The nearest number of 10 bits of fraction, ties away from zero, as tensor cores want it.
+KRON_DEVICE uint32_t to_tf32(uint32_t x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(__uint_as_float(x)));
+  return y;
+}
+
+// e^x and 1 / x within 2 in the last place (of e^x: and 2^-22 |x|), without subnormals.
+KRON_DEVICE float exponential(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  return y;
+}
+KRON_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+KRON_DEVICE uint32_t shared_address(const void *p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// The block's dynamic shared memory, 16-byte aligned.
+KRON_DEVICE unsigned char *shared_memory() {
+  extern __shared__ __align__(16) unsigned char kron_shared[];
+  return kron_shared;
+}
+
+// 16 bytes from global to shared memory, both aligned; not there before copies_wait, and for
+// other threads not before a barrier after it.
+KRON_DEVICE void copy_async(void *to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+KRON_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all but the last KEPT groups that this thread committed are there.
+template <int KEPT> KRON_DEVICE void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(KEPT) : "memory");
+}
+
+// Four matrices of 8 rows of 16 bytes: lane l gives the address of row l % 8 of matrix l / 8, and
+// gets of matrix i the 32 bits l % 4 of row l / 4.
+KRON_DEVICE void load_matrices(uint32_t (&r)[4], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// The same of their transposes, as matrices of 16-bit numbers: the numbers l / 4 of rows
+// 2 (l % 4) and 2 (l % 4) + 1.
+KRON_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d (16 x 8) += a (16 x 32 bytes) bᵀ (8 x 32 bytes) by the tensor cores, sums in float32. With
+// g = lane / 4 and t = lane % 4 a lane holds
+//   d: rows g, g, g + 8, g + 8; columns 2t, 2t + 1, 2t, 2t + 1
+//   a: 4 bytes each of rows g, g + 8, g, g + 8, from byte 4t, 4t, 16 + 4t, 16 + 4t on
+//   b: 4 bytes each of row g, from byte 4t and 16 + 4t on
+KRON_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              Float16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+KRON_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              Bfloat16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Of float32, multiplied as to_tf32 makes them.
+KRON_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              float) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+KRON_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
+
+#endif
+
+KRON_DEVICE Float16 from_float(float x, Float16) { return {uint16_t(pack(x, x, Float16{}))}; }
+KRON_DEVICE Bfloat16 from_float(float x, Bfloat16) { return {uint16_t(pack(x, x, Bfloat16{}))}; }
+KRON_DEVICE float from_float(float x, float) { return x; }
+
+} // namespace kron

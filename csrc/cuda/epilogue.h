@@ -1,0 +1,129 @@
+// What becomes of a product's sums: they pass through shared memory, piece by piece, where a token's
+// vectors lie side by side; there they are mixed, and finished with bias, activation and residual.
+#pragma once
+#include "activation.h"
+#include "product.h"
+
+namespace kron {
+
+// The warp's; __syncwarp is the caller's, before and after.
+KRON_DEVICE void store_slab(float *slab, const float (&sums)[WARP_COLUMNS / 8][4], int lane) {
+  const Lane l = lane_of(lane);
+#pragma unroll
+  for (int i = 0; i < WARP_COLUMNS / 8; i++) {
+    float *to = slab + l.row * SLAB_PITCH + i * 8 + l.pair * 2;
+    *reinterpret_cast<float2 *>(to) = make_float2(sums[i][0], sums[i][1]);
+    *reinterpret_cast<float2 *>(to + 8 * SLAB_PITCH) = make_float2(sums[i][2], sums[i][3]);
+  }
+}
+
+// The tokens of a piece of rows, and the columns of a warp.
+struct Piece {
+  int tokens, vectors;  // tokens that there are; a token's rows
+  int first, columns;   // d of the first column; N, beyond which there is none
+  int shift, terms;     // columns of a term: 1 << shift
+};
+
+// Calls f(token, o, column) for VECTORS outputs from o on and RUN columns each, for all of a piece,
+// by so many lanes.
+template <class A, class F>
+KRON_DEVICE void for_packets(const Piece &piece, int outputs, int lane, int lanes, F f) {
+  constexpr int RUN = A::ENTRIES;
+  const int runs = (1 << piece.shift) / RUN; // a power of two
+  const int groups = (outputs + A::VECTORS - 1) / A::VECTORS;
+#pragma unroll 1
+  for (int i = lane; i < piece.tokens * groups * runs; i += lanes) {
+    const int column = i % runs * RUN, item = i / runs;
+    if (piece.first + column < piece.columns) f(item / groups, item % groups * A::VECTORS, column);
+  }
+}
+
+// The sums over a warp's lanes of COUNT numbers, a power of two: of number lane / (32 / COUNT).
+template <int COUNT, int BIT = 16>
+KRON_DEVICE float sum_over_lanes(const float (&values)[COUNT], int lane) {
+  if constexpr (COUNT > 1) {
+    float half[COUNT / 2];
+    const bool upper = lane & BIT;
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; i++)
+      half[i] = (upper ? values[i + COUNT / 2] : values[i]) +
+                shuffle_xor(upper ? values[i] : values[i + COUNT / 2], BIT);
+    return sum_over_lanes<COUNT / 2, BIT / 2>(half, lane);
+  } else {
+    float sum = values[0];
+#pragma unroll
+    for (int bit = BIT; bit > 0; bit /= 2) sum += shuffle_xor(sum, bit);
+    return sum;
+  }
+}
+
+template <class N> struct Output {
+  N *y;              // of the piece's first token
+  const N *residual; // likewise, or null
+  const N *bias;     // or null
+  Layout layout;
+  int activation;
+};
+
+// act(values + bias) + residual of NUMBERS contiguous features of a token.
+template <class N, int NUMBERS>
+KRON_DEVICE void finish(float (&values)[NUMBERS], const Output<N> &out, int token, int feature) {
+  if (out.bias) {
+    float bias[NUMBERS];
+    load(bias, out.bias + feature);
+#pragma unroll
+    for (int i = 0; i < NUMBERS; i++) values[i] += bias[i];
+  }
+  if (out.activation != KRON_NONE)
+    with_activation(out.activation, [&](auto activation) {
+#pragma unroll
+      for (float &value : values) value = activation.value(value);
+    });
+  const int64_t at = int64_t(token) * (out.layout.vectors * out.layout.length) + feature;
+  if (out.residual) {
+    float residual[NUMBERS];
+    load(residual, out.residual + at);
+#pragma unroll
+    for (int i = 0; i < NUMBERS; i++) values[i] += residual[i];
+  }
+  store(out.y + at, values);
+}
+
+// y of a piece of rows in a slab. Rows are a token's outputs, or with a mix (terms · rows x pitch,
+// see left.h) what it makes them of.
+template <class N>
+KRON_DEVICE void write_piece(const float *slab, const Piece &piece, const float *mix, int pitch,
+                             const Output<N> &out, int lane, int lanes = 32) {
+  with_access<N>(out.layout.run, [&](auto access) {
+    using A = decltype(access);
+    constexpr int RUN = A::ENTRIES, VECTORS = A::VECTORS;
+    for_packets<A>(piece, out.layout.vectors, lane, lanes, [&](int token, int o, int column) {
+      const float *rows = slab + token * piece.vectors * SLAB_PITCH + column;
+      float values[A::NUMBERS] = {};
+      if (mix) {
+#pragma unroll 2
+        for (int i = 0; i < piece.terms * piece.vectors; i++) {
+          const int k = i / piece.vectors, u = i % piece.vectors;
+          float z[RUN], m[VECTORS];
+          load_floats(z, rows + u * SLAB_PITCH + (k << piece.shift));
+          load_floats(m, mix + i * pitch + o);
+#pragma unroll
+          for (int e = 0; e < RUN; e++)
+#pragma unroll
+            for (int v = 0; v < VECTORS; v++) values[e * VECTORS + v] += m[v] * z[e];
+        }
+      } else {
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) {
+          float z[RUN];
+          load_floats(z, rows + (o + v) * SLAB_PITCH);
+#pragma unroll
+          for (int e = 0; e < RUN; e++) values[e * VECTORS + v] = z[e];
+        }
+      }
+      finish(values, out, token, offset_of(out.layout, o, piece.first + column));
+    });
+  });
+}
+
+} // namespace kron

@@ -1,0 +1,143 @@
+// The left operand of a product: rows of vectors in shared memory, as they are or mixed on the way.
+#pragma once
+#include "vectors.h"
+
+namespace kron {
+
+// A token's vectors, 16 at most, lie in one piece of 16 rows (math.h), as many tokens in a piece as
+// there is room for: what comes of a token is in the hands of one warp.
+struct Rows {
+  int vectors, tokens, spare; // of a token; in a piece; rows of a piece without a token
+  KRON_DEVICE explicit Rows(int vectors)
+      : vectors(vectors), tokens(16 / vectors), spare(16 % vectors) {}
+  KRON_DEVICE int row(int token, int vector) const {
+    return token * vectors + vector + (spare ? token / tokens * spare : 0);
+  }
+};
+
+// The vectors of a block's tokens in memory: of the first `live` there are any.
+template <class N> struct Source {
+  const N *data; // of the block's first token
+  int live;
+  Layout layout;
+  KRON_DEVICE const N *at(int token, int u, int c) const {
+    return data + int64_t(token) * (layout.vectors * layout.length) + offset_of(layout, u, c);
+  }
+};
+
+// A mix (outputs x inputs) in shared memory, transposed, in float32: what is needed together is
+// read together. Rows are padded with zeros.
+struct Mix {
+  const float *data;
+  int outputs, pitch;
+};
+
+template <class N>
+KRON_DEVICE void load_mix(float *to, const N *from, int terms, int outputs, int inputs,
+                          int term_stride, int output_stride, int input_stride) {
+  const int pitch = mix_pitch(outputs);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < terms * inputs * pitch; i += blockDim.x) {
+    const int o = i % pitch, u = i / pitch % inputs, k = i / pitch / inputs;
+    const N *entry = from + k * term_stride + o * output_stride + u * input_stride;
+    to[i] = o < outputs ? to_float(*entry) : 0.f;
+  }
+}
+
+// Where a tile of columns is: column c of a row at data + row * pitch, from c = first on.
+struct Tile {
+  unsigned char *data;
+  int pitch, first, columns;
+  template <class N> KRON_DEVICE N *at(int row, int c) const {
+    return reinterpret_cast<N *>(data + row * pitch) + (c - first);
+  }
+};
+
+// Calls f(token, c) for RUN columns each of a tile's tokens, all threads together.
+template <int RUN, class F> KRON_DEVICE void for_runs(const Tile &tile, int tokens, F f) {
+  const int runs = tile.columns / RUN, threads = blockDim.x;
+  int token = threadIdx.x / runs, run = threadIdx.x % runs;
+#pragma unroll 1
+  for (; token < tokens; token += threads / runs) {
+    f(token, tile.first + run * RUN);
+    if ((run += threads % runs) >= runs) run -= runs, token++;
+  }
+}
+
+// Mixes of G outputs at a time.
+template <int G, class A, class N>
+KRON_DEVICE void fill_mixed_by(const Tile &tile, const Rows &rows, int tokens,
+                               const Source<N> &source, const Mix &mix) {
+  constexpr int RUN = A::ENTRIES;
+  for_runs<RUN>(tile, tokens, [&](int token, int c) {
+    const bool inside = token < source.live && c < source.layout.length;
+#pragma unroll 1
+    for (int o = 0; o < mix.outputs; o += G) {
+      float z[G][RUN] = {};
+#pragma unroll 2
+      for (int u = 0; inside && u < source.layout.vectors; u += A::VECTORS) {
+        float x[A::NUMBERS];
+        load(x, source.at(token, u, c));
+#pragma unroll
+        for (int v = 0; v < A::VECTORS; v++) {
+          float m[G];
+          load_floats(m, mix.data + (u + v) * mix.pitch + o);
+#pragma unroll
+          for (int g = 0; g < G; g++)
+#pragma unroll
+            for (int i = 0; i < RUN; i++) z[g][i] += m[g] * x[i * A::VECTORS + v];
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < G; g++)
+        if (o + g < mix.outputs) store(tile.at<N>(rows.row(token, o + g), c), z[g]);
+    }
+  });
+}
+
+// Σ_u mix[o, u] x_u of a block's tokens, rounded to N; 0 for tokens and entries that are not there.
+template <class N>
+KRON_DEVICE void fill_mixed(const Tile &tile, const Rows &rows, int tokens,
+                            const Source<N> &source, const Mix &mix) {
+  with_access<N>(source.layout.run, [&](auto access) {
+    if (mix.outputs <= 2)
+      fill_mixed_by<2, decltype(access)>(tile, rows, tokens, source, mix);
+    else
+      fill_mixed_by<4, decltype(access)>(tile, rows, tokens, source, mix);
+  });
+}
+
+// The vectors as they are. Their copies may be under way: copies_commit is the caller's.
+template <class N>
+KRON_DEVICE void fill_copied(const Tile &tile, const Rows &rows, int tokens,
+                             const Source<N> &source) {
+  with_access<N>(source.layout.run, [&](auto access) {
+    using A = decltype(access);
+    constexpr int RUN = A::ENTRIES;
+    for_runs<RUN>(tile, tokens, [&](int token, int c) {
+      const bool inside = token < source.live && c < source.layout.length;
+#pragma unroll 2
+      for (int u = 0; u < source.layout.vectors; u += A::VECTORS) {
+        if constexpr (RUN == PACKET<N>) {
+          N *to = tile.at<N>(rows.row(token, u), c);
+          if (inside)
+            copy_async(to, source.at(token, u, c));
+          else
+            *reinterpret_cast<uint4 *>(to) = make_uint4(0, 0, 0, 0);
+        } else {
+          float x[A::NUMBERS] = {};
+          if (inside) load(x, source.at(token, u, c));
+#pragma unroll
+          for (int v = 0; v < A::VECTORS; v++) {
+            float one[RUN];
+#pragma unroll
+            for (int i = 0; i < RUN; i++) one[i] = x[i * A::VECTORS + v];
+            store(tile.at<N>(rows.row(token, u + v), c), one);
+          }
+        }
+      }
+    });
+  });
+}
+
+} // namespace kron

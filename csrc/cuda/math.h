@@ -1,0 +1,138 @@
+// How numbers are multiplied: on tensor cores in 16 bits or tf32, or exactly in float32.
+//
+// A product is made of pieces of 16 rows by 8 columns by DEPTH bytes of either operand. Of a piece
+// of the result every kind of math has the same four sums in the same lanes (device.h,
+// multiply_add): whatever comes after is written once.
+#pragma once
+#include "device.h"
+
+namespace kron {
+
+struct Lane {
+  int row, pair; // of the result's rows row and row + 8, columns 2 pair and 2 pair + 1
+};
+KRON_DEVICE Lane lane_of(int lane) { return {lane >> 2, lane & 3}; }
+
+// Operands lie in shared memory as rows (of the left) or columns (of the right), `pitch` bytes apart,
+// along which the products are summed; or transposed, along which they are not.
+template <class N, bool TF32 = false> struct TensorCores {
+  using Number = N;
+  static constexpr int DEPTH = 32, UNROLL = 2;
+  struct Left {
+    uint32_t r[4];
+  };
+  struct Right {
+    uint32_t r[2];
+  };
+
+  static KRON_DEVICE Left load_left(const unsigned char *tile, int pitch, int lane) {
+    Left left;
+    load_matrices(left.r, tile + (lane & 15) * pitch + (lane >> 4) * 16);
+    round(left.r);
+    return left;
+  }
+  // Of 16 columns.
+  static KRON_DEVICE void load_right(Right (&right)[2], const unsigned char *tile, int pitch,
+                                     int lane) {
+    uint32_t r[4];
+    load_matrices(r, tile + ((lane & 7) + (lane >> 4) * 8) * pitch + (lane >> 3 & 1) * 16);
+    round(r);
+    right[0] = {{r[0], r[1]}}, right[1] = {{r[2], r[3]}};
+  }
+
+  // tile + i * pitch holds the numbers i along which is summed.
+  static KRON_DEVICE Left load_left_transposed(const unsigned char *tile, int pitch, int lane) {
+    Left left;
+    if constexpr (sizeof(N) == 2) {
+      const int row = (lane & 7) + (lane >> 4) * 8, column = (lane >> 3 & 1) * 8;
+      load_matrices_transposed(left.r, tile + row * pitch + column * 2);
+    } else {
+      const Lane l = lane_of(lane);
+      for (int i = 0; i < 4; i++)
+        left.r[i] = word(tile + (l.pair + i / 2 * 4) * pitch + (l.row + i % 2 * 8) * 4);
+      round(left.r);
+    }
+    return left;
+  }
+  static KRON_DEVICE void load_right_transposed(Right (&right)[2], const unsigned char *tile,
+                                                int pitch, int lane) {
+    uint32_t r[4];
+    if constexpr (sizeof(N) == 2) {
+      const int row = lane & 15, column = (lane >> 4) * 8;
+      load_matrices_transposed(r, tile + row * pitch + column * 2);
+    } else {
+      const Lane l = lane_of(lane);
+      for (int i = 0; i < 4; i++)
+        r[i] = word(tile + (l.pair + i % 2 * 4) * pitch + (l.row + i / 2 * 8) * 4);
+      round(r);
+    }
+    right[0] = {{r[0], r[1]}}, right[1] = {{r[2], r[3]}};
+  }
+
+  static KRON_DEVICE void multiply(float (&sums)[4], const Left &left, const Right &right) {
+    multiply_add(sums, left.r, right.r, Number{});
+  }
+
+private:
+  static KRON_DEVICE uint32_t word(const unsigned char *p) {
+    return *reinterpret_cast<const uint32_t *>(p);
+  }
+  static KRON_DEVICE void round(uint32_t (&r)[4]) {
+    if constexpr (TF32)
+      for (uint32_t &x : r) x = to_tf32(x);
+  }
+};
+
+// float32 as it is, by the ordinary units.
+struct Exact {
+  using Number = float;
+  static constexpr int DEPTH = 16, UNROLL = 1; // registers are scarce
+  struct Left {
+    float r[2][4]; // rows row and row + 8
+  };
+  struct Right {
+    float r[2][4]; // columns 2 pair and 2 pair + 1
+  };
+
+  static KRON_DEVICE Left load_left(const unsigned char *tile, int pitch, int lane) {
+    const int row = lane_of(lane).row;
+    Left left;
+    four(left.r[0], tile + row * pitch), four(left.r[1], tile + (row + 8) * pitch);
+    return left;
+  }
+  static KRON_DEVICE void load_right(Right (&right)[2], const unsigned char *tile, int pitch,
+                                     int lane) {
+    const int column = lane_of(lane).pair * 2;
+    for (int i = 0; i < 2; i++)
+      for (int j = 0; j < 2; j++) four(right[i].r[j], tile + (i * 8 + column + j) * pitch);
+  }
+  static KRON_DEVICE Left load_left_transposed(const unsigned char *tile, int pitch, int lane) {
+    const int row = lane_of(lane).row;
+    Left left;
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < 2; j++) left.r[j][i] = number(tile + i * pitch + (row + j * 8) * 4);
+    return left;
+  }
+  static KRON_DEVICE void load_right_transposed(Right (&right)[2], const unsigned char *tile,
+                                                int pitch, int lane) {
+    const int column = lane_of(lane).pair * 2;
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < 4; j++)
+        right[j / 2].r[j % 2][i] = number(tile + i * pitch + (j / 2 * 8 + column + j % 2) * 4);
+  }
+  static KRON_DEVICE void multiply(float (&sums)[4], const Left &left, const Right &right) {
+    for (int k = 0; k < 4; k++)
+      for (int i = 0; i < 4; i++) sums[i] += left.r[i / 2][k] * right.r[i % 2][k];
+  }
+
+private:
+  static KRON_DEVICE float number(const unsigned char *p) {
+    return *reinterpret_cast<const float *>(p);
+  }
+  static KRON_DEVICE void four(float (&r)[4], const unsigned char *p) {
+    const float4 v = *reinterpret_cast<const float4 *>(p);
+    r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
+  }
+};
+
+} // namespace kron

@@ -1,0 +1,226 @@
+// CUDA's words, and those of csrc/cuda/device.h, for the host's compiler.
+//
+// A kernel runs as written, but: blocks have one dimension and whole warps, masks name all lanes,
+// shared memory is what shared_memory() gives, and there are no atomics.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <type_traits>
+
+#include "engine.h"
+#include "numbers.h"
+#include "packets.h"
+
+#define __host__
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __align__(BYTES) alignas(BYTES)
+
+#define threadIdx (kron::emulator::thread_index)
+#define blockIdx (kron::emulator::block_index)
+#define blockDim (kron::emulator::block_size)
+#define gridDim (kron::emulator::grid_size)
+
+
+// ---- synchronisation ---------------------------------------------------------------------------
+
+__forceinline__ void __syncthreads(kron::emulator::Place place = kron::emulator::Place::current()) {
+  kron::emulator::synchronize_block(place);
+}
+__forceinline__ void __syncwarp(unsigned mask = ~0u,
+                          kron::emulator::Place place = kron::emulator::Place::current()) {
+  kron::emulator::meet(kron::emulator::SYNC_WARP, mask, nullptr, place);
+}
+
+namespace kron::emulator {
+template <class T>
+__forceinline__ T shuffle(const Collective &kind, unsigned mask, T value, int source, Place place) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>, "shuffles move 8 bytes");
+  Shuffle operands = {0, source};
+  memcpy(&operands.bits, &value, sizeof value);
+  meet(kind, mask, &operands, place);
+  memcpy(&value, &operands.bits, sizeof value);
+  return value;
+}
+__forceinline__ int lane() { return int(thread_index.x % 32); }
+} // namespace kron::emulator
+
+template <class T>
+__forceinline__ T __shfl_sync(unsigned mask, T value, int source,
+                        kron::emulator::Place place = kron::emulator::Place::current()) {
+  return kron::emulator::shuffle(kron::emulator::SHUFFLE, mask, value, source & 31, place);
+}
+template <class T>
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes,
+                            kron::emulator::Place place = kron::emulator::Place::current()) {
+  const int source = (kron::emulator::lane() ^ lanes) & 31;
+  return kron::emulator::shuffle(kron::emulator::SHUFFLE_XOR, mask, value, source, place);
+}
+template <class T>
+__forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned lanes,
+                           kron::emulator::Place place = kron::emulator::Place::current()) {
+  const int lane = kron::emulator::lane(), source = lane - int(lanes);
+  return kron::emulator::shuffle(kron::emulator::SHUFFLE_UP, mask, value,
+                                 source < 0 ? lane : source, place);
+}
+template <class T>
+__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned lanes,
+                             kron::emulator::Place place = kron::emulator::Place::current()) {
+  const int lane = kron::emulator::lane(), source = lane + int(lanes);
+  return kron::emulator::shuffle(kron::emulator::SHUFFLE_DOWN, mask, value,
+                                 source > 31 ? lane : source, place);
+}
+
+// ---- numbers -----------------------------------------------------------------------------------
+
+__forceinline__ float __uint_as_float(uint32_t x) { return kron::emulator::bits_of<float>(x); }
+__forceinline__ uint32_t __float_as_uint(float x) { return kron::emulator::bits_of<uint32_t>(x); }
+__forceinline__ float __int_as_float(int x) { return kron::emulator::bits_of<float>(x); }
+__forceinline__ int __float_as_int(float x) { return kron::emulator::bits_of<int>(x); }
+
+__forceinline__ int __popc(uint32_t x) { return __builtin_popcount(x); }
+__forceinline__ int __ffs(int x) { return __builtin_ffs(x); }
+__forceinline__ int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+
+__forceinline__ float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
+__forceinline__ float __frcp_rn(float x) { return 1.f / x; }
+__forceinline__ float __fdividef(float x, float y) { return x / y; }
+__forceinline__ float __expf(float x) { return expf(x); }
+__forceinline__ float rsqrtf(float x) { return 1.f / sqrtf(x); }
+
+// Of two types as CUDA's own; of floats the one that is a number.
+template <class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) {
+  typedef std::common_type_t<A, B> T;
+  if constexpr (std::is_floating_point_v<T>) return fmin(T(a), T(b));
+  else return T(b) < T(a) ? T(b) : T(a);
+}
+template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
+  typedef std::common_type_t<A, B> T;
+  if constexpr (std::is_floating_point_v<T>) return fmax(T(a), T(b));
+  else return T(a) < T(b) ? T(b) : T(a);
+}
+
+// ---- global memory -----------------------------------------------------------------------------
+
+template <class T>
+__forceinline__ T __ldg(const T *from, kron::emulator::Place place = kron::emulator::Place::current()) {
+  kron::emulator::check_alignment(from, alignof(T), "__ldg", place);
+  return *from;
+}
+
+// ---- device.h ----------------------------------------------------------------------------------
+
+namespace kron {
+
+__forceinline__ float to_float(float x) { return x; }
+__forceinline__ float to_float(Float16 x) { return emulator::from_float16(x.bits); }
+__forceinline__ float to_float(Bfloat16 x) { return emulator::from_bfloat16(x.bits); }
+
+__forceinline__ uint32_t pack(float first, float second, Float16) {
+  return emulator::to_float16(first) | uint32_t(emulator::to_float16(second)) << 16;
+}
+__forceinline__ uint32_t pack(float first, float second, Bfloat16) {
+  return emulator::to_bfloat16(first) | uint32_t(emulator::to_bfloat16(second)) << 16;
+}
+
+__forceinline__ uint32_t to_tf32(uint32_t x) { return emulator::to_tf32(x); }
+
+__forceinline__ float exponential(float x) {
+  const float power = emulator::without_subnormals(x * 1.44269504f);
+  return emulator::without_subnormals(exp2f(power));
+}
+__forceinline__ float reciprocal(float x) {
+  return emulator::without_subnormals(1.f / emulator::without_subnormals(x));
+}
+
+__forceinline__ unsigned char *shared_memory() { return emulator::block_memory; }
+
+namespace emulator {
+__forceinline__ void check_shared(const void *p, const char *what, Place place) {
+  check_alignment(p, 16, what, place);
+  const uintptr_t offset = uintptr_t(p) - uintptr_t(block_memory);
+  if (offset + 16 > block_memory_size || offset > block_memory_size)
+    fail(place, "%s beyond shared memory: at byte %lld of %lld", what, (long long)offset,
+         (long long)block_memory_size);
+}
+} // namespace emulator
+
+__forceinline__ uint32_t
+shared_address(const void *p, emulator::Place place = emulator::Place::current()) {
+  const uintptr_t offset = uintptr_t(p) - uintptr_t(emulator::block_memory);
+  if (offset > emulator::block_memory_size)
+    emulator::fail(place, "shared_address of what is not in shared memory");
+  return uint32_t(offset);
+}
+
+// The data come as late as they may, and until then there are NaNs.
+__forceinline__ void copy_async(void *to, const void *from,
+                          emulator::Place place = emulator::Place::current()) {
+  emulator::check_shared(to, "copy_async", place);
+  emulator::check_alignment(from, 16, "copy_async", place);
+  const emulator::Copy copy = {static_cast<uint32_t *>(to), static_cast<const uint32_t *>(from)};
+  for (int i = 0; i < 4; i++) copy.to[i] = ~0u;
+  emulator::issue_copy(copy, place);
+}
+__forceinline__ void copies_commit(emulator::Place place = emulator::Place::current()) {
+  emulator::commit_copies(place);
+}
+template <int KEPT> __forceinline__ void copies_wait() {
+  while (const emulator::Copy *copy = emulator::next_copy(KEPT))
+    for (int i = 0; i < 4; i++) copy->to[i] = copy->from[i];
+}
+
+namespace emulator {
+__forceinline__ void load_matrices(const Collective &kind, uint32_t (&r)[4], const void *row,
+                             Place place) {
+  check_shared(row, "ldmatrix", place);
+  LoadMatrices operands;
+  for (int i = 0; i < 4; i++) operands.row[i] = static_cast<const uint32_t *>(row)[i];
+  meet(kind, ~0u, &operands, place);
+  for (int i = 0; i < 4; i++) r[i] = operands.result[i];
+}
+__forceinline__ void multiply_add(const Collective &kind, float (&d)[4], const uint32_t (&a)[4],
+                            const uint32_t (&b)[2], Place place) {
+  MultiplyAdd operands;
+  memcpy(operands.d, d, sizeof d);
+  memcpy(operands.a, a, sizeof a);
+  memcpy(operands.b, b, sizeof b);
+  meet(kind, ~0u, &operands, place);
+  memcpy(d, operands.d, sizeof d);
+}
+} // namespace emulator
+
+__forceinline__ void load_matrices(uint32_t (&r)[4], const void *row,
+                             emulator::Place place = emulator::Place::current()) {
+  emulator::load_matrices(emulator::LOAD_MATRICES, r, row, place);
+}
+__forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void *row,
+                                        emulator::Place place = emulator::Place::current()) {
+  emulator::load_matrices(emulator::LOAD_MATRICES_TRANSPOSED, r, row, place);
+}
+
+__forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Float16,
+                            emulator::Place place = emulator::Place::current()) {
+  emulator::multiply_add(emulator::MULTIPLY_FLOAT16, d, a, b, place);
+}
+__forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bfloat16,
+                            emulator::Place place = emulator::Place::current()) {
+  emulator::multiply_add(emulator::MULTIPLY_BFLOAT16, d, a, b, place);
+}
+__forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float,
+                            emulator::Place place = emulator::Place::current()) {
+  emulator::multiply_add(emulator::MULTIPLY_TF32, d, a, b, place);
+}
+
+__forceinline__ float shuffle_xor(float x, int lanes,
+                            emulator::Place place = emulator::Place::current()) {
+  return __shfl_xor_sync(~0u, x, lanes, place);
+}
+
+} // namespace kron
