@@ -14,9 +14,9 @@ namespace kron {
 //
 // A token is U vectors of K numbers, one after another (entry c of vector u at u K + c) or, where the
 // right factor mixes, interleaved (at c U + u). Of 16 contiguous bytes, E numbers, a lane gets RUN
-// entries of each of E / RUN vectors: RUN = E if they lie one after another, E / U if they are 2 to E
-// interleaved ones, and 1 if they are more. Whatever fits none of that, or is not aligned, goes one
-// number at a time: E = RUN = 1.
+// entries of each of E / RUN vectors: RUN = E if they lie one after another, E / 2 if they are two
+// interleaved ones, and 1 if they are E or more. Whatever fits none of that, or is not aligned, goes
+// one number at a time: E = RUN = 1.
 struct Layout {
   int vectors, length; // U and K
   int interleaved;
@@ -102,7 +102,14 @@ struct SumArguments {
 
 // A warp multiplies 32 rows by 64 columns, a step of 64 bytes along which is summed at a time. While
 // it does the next step is copied: two stages.
-enum { WARP_ROWS = 32, WARP_COLUMNS = 64, STEP_BYTES = 64, STEP_PITCH = STEP_BYTES + 16 };
+enum { WARP_ROWS = 32, WARP_COLUMNS = 64, STEP_BYTES = 64 };
+
+// Where byte b of a column of a step is. Packets of 16 bytes are exchanged within a column so that
+// those of eight columns, read together, and those of two whole columns, written together, lie in
+// different banks.
+KRON_BOTH int step_offset(int column, int b) {
+  return column * STEP_BYTES + (b ^ (column >> 1 & 3) << 4);
+}
 
 // Threads of a block at most: six warps, of which two blocks leave 168 registers for a thread.
 enum { BLOCK_WARPS = 6, BLOCK_THREADS = BLOCK_WARPS * 32 };
@@ -115,7 +122,7 @@ KRON_BOTH int transposed_pitch(int columns, int item) {
   return columns * item + (item == 2 ? 16 : 32);
 }
 KRON_BOTH int stage_bytes(int columns, int along, int item) {
-  return along == 2 ? STEP_BYTES / item * transposed_pitch(columns, item) : columns * STEP_PITCH;
+  return along == 2 ? STEP_BYTES / item * transposed_pitch(columns, item) : columns * STEP_BYTES;
 }
 
 // A piece of 16 rows and 64 columns of a warp, in its own place: rows 72 floats apart, so that the

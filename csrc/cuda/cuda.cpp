@@ -31,8 +31,8 @@ Layout layout(int64_t vectors, int64_t length, bool interleaved, int item, bool 
     l.run = packet;
   else if (vectors % packet == 0)
     l.run = 1;
-  else if (packet % vectors == 0)
-    l.run = packet / int(vectors);
+  else if (vectors == 2)
+    l.run = packet / 2;
   if (!all_aligned || !l.run || length % l.run || l.run > width) l.run = 0;
   return l;
 }

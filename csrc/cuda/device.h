@@ -62,10 +62,10 @@ KRON_DEVICE uint32_t to_tf32(uint32_t x) {
   return y;
 }
 
-// e^x and 1 / x within 2 in the last place (of e^x: and 2^-22 |x|), without subnormals.
-KRON_DEVICE float exponential(float x) {
+// 2^x and 1 / x within 2 in the last place, without subnormals.
+KRON_DEVICE float power_of_two(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 KRON_DEVICE float reciprocal(float x) {
@@ -84,10 +84,11 @@ KRON_DEVICE unsigned char *shared_memory() {
   return kron_shared;
 }
 
-// 16 bytes from global to shared memory, both aligned; not there before copies_wait, and for
-// other threads not before a barrier after it.
-KRON_DEVICE void copy_async(void *to, const void *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+// 16 bytes from global to shared memory, both aligned, or zeros and nothing is read; they are not
+// there before copies_wait, and for other threads not before a barrier after it.
+KRON_DEVICE void copy_async(void *to, const void *from, bool there = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(there ? 16 : 0)
                : "memory");
 }
 KRON_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

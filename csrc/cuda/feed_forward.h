@@ -25,14 +25,12 @@ template <class N> KRON_DEVICE void load_mixes(float *to, const FeedForwardArgum
   }
 }
 
+// A row of the bias from column d on, of which there are so many; 0 beyond.
 template <class N>
-KRON_DEVICE void load_bias(float (&to)[LANE_COLUMNS], const N *bias, int columns, int d, bool wide) {
-  if (wide) {
-    if (d < columns) return load(to, bias + d);
-  }
+KRON_DEVICE void load_bias(float (&to)[LANE_COLUMNS], const N *row, int columns, bool wide) {
+  if (wide && columns > 0) return load(to, row);
 #pragma unroll
-  for (int i = 0; i < LANE_COLUMNS; i++)
-    to[i] = !wide && d + i < columns ? to_float(bias[d + i]) : 0.f;
+  for (int i = 0; i < LANE_COLUMNS; i++) to[i] = i < columns ? to_float(row[i]) : 0.f;
 }
 
 // The z of a token and four columns: 0 where there is none.
@@ -42,7 +40,7 @@ KRON_DEVICE void load_meeting(float (&z)[MEETING][LANE_COLUMNS], const float *sl
   for (int u = 0; u < MEETING; u++) {
 #pragma unroll
     for (float &x : z[u]) x = 0.f;
-    if (live && u < vectors) load_floats(z[u], slab + (token * MEETING + u) * SLAB_PITCH + column);
+    if (live && u < vectors) load_slab(z[u], slab + (token * MEETING + u) * SLAB_PITCH, column);
   }
 }
 
@@ -59,11 +57,13 @@ KRON_DEVICE void contract_hidden(const float *slab, const Piece &piece, const Fe
       if (d >= left.columns) continue;
       float z[MEETING][LANE_COLUMNS], v[MEETING][LANE_COLUMNS] = {};
       load_meeting(z, slab, token, a.in.vectors, column, true);
+      const N *from = bias + d;
 #pragma unroll 2
       for (int h = 0; h < a.hidden; h++) {
         float m[MEETING_PITCH], row[LANE_COLUMNS] = {};
         load_floats(m, mixes + h * MEETING_PITCH);
-        if (bias) load_bias(row, bias + h * piece.columns, piece.columns, d, a.wide);
+        if (bias) load_bias(row, from, piece.columns - d, a.wide);
+        from += piece.columns;
 #pragma unroll
         for (int e = 0; e < LANE_COLUMNS; e++) {
 #pragma unroll
@@ -191,12 +191,14 @@ KRON_DEVICE void hidden_gradients(const float *slab, const Piece &piece,
       float v[MEETING][LANE_COLUMNS] = {}, dz[MEETING][LANE_COLUMNS] = {};
       load_meeting(z, slab, token, a.in.vectors, column, live);
       load_meeting(dv, slab + 16 * SLAB_PITCH, token, a.out.vectors, column, live);
+      const N *from = bias + d;
 #pragma unroll 1
       for (int h = 0; h < a.hidden; h++) {
         float m[MEETING_PITCH], row[LANE_COLUMNS] = {}, gradient[LANE_COLUMNS];
         float mixed[MEETING_PITCH] = {};
         load_floats(m, mixes + h * MEETING_PITCH);
-        if (bias) load_bias(row, bias + h * piece.columns, piece.columns, d, a.wide);
+        if (bias) load_bias(row, from, piece.columns - d, a.wide);
+        from += piece.columns;
 #pragma unroll
         for (int e = 0; e < LANE_COLUMNS; e++) {
           float slope, sum = 0.f;

@@ -13,11 +13,11 @@ namespace kron {
 template <class N>
 KRON_DEVICE void contract_piece(const float *slab, const Piece &piece, const N *other,
                                 const Layout &layout, float *cells, int pitch, int lane) {
-  constexpr int OUTPUTS = 8, INPUTS = 2;
   const int size = layout.vectors * layout.length;
   with_access<N>(layout.run, [&](auto access) {
     using A = decltype(access);
     constexpr int RUN = A::ENTRIES, VECTORS = A::VECTORS;
+    constexpr int OUTPUTS = VECTORS > 4 ? VECTORS : 4, INPUTS = 2; // at a time, in registers
     const int runs = (1 << piece.shift) / RUN;
 #pragma unroll 1
     for (int k = 0; k < piece.terms; k++)
@@ -31,11 +31,10 @@ KRON_DEVICE void contract_piece(const float *slab, const Piece &piece, const N *
           for (int j = lane; j < piece.tokens * runs; j += 32) {
             const int token = j / runs, column = j % runs * RUN, d = piece.first + column;
             if (d >= piece.columns) continue;
-            const float *rows = slab + token * piece.vectors * SLAB_PITCH +
-                                (k << piece.shift) + column;
+            const float *rows = slab + token * piece.vectors * SLAB_PITCH;
             float z[INPUTS][RUN];
-            load_floats(z[0], rows + u * SLAB_PITCH);
-            load_floats(z[1], rows + next * SLAB_PITCH);
+            load_slab(z[0], rows + u * SLAB_PITCH, (k << piece.shift) + column);
+            load_slab(z[1], rows + next * SLAB_PITCH, (k << piece.shift) + column);
 #pragma unroll
             for (int g = 0; g < OUTPUTS; g += VECTORS) {
               if (o + g >= layout.vectors) continue;
@@ -51,8 +50,9 @@ KRON_DEVICE void contract_piece(const float *slab, const Piece &piece, const N *
             }
           }
           const float sum = sum_over_lanes(sums, lane);
-          const int which = lane / 2, to = o + which / INPUTS, from = u + which % INPUTS;
-          if (lane % 2 == 0 && to < layout.vectors && from < piece.vectors)
+          constexpr int LANES = 32 / (OUTPUTS * INPUTS); // of a sum
+          const int which = lane / LANES, to = o + which / INPUTS, from = u + which % INPUTS;
+          if (lane % LANES == 0 && to < layout.vectors && from < piece.vectors)
             cells[(k * piece.vectors + from) * pitch + to] += sum;
         }
       }
@@ -142,7 +142,7 @@ template <class M, bool GRADIENT> KRON_DEVICE void forward(const ForwardArgument
           const Output<N> out = {static_cast<N *>(p.y) + token,
                                  residual ? residual + token : nullptr,
                                  static_cast<const N *>(p.bias), a.out, a.activation};
-          write_piece(slab, piece, a.mix_first ? nullptr : mix, pitch, out, place.lane);
+          write_piece<GRADIENT>(slab, piece, a.mix_first ? nullptr : mix, pitch, out, place.lane);
         }
         if constexpr (GRADIENT)
           contract_piece(slab, piece, static_cast<const N *>(a.other) + token, a.out,

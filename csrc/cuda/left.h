@@ -20,9 +20,11 @@ template <class N> struct Source {
   const N *data; // of the block's first token
   int live;
   Layout layout;
-  KRON_DEVICE const N *at(int token, int u, int c) const {
-    return data + int64_t(token) * (layout.vectors * layout.length) + offset_of(layout, u, c);
+  // Entry c of vector 0, and how far apart the vectors' are.
+  KRON_DEVICE const N *at(int token, int c) const {
+    return data + int64_t(token) * (layout.vectors * layout.length) + offset_of(layout, 0, c);
   }
+  KRON_DEVICE int stride() const { return layout.interleaved ? 1 : layout.length; }
 };
 
 // A mix (outputs x inputs) in shared memory, transposed, in float32: what is needed together is
@@ -69,28 +71,37 @@ template <int G, class A, class N>
 KRON_DEVICE void fill_mixed_by(const Tile &tile, const Rows &rows, int tokens,
                                const Source<N> &source, const Mix &mix) {
   constexpr int RUN = A::ENTRIES;
+  const int vectors = source.layout.vectors, stride = source.stride();
   for_runs<RUN>(tile, tokens, [&](int token, int c) {
     const bool inside = token < source.live && c < source.layout.length;
+    const N *start = source.at(token, c);
+    N *to = tile.at<N>(rows.row(token, 0), c);
 #pragma unroll 1
     for (int o = 0; o < mix.outputs; o += G) {
       float z[G][RUN] = {};
+      const N *from = start;
+      const float *m = mix.data + o;
 #pragma unroll 2
-      for (int u = 0; inside && u < source.layout.vectors; u += A::VECTORS) {
+      for (int u = 0; inside && u < vectors; u += A::VECTORS) {
         float x[A::NUMBERS];
-        load(x, source.at(token, u, c));
+        load(x, from);
+        from += A::VECTORS * stride;
 #pragma unroll
         for (int v = 0; v < A::VECTORS; v++) {
-          float m[G];
-          load_floats(m, mix.data + (u + v) * mix.pitch + o);
+          float weights[G];
+          load_floats(weights, m);
+          m += mix.pitch;
 #pragma unroll
           for (int g = 0; g < G; g++)
 #pragma unroll
-            for (int i = 0; i < RUN; i++) z[g][i] += m[g] * x[i * A::VECTORS + v];
+            for (int i = 0; i < RUN; i++) z[g][i] += weights[g] * x[i * A::VECTORS + v];
         }
       }
 #pragma unroll
-      for (int g = 0; g < G; g++)
-        if (o + g < mix.outputs) store(tile.at<N>(rows.row(token, o + g), c), z[g]);
+      for (int g = 0; g < G; g++) {
+        if (o + g < mix.outputs) store(to, z[g]);
+        to += tile.pitch / int(sizeof(N));
+      }
     }
   });
 }
@@ -114,27 +125,29 @@ KRON_DEVICE void fill_copied(const Tile &tile, const Rows &rows, int tokens,
   with_access<N>(source.layout.run, [&](auto access) {
     using A = decltype(access);
     constexpr int RUN = A::ENTRIES;
+    const int vectors = source.layout.vectors, stride = source.stride();
     for_runs<RUN>(tile, tokens, [&](int token, int c) {
       const bool inside = token < source.live && c < source.layout.length;
+      const N *from = source.at(token, c);
+      N *to = tile.at<N>(rows.row(token, 0), c);
 #pragma unroll 2
-      for (int u = 0; u < source.layout.vectors; u += A::VECTORS) {
+      for (int u = 0; u < vectors; u += A::VECTORS) {
         if constexpr (RUN == PACKET<N>) {
-          N *to = tile.at<N>(rows.row(token, u), c);
-          if (inside)
-            copy_async(to, source.at(token, u, c));
-          else
-            *reinterpret_cast<uint4 *>(to) = make_uint4(0, 0, 0, 0);
+          copy_async(to, from, inside);
+          to += tile.pitch / int(sizeof(N));
         } else {
           float x[A::NUMBERS] = {};
-          if (inside) load(x, source.at(token, u, c));
+          if (inside) load(x, from);
 #pragma unroll
           for (int v = 0; v < A::VECTORS; v++) {
             float one[RUN];
 #pragma unroll
             for (int i = 0; i < RUN; i++) one[i] = x[i * A::VECTORS + v];
-            store(tile.at<N>(rows.row(token, u + v), c), one);
+            store(to, one);
+            to += tile.pitch / int(sizeof(N));
           }
         }
+        from += A::VECTORS * stride;
       }
     });
   });

@@ -4,6 +4,7 @@
 // of the result every kind of math has the same four sums in the same lanes (device.h,
 // multiply_add): whatever comes after is written once.
 #pragma once
+#include "arguments.h"
 #include "device.h"
 
 namespace kron {
@@ -13,8 +14,8 @@ struct Lane {
 };
 KRON_DEVICE Lane lane_of(int lane) { return {lane >> 2, lane & 3}; }
 
-// Operands lie in shared memory as rows (of the left) or columns (of the right), `pitch` bytes apart,
-// along which the products are summed; or transposed, along which they are not.
+// Operands lie in shared memory as rows, `pitch` bytes apart, or columns of a step, along which the
+// products are summed; or transposed, as rows along which they are not.
 template <class N, bool TF32 = false> struct TensorCores {
   using Number = N;
   static constexpr int DEPTH = 32, UNROLL = 2;
@@ -31,11 +32,12 @@ template <class N, bool TF32 = false> struct TensorCores {
     round(left.r);
     return left;
   }
-  // Of 16 columns.
-  static KRON_DEVICE void load_right(Right (&right)[2], const unsigned char *tile, int pitch,
+  // Of 16 columns of a step, from byte `depth` on.
+  static KRON_DEVICE void load_right(Right (&right)[2], const unsigned char *tile, int depth,
                                      int lane) {
     uint32_t r[4];
-    load_matrices(r, tile + ((lane & 7) + (lane >> 4) * 8) * pitch + (lane >> 3 & 1) * 16);
+    const int column = (lane & 7) + (lane >> 4) * 8;
+    load_matrices(r, tile + step_offset(column, depth + (lane >> 3 & 1) * 16));
     round(r);
     right[0] = {{r[0], r[1]}}, right[1] = {{r[2], r[3]}};
   }
@@ -100,11 +102,12 @@ struct Exact {
     four(left.r[0], tile + row * pitch), four(left.r[1], tile + (row + 8) * pitch);
     return left;
   }
-  static KRON_DEVICE void load_right(Right (&right)[2], const unsigned char *tile, int pitch,
+  static KRON_DEVICE void load_right(Right (&right)[2], const unsigned char *tile, int depth,
                                      int lane) {
     const int column = lane_of(lane).pair * 2;
     for (int i = 0; i < 2; i++)
-      for (int j = 0; j < 2; j++) four(right[i].r[j], tile + (i * 8 + column + j) * pitch);
+      for (int j = 0; j < 2; j++)
+        four(right[i].r[j], tile + step_offset(i * 8 + column + j, depth));
   }
   static KRON_DEVICE Left load_left_transposed(const unsigned char *tile, int pitch, int lane) {
     const int row = lane_of(lane).row;

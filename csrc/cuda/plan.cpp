@@ -23,13 +23,17 @@ int widest(int64_t groups) {
   return best;
 }
 
-// Warps one below another: as many as leave room for two blocks on a multiprocessor, of which one
-// loads while the other multiplies; else as many as fit. 0 if none do.
+// Warps one below another: as many as give a multiprocessor the most, in two blocks of which one loads
+// while the other multiplies; of equals those of fewer blocks, which read the factor less often. 0 if
+// none fit. A block may have a multiprocessor's shared memory but for the 1 KB that each takes.
 template <class Shared> int highest(int along, const Device &device, Shared shared) {
-  for (const int64_t room : {device.shared / 2 - 1024, device.shared})
-    for (int down = BLOCK_WARPS / along; down > 0; down--)
-      if (shared(down) <= room) return down;
-  return 0;
+  int best = 0;
+  int64_t most = 0;
+  for (int down = BLOCK_WARPS / along; down > 0; down--) {
+    const int64_t blocks = std::min<int64_t>(2, (device.shared + 1024) / (shared(down) + 1024));
+    if (blocks * down > most) most = blocks * down, best = down;
+  }
+  return best;
 }
 
 } // namespace

@@ -13,50 +13,88 @@ template <class N> inline constexpr int STEP = STEP_BYTES / sizeof(N);
 // two) of each of `terms` terms.
 struct Columns {
   int first, warps, terms, shift; // width = 1 << shift
-  KRON_DEVICE int width() const { return 1 << shift; }
   KRON_DEVICE int count() const { return warps * WARP_COLUMNS; }
-  // Of column i of the block: its term, and d.
+  // Of column i of the block.
   KRON_DEVICE int term(int i) const { return i % WARP_COLUMNS >> shift; }
   KRON_DEVICE int d(int i) const {
-    return first + (i / WARP_COLUMNS << shift) + (i & (width() - 1));
+    return first + (i / WARP_COLUMNS << shift) + (i & ((1 << shift) - 1));
   }
 };
 
-// Begins to copy columns of dot, entries c … c + STEP, into a stage: column by column, or for
+// Copies columns of dot, STEP entries at a time, into a stage: column by column, or for
 // dot.along == 2 transposed, entry by entry. Zeros where there is nothing.
-template <class N>
-KRON_DEVICE void stage(unsigned char *to, const N *dot, const Dot &shape, const Columns &columns,
-                       int c) {
-  constexpr int E = PACKET<N>, PACKETS = STEP_BYTES / 16;
-  const int threads = blockDim.x, count = columns.count();
-  const auto copy = [&](unsigned char *place, int column, int entry, int depth) {
-    const int term = columns.term(column), d = columns.d(column);
-    const bool inside = term < columns.terms && d < shape.columns && depth < shape.depth;
-    const N *from = dot + term * shape.term_stride + d * shape.column_stride +
-                    depth * shape.depth_stride;
-    if (entry) {
-      *reinterpret_cast<N *>(place) = inside ? *from : N{};
-    } else if (inside) {
-      copy_async(place, from);
+template <class N> class Stager {
+public:
+  // What a thread copies does not change from step to step but for the entry: its place is found
+  // once. A block's threads are a multiple of the packets of eight columns, and of an entry's.
+  KRON_DEVICE Stager(const N *dot, const Dot &shape, const Columns &columns)
+      : dot(dot), shape(shape), columns(columns) {
+    const int i = threadIdx.x, packets = columns.count() / PACKET<N>;
+    if (shape.along == 1) {
+      column = i / PACKETS, entry = i % PACKETS * PACKET<N>;
+      offset = step_offset(column, entry * int(sizeof(N)));
     } else {
-      *reinterpret_cast<uint4 *>(place) = make_uint4(0, 0, 0, 0);
+      column = i % packets * PACKET<N>, entry = i / packets;
+      offset = entry * transposed_pitch(columns.count(), sizeof(N)) + column * int(sizeof(N));
     }
-  };
-  if (shape.along == 1) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < count * PACKETS; i += threads)
-      copy(to + i / PACKETS * STEP_PITCH + i % PACKETS * 16, i / PACKETS, 0, c + i % PACKETS * E);
-  } else if (shape.along == 2) {
-    const int packets = count / E, pitch = transposed_pitch(count, sizeof(N));
-#pragma unroll 1
-    for (int i = threadIdx.x; i < packets * STEP<N>; i += threads)
-      copy(to + i / packets * pitch + i % packets * 16, i % packets * E, 0, c + i / packets);
-  } else {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < count * STEP<N>; i += threads)
-      copy(to + i % count * STEP_PITCH + i / count * int(sizeof(N)), i % count, 1, c + i / count);
   }
-}
+
+  // Begins to copy entries c … of a term, if the columns have none of their own.
+  KRON_DEVICE void operator()(unsigned char *to, int term, int c) const {
+    const N *from = dot + term * shape.term_stride + (c + entry) * shape.depth_stride;
+    const int threads = blockDim.x, count = columns.count();
+    to += offset;
+    if (shape.along == 1) {
+      const bool deep = c + entry < shape.depth;
+      if (columns.terms == 1) { // then i and d run alike
+        from += (columns.first + column) * shape.column_stride;
+        const int far = threads / PACKETS * shape.column_stride;
+#pragma unroll 4
+        for (int i = column; i < count; i += threads / PACKETS) {
+          copy_async(to, from, deep && columns.first + i < shape.columns);
+          to += threads / PACKETS * STEP_BYTES, from += far;
+        }
+        return;
+      }
+#pragma unroll 1
+      for (int i = column; i < count; i += threads / PACKETS, to += threads / PACKETS * STEP_BYTES)
+        copy_async(to, from + own(i), deep && inside(i));
+    } else if (shape.along == 2) {
+      const int stride = threads * PACKET<N> / count; // of entries
+      const int pitch = stride * transposed_pitch(count, sizeof(N));
+      const bool wide = inside(column);
+      from += own(column);
+#pragma unroll 4
+      for (int e = entry; e < STEP<N>; e += stride) {
+        copy_async(to, from, wide && c + e < shape.depth);
+        to += pitch, from += stride * shape.depth_stride;
+      }
+    } else {
+      to -= offset, from -= entry * shape.depth_stride;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < count * STEP<N>; i += threads) {
+        const int column = i % count, e = i / count;
+        N *place = reinterpret_cast<N *>(to + step_offset(column, e * int(sizeof(N))));
+        *place = inside(column) && c + e < shape.depth ? from[own(column) + e * shape.depth_stride]
+                                                       : N{};
+      }
+    }
+  }
+
+private:
+  static constexpr int PACKETS = STEP_BYTES / 16;
+  const N *dot;
+  const Dot &shape;
+  const Columns &columns;
+  int column, entry, offset; // the first of this thread's packets
+
+  KRON_DEVICE bool inside(int i) const {
+    return columns.term(i) < columns.terms && columns.d(i) < shape.columns;
+  }
+  KRON_DEVICE int own(int i) const {
+    return columns.term(i) * shape.term_stride + columns.d(i) * shape.column_stride;
+  }
+};
 
 // Sums of a warp's rows and columns: piece of 16 rows, piece of 8 columns, math.h's four.
 using Sums = float[WARP_ROWS / 16][WARP_COLUMNS / 8][4];
@@ -88,7 +126,7 @@ KRON_DEVICE void multiply_step(Sums &sums, const unsigned char *left, int left_p
             columns, right + depth / int(sizeof(N)) * right_pitch + i * 8 * int(sizeof(N)),
             right_pitch, lane);
       else
-        M::load_right(columns, right + i * 8 * right_pitch + depth, right_pitch, lane);
+        M::load_right(columns, right + step_offset(i * 8, 0), depth, lane);
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         M::multiply(sums[0][i + j], rows[0], columns[j]);
@@ -116,10 +154,11 @@ KRON_DEVICE void multiply(Sums &sums, const Tile &left, unsigned char *stages,
   using N = typename M::Number;
   const bool transposed = shape.along == 2;
   const int count = columns.count(), bytes = stage_bytes(count, shape.along, sizeof(N));
-  const int pitch = transposed ? transposed_pitch(count, sizeof(N)) : int(STEP_PITCH);
+  const int pitch = transposed ? transposed_pitch(count, sizeof(N)) : int(STEP_BYTES);
   const unsigned char *rows = left.data + place.row * WARP_ROWS * left.pitch;
   const unsigned char *right =
       stages + place.column * WARP_COLUMNS * (transposed ? int(sizeof(N)) : pitch);
+  const Stager<N> stage(dot, shape, columns);
 #pragma unroll 1
   for (int step = -1; step < steps; step++) {
     if (step >= 0) {
@@ -129,7 +168,7 @@ KRON_DEVICE void multiply(Sums &sums, const Tile &left, unsigned char *stages,
     if (step + 1 < steps) {
       int term = 0;
       const int c = where(step + 1, term);
-      stage(stages + (step + 1) % 2 * bytes, dot + term * shape.term_stride, shape, columns, c);
+      stage(stages + (step + 1) % 2 * bytes, term, c);
     }
     copies_commit();
     if (step < 0) continue;

@@ -40,7 +40,7 @@ template <class M, int ROWS> KRON_DEVICE void small_forward(const ForwardArgumen
 #pragma unroll 1
       for (int u = 0; c < a.in.length && u < inputs; u += A::VECTORS) {
         float x[A::NUMBERS];
-        load(x, source.at(token, u, c));
+        load(x, source.at(token, c) + u * source.stride());
 #pragma unroll
         for (int v = 0; v < A::VECTORS; v++) {
           const float m = mixes ? mix[(k * inputs + u + v) * mixed + o] : u + v == o ? 1.f : 0.f;
@@ -82,7 +82,7 @@ template <class M, int ROWS> KRON_DEVICE void small_forward(const ForwardArgumen
       const float sum = sum_over_lanes(sums, lane);
       const int r = row + lane / (32 / ROWS);
       if (lane % (32 / ROWS) == 0 && r < count)
-        slab[r * SLAB_PITCH + k * SMALL_COLUMNS + column] = sum;
+        slab[r * SLAB_PITCH + slab_column(k * SMALL_COLUMNS + column)] = sum;
     }
   __syncthreads();
   const Piece piece = {tokens, a.vectors, first, a.dot.columns, 3, column_terms};

@@ -7,6 +7,9 @@ namespace kron {
 
 template <class N> inline constexpr int PACKET = 16 / sizeof(N); // numbers in 16 bytes
 
+template <int N> inline constexpr int LOG2 = 1 + LOG2<N / 2>;
+template <> inline constexpr int LOG2<1> = 0;
+
 template <int E, int RUN> struct Access {
   static constexpr int NUMBERS = E, ENTRIES = RUN, VECTORS = E / RUN;
 };
@@ -16,8 +19,6 @@ template <class N, class F> KRON_DEVICE void with_access(int run, F f) {
   constexpr int E = PACKET<N>;
   if (run == E) return f(Access<E, E>{});
   if (run == E / 2) return f(Access<E, E / 2>{});
-  if constexpr (E == 8)
-    if (run == 2) return f(Access<E, 2>{});
   if (run == 1) return f(Access<E, 1>{});
   f(Access<1, 1>{});
 }

@@ -21,7 +21,9 @@ threads of a block, which only barriers and __syncwarp order, and between blocks
 orders. `run_sanitized` runs tests again in a process that has one of them.
 
 It proves nothing about weak memory, about what nvcc makes of the source (the simulator runs its
-PTX), or about time, and does not find an endless loop, nor a misaligned access of a single number.
+PTX), or about time, and does not find an endless loop, nor a misaligned access of a single number
+(AddressSanitizer's companion does). ThreadSanitizer takes up to 2 GB, and of many blocks compares
+each only with most of the others.
 
 emulated.h has CUDA's words; numbers.h, packets.h and matrices.h what they do; engine.h is between
 them and emulator.cpp; fiber.h changes stacks, and sanitizers.h says so to the sanitizers.
@@ -150,7 +152,10 @@ def _key(unit: Unit, sanitizer: Sanitizer | None) -> str:
 def _make(command: list[str], out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         made = Path(folder) / "made"
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+        plain = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # a sanitizer slows it
+        done = subprocess.run(
+            [*command, "-o", str(made)], capture_output=True, text=True, env=plain
+        )
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
         made.replace(out)  # all of it, or nothing
@@ -256,7 +261,8 @@ def environment(sanitizer: Sanitizer) -> dict[str, str]:
 
 
 def run_sanitized(sanitizer: Sanitizer, pytest_args: Sequence[str]) -> subprocess.CompletedProcess:
-    """Runs pytest again, with load() giving a sanitized module. 66 is a sanitizer's exit status."""
+    """Runs pytest again, with load() giving a sanitized module. 66 is ThreadSanitizer's or
+    AddressSanitizer's exit status; the first finding ends the process."""
     options = ["-p", "no:cacheprovider", "-n", "0", "-s"]  # a report must not stay captured
     command = [sys.executable, "-m", "pytest", *options, *pytest_args]
     return subprocess.run(

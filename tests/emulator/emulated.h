@@ -22,6 +22,9 @@
 #define __noinline__ __attribute__((noinline))
 #define __align__(BYTES) alignas(BYTES)
 
+// The last parameter of what can fail: where it is called.
+#define KRON_PLACE kron::emulator::Place place = kron::emulator::Place::current()
+
 #define threadIdx (kron::emulator::thread_index)
 #define blockIdx (kron::emulator::block_index)
 #define blockDim (kron::emulator::block_size)
@@ -30,11 +33,10 @@
 
 // ---- synchronisation ---------------------------------------------------------------------------
 
-__forceinline__ void __syncthreads(kron::emulator::Place place = kron::emulator::Place::current()) {
+__forceinline__ void __syncthreads(KRON_PLACE) {
   kron::emulator::synchronize_block(place);
 }
-__forceinline__ void __syncwarp(unsigned mask = ~0u,
-                          kron::emulator::Place place = kron::emulator::Place::current()) {
+__forceinline__ void __syncwarp(unsigned mask = ~0u, KRON_PLACE) {
   kron::emulator::meet(kron::emulator::SYNC_WARP, mask, nullptr, place);
 }
 
@@ -52,26 +54,22 @@ __forceinline__ int lane() { return int(thread_index.x % 32); }
 } // namespace kron::emulator
 
 template <class T>
-__forceinline__ T __shfl_sync(unsigned mask, T value, int source,
-                        kron::emulator::Place place = kron::emulator::Place::current()) {
+__forceinline__ T __shfl_sync(unsigned mask, T value, int source, KRON_PLACE) {
   return kron::emulator::shuffle(kron::emulator::SHUFFLE, mask, value, source & 31, place);
 }
 template <class T>
-__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes,
-                            kron::emulator::Place place = kron::emulator::Place::current()) {
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes, KRON_PLACE) {
   const int source = (kron::emulator::lane() ^ lanes) & 31;
   return kron::emulator::shuffle(kron::emulator::SHUFFLE_XOR, mask, value, source, place);
 }
 template <class T>
-__forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned lanes,
-                           kron::emulator::Place place = kron::emulator::Place::current()) {
+__forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned lanes, KRON_PLACE) {
   const int lane = kron::emulator::lane(), source = lane - int(lanes);
   return kron::emulator::shuffle(kron::emulator::SHUFFLE_UP, mask, value,
                                  source < 0 ? lane : source, place);
 }
 template <class T>
-__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned lanes,
-                             kron::emulator::Place place = kron::emulator::Place::current()) {
+__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned lanes, KRON_PLACE) {
   const int lane = kron::emulator::lane(), source = lane + int(lanes);
   return kron::emulator::shuffle(kron::emulator::SHUFFLE_DOWN, mask, value,
                                  source > 31 ? lane : source, place);
@@ -109,7 +107,7 @@ template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
 // ---- global memory -----------------------------------------------------------------------------
 
 template <class T>
-__forceinline__ T __ldg(const T *from, kron::emulator::Place place = kron::emulator::Place::current()) {
+__forceinline__ T __ldg(const T *from, KRON_PLACE) {
   kron::emulator::check_alignment(from, alignof(T), "__ldg", place);
   return *from;
 }
@@ -131,9 +129,8 @@ __forceinline__ uint32_t pack(float first, float second, Bfloat16) {
 
 __forceinline__ uint32_t to_tf32(uint32_t x) { return emulator::to_tf32(x); }
 
-__forceinline__ float exponential(float x) {
-  const float power = emulator::without_subnormals(x * 1.44269504f);
-  return emulator::without_subnormals(exp2f(power));
+__forceinline__ float power_of_two(float x) {
+  return emulator::without_subnormals(exp2f(emulator::without_subnormals(x)));
 }
 __forceinline__ float reciprocal(float x) {
   return emulator::without_subnormals(1.f / emulator::without_subnormals(x));
@@ -145,14 +142,13 @@ namespace emulator {
 __forceinline__ void check_shared(const void *p, const char *what, Place place) {
   check_alignment(p, 16, what, place);
   const uintptr_t offset = uintptr_t(p) - uintptr_t(block_memory);
-  if (offset + 16 > block_memory_size || offset > block_memory_size)
+  if (offset > block_memory_size || offset + 16 > block_memory_size)
     fail(place, "%s beyond shared memory: at byte %lld of %lld", what, (long long)offset,
          (long long)block_memory_size);
 }
 } // namespace emulator
 
-__forceinline__ uint32_t
-shared_address(const void *p, emulator::Place place = emulator::Place::current()) {
+__forceinline__ uint32_t shared_address(const void *p, KRON_PLACE) {
   const uintptr_t offset = uintptr_t(p) - uintptr_t(emulator::block_memory);
   if (offset > emulator::block_memory_size)
     emulator::fail(place, "shared_address of what is not in shared memory");
@@ -160,15 +156,16 @@ shared_address(const void *p, emulator::Place place = emulator::Place::current()
 }
 
 // The data come as late as they may, and until then there are NaNs.
-__forceinline__ void copy_async(void *to, const void *from,
-                          emulator::Place place = emulator::Place::current()) {
+__forceinline__ void copy_async(void *to, const void *from, bool there = true, KRON_PLACE) {
+  static const uint32_t zeros[4] = {};
   emulator::check_shared(to, "copy_async", place);
-  emulator::check_alignment(from, 16, "copy_async", place);
-  const emulator::Copy copy = {static_cast<uint32_t *>(to), static_cast<const uint32_t *>(from)};
+  if (there) emulator::check_alignment(from, 16, "copy_async", place);
+  const emulator::Copy copy = {static_cast<uint32_t *>(to),
+                               there ? static_cast<const uint32_t *>(from) : zeros};
   for (int i = 0; i < 4; i++) copy.to[i] = ~0u;
   emulator::issue_copy(copy, place);
 }
-__forceinline__ void copies_commit(emulator::Place place = emulator::Place::current()) {
+__forceinline__ void copies_commit(KRON_PLACE) {
   emulator::commit_copies(place);
 }
 template <int KEPT> __forceinline__ void copies_wait() {
@@ -178,7 +175,7 @@ template <int KEPT> __forceinline__ void copies_wait() {
 
 namespace emulator {
 __forceinline__ void load_matrices(const Collective &kind, uint32_t (&r)[4], const void *row,
-                             Place place) {
+                                   Place place) {
   check_shared(row, "ldmatrix", place);
   LoadMatrices operands;
   for (int i = 0; i < 4; i++) operands.row[i] = static_cast<const uint32_t *>(row)[i];
@@ -186,7 +183,7 @@ __forceinline__ void load_matrices(const Collective &kind, uint32_t (&r)[4], con
   for (int i = 0; i < 4; i++) r[i] = operands.result[i];
 }
 __forceinline__ void multiply_add(const Collective &kind, float (&d)[4], const uint32_t (&a)[4],
-                            const uint32_t (&b)[2], Place place) {
+                                  const uint32_t (&b)[2], Place place) {
   MultiplyAdd operands;
   memcpy(operands.d, d, sizeof d);
   memcpy(operands.a, a, sizeof a);
@@ -196,30 +193,27 @@ __forceinline__ void multiply_add(const Collective &kind, float (&d)[4], const u
 }
 } // namespace emulator
 
-__forceinline__ void load_matrices(uint32_t (&r)[4], const void *row,
-                             emulator::Place place = emulator::Place::current()) {
+__forceinline__ void load_matrices(uint32_t (&r)[4], const void *row, KRON_PLACE) {
   emulator::load_matrices(emulator::LOAD_MATRICES, r, row, place);
 }
-__forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void *row,
-                                        emulator::Place place = emulator::Place::current()) {
+__forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void *row, KRON_PLACE) {
   emulator::load_matrices(emulator::LOAD_MATRICES_TRANSPOSED, r, row, place);
 }
 
-__forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Float16,
-                            emulator::Place place = emulator::Place::current()) {
+__forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
+                                  const uint32_t (&b)[2], Float16, KRON_PLACE) {
   emulator::multiply_add(emulator::MULTIPLY_FLOAT16, d, a, b, place);
 }
-__forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bfloat16,
-                            emulator::Place place = emulator::Place::current()) {
+__forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
+                                  const uint32_t (&b)[2], Bfloat16, KRON_PLACE) {
   emulator::multiply_add(emulator::MULTIPLY_BFLOAT16, d, a, b, place);
 }
-__forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float,
-                            emulator::Place place = emulator::Place::current()) {
+__forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
+                                  const uint32_t (&b)[2], float, KRON_PLACE) {
   emulator::multiply_add(emulator::MULTIPLY_TF32, d, a, b, place);
 }
 
-__forceinline__ float shuffle_xor(float x, int lanes,
-                            emulator::Place place = emulator::Place::current()) {
+__forceinline__ float shuffle_xor(float x, int lanes, KRON_PLACE) {
   return __shfl_xor_sync(~0u, x, lanes, place);
 }
 

@@ -138,32 +138,26 @@ void *block_key() { return keys + 8 * (block.barriers % 2); }
 void *warp_key(int warp) { return keys + 8 * (2 + 2 * warp + warps[warp].meetings % 2); }
 
 // The launch is before its blocks, and they are before its end, but not before one another: each
-// has threads of its own. As many as are worth their memory, 1 MB each, live until the launch's end
-// and go on in the next launch; of others ThreadSanitizer uses the number again at once, and misses
-// a race between the two that have the same.
+// has threads of its own. They take 1 MB each and long to make, so after a few blocks, and in the
+// next launch, the same go on: of those blocks a race between one and, say, the fourth after it is
+// missed, and found where the order of blocks is another.
 uint64_t begin_key, end_key;
 class SanitizerThreads {
 public:
-  void *take() {
+  void *get(int64_t turn, int thread) {
     if (!has_tsan()) return nullptr;
-    if (spare.empty()) spare.push_back(create_thread());
-    used.push_back(spare.back());
-    spare.pop_back();
-    return used.back();
+    const int blocks = std::max(2, 1024 / block.threads);
+    const size_t i = size_t(turn % blocks * block.threads + thread);
+    while (all.size() <= i) all.push_back(create_thread());
+    return all[i];
   }
-  void end_block() {
-    for (; used.size() > KEPT; used.pop_back()) destroy_thread(used.back());
-  }
-  void end_launch() {
-    for (void *thread : used)
-      if (failed) destroy_thread(thread); // in the middle of a function
-      else spare.push_back(thread);
-    used.clear();
+  void forget() {
+    for (void *thread : all) destroy_thread(thread);
+    all.clear();
   }
 
 private:
-  static constexpr size_t KEPT = 2048;
-  std::vector<void *> spare, used;
+  std::vector<void *> all;
 } sanitizer_threads;
 
 Fiber main_fiber;
@@ -309,7 +303,7 @@ void report_deadlock() {
          file_name(t.place.file), t.place.line, other, u.at, file_name(u.place.file), u.place.line);
 }
 
-void run_block(int64_t index, BlockMemory &memory) {
+void run_block(int64_t turn, int64_t index, BlockMemory &memory) {
   block_index = {unsigned(index), 0, 0};
   memory.reset();
   if (has_tsan()) map(stacks, size_t(block.threads) * STACK_STRIDE);
@@ -323,7 +317,7 @@ void run_block(int64_t index, BlockMemory &memory) {
   for (int i = 0; i < block.threads; i++) {
     Thread &t = threads[i];
     t.fiber.prepare(stacks + i * STACK_STRIDE, STACK, enter);
-    t.sanitizer = sanitizer_threads.take();
+    t.sanitizer = sanitizer_threads.get(turn, i);
     t.ended = false;
     t.issued = t.arrived = t.groups = t.waited = 0;
   }
@@ -341,7 +335,6 @@ void run_block(int64_t index, BlockMemory &memory) {
     release(&end_key);
   }
   become_thread(main_thread);
-  sanitizer_threads.end_block();
 }
 
 const char *check_launch(const Launch &launch) {
@@ -383,10 +376,10 @@ const char *run_grid(const Launch &launch) {
 
   for (int64_t i = 0; i < launch.grid && !failed; i++) {
     keys = all_keys + (keys_size ? i * KEYS * 8 : 0);
-    run_block(order[size_t(i)], memory);
+    run_block(i, order[size_t(i)], memory);
   }
   acquire(&end_key);
-  sanitizer_threads.end_launch();
+  if (failed) sanitizer_threads.forget(); // they are in the middle of functions
   if (keys_size) munmap(all_keys, keys_size);
   return failed ? message : nullptr;
 }
@@ -406,8 +399,7 @@ void fail(Place place, const char *format, ...) {
 
 void synchronize_block(Place place) {
   const int number = number_of(running);
-  if (block.ended)
-    fail(place, "__syncthreads after thread %d has ended", block.last_ended);
+  if (block.ended) fail(place, "__syncthreads after thread %d has ended", block.last_ended);
   if (!block.arrived) {
     block.place = place;
     block.first = number;
@@ -429,8 +421,8 @@ void synchronize_block(Place place) {
 void meet(const Collective &collective, unsigned mask, void *operands, Place place) {
   const int number = number_of(running), lane = number % 32;
   Warp &warp = warps[number / 32];
-  if (mask != ALL) fail(place, "%s with mask %08x: the emulator knows only whole warps",
-                        collective.name, mask);
+  if (mask != ALL)
+    fail(place, "%s with mask %08x: the emulator knows only whole warps", collective.name, mask);
   if (warp.ended)
     fail(place, "lane %d of the warp has ended and never comes to %s", __builtin_ctz(warp.ended),
          collective.name);

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Compiles the kernels and main.cpp without Python, torch or CMake, all files at once:
+#   csrc/example/build.sh FOLDER && FOLDER/example
+# CXX and CXXFLAGS are obeyed. With nvcc on the PATH the GPU's kernels come in, for CUDA_ARCH (80)
+# and every later GPU; CUDA_ARCH= leaves them out.
+set -eo pipefail
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+read -ra flags <<<"${CXXFLAGS:-}"
+read -ra cxx <<<"${CXX:-c++}"
+cxx+=(-O3 -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi "${flags[@]}")
+link=("${cxx[@]}") objects=() pids=()
+arch=${CUDA_ARCH-80}
+type nvcc &>/dev/null || arch=""
+
+compile() { # OBJECT COMMAND...
+  objects+=("$out/$1.o")
+  "${@:2}" -I. -c -o "$out/$1.o" &
+  pids+=($!)
+}
+
+compile portable "${cxx[@]}" -DKRON_ISA=portable cpu/kernels.cpp
+has_x86=()
+case $("${cxx[0]}" -dumpmachine) in
+x86_64* | amd64*)
+  has_x86=(-DKRON_HAS_X86)
+  compile avx2 "${cxx[@]}" -DKRON_ISA=avx2 -mavx2 -mfma cpu/kernels.cpp
+  compile avx512 "${cxx[@]}" -DKRON_ISA=avx512 -mfma \
+    -mavx512f -mavx512bw -mavx512dq -mavx512vl cpu/kernels.cpp
+  ;;
+esac
+compile cpu "${cxx[@]}" "${has_x86[@]}" cpu/cpu.cpp
+
+if [ -z "$arch" ]; then
+  compile main "${cxx[@]}" example/main.cpp
+else
+  link=(nvcc -ccbin "${cxx[0]}") # with CUDA's runtime, statically
+  nvcc=("${link[@]}" -O3 -std=c++17 "-gencode=arch=compute_$arch,code=[sm_$arch,compute_$arch]")
+  for math in float16 bfloat16 tf32 float32; do
+    compile "$math" "${nvcc[@]}" "-DKRON_MATH=$math" cuda/kernels.cu
+  done
+  for source in cuda/*.cpp; do
+    compile "$(basename "$source" .cpp)" "${nvcc[@]}" "-DKRON_CUDA_ARCHS=\"$arch\"" "$source"
+  done
+  compile main "${nvcc[@]}" -DWITH_CUDA example/main.cpp
+fi
+
+for pid in "${pids[@]}"; do wait "$pid"; done
+"${link[@]}" "${objects[@]}" -o "$out/example"
