@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -12,6 +13,18 @@ from kron_kernels.checks import check_factors
 from kron_kernels.shapes import KronShape
 
 Backend = Literal["auto", "eager", "native", "triton", "cuda"]
+
+# Whom "auto" asks on a GPU, in this order, and why. The reasons are lower bounds by an uncalibrated
+# model (benchmarks/gpu_side_by_side.py; docs/gpu-kernels.md): no device has been asked. `python -m
+# benchmarks.gpu` times both on one, and its times are what should stand here.
+GPU_ORDER = {
+    # Up to 16 tokens one launch has as many blocks as eight columns, each factor is read once, and
+    # no tensor core waits for rows that are not there; Triton's tiles are for many tokens.
+    "few tokens": ("cuda", "triton"),
+    # The presets' layers are within 15 % of each other forward, with Triton ahead; backward either
+    # is ahead somewhere. Triton's tiles are also those that a device's table can replace.
+    "many tokens": ("triton", "cuda"),
+}
 
 
 def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
@@ -36,9 +49,10 @@ def choose(backend: str, x: Tensor, *products: Sequence[Tensor]) -> str:
         ValueError: If the backend asked for cannot serve the call, with the reason.
     """
     if backend == "auto":
-        compiled = "native" if x.device.type == "cpu" else "triton"
-        served = not any(why_not(compiled, x, *factors) for factors in products)
-        return compiled if served else "eager"
+        for compiled in _order(x):
+            if not any(why_not(compiled, x, *factors) for factors in products):
+                return compiled
+        return "eager"
     for factors in products:
         if reason := why_not(backend, x, *factors):
             raise ValueError(f"backend={backend!r} cannot serve this call: {reason}.")
@@ -56,13 +70,20 @@ def explain_backends(x: Tensor, *factors: Tensor) -> str:
         ValueError: If ``kron_matmul`` would refuse these operands whatever the backend.
     """
     factors = check_factors(x, factors)
-    cuda = why_not("cuda", x, *factors)
+    compiled_cuda = why_not("cuda", x, *factors) or f"ready: {cuda.plan(x)}"
     triton = why_not("triton", x, *factors) or f"ready: {triton_gpu.plan(x, *factors)}"
     compiled = why_not("native", x, *factors) or f"ready: {native.instruction_set()}"
     return (
-        f"cuda    {cuda}\ntriton  {triton}\nnative  {compiled}\n"
+        f"cuda    {compiled_cuda}\ntriton  {triton}\nnative  {compiled}\n"
         f"eager   ready: {_eager_plan(*factors)}"
     )
+
+
+def _order(x: Tensor) -> tuple[str, ...]:
+    if x.device.type == "cpu":
+        return ("native",)
+    few = prod(x.shape[:-1]) <= cuda.FEW_TOKENS
+    return GPU_ORDER["few tokens" if few else "many tokens"]
 
 
 def _eager_plan(*factors: Tensor) -> str:

@@ -10,6 +10,7 @@ import torch
 
 import kron_kernels
 from kron_kernels import dispatch
+from kron_kernels.backends import cuda
 from kron_kernels.shapes import KronShape
 
 # KroneckerBERT's layers, 8x and 21x (NAACL 2022, Table 1).
@@ -42,6 +43,11 @@ def report() -> str:
     lines.append(
         f"{'C++ compiler':14}{'found' if compiler else 'not found'} "
         "(needed once, when kron_kernels is installed, for the native backend)"
+    )
+    archs = " ".join(f"sm_{arch}" for arch in cuda.archs().split())
+    lines.append(
+        f"{'CUDA kernels':14}{archs or 'not compiled'} "
+        f"{'' if archs else '(needs nvcc once, when kron_kernels is installed)'}".rstrip()
     )
     lines += [
         "",

@@ -40,9 +40,10 @@ def kron_matmul(
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
         residual: Shape ``(…, m)``, added last.
         backend: ``"eager"`` is PyTorch on any device, ``"native"`` compiled code on CPUs,
-            ``"triton"`` Triton kernels on GPUs; ``"auto"`` takes the last two where they can serve
-            the call. One asked for by name is never replaced;
-            :func:`kron_kernels.explain_backends` says which can serve and why others cannot.
+            ``"triton"`` and ``"cuda"`` Triton's and CUDA C++ kernels on GPUs; ``"auto"`` takes one
+            of the last three where they can serve the call. One asked for by name is never
+            replaced; :func:`kron_kernels.explain_backends` says which can serve and why others
+            cannot.
 
     Returns:
         Output of shape ``(…, m)``, of x's dtype (promoted with residual's). On a CPU, 16-bit

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -73,6 +74,16 @@ def _shape_why_not(*sizes: int) -> str | None:
 @lru_cache(maxsize=4096)
 def _unserved(rank: int, m1: int, n1: int, m2: int, n2: int) -> str | None:
     return _native.cuda_unserved(*abi.product_of_shapes([(rank, m1, n1), (rank, m2, n2)]))
+
+
+def plan(x: Tensor) -> str:
+    """What the kernels would do, in words."""
+    if prod(x.shape[:-1]) <= FEW_TOKENS:
+        return "a warp for each column, without tensor cores"
+    exact = x.dtype == torch.float32 and not _tf32(x.dtype)
+    return (
+        "exact float32" if exact else f"{'tf32' if _tf32(x.dtype) else '16 bits'} on tensor cores"
+    )
 
 
 def kron_matmul(
