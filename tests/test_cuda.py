@@ -357,6 +357,17 @@ def test_every_kernel_that_is_compiled_is_launched(gpu):
     assert seen == {f"kron_{kernel}_{math}" for kernel in kernels for math in DTYPES}
 
 
+def test_a_gpu_is_served_by_the_first_in_order_that_can(monkeypatch):
+    few, many = (torch.empty(*rows, 12, device="meta") for rows in ((4, 4), (4, 5)))
+    assert dispatch._order(few) == dispatch.GPU_ORDER["few tokens"]
+    assert dispatch._order(many) == dispatch.GPU_ORDER["many tokens"]
+    assert {*dispatch.GPU_ORDER["few tokens"]} == {*dispatch.GPU_ORDER["many tokens"]}
+    x, a, b = operands()
+    monkeypatch.setattr(dispatch, "_order", lambda x: dispatch.GPU_ORDER["many tokens"])
+    assert "x is on cpu" in dispatch.why_not("triton", x, a, b)
+    assert dispatch.choose("auto", x, (a, b)) == "cuda"
+
+
 # --- what goes wrong
 
 
