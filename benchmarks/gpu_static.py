@@ -13,6 +13,7 @@ nothing else; never quote one as a time.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -139,7 +140,8 @@ def static_report(asm: Mapping[str, Any], arch: Arch, num_warps: int, shared: in
     """Reads ``CompiledKernel.asm``: its ``cubin`` for NVIDIA, its ``amdgcn`` for AMD.
 
     ``num_warps`` and ``shared`` (dynamic bytes per block) are those of ``CompiledKernel.metadata``.
-    Disassembling a cubin takes the cuobjdump and nvdisasm that Triton brings along.
+    Disassembling a cubin takes the CUDA toolkit's cuobjdump and nvdisasm, or those that Triton
+    brings along.
     """
     threads = num_warps * _multiprocessor(arch).warp
     if isinstance(arch, str):
@@ -190,7 +192,9 @@ def _one_kernel(pattern: re.Pattern[str], text: str) -> Iterator[int]:
 
 # NVIDIA ------------------------------------------------------------------------------------------
 
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+_USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+_SECTION = re.compile(r"^\s+\.section\s+\.text\.(\w+),.*$", re.MULTILINE)
+_ADDRESS = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+\S", re.MULTILINE)
 _SASS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _SASS_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 # Of a warp (HMMA), of a Hopper warpgroup (HGMMA), of a Blackwell SM (UTCHMMA).
@@ -198,24 +202,46 @@ _SASS_TENSOR = re.compile(r"[A-Z]G?MMA|UTC[A-Z]MMA")
 
 
 def _nvidia_report(cubin: bytes, arch: int) -> tuple[_Resources, _Census]:
-    # Here, because the bounds and budgets do without Triton.
-    from triton import knobs
+    reports = nvidia_kernels(cubin, arch)
+    if len(reports) != 1:
+        raise ValueError(f"{len(reports)} kernels found in a cubin instead of one")
+    ((resources, census, _),) = reports.values()
+    return resources, census
 
+
+def nvidia_kernels(cubin: bytes, arch: int) -> dict[str, tuple[_Resources, _Census, int]]:
+    """Of each kernel by name what it takes, what its code holds, and how many bytes that has."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
-        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
-        sass = _run(knobs.nvidia.nvdisasm.path, "-c", str(file))
-    registers, stack, shared = _one_kernel(_USAGE, usage)
-    if arch >= 90 and shared:
-        # From sm_90 on the section of static shared memory, where there is one, begins with the
-        # system's reserve.
-        shared -= MULTIPROCESSORS[arch].shared_reserve
-    return _Resources(registers, stack, shared), _nvidia_census(sass)
+        usage = run(nvidia_tool("cuobjdump"), "-res-usage", str(file))
+        sass = run(nvidia_tool("nvdisasm"), "-c", str(file))
+    sections = _SECTION.split(sass)[1:]
+    code = dict(zip(sections[::2], sections[1::2], strict=True))
+    # From sm_90 on the section of static shared memory, where there is one, begins with the
+    # system's reserve.
+    reserve = MULTIPROCESSORS[arch].shared_reserve if arch >= 90 else 0
+    reports = {}
+    for name, *numbers in _USAGE.findall(usage):
+        registers, stack, shared = map(int, numbers)
+        resources = _Resources(registers, stack, max(shared - reserve, 0))
+        last = max((int(address, 16) for address in _ADDRESS.findall(code[name])), default=-16)
+        reports[name] = resources, _nvidia_census(code[name]), last + 16  # bytes an instruction
+    return reports
 
 
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+def nvidia_tool(name: str) -> str:
+    """A program of the CUDA toolkit: the toolkit's own, or the one that Triton brings along."""
+    if found := shutil.which(name):
+        return found
+    # Here, because the bounds and budgets do without Triton.
+    from triton import knobs
+
+    return getattr(knobs.nvidia, name).path
+
+
+def run(*command: str, cwd: str | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
     return done.stdout

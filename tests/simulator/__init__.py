@@ -44,6 +44,6 @@ and driver is Triton's side.
 
 from .driver import Device
 from .errors import SimulationError
-from .launch import Launch, run_ptx
+from .launch import Launch, Structure, run_ptx
 
-__all__ = ["Device", "Launch", "SimulationError", "run_ptx"]
+__all__ = ["Device", "Launch", "SimulationError", "Structure", "run_ptx"]

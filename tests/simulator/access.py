@@ -10,6 +10,7 @@ from . import traffic
 from .memory import (
     FIRST_BUFFER,
     LOCAL_WINDOW,
+    PARAM_WINDOW,
     POISON,
     SHARED_WINDOW,
     WINDOW_BITS,
@@ -64,6 +65,8 @@ class Accesses:
         self.local = PrivateMemory(machine.threads, local)
         self._shared_base = machine.cta * self.shared.stride
         self._local_base = np.arange(machine.threads) * self.local.stride
+        self._parameters = PrivateMemory(1, machine.parameters.size)
+        self._parameters.data[: machine.parameters.size] = machine.parameters
         self.traffic: Counter[str] = Counter()
         self.granules = granules
         self.shared_races: SharedRaces | None = None
@@ -112,6 +115,8 @@ class Accesses:
             yield self._shared(instruction, addresses, active, size, mask, kind)
         elif space == "local":
             yield self._local(instruction, addresses, active, size, mask, kind)
+        elif space == "param":
+            yield self._param(instruction, addresses, active, size, mask, kind)
         else:
             windows = active >> WINDOW_BITS
             first, last = int(windows.min()), int(windows.max())
@@ -128,6 +133,9 @@ class Accesses:
                 elif window == LOCAL_WINDOW and space == "":
                     offsets = addresses & _OFFSET
                     yield self._local(instruction, offsets, some & _OFFSET, size, part, kind)
+                elif window == PARAM_WINDOW and space == "":
+                    offsets = addresses & _OFFSET
+                    yield self._param(instruction, offsets, some & _OFFSET, size, part, kind)
                 else:
                     yield self._global(
                         instruction, addresses, some, size, part, kind, window, ordered
@@ -249,3 +257,14 @@ class Accesses:
         if self.options.statistics:
             self.traffic[f"local_{kind}"] += active.size
         return Place(self.local, offsets + self._local_base, mask)
+
+    # ---- parameters
+
+    def _param(self, instruction, offsets, active, size, mask, kind) -> Place:
+        """Parameters are read where they are only known at run time."""
+        if kind != "load":
+            self.machine.fail(instruction, f"{kind} to the kernel's parameters", mask)
+        if active.min() < 0 or active.max() + size > self.machine.parameters.size:
+            bad = ((offsets < 0) | (offsets + size > self.machine.parameters.size)) & mask
+            self.machine.fail(instruction, "load beyond the kernel's parameters", bad)
+        return Place(self._parameters, offsets, mask)

@@ -4,13 +4,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .access import Options
-from .launch import Argument, Launch, execute
+from .launch import Argument, Launch, SimulatedDevice
 from .memory import storage_bytes
-from .ptx import parse
 
 try:
     import triton
@@ -24,7 +22,7 @@ _MAX_SHARED = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 
 _MAX_SHARED_OTHERS = {"cuda": 101376, "hip": 65536}
 
 
-class Device:
+class Device(SimulatedDevice):
     """A simulated GPU. Inside `with`, Triton compiles for it and launches on it.
 
     arch            a compute capability (80, 90, …), or the name of an AMD one (compiled only)
@@ -47,10 +45,8 @@ class Device:
         late_copies: bool = True,
         edit: Callable[[str], str] | None = None,
     ):
-        self.arch, self.execute, self.edit = arch, execute, edit
-        self.options = Options(races, statistics, uninitialised, late_copies)
-        self.launches: list[Launch] = []
-        self._fresh: dict[int, tuple[torch.UntypedStorage, np.ndarray]] = {}
+        super().__init__(execute, edit, Options(races, statistics, uninitialised, late_copies))
+        self.arch = arch
         if isinstance(arch, str):
             self.target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
             # Triton keeps compiled kernels by device number: every architecture has its own.
@@ -59,13 +55,6 @@ class Device:
                 raise ValueError("AMD's machine code cannot be executed: pass execute=False")
         else:
             self.target, self.number = GPUTarget("cuda", arch, 32), arch
-
-    def expect_written(self, *tensors: torch.Tensor) -> None:
-        """Counts the storages of these tensors as uninitialised from now on."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            written = np.zeros(storage.nbytes(), bool)
-            self._fresh[storage.data_ptr()] = storage, written  # kept: its address stays its own
 
     def __enter__(self) -> "Device":
         active = triton.runtime.driver
@@ -83,13 +72,8 @@ class Device:
         name, warps, shared = metadata.name, metadata.num_warps, metadata.shared
         launch = Launch(name, tuple(map(int, grid)), warps, shared, asm)
         self.launches.append(launch)
-        if not self.execute:
-            return
-        ptx = self.edit(asm["ptx"]) if self.edit else asm["ptx"]
-        arguments = list(_arguments(source.signature, values))
-        written = {pointer: state for pointer, (_, state) in self._fresh.items()}
-        block = (32 * warps, 1, 1)
-        execute(parse(ptx)[name], launch, block, arguments, self.options, written)
+        if self.execute:
+            self.run(launch, 32 * warps, list(_arguments(source.signature, values)))
 
 
 def _arguments(signature: dict[str, Any], values: tuple) -> Iterator[Argument]:

@@ -2,9 +2,12 @@
 
 import re
 import struct
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,8 @@ _BATCH_THREADS = 4096  # in lockstep: many, but their registers should stay in t
 class Launch:
     """One launch of a kernel.
 
-    `instructions` counts what each warp executed, by opcode. `traffic` counts
+    `instructions` counts what each warp executed, by opcode, `lines` by the PTX's line. `traffic`
+    counts
 
     - load_, store_ and atomic_{requests,bytes,sectors} of global memory: warp instructions, the
       bytes they move, and the 32-byte sectors they touch;
@@ -39,10 +43,63 @@ class Launch:
     shared: int
     asm: dict[str, str | bytes]
     instructions: Counter[str] = field(default_factory=Counter)
+    lines: Counter[int] = field(default_factory=Counter)
     traffic: Counter[str] = field(default_factory=Counter)
 
 
+class SimulatedDevice:
+    """What a device of any front end has: its launches, and what it is to look for in them."""
+
+    def __init__(self, execute: bool, edit: Callable[[str], str] | None, options: Options):
+        self.execute, self.edit, self.options = execute, edit, options
+        self.launches: list[Launch] = []
+        self._fresh: dict[int, tuple[torch.UntypedStorage, np.ndarray]] = {}
+
+    def expect_written(self, *tensors: torch.Tensor) -> None:
+        """Counts the storages of these tensors as uninitialised from now on."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            written = np.zeros(storage.nbytes(), bool)
+            self._fresh[storage.data_ptr()] = storage, written  # kept: its address stays its own
+
+    def run(self, launch: Launch, threads: int, arguments: "list[Argument]") -> None:
+        """Executes a launch's PTX, with the planted bugs."""
+        ptx = launch.asm["ptx"]
+        ptx = self.edit(ptx) if self.edit else ptx
+        written = {pointer: state for pointer, (_, state) in self._fresh.items()}
+        kernel = parse(ptx)[launch.name]
+        execute(kernel, launch, (threads, 1, 1), arguments, self.options, written)
+
+
 Argument = tuple[str, Any]  # name and value
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A struct passed by value, as the host has it, and the tensors whose addresses it may hold.
+
+    Every 8 aligned bytes that are an address inside a tensor's storage become the one at which the
+    kernel sees it. Any other address leads nowhere, which is found if it is used.
+    """
+
+    data: bytes
+    tensors: Mapping[str, torch.Tensor]  # by name, for the findings' texts
+
+    def encoded(self, memory: GlobalMemory, written: dict[int, np.ndarray]) -> bytes:
+        storages = [(name, one.untyped_storage()) for name, one in self.tensors.items()]
+        found = sorted(
+            [(one.data_ptr(), one.nbytes(), name, one) for name, one in storages if one.nbytes()],
+            key=itemgetter(0),
+        )
+        starts = [start for start, *_ in found]
+        whole = len(self.data) // 8 * 8
+        words = np.frombuffer(self.data[:whole], np.uint64).copy()
+        for i, word in enumerate(words.tolist()):
+            place = bisect_right(starts, word) - 1
+            if place >= 0 and word - starts[place] < found[place][1]:
+                start, _, name, storage = found[place]
+                words[i] = memory.storage(storage, name, written.get(start)).base + word - start
+        return words.tobytes() + self.data[whole:]
 
 
 def execute(
@@ -81,6 +138,7 @@ def execute(
             for first in range(0, ctas, batch):
                 machine.run(first, min(batch, ctas - first))
             launch.instructions += machine.counts()
+            launch.lines += machine.line_counts()
             launch.traffic += machine.accesses.traffic
 
 
@@ -98,6 +156,11 @@ def _parameter_bytes(
         if isinstance(value, torch.Tensor):
             state = written.get(value.untyped_storage().data_ptr())
             value = memory.pointer(value, name, state)
+        elif isinstance(value, Structure):
+            value = value.encoded(memory, written)
+            if len(value) != parameter.size:
+                text = f"{len(value)} bytes for the {parameter.size} of {name}"
+                raise SimulationError(f"{kernel.name}: {text}")
         encoded = np.frombuffer(_encode(parameter, value), np.uint8)
         data[parameter.offset : parameter.offset + parameter.size] = encoded
     return data
@@ -129,7 +192,7 @@ def run_ptx(
     uninitialised: bool = True,
     late_copies: bool = True,
 ) -> Launch:
-    """Executes a kernel of a PTX module, such as nvcc's, on tensors and numbers.
+    """Executes a kernel of a PTX module, such as nvcc's, on tensors, numbers and Structures.
 
     `shared` is the size of its dynamic shared memory; `names` are for the findings' texts; PTX for
     an architecture newer than `arch` is refused, as a driver would.

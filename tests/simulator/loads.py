@@ -30,7 +30,7 @@ def _load(machine, instruction: Instruction) -> Step:
     dtype, operands = TYPES[type_], machine.operands
     names = elements(instruction.operands[0])
     destinations = [operands.write(name, dtype) for name in names]
-    if space == "param":
+    if space == "param" and not instruction.operands[1].strip("[ ").startswith("%"):
         return _load_parameter(machine, instruction, destinations, dtype)
     address, size = operands.address(instruction.operands[1]), dtype.itemsize * len(names)
     ordered = bool(_ORDERED & set(instruction.modifiers))

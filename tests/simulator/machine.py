@@ -7,7 +7,7 @@ import numpy as np
 from . import bits, conversions, copies, floats, integers, loads, matrix, moves, warps, wgmma  # noqa: F401
 from .access import Accesses, Granules, Options
 from .errors import SimulationError, Unsupported
-from .memory import LOCAL_WINDOW, SHARED_WINDOW, WINDOW_BITS, GlobalMemory
+from .memory import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW_BITS, GlobalMemory
 from .operands import Operands
 from .ptx import Instruction, Kernel, elements
 from .scheduler import CONTROL, WARP, Scheduler
@@ -55,11 +55,13 @@ class Machine:
         symbols.update(dict.fromkeys(kernel.dynamic_shared, dynamic))
         for name, data in kernel.constants.items():
             symbols[name] = memory.add(data.copy(), name).base
+        symbols.update({one.name: one.offset for one in kernel.parameters})
         self.operands = Operands(kernel, self.threads, symbols)
         self._special_registers(dynamic_shared)
         self.windows = {
             "shared": SHARED_WINDOW << WINDOW_BITS,
             "local": LOCAL_WINDOW << WINDOW_BITS,
+            "param": PARAM_WINDOW << WINDOW_BITS,
         }
 
         self.executed = [0] * len(kernel.instructions)
@@ -211,6 +213,13 @@ class Machine:
         counts: Counter[str] = Counter()
         for instruction, number in zip(self.kernel.instructions, self.executed, strict=True):
             counts[_count_name(instruction)] += number
+        return +counts
+
+    def line_counts(self) -> Counter[int]:
+        """The same by the line of the PTX."""
+        counts: Counter[int] = Counter()
+        for instruction, number in zip(self.kernel.instructions, self.executed, strict=True):
+            counts[instruction.line] += number
         return +counts
 
 

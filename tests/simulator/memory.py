@@ -11,6 +11,7 @@ from .formats import UNSIGNED
 WINDOW_BITS = 36
 SHARED_WINDOW = 1
 LOCAL_WINDOW = 2
+PARAM_WINDOW = 3
 FIRST_BUFFER = 16
 POISON = 0xFF  # what fresh shared and local memory holds: NaN in every float format
 
@@ -55,14 +56,17 @@ class GlobalMemory:
 
     def pointer(self, tensor, name: str, written: np.ndarray | None = None) -> int:
         """The address of a tensor's first element; tensors that share a storage alias."""
-        storage = tensor.untyped_storage()
+        start = self.storage(tensor.untyped_storage(), name, written).base
+        return start + tensor.storage_offset() * tensor.element_size()
+
+    def storage(self, storage, name: str, written: np.ndarray | None = None) -> Buffer:
         key = storage.data_ptr() if storage.nbytes() else -1 - len(self.buffers)
         if key not in self._by_pointer:
             self._by_pointer[key] = self.add(storage_bytes(storage), name, written)
         buffer = self._by_pointer[key]
         if name not in buffer.name.split("/"):
             buffer.name += f"/{name}"
-        return buffer.base + tensor.storage_offset() * tensor.element_size()
+        return buffer
 
 
 def storage_bytes(storage) -> np.ndarray:

@@ -63,6 +63,7 @@ class Kernel:
     local: Space = field(default_factory=Space)
     registers: dict[str, str] = field(default_factory=dict)  # name -> type
     labels: dict[str, int] = field(default_factory=dict)
+    targets: dict[str, list[str]] = field(default_factory=dict)  # brx.idx's lists of labels
     instructions: list[Instruction] = field(default_factory=list)
 
 
@@ -89,7 +90,7 @@ def elements(operand: str) -> list[str]:
 _VARIABLE = re.compile(
     r"(?:\.visible\s+|\.weak\s+|\.extern\s+)*\.(?P<space>global|const|shared|local)\s+"
     r"(?:\.align\s+(?P<alignment>\d+)\s+)?\.(?P<type>\w+)\s+(?P<name>[\w$]+)"
-    r"(?P<array>\[(?P<count>\d*)\])?(?:\s*=\s*\{?(?P<values>[^}]*)\}?)?\s*;"
+    r"(?P<array>\[(?P<count>\d*)\])?(?:\s*=\s*\{?(?P<values>[^};]*)\}?)?\s*;"
 )
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", re.S)
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?', re.M)
@@ -101,7 +102,8 @@ _TOKEN = re.compile(
 )
 _STATEMENT = re.compile(r"(?:@(!?)([\w$%]+)\s+)?([a-z0-9_]+)((?:\.[\w:]+)*)\s*(.*)$", re.S)
 _IDENTIFIER = re.compile(r"[%\w$.]+")
-_IGNORED = (".pragma", ".file", ".section", ".branchtargets")
+# A call's .param variables: what needs them is refused when it is reached.
+_IGNORED = (".pragma", ".file", ".section", ".param")
 
 
 @lru_cache(maxsize=512)
@@ -182,7 +184,7 @@ class _Body:
         self.kernel, self.files = kernel, files
         self.scopes: list[dict[str, str]] = []
         self.scopes_seen = 0
-        self.source = ""
+        self.source = self.label = ""
 
     def parse(self, text: str, position: int) -> None:
         line, counted = 1, 0
@@ -199,7 +201,8 @@ class _Body:
                 if statement:
                     self._statement(statement, line)
             elif token["label"]:
-                self.kernel.labels[token["label"]] = len(self.kernel.instructions)
+                self.label = token["label"]
+                self.kernel.labels[self.label] = len(self.kernel.instructions)
             elif token["line"]:
                 self.source = f"{self.files.get(token['file'], '?')}:{token['line']}"
             elif token["open"]:
@@ -242,6 +245,8 @@ class _Body:
                     self._register(register, type_)
         elif found := _VARIABLE.match(text + ";"):
             _declare(self.kernel.shared if found["space"] == "shared" else self.kernel.local, found)
+        elif text.startswith(".branchtargets"):
+            self.kernel.targets[self.label] = split_operands(text.removeprefix(".branchtargets"))
         elif not text.startswith(_IGNORED):
             raise SimulationError(f"{self.kernel.name}: unknown directive {text!r}")
 

@@ -2,7 +2,9 @@
 
 All threads of a batch of CTAs advance together: those at one program counter form a front, which
 executes an instruction for all its threads at once. The front at the lowest counter goes first,
-which makes the sides of a branch meet where they join.
+which makes the sides of a branch meet where they join, if the compiler put that below them. Where
+it did not, they meet at what a warp does together (a shuffle, a product, __syncwarp): those who
+come first are held.
 """
 
 from typing import NamedTuple
@@ -13,7 +15,7 @@ from .errors import SimulationError
 from .ptx import Instruction
 from .steps import Mask
 
-CONTROL = {"bra", "ret", "exit", "bar", "barrier"}
+CONTROL = {"bra", "brx", "ret", "exit", "bar", "barrier"}
 WARP = 32
 
 _LIMIT = 2_000_000  # instructions of a batch, before it counts as an endless loop
@@ -26,6 +28,7 @@ class Front(NamedTuple):
 
     threads: np.ndarray
     last_run: int  # turn
+    held: bool = False  # for others of their warps
 
 
 class Scheduler:
@@ -34,6 +37,9 @@ class Scheduler:
     def __init__(self, machine, alive: np.ndarray):
         self.machine, self.alive = machine, alive
         self.instructions = machine.kernel.instructions
+        self.together = [
+            one.opcode in _COLLECTIVE or "warp" in one.modifiers for one in self.instructions
+        ]
         self.fronts = {0: Front(alive.copy(), 0)}
         self.turn = self.steps = 0
         self.waiting = np.full(machine.threads, -1)  # the barrier that a thread waits at,
@@ -45,17 +51,19 @@ class Scheduler:
             if not self.fronts:
                 self._deadlock()
             self.turn += 1
-            fair = self.turn % _FAIRNESS == 0 and len(self.fronts) > 1
+            free = [one for one, front in self.fronts.items() if not front.held]
+            fair = self.turn % _FAIRNESS == 0 and len(free) > 1
             if fair:
-                position = min(self.fronts, key=lambda one: self.fronts[one].last_run)
+                position = min(free, key=lambda one: self.fronts[one].last_run)
             else:
-                position = min(self.fronts)
-            self._advance(position, self.fronts.pop(position).threads, fair)
+                position = min(free or self.fronts)
+            # If all are held, nobody else will come: the first goes on as it is.
+            self._advance(position, self.fronts.pop(position).threads, fair, hold=bool(free))
             if self.steps > _LIMIT:
                 name = self.machine.kernel.name
                 raise SimulationError(f"{name}: too many steps; an endless loop?")
 
-    def _advance(self, position: int, threads: np.ndarray, fair: bool) -> None:
+    def _advance(self, position: int, threads: np.ndarray, fair: bool, hold: bool) -> None:
         """Executes a front until it divides, waits, ends or meets another."""
         machine, executed, steps = self.machine, self.machine.executed, self.machine.steps
         count = np.count_nonzero(threads)
@@ -64,8 +72,16 @@ class Scheduler:
         stop = min((other for other in self.fronts if other > position), default=-1)
         while position < len(steps):
             step = steps[position]
-            if fair and self.instructions[position].opcode in _COLLECTIVE:
-                break  # its warps may be incomplete yet
+            if self.together[position]:
+                if fair:
+                    break  # its warps may be incomplete yet
+                if hold and mask is not True:
+                    threads = self._hold(position, threads)
+                    count = np.count_nonzero(threads)
+                    if not count:
+                        return
+                    mask, warps = threads, machine.count_warps(threads)
+            hold = True
             executed[position] += warps
             self.steps += 1
             if step is not None:
@@ -84,6 +100,16 @@ class Scheduler:
             self._join(position, threads)
         else:
             self._exit(threads)
+
+    def _hold(self, position: int, threads: np.ndarray) -> np.ndarray:
+        """Keeps here what is not a whole warp of those alive. Says who can go on."""
+        rows, alive = threads.reshape(-1, WARP), self.alive.reshape(-1, WARP)
+        partly = rows.any(axis=1) & (rows != alive).any(axis=1)
+        if not partly.any():
+            return threads
+        held = np.repeat(partly, WARP) & threads
+        self.fronts[position] = Front(held, self.turn, held=True)
+        return threads & ~held
 
     def _join(self, position: int, threads: np.ndarray) -> None:
         """Adds threads to the front at an instruction."""
@@ -116,12 +142,29 @@ class Scheduler:
     def _obey(self, instruction: Instruction, position: int, threads: np.ndarray) -> int | None:
         if instruction.opcode == "bra":
             return self.machine.kernel.labels[instruction.operands[0]]
+        if instruction.opcode == "brx":
+            return self._choose(instruction, threads)
         if instruction.opcode in ("ret", "exit"):
             self._exit(threads)
             return None
         if "warp" in instruction.modifiers:
             return position + 1  # a warp's threads are in step already
         return self._barrier(instruction, position, threads)
+
+    def _choose(self, instruction: Instruction, threads: np.ndarray) -> int | None:
+        """Each thread goes on at the target that its index names."""
+        index = self.machine.operands.read(instruction.operands[0], "u32")
+        targets = self.machine.kernel.targets[instruction.operands[1]]
+        beyond = threads & (index >= len(targets))
+        if beyond.any():
+            self.machine.fail(instruction, f"beyond the {len(targets)} branch targets", beyond)
+        chosen = np.unique(index[threads])
+        after = [self.machine.kernel.labels[targets[one]] for one in chosen]
+        if len(set(after)) == 1:
+            return after[0]
+        for one, position in zip(chosen, after, strict=True):
+            self._join(position, threads & (index == one))
+        return None
 
     def _exit(self, threads: np.ndarray) -> None:
         self.alive &= ~threads
