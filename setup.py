@@ -1,11 +1,18 @@
-"""Compiles the CPU kernels; everything else is declared in pyproject.toml.
+"""Compiles csrc into the module kron_kernels._native; everything else is in pyproject.toml.
 
-Where that fails, the installation says why and goes on: PyTorch's own operators serve as well.
-KRON_KERNELS_BUILD=0 leaves the kernels out, KRON_KERNELS_BUILD=1 makes a failure an error; CXX,
-CFLAGS, CXXFLAGS and LDFLAGS are obeyed.
+The CPU kernels take a C++17 compiler, those for NVIDIA GPUs CUDA's nvcc besides. What cannot be
+compiled is left out, and the installation says why: PyTorch's own operators serve as well.
+
+  KRON_KERNELS_BUILD       0 leaves out all kernels, 1 makes a failure of the CPU's an error
+  KRON_KERNELS_CUDA        0 leaves out the GPUs', 1 makes their absence or failure an error
+  KRON_KERNELS_CUDA_ARCHS  the GPUs to compile for, such as "80 90a"
+
+CXX, CFLAGS, CXXFLAGS, LDFLAGS and NVCC, CUDA_HOME, CUDA_PATH, NVCC_APPEND_FLAGS are obeyed, and so
+is MAX_JOBS.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +20,7 @@ import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -26,15 +34,32 @@ LINK = "-shared -s -Wl,--as-needed"
 if sys.platform == "darwin":
     LINK = "-bundle -undefined dynamic_lookup"
 
+NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden -Xfatbin=-compress-all"
+MATHS = "float16", "bfloat16", "tf32", "float32"
+ARCHS = "80 86 89 90 100 120"
+# CUDA's runtime is part of the module and looks for the driver when it is called: the module asks
+# for no library. Its symbols are hidden, or calls would go to the runtime that torch has loaded.
+CUDA_LIBRARIES = "-lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,libcudart_static.a"
+
 # The stable ABI of 3.11 is every later Python's, but no free-threaded one's.
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 # --force-reinstall alone fetches torch again, and pip's cache may hold the wheel without kernels.
 NO_KERNELS = (
-    "kron_kernels: no compiled kernels; the portable PyTorch backend serves. To get them, install a"
+    "no compiled kernels; the portable PyTorch backend serves. To get them, install a"
     " C++17 compiler (GCC or Clang) and Python's headers, then reinstall with pip's options"
     " --force-reinstall --no-deps --no-cache-dir. What failed: {}"
 )
+FAILURES = (CompileError, subprocess.CalledProcessError, OSError)
+
+
+class Kernels(NamedTuple):
+    """What one kind of processor adds to the module."""
+
+    summary: str
+    units: dict[str, list[str]]  # by name, the commands that compile them, a source at the end
+    defines: list[str]  # for binding.cpp
+    libraries: list[str]
 
 
 class BuildKernels(build_ext):
@@ -42,60 +67,178 @@ class BuildKernels(build_ext):
         module = Path(self.get_ext_fullpath("kron_kernels._native"))
         module.unlink(missing_ok=True)  # a failure must not leave an earlier build's
         try:
-            built = self.compile_kernels()
-        except (CompileError, subprocess.CalledProcessError, OSError) as reason:
-            if os.environ.get("KRON_KERNELS_BUILD") == "1":
+            built, summary = self.compile_kernels()
+        except FAILURES as reason:
+            if "1" in (wish("BUILD"), wish("CUDA")):
                 raise CompileError(f"kron_kernels: {reason}") from None
-            print(NO_KERNELS.format(reason), file=sys.stderr, flush=True)
+            say(NO_KERNELS.format(reason))
             self.extensions = []  # or a strict editable installation looks for the file
         else:
             module.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(built, module)
+            say(f"{summary}; {module.stat().st_size / 1e6:.1f} MB")
 
     def get_ext_filename(self, fullname):
         # Not the name with the platform that newer Pythons prefer: older ones would not find it.
         return os.path.join(*fullname.split(".")) + ".abi3.so"
 
     def compile_kernels(self):
-        cxx, is_x86 = compiler()
+        """The module's path and what is in it: the CPUs' kernels, and the GPUs' if possible."""
+        if wish("BUILD") == "0":
+            raise CompileError("nothing, KRON_KERNELS_BUILD is 0")
+        if sys.platform == "win32" or not STABLE_ABI:
+            raise CompileError("Windows and free-threaded Python are not supported")
         if not any(Path(path, "Python.h").exists() for path in self.include_dirs):
             raise CompileError("Python.h is missing")
-        units = {
-            isa: ("csrc/cpu/kernels.cpp", [*flags.split(), f"-DKRON_ISA={isa}"])
-            for isa, flags in [*(X86.items() if is_x86 else ()), ("portable", "")]
-        }
-        units["cpu"] = "csrc/cpu/cpu.cpp", ["-DKRON_HAS_X86"] if is_x86 else []
-        units["binding"] = "csrc/binding.cpp", [f"-I{path}" for path in self.include_dirs]
+        cxx = host_compiler()
+        cpu = cpu_kernels(cxx)
+        try:
+            cuda = cuda_kernels(cxx)
+            return self.compile_module(cxx, cpu, cuda), f"{cpu.summary} and {cuda.summary}"
+        except FAILURES as reason:
+            if wish("CUDA") == "1":
+                raise
+            built = self.compile_module(cxx, cpu)
+            return built, f"{cpu.summary}, not for NVIDIA GPUs ({reason})"
 
+    def compile_module(self, cxx, *kernels):
         # pip throws an editable build's folder away, and with it what need not be compiled again.
         folder = Path("build/editable" if self.editable_mode else self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
-        steps, user = [], words("CFLAGS") + words("CXXFLAGS")
-        for name, (source, flags) in units.items():
+        flags = [f"-I{path}" for path in self.include_dirs]
+        units, libraries = {}, []
+        for part in kernels:
+            units |= part.units
+            flags += part.defines
+            libraries += part.libraries
+        units["binding"] = [*host_command(cxx), *flags, "csrc/binding.cpp"]
+
+        steps = []
+        for name, command in units.items():
             out = f"{folder}/{name}.o"
-            flags = [*FLAGS.split(), *flags, *user, "-MMD", "-MF", f"{out}.d"]
-            steps.append((out, [source], [*cxx, *flags, "-c", source, "-o", out]))
+            command = [*command, "-c", "-o", out, "-MMD", "-MF", f"{out}.d"]
+            steps.append((out, units[name][-1:], command))
         objects, module = [out for out, *_ in steps], f"{folder}/_native.abi3.so"
-        link = [*cxx, *user, *LINK.split(), *objects, *words("LDFLAGS"), "-o", module]
-        run([*steps, (module, objects, link)], folder)
+        link = [*cxx, *user_flags(), *LINK.split(), *objects, *libraries, *words("LDFLAGS")]
+        run([*steps, (module, objects, [*link, "-o", module])], folder)
         return module
+
+
+def cpu_kernels(cxx):
+    is_x86 = output([*cxx, "-dumpmachine"]).startswith(("x86_64", "amd64"))
+    sets = (X86 if is_x86 else {}) | {"portable": ""}
+    command = host_command(cxx)
+    units = {
+        isa: [*command, *flags.split(), f"-DKRON_ISA={isa}", "csrc/cpu/kernels.cpp"]
+        for isa, flags in sets.items()
+    }
+    units["cpu"] = [*command, *(["-DKRON_HAS_X86"] if is_x86 else []), "csrc/cpu/cpu.cpp"]
+    return Kernels(f"compiled for CPUs ({', '.join(sets)})", units, [], [])
+
+
+def cuda_kernels(cxx):
+    """The kernels through nvcc; what only calls them through the C++ compiler, with its flags."""
+    nvcc = cuda_compiler(cxx)
+    version = re.search(r"release ([\d.]+)", output([*nvcc, "--version"]))
+    includes, libraries = cuda_folders(nvcc)
+    archs = architectures(nvcc)
+    command = [*nvcc, *NVCC_FLAGS.split(), *code_for(archs)]
+    units = {math: [*command, f"-DKRON_MATH={math}", "csrc/cuda/kernels.cu"] for math in MATHS}
+    defines = [f'-DKRON_CUDA_ARCHS="{" ".join(archs)}"']
+    for source in sorted(Path("csrc/cuda").glob("*.cpp")):
+        units[source.stem] = [*host_command(cxx), *includes, *defines, str(source)]
+    summary = f"NVIDIA GPUs ({' '.join(archs)}, by CUDA {version[1] if version else '?'})"
+    return Kernels(summary, units, defines, [*libraries, *CUDA_LIBRARIES.split()])
+
+
+def cuda_compiler(cxx):
+    """The command of nvcc, where the variables say or on the PATH."""
+    if wish("CUDA") == "0":
+        raise CompileError("KRON_KERNELS_CUDA is 0")
+    homes = [os.environ.get(variable) for variable in ("CUDA_HOME", "CUDA_PATH")]
+    places = [*(f"{home}/bin" for home in homes if home), os.environ.get("PATH", os.defpath)]
+    found = shutil.which("nvcc", path=os.pathsep.join(places))
+    nvcc = words("NVCC") or ([found] if found else [])
+    if not nvcc:
+        raise CompileError("there is no nvcc (NVCC, CUDA_HOME, CUDA_PATH, PATH)")
+    # nvcc takes a file's name, so of "ccache g++ -m64" it gets g++.
+    return [*nvcc, "-ccbin", [word for word in cxx if not word.startswith("-")][-1]]
+
+
+def cuda_folders(nvcc):
+    """Options for CUDA's headers and libraries, which every distribution puts elsewhere."""
+    plan = dry_run(nvcc)
+    found = [re.findall(rf"^#\$ {name}=(.*)", plan, re.M) for name in ("INCLUDES", "LIBRARIES")]
+    return [shlex.split(" ".join(options)) for options in found]
+
+
+def architectures(nvcc):
+    """Those wanted that this nvcc can compile for (--list-gpu-code leaves out some)."""
+    known, unknown = [], []
+    for arch in os.environ.get("KRON_KERNELS_CUDA_ARCHS", ARCHS).split():
+        try:
+            dry_run(nvcc, f"-arch=sm_{arch}")
+            known.append(arch)
+        except CompileError:
+            unknown.append(arch)
+    if not known:
+        raise CompileError(f"nvcc knows no architecture of {' '.join(unknown)}")
+    if unknown:
+        say(f"left out what this nvcc does not know: {' '.join(unknown)}")
+    return known
+
+
+def code_for(archs):
+    """Options of nvcc: machine code for each, and PTX for the drivers of GPUs without.
+
+    Compiling to PTX is most of the work. It is done once, for the lowest, and serves all above it;
+    an architecture with a letter needs its own.
+    """
+    plain = sorted((arch for arch in archs if arch.isdigit()), key=int)
+    code = [(arch, f"sm_{arch}") for arch in archs if arch not in plain]
+    if plain:
+        machine = ",".join(f"sm_{arch}" for arch in plain)
+        code.append((plain[0], f"[{machine},compute_{plain[0]}]"))
+    return [f"-gencode=arch=compute_{ptx},code={what}" for ptx, what in code]
+
+
+def dry_run(nvcc, *options):
+    return output([*nvcc, "--dryrun", *options, "-c", "-x", "cu", os.devnull])
+
+
+def host_compiler():
+    """The command of the C++ compiler."""
+    cxx = words("CXX") or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+    if not cxx:
+        raise CompileError("there is no C++ compiler (CXX, c++, g++, clang++)")
+    return cxx
+
+
+def host_command(cxx):
+    return [*cxx, *FLAGS.split(), *user_flags()]
+
+
+def user_flags():
+    return words("CFLAGS") + words("CXXFLAGS")
 
 
 def words(variable):
     return shlex.split(os.environ.get(variable, ""))
 
 
-def compiler():
-    """The compiler's command, and whether it compiles for x86-64."""
-    if os.environ.get("KRON_KERNELS_BUILD") == "0":
-        raise CompileError("nothing, KRON_KERNELS_BUILD is 0")
-    if sys.platform == "win32" or not STABLE_ABI:
-        raise CompileError("Windows and free-threaded Python are not supported")
-    cxx = words("CXX") or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
-    if not cxx:
-        raise CompileError("there is no C++ compiler (CXX, c++, g++, clang++)")
-    machine = subprocess.check_output([*cxx, "-dumpmachine"], text=True)
-    return cxx, machine.startswith(("x86_64", "amd64"))
+def wish(part):
+    return os.environ.get(f"KRON_KERNELS_{part}")
+
+
+def output(command):
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise CompileError(f"{shlex.join(command)}: {done.stdout.strip() or done.returncode}")
+    return done.stdout
+
+
+def say(text):
+    print(f"kron_kernels: {text}", file=sys.stderr, flush=True)
 
 
 def run(steps, folder):
@@ -113,7 +256,9 @@ def run(steps, folder):
             lines += [f"  depfile = {out}.d", "  deps = gcc"]
     plan = folder / "build.ninja"
     plan.write_text("\n".join([*lines, ""]))
-    subprocess.run([*ninja, "-f", str(plan)], check=True)
+    jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
+    if subprocess.run([*ninja, "-f", str(plan), *jobs]).returncode:
+        raise CompileError("a command failed, with the words above; pip shows them with -v")
 
 
 setup(

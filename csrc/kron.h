@@ -80,7 +80,7 @@ const char *kron_cpu_feed_forward_backward(const kron_execution *, int64_t dtype
 
 // --- NVIDIA GPUs. Every pointer is to the GPU's memory; a call only launches kernels on a stream. It
 // allocates nothing and waits for nothing, so that it can be captured in a graph. Products have two
-// factors, of float32, float16 or bfloat16.
+// factors, of float32, float16 or bfloat16. A library without CUDA kernels has none of these functions.
 
 typedef struct {
   int64_t device; // the GPU's index
@@ -88,10 +88,10 @@ typedef struct {
   int64_t tf32;   // whether KRON_FLOAT32 may be multiplied in tf32
 } kron_cuda_execution;
 
-// nullptr if this binary has CUDA kernels and this GPU can run them, else why not.
+// nullptr if this GPU can run the kernels, else why not.
 const char *kron_cuda_why_not(int64_t device);
 
-// For which GPUs this binary has kernels, such as "80 86 90a"; empty without CUDA.
+// For which GPUs there are kernels, such as "80 86 90".
 const char *kron_cuda_archs(void);
 
 // nullptr if the product is served, forward and backward, else why not.

@@ -14,16 +14,21 @@ from kron_kernels.shapes import KronShape
 
 Backend = Literal["auto", "eager", "native", "triton", "cuda"]
 
-# Whom "auto" asks on a GPU, in this order, and why. The reasons are lower bounds by an uncalibrated
-# model (benchmarks/gpu_side_by_side.py; docs/gpu-kernels.md): no device has been asked. `python -m
-# benchmarks.gpu` times both on one, and its times are what should stand here.
+# Whom "auto" asks on a GPU, in this order. The reasons are lower bounds and counts by an
+# uncalibrated model (benchmarks/gpu_side_by_side.py), and no device's times; `python -m
+# benchmarks.gpu` takes those, and they are what should stand here.
 GPU_ORDER = {
-    # Up to 16 tokens one launch has as many blocks as eight columns, each factor is read once, and
-    # no tensor core waits for rows that are not there; Triton's tiles are for many tokens.
-    "few tokens": ("cuda", "triton"),
-    # The presets' layers are within 15 % of each other forward, with Triton ahead; backward either
-    # is ahead somewhere. Triton's tiles are also those that a device's table can replace.
-    "many tokens": ("triton", "cuda"),
+    # For one token the busiest warp executes 366 to 436 instructions of CUDA's kernel on 24 to 48
+    # multiprocessors, 587 to 1962 of Triton's on 3. For 16 they are 2336 to 3917 and 587 to 1962.
+    "up to 4 tokens": ("cuda", "triton"),
+    # Without tensor cores CUDA's bounds are 3 to 8 times Triton's: eager is faster than that.
+    "both factors over 8 on a side": ("triton",),
+    # The 21x attention, forward and backward: 367 µs against Triton's 487 for 65,536 tokens on an
+    # A100, 235 against 324 on an H100. Triton's kernels read 16 interleaved vectors with conflicts.
+    "16 interleaved vectors": ("cuda", "triton"),
+    # Forward the layers are equal to Triton's or up to 14 % behind (8x attention on an H100: 53 %,
+    # where Triton has wgmma), backward from 6 % ahead to 81 % behind.
+    "anything else": ("triton", "cuda"),
 }
 
 
@@ -49,7 +54,7 @@ def choose(backend: str, x: Tensor, *products: Sequence[Tensor]) -> str:
         ValueError: If the backend asked for cannot serve the call, with the reason.
     """
     if backend == "auto":
-        for compiled in _order(x):
+        for compiled in _order(x, *products[0]):
             if not any(why_not(compiled, x, *factors) for factors in products):
                 return compiled
         return "eager"
@@ -79,11 +84,17 @@ def explain_backends(x: Tensor, *factors: Tensor) -> str:
     )
 
 
-def _order(x: Tensor) -> tuple[str, ...]:
+def _order(x: Tensor, *factors: Tensor) -> tuple[str, ...]:
     if x.device.type == "cpu":
         return ("native",)
-    few = prod(x.shape[:-1]) <= cuda.FEW_TOKENS
-    return GPU_ORDER["few tokens" if few else "many tokens"]
+    sides = [f.shape[1:] for f in factors]
+    if prod(x.shape[:-1]) <= 4:
+        return GPU_ORDER["up to 4 tokens"]
+    if all(min(side) > 8 for side in sides):
+        return GPU_ORDER["both factors over 8 on a side"]
+    if max(sides[-1]) >= 16 and prod(sides[-1]) < prod(sides[0]):
+        return GPU_ORDER["16 interleaved vectors"]
+    return GPU_ORDER["anything else"]
 
 
 def _eager_plan(*factors: Tensor) -> str:

@@ -357,13 +357,24 @@ def test_every_kernel_that_is_compiled_is_launched(gpu):
     assert seen == {f"kron_{kernel}_{math}" for kernel in kernels for math in DTYPES}
 
 
-def test_a_gpu_is_served_by_the_first_in_order_that_can(monkeypatch):
-    few, many = (torch.empty(*rows, 12, device="meta") for rows in ((4, 4), (4, 5)))
-    assert dispatch._order(few) == dispatch.GPU_ORDER["few tokens"]
-    assert dispatch._order(many) == dispatch.GPU_ORDER["many tokens"]
-    assert {*dispatch.GPU_ORDER["few tokens"]} == {*dispatch.GPU_ORDER["many tokens"]}
+@pytest.mark.parametrize(
+    ("tokens", "s", "row"),
+    [
+        (4, PRESETS[0], "up to 4 tokens"),
+        (5, KronShape(16, 16, 48, 48), "both factors over 8 on a side"),
+        (5, PRESETS[1], "16 interleaved vectors"),
+        *((5, s, "anything else") for s in (PRESETS[0], *PRESETS[2:])),
+    ],
+)
+def test_the_order_of_engines_on_a_gpu(tokens, s, row):
+    x, a, b = (t.to("meta") for t in draw(s, (1, tokens), torch.float16))
+    assert dispatch._order(x, a, b) == dispatch.GPU_ORDER[row]
+    assert dispatch.choose("auto", x, (a, b)) == "eager"  # on meta nothing else serves
+
+
+def test_the_first_in_order_that_can_serves(monkeypatch):
     x, a, b = operands()
-    monkeypatch.setattr(dispatch, "_order", lambda x: dispatch.GPU_ORDER["many tokens"])
+    monkeypatch.setattr(dispatch, "_order", lambda *_: ("triton", "cuda"))
     assert "x is on cpu" in dispatch.why_not("triton", x, a, b)
     assert dispatch.choose("auto", x, (a, b)) == "cuda"
 

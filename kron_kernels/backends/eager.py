@@ -61,21 +61,22 @@ def kron_matmul(x: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Tens
     wide, factors = operands[0], operands[1:]
     if len(factors) > 2:
         factors = merge_small(factors)
-    match factors:
-        case (a,):
-            y = F.linear(wide, a.sum(0))
-        case (a, b):
-            s = KronShape.of(a, b)
-            contract = _CONTRACT[choose_form(s)]
-            if x.ndim == 2:
-                y = contract(wide, a, b, s)
-            else:
-                rows = wide.flatten(0, -2) if x.ndim > 1 else wide[None]
-                y = contract(rows, a, b, s).view(*x.shape[:-1], s.out_features)
-        case _:
-            terms = zip(*(f.unbind() for f in factors), strict=True)
-            first, *others = (_one_term(wide, term) for term in terms)
-            y = sum(others, first)
+    # Not a match statement: the compiler of torch 2.10 does not know it.
+    if len(factors) == 1:
+        y = F.linear(wide, factors[0].sum(0))
+    elif len(factors) == 2:
+        a, b = factors
+        s = KronShape.of(a, b)
+        contract = _CONTRACT[choose_form(s)]
+        if x.ndim == 2:
+            y = contract(wide, a, b, s)
+        else:
+            rows = wide.flatten(0, -2) if x.ndim > 1 else wide[None]
+            y = contract(rows, a, b, s).view(*x.shape[:-1], s.out_features)
+    else:
+        terms = zip(*(f.unbind() for f in factors), strict=True)
+        first, *others = (_one_term(wide, term) for term in terms)
+        y = sum(others, first)
     if bias is not None:
         y = y + bias
     return y if y.dtype == x.dtype else y.to(x.dtype)

@@ -200,7 +200,9 @@ def module_ptx(math: str, arch: int, source: Path = KERNELS) -> str:
 def compiled(math: str, arch: int, form: str, source: Path = KERNELS) -> Path:
     """What nvcc makes of the kernels that multiply in one way, once for all processes."""
     target = TARGETS.get(arch, f"sm_{arch}")
-    command = ["nvcc", *FLAGS[form], f"-arch={target}", f"-DKRON_MATH={math}"]
+    # Machine code as setup.py has it made: from one PTX, the oldest GPUs'.
+    code = f"-gencode=arch=compute_80,code=sm_{arch}" if form == "cubin" else f"-arch={target}"
+    command = ["nvcc", *FLAGS[form], code, f"-DKRON_MATH={math}"]
     digest = hashlib.sha256(f"{command} {source.name} {_compiler()}".encode())
     headers = {*(ROOT / "csrc").rglob("*.h"), *source.parent.glob("*.h")}
     for file in [source, *sorted(headers)]:
