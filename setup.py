@@ -50,7 +50,7 @@ NO_KERNELS = (
     " C++17 compiler (GCC or Clang) and Python's headers, then reinstall with pip's options"
     " --force-reinstall --no-deps --no-cache-dir. What failed: {}"
 )
-FAILURES = (CompileError, subprocess.CalledProcessError, OSError)
+FAILURES = (CompileError, OSError)
 
 
 class Kernels(NamedTuple):
@@ -246,7 +246,7 @@ def run(steps, folder):
     ninja = [sys.executable, "-m", "ninja"] if find_spec("ninja") else [shutil.which("ninja")]
     if ninja == [None]:
         for *_, command in steps:
-            subprocess.run(command, check=True)
+            call(command)
         return
     lines = [f"builddir = {folder}", "rule run", "  command = $step"]
     for out, inputs, command in steps:
@@ -257,7 +257,11 @@ def run(steps, folder):
     plan = folder / "build.ninja"
     plan.write_text("\n".join([*lines, ""]))
     jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
-    if subprocess.run([*ninja, "-f", str(plan), *jobs]).returncode:
+    call([*ninja, "-f", str(plan), *jobs])
+
+
+def call(command):
+    if subprocess.run(command).returncode:
         raise CompileError("a command failed, with the words above; pip shows them with -v")
 
 

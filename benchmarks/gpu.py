@@ -4,10 +4,11 @@
     python -m benchmarks.gpu --out report --only environment correctness --quick
     python -m benchmarks.gpu --simulate --quick  # without a GPU
 
-It notes the environment, holds every kernel to a float64 oracle on the CPU, times the kernels
-against dense layers, plain PyTorch and, where they are installed, LyCORIS and FastKron
-(pip install lycoris-lora; pip install --no-deps pyfastkron), and calls benchmarks.tune, which
-writes this GPU's table of tiles. DIR/report.md says what was checked, what failed and what was not
+It notes the environment, holds the kernels of both engines, Triton's and CUDA's, to a float64
+oracle on the CPU, times them against one another, dense layers, plain PyTorch and, where they are
+installed, LyCORIS and FastKron (pip install lycoris-lora; pip install --no-deps pyfastkron), and
+calls benchmarks.tune, which writes this GPU's table of tiles for Triton. An engine that is missing
+is said to be, and left out. DIR/report.md says what was checked, what failed and what was not
 done; DIR/report.json has all of it.
 
 Every section runs in a process of its own, which is started again behind a check that took the GPU
@@ -33,10 +34,13 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
+from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +60,8 @@ from kron_kernels import (
     kron_qkv,
     reference,
 )
-from kron_kernels.backends import eager, triton_gpu
+from kron_kernels.backends import COMPILED, cuda, eager, triton_gpu
+from kron_kernels.backends.gpu import precision
 from kron_kernels.testing import assert_close
 from kron_kernels.timing import Timing
 
@@ -68,6 +73,7 @@ for _folder in ("tests", "benchmarks"):  # no packages: their modules import one
 import peers  # noqa: E402
 from operands import SHAPES, draw, name  # noqa: E402
 
+ENGINES = ("triton", "cuda")
 SECTIONS = ("environment", "correctness", "timing", "tuning")
 PASSED, FAILED, NOT_DONE = "passed", "failed", "not done"
 LOST = 3  # exit status of a section's process that lost the GPU
@@ -116,6 +122,11 @@ class Place:
     quick: bool
     out: Path
     clock: Clock
+    engine: str = "triton"  # whose kernels a check runs
+
+    @property
+    def kernels(self) -> ModuleType:
+        return COMPILED[self.engine]
 
     @property
     def simulated(self) -> bool:
@@ -125,11 +136,45 @@ class Place:
         if self.simulated:
             raise NotDone(why)
 
+    def needs_inductor(self) -> None:
+        if not self.simulated and importlib.util.find_spec("triton") is None:
+            raise NotDone("on a GPU torch.compile needs Triton, which is not installed")
+
     def needs_memory(self, gigabytes: float) -> None:
         self.needs_gpu("the simulator is too slow for so many tokens")
         free = torch.cuda.mem_get_info()[0] / 1e9
         if free < gigabytes:
             raise NotDone(f"it needs {gigabytes:g} GB of free GPU memory")
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Within it the engine serves this device; an engine that is missing is not tried."""
+        with contextlib.ExitStack() as stack:
+            if self.simulated and self.engine == "cuda":  # Triton's simulator is always there
+                stack.enter_context(simulated_cuda())
+            if reason := missing(self.device, self.engine):
+                raise NotDone(reason)
+            yield
+
+
+def missing(device: str, engine: str) -> str | None:
+    """Why this engine serves nothing here, or None."""
+    x, a, b = (
+        torch.empty(size, device=device, dtype=torch.float16)
+        for size in ((1, 4), (1, 2, 2), (1, 2, 2))
+    )
+    return COMPILED[engine].why_not(x, a, b)
+
+
+@contextmanager
+def simulated_cuda() -> Iterator[None]:
+    import emulator
+    from simulator import cuda as simulator
+
+    if reason := simulator.why_not() or emulator.why_not():
+        raise NotDone(f"no CUDA kernels to simulate: {reason}")
+    with simulator.CudaDevice(80):
+        yield
 
 
 class Job(NamedTuple):
@@ -138,6 +183,7 @@ class Job(NamedTuple):
     group: str
     name: str
     run: Callable[[Place], Any]
+    engine: str | None = None  # without which it cannot be done
 
 
 # --- what the checks share
@@ -165,7 +211,7 @@ def terms(s: KronShape) -> int:
 
 def slack(dtype: torch.dtype, n: int) -> float:
     """Tf32 has 10 bits of fraction instead of 23, in every term alike."""
-    tf32 = dtype == torch.float32 and triton_gpu.precision(dtype) == "tf32"
+    tf32 = dtype == torch.float32 and precision(dtype) == "tf32"
     return 4 * 2.0**13 / n**0.5 if tf32 else 4
 
 
@@ -196,7 +242,10 @@ def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def drawn(place: Place, s: KronShape, tokens: int, dtype: torch.dtype) -> list[Tensor]:
     """x, a and b on the device."""
-    return [t.to(place.device) for t in draw(s, tokens, dtype)]
+    operands = [t.to(place.device) for t in draw(s, tokens, dtype)]
+    if place.engine == "cuda" and (reason := cuda.why_not(*operands)):  # Triton serves them all
+        raise NotDone(reason)
+    return operands
 
 
 def noise(place: Place, dtype: torch.dtype, *size: int) -> Tensor:
@@ -224,7 +273,7 @@ def forward(place: Place, s: KronShape, name: str, tokens: int, turn: int) -> No
             "activation": ACTIVATIONS[turn % 5],
             "residual": noise(place, dtype, tokens, s.out_features) if turn % 2 else None,
         }
-        y = kron_matmul(x, a, b, **more, backend="triton")
+        y = kron_matmul(x, a, b, **more, backend=place.engine)
         hold("y", y, oracle(x, a, b, **more), terms(s), dtype)
 
 
@@ -234,11 +283,11 @@ def numbers_of_tokens(place: Place) -> None:
         s = SHAPES[2]
     for tokens in (0, 1, 2, 3, 17) if place.simulated else (0, 1, 2, 3, 17, 33, 129, 1001, 8191):
         x, a, b = drawn(place, s, tokens, dtype)
-        y = kron_matmul(x, a, b, backend="triton")
+        y = kron_matmul(x, a, b, backend=place.engine)
         hold(f"{tokens} tokens", y, oracle(x, a, b), terms(s), dtype)
         dy = torch.zeros_like(y)
         for g, t in zip(
-            triton_gpu.kron_matmul_backward(dy, x, a, b, [True] * 3), (x, a, b), strict=True
+            place.kernels.kron_matmul_backward(dy, x, a, b, [True] * 3), (x, a, b), strict=True
         ):
             require(g.shape == t.shape and not g.any(), f"{tokens} tokens: gradient of zeros")
 
@@ -271,9 +320,9 @@ def strides(place: Place) -> None:
     }
     for label, (changed, more) in forms.items():
         at = {"x": x, "a": a, "b": b} | changed
-        y = kron_matmul(at["x"], at["a"], at["b"], **more, backend="triton")
+        y = kron_matmul(at["x"], at["a"], at["b"], **more, backend=place.engine)
         hold(label, y, oracle(at["x"], at["a"], at["b"], **more), terms(s), dtype)
-    y = kron_matmul(x.view(2, 3, -1).transpose(0, 1), a, b, backend="triton")
+    y = kron_matmul(x.view(2, 3, -1).transpose(0, 1), a, b, backend=place.engine)
     hold("three axes", y, oracle(x.view(2, 3, -1).transpose(0, 1), a, b), terms(s), dtype)
 
 
@@ -281,7 +330,7 @@ def nan_stays(place: Place) -> None:
     for s in SHAPES[1 : 2 if place.simulated else 4]:
         x, a, b = drawn(place, s, 5, torch.float16)
         x[2] = torch.nan
-        y = kron_matmul(x, a, b, backend="triton")
+        y = kron_matmul(x, a, b, backend=place.engine)
         others = torch.cat([y[:2], y[3:]])
         require(y[2].isnan().all() and not others.isnan().any(), "a NaN left its token")
 
@@ -290,10 +339,12 @@ def dispatching(place: Place) -> None:
     """Who is taken, and what is refused by name."""
     x, a, b = drawn(place, SHAPES[2], 3, torch.float16)
     if not place.simulated:  # whose tensors are a CPU's
+        order = dispatch._order(x, a, b)
+        first = next(e for e in order if not dispatch.why_not(e, x, a, b))
         chosen = dispatch.choose("auto", x, (a, b))
-        require(chosen == "triton", f"auto takes {chosen}")
+        require(chosen == first, f"auto takes {chosen} and not {first}")
     try:
-        kron_matmul(x.double(), a.double(), b.double(), backend="triton")
+        kron_matmul(x.double(), a.double(), b.double(), backend=place.engine)
     except ValueError as error:
         require("float64" in str(error), str(error))
     else:
@@ -310,7 +361,7 @@ def beyond_32_bits(place: Place, s: KronShape, backward: bool = False) -> None:
     _, a, b = drawn(place, s, 1, torch.float16)
     x = torch.randn(tokens, s.in_features, device=place.device, dtype=torch.float16)
     ends = torch.tensor([0, 1, tokens // 2, tokens - 2, tokens - 1], device=place.device)
-    y = kron_matmul(x, a, b, backend="triton")
+    y = kron_matmul(x, a, b, backend=place.engine)
     hold("y", y[ends], oracle(x[ends], a, b), terms(s), torch.float16)
     require(not y[-5000:].isnan().any() and not y[:5000].isnan().any(), "rows were not written")
     if not backward:
@@ -318,7 +369,7 @@ def beyond_32_bits(place: Place, s: KronShape, backward: bool = False) -> None:
     # Only the ends have gradients: those of the factors are the ends' as well.
     y.zero_()
     y[ends] = noise(place, torch.float16, 5, s.out_features)
-    got = triton_gpu.kron_matmul_backward(y, x, a, b, [True] * 3)
+    got = place.kernels.kron_matmul_backward(y, x, a, b, [True] * 3)
     some = wide((x[ends], a, b))
     expected = torch.autograd.grad(reference.kron_matmul(*some), some, y[ends].cpu().double())
     for label, g, other in zip(("dx", "da", "db"), (got[0][ends], *got[1:]), expected, strict=True):
@@ -343,7 +394,7 @@ def products_of_one_x(place: Place, s: KronShape, name: str) -> None:
     with arithmetic(name) as dtype:
         x, _, _ = drawn(place, s, 19, dtype)
         layers = layers_of(place, s, dtype)
-        ys = kron_qkv(x, *layers, backend="triton")
+        ys = kron_qkv(x, *layers, backend=place.engine)
         for y, (a, b, bias) in zip(ys, layers, strict=True):
             hold("y", y, oracle(x, a, b, bias=bias), terms(s), dtype)
 
@@ -355,7 +406,7 @@ def gradients(place: Place, s: KronShape, name: str, tokens: int) -> None:
     with arithmetic(name) as dtype:
         x, a, b = (t.requires_grad_() for t in drawn(place, s, tokens, dtype))
         dy = noise(place, dtype, tokens, s.out_features)
-        y = kron_matmul(x, a, b, backend="triton")
+        y = kron_matmul(x, a, b, backend=place.engine)
         grads = torch.autograd.grad(y, (x, a, b), dy)
         hold_gradients(s, (x, a, b), dy, grads, dtype)
 
@@ -384,7 +435,7 @@ def gradients_that_are_needed(place: Place) -> None:
             operands = drawn(place, s, 9, torch.float32)
             for t, n in zip(operands, needed, strict=True):
                 t.requires_grad_(bool(n))
-            kron_matmul(*operands, backend="triton").sum().backward()
+            kron_matmul(*operands, backend=place.engine).sum().backward()
             got = [t.grad is not None for t in operands]
             require(got == [bool(n) for n in needed], f"asked for {needed}, got {got}")
 
@@ -402,10 +453,10 @@ def same_bits(place: Place) -> None:
 
     def run() -> list[Tensor]:
         return [
-            kron_matmul(x, a, b, backend="triton"),
-            *triton_gpu.kron_matmul_backward(dy, x, a, b, [True] * 3),
-            triton_gpu.kron_feed_forward(first, one, "gelu", two, None),
-            *triton_gpu.kron_feed_forward_backward(back, first, one, "gelu", two, [True] * 6),
+            kron_matmul(x, a, b, backend=place.engine),
+            *place.kernels.kron_matmul_backward(dy, x, a, b, [True] * 3),
+            place.kernels.kron_feed_forward(first, one, "gelu", two, None),
+            *place.kernels.kron_feed_forward_backward(back, first, one, "gelu", two, [True] * 6),
         ]
 
     expected = run()
@@ -420,7 +471,7 @@ def second_order(place: Place) -> None:
         (g,) = torch.autograd.grad(call(*operands).square().sum(), operands[1], create_graph=True)
         return torch.autograd.grad(g.square().sum(), operands)
 
-    got = second(lambda *o: kron_matmul(*o, backend="triton"), x, a, b)
+    got = second(lambda *o: kron_matmul(*o, backend=place.engine), x, a, b)
     expected = second(reference.kron_matmul, *wide((x, a, b)))
     for label, g, other in zip("xab", got, expected, strict=True):
         close(label, g, other, 1e-4)
@@ -436,11 +487,13 @@ def close(label: str, actual: Tensor, expected: Tensor, rtol: float) -> None:
 def transforms(place: Place) -> None:
     x, a, b = drawn(place, SHAPES[2], 3, torch.float32)
     xs = torch.stack([x, 2 * x])
-    ys = torch.vmap(lambda v: kron_matmul(v, a, b, backend="triton"))(xs)
+    ys = torch.vmap(lambda v: kron_matmul(v, a, b, backend=place.engine))(xs)
     close("vmap", ys[1], oracle(2 * x, a, b), 1e-5)
-    _, tangent = torch.func.jvp(lambda v: kron_matmul(v, a, b, backend="triton"), (x,), (2 * x,))
+    _, tangent = torch.func.jvp(
+        lambda v: kron_matmul(v, a, b, backend=place.engine), (x,), (2 * x,)
+    )
     close("jvp", tangent, oracle(2 * x, a, b), 1e-5)
-    grad = torch.func.grad(lambda v: kron_matmul(v, a, b, backend="triton").sum())(x)
+    grad = torch.func.grad(lambda v: kron_matmul(v, a, b, backend=place.engine).sum())(x)
     close("grad", grad, oracle(torch.ones_like(ys[0]), a.mT, b.mT), 1e-5)
 
 
@@ -448,7 +501,7 @@ def autocast(place: Place, dtype: torch.dtype) -> None:
     s = SHAPES[2]
     x, a, b = (t.requires_grad_() for t in drawn(place, s, 9, torch.float32))
     with torch.autocast(place.device, dtype):
-        y = kron_matmul(x, a, b, activation="gelu", backend="triton")
+        y = kron_matmul(x, a, b, activation="gelu", backend=place.engine)
     hold("y", y, oracle(*(t.to(dtype) for t in (x, a, b)), activation="gelu"), terms(s), dtype)
     y.float().sum().backward()
     require(all(t.grad.dtype == torch.float32 for t in (x, a, b)), "gradients are not float32")
@@ -463,17 +516,21 @@ def autocast(place: Place, dtype: torch.dtype) -> None:
 
 def feed_forward(
     place: Place, up: KronShape, down: KronShape, name: str, tokens: int, activation: str
-) -> None:
+) -> dict[str, bool]:
     with arithmetic(name) as dtype:
         x, a1, b1 = drawn(place, up, tokens, dtype)
         _, a2, b2 = drawn(place, down, 1, dtype)
-        require(triton_gpu.meet(a1, b1, a2, b2), "these factors should meet in one kernel")
+        met = place.kernels.meet(a1, b1, a2, b2)
+        # CUDA's meet in one kernel without ranks and up to two vectors, and otherwise in two.
+        few = up.rank == down.rank == 1 and min(up.n1, up.n2) <= 2
+        expects = few or place.engine == "triton"
+        require(met or not expects, "these factors should meet in one kernel")
         operands = [x, a1, b1, a2, b2, *(noise(place, dtype, s.out_features) for s in (up, down))]
         dy = noise(place, dtype, tokens, down.out_features)
         exact = wide(operands)
         expected = block(reference_block, exact, activation=activation)
         n = terms(up) + terms(down)
-        more = {"activation": activation, "backend": "triton"}
+        more = {"activation": activation, "backend": place.engine}
         y = block(kron_feed_forward, operands, residual=dy, **more)
         hold("y", y, expected + dy.cpu().double(), n, dtype)
         operands = [t.requires_grad_() for t in operands]
@@ -481,6 +538,7 @@ def feed_forward(
         others = torch.autograd.grad(expected, exact, dy.cpu().double())
         for i, (grad, other) in enumerate(zip(grads, others, strict=True)):
             hold(f"gradient {i}", grad, other, tokens * 4 * n, dtype)
+    return {"meet": met}
 
 
 def block(call: Callable[..., Tensor], operands: Sequence[Tensor], **more: Any) -> Tensor:
@@ -497,8 +555,8 @@ def feed_forward_in_two(place: Place) -> None:
     up, down = KronShape(24, 24, 4, 2), KronShape(24, 24, 2, 4)
     x, a1, b1 = drawn(place, up, 5, torch.float32)
     _, a2, b2 = drawn(place, down, 5, torch.float32)
-    require(not triton_gpu.meet(a1, b1, a2, b2), "these factors should not meet")
-    y = kron_feed_forward(x, (a1, b1, None), (a2, b2, None), backend="triton")
+    require(not place.kernels.meet(a1, b1, a2, b2), "these factors should not meet")
+    y = kron_feed_forward(x, (a1, b1, None), (a2, b2, None), backend=place.engine)
     hidden = oracle(x, a1, b1, activation="gelu")
     n = terms(up) + terms(down)
     hold("y", y, oracle(hidden, a2.double(), b2.double()), n, torch.float32)
@@ -536,7 +594,7 @@ def unknown_ids(place: Place) -> None:
 def tied_decoder(place: Place) -> None:
     s = KronShape(1000, 12, 1, 8) if place.simulated else DECODER
     h, a, b = drawn(place, s, 35, torch.float16)
-    y = kron_matmul(h, a, b, backend="triton")
+    y = kron_matmul(h, a, b, backend=place.engine)
     hold("logits", y, oracle(h, a, b), terms(s), torch.float16)
 
 
@@ -565,11 +623,12 @@ def cross_entropy(place: Place) -> None:
 
 def compiled(place: Place, training: bool) -> None:
     """One graph; in the simulator without Inductor, which would compile for the CPU."""
+    place.needs_inductor()
     torch._dynamo.reset()
     s = SHAPES[2]
     more = {"backend": "eager"} if place.simulated else {}
     call = torch.compile(
-        lambda *o: kron_matmul(*o, activation="gelu", backend="triton"), fullgraph=True, **more
+        lambda *o: kron_matmul(*o, activation="gelu", backend=place.engine), fullgraph=True, **more
     )
     for tokens in (5, 12):  # another number compiles again, for any
         x, a, b = (t.requires_grad_(training) for t in drawn(place, s, tokens, torch.float32))
@@ -585,6 +644,7 @@ def compiled(place: Place, training: bool) -> None:
 
 def compiled_module(place: Place) -> None:
     place.needs_gpu("modules take the backend by themselves, which for a CPU's tensors is native")
+    place.needs_inductor()
     torch._dynamo.reset()
     new = {"device": place.device, "dtype": torch.bfloat16}
     module = torch.nn.Sequential(
@@ -623,9 +683,9 @@ def graph_of_inference(place: Place) -> None:
 
     def run() -> list[Tensor]:
         return [
-            kron_matmul(x, a, b, activation="gelu", backend="triton"),
-            kron_feed_forward(x, one, two, backend="triton"),
-            *kron_qkv(x, (a, b, None), (a, b, None), (a, b, None), backend="triton"),
+            kron_matmul(x, a, b, activation="gelu", backend=place.engine),
+            kron_feed_forward(x, one, two, backend=place.engine),
+            *kron_qkv(x, (a, b, None), (a, b, None), (a, b, None), backend=place.engine),
             table(ids),
         ]
 
@@ -642,7 +702,9 @@ def graph_of_training(place: Place) -> None:
     dy = noise(place, dtype, 35, down.out_features)
 
     def run() -> list[Tensor]:
-        y = kron_feed_forward(kron_matmul(x, a, b, backend="triton"), one, two, backend="triton")
+        y = kron_feed_forward(
+            kron_matmul(x, a, b, backend=place.engine), one, two, backend=place.engine
+        )
         return [y, *torch.autograd.grad(y, leaves, dy)]
 
     @torch.no_grad()
@@ -677,17 +739,17 @@ def side_stream(place: Place) -> None:
     s, dtype = PRESETS["8x up"], torch.float16
     x, a, b = drawn(place, s, 300, dtype)
     source = torch.randn_like(x)
-    kron_matmul(x, a, b, backend="triton")
+    kron_matmul(x, a, b, backend=place.engine)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
         x.copy_(source)
-        y = kron_matmul(x, a, b, backend="triton")
-        grads = triton_gpu.kron_matmul_backward(y, x, a, b, [True] * 3)
+        y = kron_matmul(x, a, b, backend=place.engine)
+        grads = place.kernels.kron_matmul_backward(y, x, a, b, [True] * 3)
     stream.synchronize()
     hold("y", y, oracle(source, a, b), terms(s), dtype)
-    same("gradients", grads, triton_gpu.kron_matmul_backward(y, source, a, b, [True] * 3))
+    same("gradients", grads, place.kernels.kron_matmul_backward(y, source, a, b, [True] * 3))
 
 
 def second_gpu(place: Place) -> None:
@@ -698,7 +760,7 @@ def second_gpu(place: Place) -> None:
     s, dtype = PRESETS["21x up"], torch.float16
     x, a, b = (t.to("cuda:1").requires_grad_() for t in draw(s, 35, dtype))
     dy = torch.randn(35, s.out_features).to(dtype).to("cuda:1")
-    y = kron_matmul(x, a, b, backend="triton")
+    y = kron_matmul(x, a, b, backend=place.engine)
     grads = torch.autograd.grad(y, (x, a, b), dy)
     require(torch.cuda.current_device() == 0, "the current GPU has changed")
     hold("y", y, oracle(x, a, b), terms(s), dtype)
@@ -718,8 +780,8 @@ def out_of_memory(place: Place) -> None:
             (torch.cuda.memory_reserved() + 2**26) / total  # y takes 768 MB, dx 192 MB
         )
         for label, call in {
-            "forward": lambda: kron_matmul(x, a, b, backend="triton"),
-            "backward": lambda: triton_gpu.kron_matmul_backward(dy, x, a, b, [True] * 3),
+            "forward": lambda: kron_matmul(x, a, b, backend=place.engine),
+            "backward": lambda: place.kernels.kron_matmul_backward(dy, x, a, b, [True] * 3),
         }.items():
             try:
                 call()
@@ -728,14 +790,62 @@ def out_of_memory(place: Place) -> None:
             raise AssertionError(f"{label}: there was to be no memory left")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    y = kron_matmul(x, a, b, backend="triton")
+    y = kron_matmul(x, a, b, backend=place.engine)
     hold("y", y[-35:], oracle(x[-35:], a, b), terms(s), dtype)
     gradients(place, s, "float16", 35)
 
 
+# Those of modules that take an engine by themselves, and those of kernels that only Triton has.
+BY_ITSELF = (cross_entropy, compiled_module)
+TRITONS = (embedding, unknown_ids, many_rows_of_a_table)
+
+
 def correctness_jobs(place: Place) -> list[Job]:
     few = place.simulated and place.quick
-    return [*_shape_jobs(place), *(_few_jobs() if few else _other_jobs(place))]
+    jobs = [*_shape_jobs(place), *(_few_jobs() if few else _other_jobs(place))]
+    by_cuda = _simulated_cuda_jobs() if place.simulated else jobs
+    by_itself = [job for job in jobs if _check(job) in BY_ITSELF]
+    return [*of_engine("triton", jobs), *of_engine("cuda", by_cuda), *by_itself]
+
+
+def of_engine(engine: str, jobs: Sequence[Job]) -> list[Job]:
+    others = BY_ITSELF if engine == "triton" else BY_ITSELF + TRITONS
+    return [
+        Job(f"{engine}: {job.group}", f"{engine}: {job.name}", job.run, engine)
+        for job in jobs
+        if _check(job) not in others
+    ]
+
+
+def _check(job: Job) -> Callable[..., Any]:
+    return getattr(job.run, "func", job.run)
+
+
+def _simulated_cuda_jobs() -> list[Job]:
+    """Of each kind a few, all in float16: nvcc takes half a minute for a dtype, once."""
+    (up, down), s, new = FEED_FORWARDS[0], SHAPES[1], {"name": "float16"}
+    block = partial(feed_forward, up=up, down=down, tokens=19, activation="gelu", **new)
+    few, more = (
+        Job(
+            "forward",
+            f"forward {name(s)}, float16, {tokens} tokens",
+            partial(forward, s=s, tokens=tokens, turn=tokens, **new),
+        )
+        for tokens in (3, 19)  # without and with tensor cores
+    )
+    return [
+        few,
+        more,
+        Job(
+            "gradients",
+            f"gradients {name(s)}, float16, 19 tokens",
+            partial(gradients, s=s, tokens=19, **new),
+        ),
+        Job("forward", "strides", strides),
+        Job("forward", "a NaN stays in its token", nan_stays),
+        Job("query, key, value", "query, key, value", partial(products_of_one_x, s=s, **new)),
+        Job("feed-forward", "feed-forward", block),
+    ]
 
 
 def _shape_jobs(place: Place) -> list[Job]:
@@ -869,7 +979,7 @@ class Cell(NamedTuple):
 
 
 def timing_jobs(place: Place) -> list[Job]:
-    tokens = (16, 1024, 16384) if place.quick else (1, 16, 128, 1024, 16384, 65536)
+    tokens = (1, 16, 1024, 16384) if place.quick else (1, 4, 16, 128, 1024, 16384, 65536)
     dtypes = ("float16",) if place.quick else ("float16", "bfloat16", "tf32")
     shapes = PRESETS | {name(s): s for s in SQUARES}
     cells = [
@@ -927,7 +1037,17 @@ def time_cell(place: Place, cell: Cell) -> dict[str, Any]:
             raise NotDone("the GPU's memory does not hold it") from None
     cold = sets * each > tune.cache_size()
     facts = {"kind": cell.kind, "label": cell.label, "tokens": cell.tokens, "dtype": cell.dtype}
+    facts["row"] = row_of(cell)
     return facts | {"sets": sets, "larger_than_L2": cold, "left_out": left_out} | result
+
+
+def row_of(cell: Cell) -> str:
+    """Of dispatch.GPU_ORDER, which says who is asked first."""
+    s = cell.shapes[0]
+    sizes = (cell.tokens, s.in_features), (s.rank, s.m1, s.n1), (s.rank, s.m2, s.n2)
+    operands = [torch.empty(size, device="meta") for size in sizes]
+    with patch.object(dispatch, "GPU_ORDER", {row: row for row in dispatch.GPU_ORDER}):
+        return dispatch._order(*operands)
 
 
 def in_turn(steps: Sequence[Step]) -> None:
@@ -950,7 +1070,9 @@ def cell_bytes(cell: Cell, dtype: torch.dtype) -> tuple[int, int]:
     return (cell.tokens * sides + factors) * dtype.itemsize, weights * dtype.itemsize
 
 
-OURS = ("triton", "fused")
+# By one kernel, or what an engine has nearest to it: a block and qkv are Triton's "fused". The
+# others' times are multiples of the first that is there.
+OURS = ("triton", "fused", "cuda")
 
 
 class Contender(NamedTuple):
@@ -994,7 +1116,7 @@ def contenders(
     dense_leaves = [x, *(t for layer in dense for t in layer)]
     for t in (*leaves, *dense_leaves) if training else ():
         t.requires_grad_()
-    calls = {key: (call, leaves) for key, call in kron_calls(cell, x, layers).items()}
+    calls = {key: (call, leaves) for key, call in kron_calls(cell, x, layers, left_out).items()}
     if len(layers) == 1:
         ((a, b, bias),) = layers
         # Leaves of two axes, for a view would have a gradient of its own.
@@ -1019,29 +1141,42 @@ def fresh_layer(place: Place, s: KronShape, dtype: torch.dtype) -> triton_gpu.La
     return a, b, torch.randn(s.out_features, **new)
 
 
-def kron_calls(cell: Cell, x: Tensor, layers: list[triton_gpu.Layer]) -> dict[str, Step]:
-    """Ours."""
+def kron_calls(
+    cell: Cell, x: Tensor, layers: list[triton_gpu.Layer], left_out: dict[str, str]
+) -> dict[str, Step]:
+    """Ours, by each engine that serves all layers."""
+    calls: dict[str, Step] = {}
+    for engine in ENGINES:
+        reasons = [COMPILED[engine].why_not(x, a, b) for a, b, _ in layers]
+        if reason := next(filter(None, reasons), None):
+            left_out[engine] = reason
+        else:
+            calls |= engine_calls(cell, x, layers, engine)
+    if len(layers) == 1:
+        ((a, b, bias),) = layers
+        calls["eager"] = lambda: kron_matmul(x, a, b, bias=bias, backend="eager")
+    return calls
+
+
+def engine_calls(
+    cell: Cell, x: Tensor, layers: list[triton_gpu.Layer], engine: str
+) -> dict[str, Step]:
+    fused, apart = ("fused", "calls") if engine == "triton" else (engine, f"{engine} calls")
     if cell.kind.startswith("block"):
         (a1, b1, bias1), (a2, b2, bias2) = layers
 
         def two_calls() -> Tensor:
-            hidden = kron_matmul(x, a1, b1, bias=bias1, activation="gelu", backend="triton")
-            return kron_matmul(hidden, a2, b2, bias=bias2, backend="triton")
+            hidden = kron_matmul(x, a1, b1, bias=bias1, activation="gelu", backend=engine)
+            return kron_matmul(hidden, a2, b2, bias=bias2, backend=engine)
 
-        return {
-            "fused": lambda: kron_feed_forward(x, *layers, backend="triton"),
-            "calls": two_calls,
-        }
+        return {fused: lambda: kron_feed_forward(x, *layers, backend=engine), apart: two_calls}
     if cell.kind.startswith("qkv"):
         return {
-            "fused": lambda: kron_qkv(x, *layers, backend="triton"),
-            "calls": lambda: [kron_matmul(x, a, b, bias=c, backend="triton") for a, b, c in layers],
+            fused: lambda: kron_qkv(x, *layers, backend=engine),
+            apart: lambda: [kron_matmul(x, a, b, bias=c, backend=engine) for a, b, c in layers],
         }
     ((a, b, bias),) = layers
-    return {
-        key: lambda key=key: kron_matmul(x, a, b, bias=bias, backend=key)
-        for key in ("triton", "eager")
-    }
+    return {engine: lambda: kron_matmul(x, a, b, bias=bias, backend=engine)}
 
 
 def library_calls(
@@ -1132,15 +1267,23 @@ def launch_overhead(place: Place) -> dict[str, float]:
     weight = reference.materialize(a, b)
     again = [t.detach().clone().requires_grad_() for t in (x, a, b, bias)]
     calls = {
-        "kron_matmul": lambda: kron_matmul(x, a, b, bias=bias, backend="triton"),
         "kron_matmul, backend auto": lambda: kron_matmul(x, a, b, bias=bias),
-        "kron_matmul, with gradients": lambda: kron_matmul(
-            *again[:3], bias=again[3], backend="triton"
-        ),
-        "the launcher alone": lambda: triton_gpu.kron_matmul(x, (a, b), bias),
         "kron_matmul by eager": lambda: kron_matmul(x, a, b, bias=bias, backend="eager"),
         "F.linear": lambda: F.linear(x, weight, bias),
     }
+    for engine in ENGINES:
+        if COMPILED[engine].why_not(x, a, b):
+            continue
+        by = {"backend": engine}
+        calls |= {
+            f"kron_matmul by {engine}": lambda by=by: kron_matmul(x, a, b, bias=bias, **by),
+            f"kron_matmul by {engine}, with gradients": lambda by=by: kron_matmul(
+                *again[:3], bias=again[3], **by
+            ),
+            f"{engine}'s launcher alone": lambda kernels=COMPILED[engine]: kernels.kron_matmul(
+                x, (a, b), bias
+            ),
+        }
     times = defaultdict(list)
     for _ in range(20):
         for key, call in calls.items():
@@ -1169,6 +1312,7 @@ def environment(place: Place) -> dict[str, Any]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
+    facts["GPUs that CUDA's kernels are compiled for"] = cuda.archs() or None
     if place.simulated:
         return facts | {"gpu": "none: simulated, sm_80"}
     p = torch.cuda.get_device_properties(0)
@@ -1188,6 +1332,7 @@ def environment(place: Place) -> dict[str, Any]:
         "shared_memory": getattr(p, "shared_memory_per_block_optin", None),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
+        **{f"engine {e}": missing(place.device, e) or "serves" for e in ENGINES},
         **dict(zip(query, values, strict=False)),
     }
 
@@ -1205,7 +1350,7 @@ def environment_jobs(place: Place) -> list[Job]:
 
 def tuning_jobs(place: Place) -> list[Job]:
     some = tune.SIMULATED if place.simulated else tune.cases(place.quick)
-    return [Job("tuning", case.key, partial(tuned, case=case)) for case in some]
+    return [Job("tuning", case.key, partial(tuned, case=case), "triton") for case in some]
 
 
 def tuned(place: Place, case: tune.Case) -> dict[str, Any]:
@@ -1238,7 +1383,11 @@ def attempt(section: str, job: Job, place: Place) -> dict[str, Any]:
     torch.manual_seed(0)
     start = time.perf_counter()
     try:
-        with unwritten_is_nan(section == "correctness"):
+        with contextlib.ExitStack() as stack:
+            if job.engine:
+                place = replace(place, engine=job.engine)
+                stack.enter_context(place.serving())
+            stack.enter_context(unwritten_is_nan(section == "correctness"))
             data = job.run(place)
         if not place.simulated:
             torch.cuda.synchronize()  # or the next job would get the blame
@@ -1442,8 +1591,10 @@ def markdown(report: dict[str, Any]) -> str:
         "## Environment",
         "",
         *(f"- {key}: {value}" for key, value in facts.items()),
+        "",
+        *order_table(results),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def failures(results: list[dict[str, Any]]) -> list[str]:
@@ -1467,7 +1618,7 @@ def checked_groups(results: list[dict[str, Any]]) -> list[str]:
 
 
 def timing_tables(results: list[dict[str, Any]]) -> list[str]:
-    """By kind and dtype: ours in microseconds, and the others' time over ours."""
+    """By kind and dtype: one of ours in microseconds, and the others' time over it."""
     done = [_data(r) for r in results if r["section"] == "timing" and r["state"] == PASSED]
     tables = defaultdict(list)
     for cell in done:
@@ -1480,8 +1631,9 @@ def timing_tables(results: list[dict[str, Any]]) -> list[str]:
             lines += ["", *(f"- {key}: {us}" for key, us in cell.items()), ""]
     if tables:
         lines.append(
-            "Ours in microseconds a call, the median and in brackets the quartiles; the others' "
-            "medians as multiples of it. Calls are made one by one, or replayed as a CUDA graph. "
+            "The first column in microseconds a call, the median and in brackets the quartiles; "
+            "the others' medians as multiples of it. Ours are triton, or for blocks and qkv fused "
+            "and calls, and cuda. Calls are made one by one, or replayed as a CUDA graph. "
             "A star marks operands that fit into the L2 cache."
         )
     for (kind, dtype), cells in tables.items():
@@ -1490,23 +1642,68 @@ def timing_tables(results: list[dict[str, Any]]) -> list[str]:
 
 
 def ratio_table(cells: list[dict[str, Any]]) -> list[str]:
-    names = dict.fromkeys(k for cell in cells for k in cell["loop"] if k not in OURS)
-    columns = [f"{key}{how}" for how in ("", ", graph") for key in ("ours", *names)]
+    keys = dict.fromkeys(k for cell in cells for k in cell["loop"])
+    own = next((key for key in OURS if key in keys), "ours")
+    names = [key for key in keys if key != own]
+    columns = [f"{key}{how}" for how in ("", ", graph") for key in (own, *names)]
     lines = [f"| | tokens | {' | '.join(columns)} |", f"|{' --- |' * 2}{' ---: |' * len(columns)}"]
     for cell in cells:
-        entries = [*ratios(cell["loop"], names), *ratios(cell["graph"], names)]
+        entries = [*ratios(cell["loop"], own, names), *ratios(cell["graph"], own, names)]
         star = "" if cell["larger_than_L2"] else " *"
         lines.append(f"| {cell['label']}{star} | {cell['tokens']} | {' | '.join(entries)} |")
     return lines
 
 
-def ratios(times: dict[str, list[float]], names: Sequence[str]) -> list[str]:
-    own = next((times[key] for key in OURS if key in times), None)
-    if own is None:
+def ratios(times: dict[str, list[float]], own: str, names: Sequence[str]) -> list[str]:
+    if own not in times:
         return ["-"] * (1 + len(names))
-    median, low, high = own
-    others = [f"{times[key][0] / median:.2f}" if key in times else "-" for key in names]
-    return [f"{median:.4g} ({low:.4g} to {high:.4g})", *others]
+    middle, low, high = times[own]
+    others = [f"{times[key][0] / middle:.2f}" if key in times else "-" for key in names]
+    return [f"{middle:.4g} ({low:.4g} to {high:.4g})", *others]
+
+
+SPANS = ((4, "up to 4"), (16, "5 to 16"))
+
+
+def order_table(results: list[dict[str, Any]]) -> list[str]:
+    """Whether dispatch.GPU_ORDER has the faster engine first."""
+    table: dict[tuple[str, str, str], list[list[float]]] = defaultdict(list)
+    for cell in map(_data, results):
+        if "row" not in cell or "cuda" not in cell["loop"]:
+            continue
+        # Triton's time over CUDA's, of calls one by one and of graphs.
+        pair = [
+            times[key][0] / times["cuda"][0]
+            for times in (cell["loop"], cell["graph"])
+            for key in ("triton", "fused")
+            if key in times
+        ]
+        if len(pair) == 2:
+            tokens = next((span for most, span in SPANS if cell["tokens"] <= most), "more")
+            table[cell["row"], cell["kind"].split()[-1], tokens].append(pair)
+    if not table:
+        return []
+    lines = [
+        "## Who comes first",
+        "",
+        "The rows of dispatch.GPU_ORDER, whom each asks first, and in how many of the cells under "
+        "Timing that had both engines CUDA's was faster: called one by one, and as CUDA graphs. "
+        "Behind them Triton's time over CUDA's, of graphs: the median, the least and the greatest.",
+        "",
+        "| row | order | | tokens | cells | cuda faster | cuda faster, graph | triton / cuda |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    rows, measured = list(dispatch.GPU_ORDER), {row for row, *_ in table}
+    for (row, kind, tokens), cells in sorted(table.items(), key=lambda e: rows.index(e[0][0])):
+        who = ", ".join(dispatch.GPU_ORDER[row])
+        wins = [sum(pair[i] > 1 for pair in cells) for i in (0, 1)]
+        some = [pair[1] for pair in cells]
+        spread = f"{median(some):.2f} ({min(some):.2f} to {max(some):.2f})"
+        lines.append(
+            f"| {row} | {who} | {kind} | {tokens} | {len(cells)} | {wins[0]} | {wins[1]} "
+            f"| {spread} |"
+        )
+    return [*lines, *(f"\nNo cell of the row: {row}." for row in rows if row not in measured), ""]
 
 
 def tuning_lines(results: list[dict[str, Any]]) -> list[str]:
@@ -1548,8 +1745,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.simulate and not torch.cuda.is_available():
         print(NO_GPU)
         return 2
-    if importlib.util.find_spec("triton") is None:
-        print("Triton is not installed, and its kernels are what this command runs.")
+    if importlib.util.find_spec("triton") is None and (args.simulate or not cuda.archs()):
+        why = "the simulator needs it" if args.simulate else "there are no CUDA kernels either"
+        print(f"Triton is not installed, and {why}.")
         return 2
     # Triton 3.9 warns while the first is unset; cuBLAS is deterministic with the second.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

@@ -80,8 +80,8 @@ def check_gradients(s, tokens, dtype, backend):
         check(label, grad, other, max(tokens, 1) * (s.m1 + s.m2 + terms(s)), dtype, scale=scale)
 
 
-def check_feed_forward(up, down, tokens, dtype, activation, backend, bias=True):
-    """The block and its gradients."""
+def check_feed_forward(up, down, tokens, dtype, activation, backend, bias=True, meets=True):
+    """The block and its gradients, fused or not."""
     x, a1, b1 = draw(up, tokens, dtype)
     _, a2, b2 = draw(down, 1, dtype)
     operands = [x, a1, b1, a2, b2]
@@ -98,7 +98,7 @@ def check_feed_forward(up, down, tokens, dtype, activation, backend, bias=True):
 
     wide = [t.double().requires_grad_() for t in operands]
     expected = run(oracle, *wide)
-    assert COMPILED[backend].meet(a1, b1, a2, b2)
+    assert COMPILED[backend].meet(a1, b1, a2, b2) == meets
     n = terms(up) + terms(down)
     y = run(kron_feed_forward, *operands, residual=dy, activation=activation, backend=backend)
     check("y", y, expected + dy.double(), n, dtype)

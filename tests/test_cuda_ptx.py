@@ -3,26 +3,22 @@
 import pytest
 import torch
 from operands import SHAPES, draw, name
+from products import (
+    ACTIVATIONS,
+    PRESETS,
+    SUMS,
+    check,
+    check_feed_forward,
+    check_forward,
+    check_gradients,
+    terms,
+)
 from simulator.cuda import CudaDevice, why_not
 
-from kron_kernels import KronShape, kron_feed_forward, kron_matmul, kron_qkv, reference
-from kron_kernels.testing import assert_close
+from kron_kernels import KronShape, kron_matmul, kron_qkv, reference
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
 
-PRESETS = [
-    KronShape(384, 384, 2, 2),
-    KronShape(384, 48, 2, 16),
-    KronShape(8, 2, 384, 384),
-    KronShape(2, 8, 384, 384),
-    KronShape(16, 2, 192, 384),
-    KronShape(2, 16, 384, 192),
-]
-SUMS = [
-    KronShape(384, 48, 2, 16, 4),
-    KronShape(384, 384, 8, 2, 4),
-    KronShape(384, 384, 2, 8, 4),
-]
 # Both orders, either factor as the mix, whatever is odd, and a rank in each.
 MIXED = [
     *SHAPES,
@@ -31,7 +27,6 @@ MIXED = [
     KronShape(3, 20, 34, 40),
     KronShape(70, 66, 8, 2, 2),
 ]
-ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
 
 
 def slow(cases):
@@ -62,38 +57,13 @@ def dtype(request):
     torch.set_float32_matmul_precision(before)
 
 
-def terms(s: KronShape) -> int:
-    return s.rank * (s.n1 + s.n2)
-
-
 machines = pytest.mark.parametrize(("gpu", "dtype"), MACHINES, indirect=True)
-
-
-def check(label, actual, expected, n, dtype, **more):
-    """A product in tf32 may be 2¹³ times as coarse as one in float32."""
-    assert actual.dtype == dtype
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() == "high"
-    slack = 4 * 2.0**13 / n**0.5 if tf32 else 4
-    assert_close(label, actual, expected.detach(), n, slack=slack, **more)
-
-
-def check_forward(s, tokens, dtype, i):
-    x, a, b = draw(s, tokens, dtype)
-    more = {
-        "bias": torch.randn(s.out_features).to(dtype) if i % 3 else None,
-        "activation": ACTIVATIONS[i % 5],
-        "residual": torch.randn(tokens, s.out_features).to(dtype) if i % 2 else None,
-    }
-    if i % 2:  # transposed factors, as a gradient has them
-        a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
-    y = kron_matmul(x, a, b, **more, backend="cuda")
-    check("y", y, reference.kron_matmul(x, a, b, **more), terms(s), dtype)
 
 
 @machines
 @pytest.mark.parametrize("s", [*PRESETS, SUMS[1], *slow([(s,) for s in SUMS[::2]])], ids=name)
 def test_forward_of_the_presets(s, dtype, gpu):
-    check_forward(s, 35, dtype, 1)
+    check_forward(s, 35, dtype, "cuda", 1)
     assert gpu.launches
 
 
@@ -101,14 +71,14 @@ def test_forward_of_the_presets(s, dtype, gpu):
 @pytest.mark.parametrize("s", MIXED, ids=name)
 def test_forward_of_any_shape(s, dtype, gpu):
     turn = sum(s)
-    check_forward(s, (1, 5, 19, 40)[turn % 4], dtype, turn)
+    check_forward(s, (1, 5, 19, 40)[turn % 4], dtype, "cuda", turn)
 
 
 @machines
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_forward_of_few_tokens(tokens, dtype, gpu):
-    check_forward(PRESETS[1], tokens, dtype, 1)
-    check_forward(PRESETS[4], tokens, dtype, 2)
+    check_forward(PRESETS[1], tokens, dtype, "cuda", 1)
+    check_forward(PRESETS[4], tokens, dtype, "cuda", 2)
 
 
 @machines
@@ -136,8 +106,8 @@ GPUS = [{"multiprocessors": 132}, {"shared": 49152}, {"multiprocessors": 40, "sh
 @pytest.mark.parametrize("s", [PRESETS[0], PRESETS[3], PRESETS[4], SUMS[1]], ids=name)
 def test_on_another_gpu(s, dtype, more):
     with CudaDevice(80, **more):
-        check_forward(s, 35, dtype, 1)
-        check_gradients(s, 19, dtype)
+        check_forward(s, 35, dtype, "cuda", 1)
+        check_gradients(s, 19, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", ["float16"], indirect=True)
@@ -159,67 +129,22 @@ def test_operands_that_are_not_aligned(s, dtype):
         check("y", y, expected, terms(s), dtype)
 
 
-def check_gradients(s, tokens, dtype):
-    x, a, b = (t.requires_grad_() for t in draw(s, tokens, dtype))
-    dy = torch.randn(tokens, s.out_features).to(dtype)
-    grads = torch.autograd.grad(kron_matmul(x, a, b, backend="cuda"), (x, a, b), dy)
-    wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    expected = torch.autograd.grad(reference.kron_matmul(*wide), wide, dy.double())
-    size = [t.detach().abs().requires_grad_() for t in wide]
-    sums = torch.autograd.grad(reference.kron_matmul(*size), size, dy.double().abs())
-    products = (s.m1 * s.m2, tokens * s.m2 * s.n2, tokens * s.m1 * s.n1)
-    for label, grad, other, total, n in zip(
-        ("dx", "da", "db"), grads, expected, sums, products, strict=True
-    ):
-        # As in test_triton: a gradient of one entry may be near zero by chance.
-        scale = max(total.square().mean().item() / n, other.square().mean().item()) ** 0.5
-        check(label, grad, other, tokens * (s.m1 + s.m2 + terms(s)), dtype, scale=scale)
-
-
 @machines
 @pytest.mark.parametrize("s", [*PRESETS, *slow([(s,) for s in SUMS])], ids=name)
 def test_gradients_of_the_presets(s, dtype, gpu):
-    check_gradients(s, 35, dtype)
+    check_gradients(s, 35, dtype, "cuda")
 
 
 @machines
 @pytest.mark.parametrize("s", MIXED, ids=name)
 def test_gradients_of_any_shape(s, dtype, gpu):
-    check_gradients(s, (1, 21, 70)[sum(s) % 3], dtype)
-
-
-def check_feed_forward(up, down, tokens, dtype, activation, bias=True):
-    x, a1, b1 = draw(up, tokens, dtype)
-    _, a2, b2 = draw(down, 1, dtype)
-    operands = [x, a1, b1, a2, b2]
-    if bias:
-        operands += [torch.randn(s.out_features).to(dtype) for s in (up, down)]
-    dy = torch.randn(tokens, down.out_features).to(dtype)
-
-    def run(call, x, a1, b1, a2, b2, c1=None, c2=None, **more):
-        return call(x, (a1, b1, c1), (a2, b2, c2), **more)
-
-    def oracle(x, first, second):
-        hidden = reference.kron_matmul(x, *first[:2], bias=first[2], activation=activation)
-        return reference.kron_matmul(hidden, *second[:2], bias=second[2])
-
-    wide = [t.double().requires_grad_() for t in operands]
-    expected = run(oracle, *wide)
-    n = terms(up) + terms(down)
-    y = run(kron_feed_forward, *operands, residual=dy, activation=activation, backend="cuda")
-    check("y", y, expected + dy.double(), n, dtype)
-    operands = [t.requires_grad_() for t in operands]
-    y = run(kron_feed_forward, *operands, activation=activation, backend="cuda")
-    grads = torch.autograd.grad(y, operands, dy)
-    others = torch.autograd.grad(expected, wide, dy.double())
-    for i, (grad, other) in enumerate(zip(grads, others, strict=True)):
-        check(f"gradient {i}", grad, other, tokens * 4 * n, dtype)
+    check_gradients(s, (1, 21, 70)[sum(s) % 3], dtype, "cuda")
 
 
 @machines
 @pytest.mark.parametrize(("up", "down"), [PRESETS[2:4], PRESETS[4:]], ids=["8x", "21x"])
 def test_feed_forward_of_the_presets(up, down, gpu, dtype):
-    check_feed_forward(up, down, 35, dtype, "gelu")
+    check_feed_forward(up, down, 35, dtype, "gelu", "cuda")
     assert any("feed_forward_backward" in launch.name for launch in gpu.launches)
 
 
@@ -227,4 +152,5 @@ def test_feed_forward_of_the_presets(up, down, gpu, dtype):
 @pytest.mark.parametrize("tokens", [1, 5, 19])
 def test_feed_forward_of_odd_shapes(tokens, gpu, dtype):
     up, down = KronShape(5, 3, 7, 9), KronShape(3, 5, 11, 7)
-    check_feed_forward(up, down, tokens, dtype, ACTIVATIONS[1 + tokens % 4], bias=tokens > 1)
+    activation = ACTIVATIONS[1 + tokens % 4]
+    check_feed_forward(up, down, tokens, dtype, activation, "cuda", tokens > 1, meets=False)

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import emulator
 import pytest
 import torch
 
@@ -13,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # `benchmarks` belongs to no installed package
 
 from benchmarks import gpu, tune  # noqa: E402
-from kron_kernels import KronShape  # noqa: E402
-from kron_kernels.backends import triton_gpu, triton_launch  # noqa: E402
+from kron_kernels import KronShape, dispatch  # noqa: E402
+from kron_kernels.backends import cuda, triton_gpu, triton_launch  # noqa: E402
 from kron_kernels.backends.triton_launch import Tile  # noqa: E402
 from kron_kernels.timing import Timing  # noqa: E402
 
@@ -72,6 +74,7 @@ def test_a_wrong_kernel_is_a_failure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(triton_gpu, "kron_matmul", wrong)
     monkeypatch.setattr(gpu, "_shape_jobs", lambda place: [])
     monkeypatch.setattr(gpu, "_few_jobs", lambda: some)
+    monkeypatch.setattr(gpu, "_simulated_cuda_jobs", lambda: [])
     some.append(gpu.Job("forward", "strides", gpu.strides))
     some.append(gpu.Job("tables", "ids that are no rows", gpu.unknown_ids))
     arguments = ["--simulate", "--quick", "--only", "correctness", "--out", str(tmp_path)]
@@ -83,6 +86,54 @@ def test_a_wrong_kernel_is_a_failure(tmp_path, monkeypatch, capsys):
     assert text.index("## Failures") < text.index("## What was done")
     assert "strides FAILED" in capsys.readouterr().err
     assert any("section timing" in gap for gap in report["not_done"])
+
+
+@contextmanager
+def emulated_cuda():
+    from simulator.cuda import serving
+
+    with serving(emulator.load()):
+        yield
+
+
+needs_emulator = pytest.mark.skipif(bool(emulator.why_not()), reason=str(emulator.why_not()))
+
+
+@needs_emulator
+def test_each_engine_is_checked_by_its_own_kernels(tmp_path, monkeypatch):
+    """CUDA's are wrong here, the emulator standing for its simulator."""
+    right, up = cuda.kron_matmul, KronShape(32, 32, 24, 24)  # which CUDA's kernels do not serve
+    monkeypatch.setattr(cuda, "kron_matmul", lambda *operands: right(*operands) + 1)
+    monkeypatch.setattr(gpu, "simulated_cuda", emulated_cuda)
+    large = gpu.partial(gpu.forward, s=up, name="float16", tokens=2, turn=0)
+    some = [
+        gpu.Job("forward", "strides", gpu.strides),
+        gpu.Job("forward", "large", large),
+        gpu.Job("tables", "ids that are no rows", gpu.unknown_ids),
+    ]
+    jobs = [job for engine in gpu.ENGINES for job in gpu.of_engine(engine, some)]
+    place = gpu.Place("cpu", True, tmp_path, None)
+    with gpu.tune.simulator(tmp_path / "tuned"):
+        results = [gpu.attempt("correctness", job, place) for job in jobs]
+    assert {r["name"]: r["state"] for r in results} == {
+        "triton: strides": "passed",
+        "triton: large": "passed",
+        "triton: ids that are no rows": "passed",
+        "cuda: strides": "failed",
+        "cuda: large": "not done",
+    }
+    assert "sides of 64 at most" in "\n".join(gpu.not_done(results))
+
+
+def test_a_missing_engine_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda, "why_not", lambda *operands: "there are no such kernels")
+    monkeypatch.setattr(gpu, "simulated_cuda", lambda: gpu.contextlib.nullcontext())
+    jobs = gpu.of_engine("cuda", gpu._few_jobs())
+    place = gpu.Place("cpu", True, tmp_path, None)
+    results = [gpu.attempt("correctness", job, place) for job in jobs]
+    assert {r["state"] for r in results} == {"not done"} and len(results) > 5
+    (line,) = gpu.not_done(results)
+    assert "cuda: strides" in line and line.endswith("there are no such kernels")
 
 
 def test_a_command_that_dies_or_hangs_costs_one_job(tmp_path):
@@ -177,6 +228,35 @@ def test_a_timing_cell_checks_and_times_everyone(kind, shapes, names, pretended)
     data = json.loads(json.dumps(result))["data"]
     assert set(data["loop"]) == set(data["graph"]) >= names
     assert "a label" in "\n".join(gpu.timing_tables([result]))
+
+
+BOTH = [
+    ("forward", (UP,), {"triton", "cuda", "eager"}),
+    ("block training", (UP, DOWN), {"fused", "calls", "cuda", "cuda calls"}),
+    ("qkv forward", (UP,) * 3, {"fused", "calls", "cuda", "cuda calls"}),
+]
+
+
+@needs_emulator
+@pytest.mark.parametrize("kind, shapes, names", BOTH)
+def test_both_engines_are_timed_and_compared_by_the_order(kind, shapes, names, pretended):
+    results = []
+    for tokens in (1, 19):
+        cell = gpu.Cell(kind, "a label", shapes, tokens, "float16")
+        job = gpu.Job(kind, str(cell), gpu.partial(gpu.time_cell, cell=cell))
+        with emulated_cuda():
+            results.append(gpu.attempt("timing", job, pretended))
+    assert [r["state"] for r in results] == ["passed"] * 2, results
+    assert all(set(r["data"]["loop"]) == set(r["data"]["graph"]) >= names for r in results)
+    header = next(line for line in gpu.timing_tables(results) if "tokens" in line)
+    assert " cuda |" in header and " cuda, graph |" in header
+    # The pretended clock gives the first contender, Triton's, one unit, and CUDA's more.
+    table = gpu.order_table(results)
+    (few,) = (line for line in table if "| up to 4 tokens |" in line)
+    assert f"| cuda, triton | {kind.split()[-1]} | up to 4 | 1 | 0 | 0 | 0." in few
+    (more,) = (line for line in table if "| more |" in line)
+    assert " | 1 | 0 | 0 | 0." in more
+    assert sum("No cell of the row" in line for line in table) == len(dispatch.GPU_ORDER) - 2
 
 
 def test_a_wrong_contender_is_left_out_and_one_of_ours_fails(pretended, monkeypatch):

@@ -7,6 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from operands import SHAPES, draw, name
+from products import (
+    ACTIVATIONS,
+    PRESETS,
+    SUMS,
+    check,
+    check_feed_forward,
+    check_gradients,
+    epilogue_of,
+    terms,
+)
 from torch._dynamo.backends.common import aot_autograd
 from torch.func import vmap
 
@@ -19,7 +29,6 @@ from kron_kernels import (
     reference,
 )
 from kron_kernels.backends import triton_gpu, triton_launch
-from kron_kernels.testing import assert_close
 
 pytest.importorskip("triton")
 from simulator import Device
@@ -33,19 +42,6 @@ MIXED = [
     KronShape(20, 33, 70, 17),
     KronShape(3, 20, 34, 40),
     KronShape(70, 66, 8, 2, 2),
-]
-PRESETS = [
-    KronShape(384, 384, 2, 2),
-    KronShape(384, 48, 2, 16),
-    KronShape(8, 2, 384, 384),
-    KronShape(2, 8, 384, 384),
-    KronShape(16, 2, 192, 384),
-    KronShape(2, 16, 384, 192),
-]
-SUMS = [
-    KronShape(384, 48, 2, 16, 4),
-    KronShape(384, 384, 8, 2, 4),
-    KronShape(384, 384, 2, 8, 4),
 ]
 DTYPES = ("float16", "bfloat16", "tf32", "float32")
 
@@ -62,7 +58,6 @@ SOME += slow(
     [machine for machine in ((a, d) for a in (80, 90) for d in DTYPES) if machine not in SOME]
 )
 BOTH = [(80, "float16"), (90, "bfloat16"), *slow([(80, "bfloat16"), (90, "float16")])]
-ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
 
 
 @pytest.fixture(autouse=True)
@@ -85,29 +80,6 @@ def dtype(request):
     torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
     yield torch.float32 if request.param == "tf32" else getattr(torch, request.param)
     torch.set_float32_matmul_precision(before)
-
-
-def terms(s: KronShape) -> int:
-    return s.rank * (s.n1 + s.n2)
-
-
-def unit(dtype: torch.dtype) -> float:
-    """How much coarser than float32 a product in tf32 may be: 10 bits of fraction, not 23."""
-    tf32 = dtype == torch.float32 and triton_gpu.precision(dtype) == "tf32"
-    return 2.0**13 if tf32 else 1.0
-
-
-def check(label, actual, expected, n, dtype, **more):
-    assert actual.dtype == dtype
-    slack = 4 * unit(dtype) / n**0.5 if unit(dtype) > 1 else 4
-    assert_close(label, actual, expected.detach(), n, slack=slack, **more)
-
-
-def epilogue_of(s: KronShape, tokens: int, dtype: torch.dtype, i: int):
-    """Every activation, with and without a bias and a residual, in turn."""
-    bias = torch.randn(s.out_features).to(dtype) if i % 3 else None
-    residual = torch.randn(tokens, s.out_features).to(dtype) if i % 2 else None
-    return {"bias": bias, "activation": ACTIVATIONS[i % 5], "residual": residual}
 
 
 # --- forward
@@ -154,7 +126,7 @@ def test_drawn_products_and_their_gradients(seed, monkeypatch):
         size = reference.kron_matmul(x.abs(), a.abs(), b.abs()) / (s.rank * s.n1 * s.n2) ** 0.5
         scale = max(expected.square().mean().item(), size.square().mean().item()) ** 0.5
         check("y", y, expected, terms(s), dtype, scale=scale)
-        check_gradients(s, tokens, dtype)
+        check_gradients(s, tokens, dtype, "triton")
 
 
 def test_no_tokens_is_no_launch(gpu):
@@ -228,26 +200,7 @@ def test_gradients_in_every_order_and_dtype(s, dtype, gpu, request, monkeypatch)
     # Either way to the gradients of a small mix, whichever would pay.
     monkeypatch.setattr(triton_launch.Geometry, "dense_gradient_pays", lambda *_: turn % 3 == 0)
     tokens = (1, 21, 70)[turn % 3]
-    check_gradients(s, tokens, dtype)
-
-
-def check_gradients(s, tokens, dtype):
-    x, a, b = (t.requires_grad_() for t in draw(s, tokens, dtype))
-    dy = torch.randn(tokens, s.out_features).to(dtype)
-    y = kron_matmul(x, a, b, backend="triton")
-    grads = torch.autograd.grad(y, (x, a, b), dy)
-    wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    expected = torch.autograd.grad(reference.kron_matmul(*wide), wide, dy.double())
-    size = [t.detach().abs().requires_grad_() for t in wide]
-    sums = torch.autograd.grad(reference.kron_matmul(*size), size, dy.double().abs())
-    products = (s.m1 * s.m2, tokens * s.m2 * s.n2, tokens * s.m1 * s.n1)
-    for label, grad, other, total, n in zip(
-        ("dx", "da", "db"), grads, expected, sums, products, strict=True
-    ):
-        # A gradient may have a single entry, near zero by chance: its scale is at least that of n
-        # products of random signs, whose absolute values sum to √n times as much.
-        scale = max(total.square().mean().item() / n, other.square().mean().item()) ** 0.5
-        check(label, grad, other, max(tokens, 1) * (s.m1 + s.m2 + terms(s)), dtype, scale=scale)
+    check_gradients(s, tokens, dtype, "triton")
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), BOTH, indirect=True)
@@ -255,7 +208,7 @@ def check_gradients(s, tokens, dtype):
     "s", [*PRESETS[:2], PRESETS[4], *slow([(s,) for s in (*PRESETS[2:4], PRESETS[5])])], ids=name
 )
 def test_gradients_of_the_presets(s, gpu, dtype):
-    check_gradients(s, 35, dtype)
+    check_gradients(s, 35, dtype, "triton")
 
 
 def test_gradients_are_the_same_bits_every_time(gpu):
@@ -330,49 +283,18 @@ FEED_FORWARDS = [
 ]
 
 
-def check_feed_forward(up, down, tokens, dtype, activation, bias=True, backward=True):
-    x, a1, b1 = draw(up, tokens, dtype)
-    _, a2, b2 = draw(down, 1, dtype)
-    operands = [x, a1, b1, a2, b2]
-    if bias:
-        operands += [torch.randn(s.out_features).to(dtype) for s in (up, down)]
-    dy = torch.randn(tokens, down.out_features).to(dtype)
-
-    def run(call, x, a1, b1, a2, b2, c1=None, c2=None, **more):
-        return call(x, (a1, b1, c1), (a2, b2, c2), **more)
-
-    def oracle(x, first, second):
-        hidden = reference.kron_matmul(x, *first[:2], bias=first[2], activation=activation)
-        return reference.kron_matmul(hidden, *second[:2], bias=second[2])
-
-    wide = [t.double().requires_grad_() for t in operands]
-    expected = run(oracle, *wide)
-    assert triton_gpu.meet(a1, b1, a2, b2)
-    n = terms(up) + terms(down)
-    y = run(kron_feed_forward, *operands, residual=dy, activation=activation, backend="triton")
-    check("y", y, expected + dy.double(), n, dtype)
-    if not backward:
-        return
-    operands = [t.requires_grad_() for t in operands]
-    y = run(kron_feed_forward, *operands, activation=activation, backend="triton")
-    grads = torch.autograd.grad(y, operands, dy)
-    others = torch.autograd.grad(expected, wide, dy.double())
-    for i, (grad, other) in enumerate(zip(grads, others, strict=True)):
-        check(f"gradient {i}", grad, other, tokens * 4 * n, dtype)
-
-
 @pytest.mark.parametrize(("gpu", "dtype"), SOME, indirect=True)
 @pytest.mark.parametrize("shapes", FEED_FORWARDS, ids=["plain", "odd", "sums"])
 def test_feed_forward_and_its_gradients(shapes, dtype, gpu, request):
     turn = sum(map(ord, request.node.name))
     activation = ACTIVATIONS[1 + turn % 4]
-    check_feed_forward(*shapes, (1, 5, 19)[turn % 3], dtype, activation, bias=bool(turn % 3))
+    check_feed_forward(*shapes, (1, 5, 19)[turn % 3], dtype, activation, "triton", bool(turn % 3))
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), BOTH, indirect=True)
 @pytest.mark.parametrize(("up", "down"), [PRESETS[2:4], PRESETS[4:]], ids=["8x", "21x"])
 def test_feed_forward_of_the_presets(up, down, gpu, dtype):
-    check_feed_forward(up, down, 35, dtype, "gelu")
+    check_feed_forward(up, down, 35, dtype, "gelu", "triton")
 
 
 def test_a_feed_forward_that_does_not_meet_goes_in_two_launches(gpu):
