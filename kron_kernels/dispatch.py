@@ -21,13 +21,14 @@ GPU_ORDER = {
     # For one token the busiest warp executes 366 to 436 instructions of CUDA's kernel on 24 to 48
     # multiprocessors, 587 to 1962 of Triton's on 3. For 16 they are 2336 to 3917 and 587 to 1962.
     "up to 4 tokens": ("cuda", "triton"),
-    # Without tensor cores CUDA's bounds are 3 to 8 times Triton's: eager is faster than that.
+    # A mix without tensor cores: CUDA's bounds are 3 to 10 times Triton's.
     "both factors over 8 on a side": ("triton",),
     # The 21x attention, forward and backward: 367 µs against Triton's 487 for 65,536 tokens on an
     # A100, 235 against 324 on an H100. Triton's kernels read 16 interleaved vectors with conflicts.
+    # (Three products of one x, kron_qkv, are behind: 268 against 198, 158 against 124.)
     "16 interleaved vectors": ("cuda", "triton"),
-    # Forward the layers are equal to Triton's or up to 14 % behind (8x attention on an H100: 53 %,
-    # where Triton has wgmma), backward from 6 % ahead to 81 % behind.
+    # Forward equal to Triton's or up to 14 % behind (8x attention on an H100: 53 %, where Triton
+    # has wgmma), backward from 6 % ahead to 26 % behind (8x attention on an H100: 82 to 90 %).
     "anything else": ("triton", "cuda"),
 }
 

@@ -31,3 +31,12 @@ def _same_numbers():
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def dtype(request):
+    """A dtype, or float32 multiplied in tf32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
+    yield torch.float32 if request.param == "tf32" else getattr(torch, request.param)
+    torch.set_float32_matmul_precision(before)

@@ -48,15 +48,6 @@ def gpu(request):
         yield device
 
 
-@pytest.fixture
-def dtype(request):
-    """A dtype, or float32 multiplied in tf32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
-    yield torch.float32 if request.param == "tf32" else getattr(torch, request.param)
-    torch.set_float32_matmul_precision(before)
-
-
 machines = pytest.mark.parametrize(("gpu", "dtype"), MACHINES, indirect=True)
 
 
