@@ -1,10 +1,17 @@
 """Kronecker-factorised layers: ``(A ⊗ B) x`` without forming ``A ⊗ B``."""
 
-from kron_kernels.decompose import nearest_kronecker
+from kron_kernels.decompose import nearest_kronecker, nearest_kronecker_sum
 from kron_kernels.dispatch import explain_backends
 from kron_kernels.functional import kron_matmul
 from kron_kernels.fused import kron_feed_forward, kron_qkv
-from kron_kernels.nn import KroneckerEmbedding, KroneckerFeedForward, KroneckerLinear
+from kron_kernels.nn import (
+    KroneckerEmbedding,
+    KroneckerFeedForward,
+    KroneckerLinear,
+    KroneckerSum,
+    densify_,
+    factorise_,
+)
 from kron_kernels.shapes import KronShape
 
 __version__ = "0.1.0"
@@ -13,9 +20,13 @@ __all__ = [
     "KroneckerEmbedding",
     "KroneckerFeedForward",
     "KroneckerLinear",
+    "KroneckerSum",
+    "densify_",
     "explain_backends",
+    "factorise_",
     "kron_feed_forward",
     "kron_matmul",
     "kron_qkv",
     "nearest_kronecker",
+    "nearest_kronecker_sum",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,8 @@ def nearest_kronecker(
     With ``second_moment`` C = E[x xᵀ] of the layer's inputs, minimises the error of the layer's
     *outputs*, ``E‖(W − Σ_k A_k ⊗ B_k) x‖² = ‖(W − Σ_k A_k ⊗ B_k) C^½‖_F²``, by alternating least
     squares from the solution above: with one side fixed, the other is one linear solve. Every half
-    step can only lower the error; the end point is a local minimum.
+    step can only lower the error; the end point is a local minimum. Where the terms are
+    ``column ⊗ row``, a low-rank weight, the optimum is known: a truncated SVD of ``W C^½``.
 
     Args:
         weight: W of shape ``(m, n)``, real floating point, any precision.
@@ -59,14 +62,116 @@ def nearest_kronecker(
     """
     s = _check(weight, a_shape, rank, second_moment)
     w = weight.detach()
-    a, b = _van_loan(w, s)
-    if second_moment is not None:
-        c = _shrunk(second_moment.detach(), shrinkage)
-        a, b = _alternate(w, c, a, b, max_iterations, tolerance)
+    c = None if second_moment is None else _shrunk(second_moment.detach(), shrinkage)
+    a, b = _fit(w, s, c, max_iterations, tolerance)
     if rescale:
         scale = (w.double().norm() / _norm(a, b)).nan_to_num(1.0, posinf=1.0).sqrt()
         a, b = a * scale, b * scale
     return a.to(w.dtype), b.to(w.dtype)
+
+
+def nearest_kronecker_sum(
+    weight: Tensor,
+    parts: Sequence[tuple[tuple[int, int], int]],
+    *,
+    second_moment: Tensor | None = None,
+    shrinkage: float = 0.01,
+    rescale: bool = False,
+    max_iterations: int = 20,
+    tolerance: float = 1e-4,
+) -> list[tuple[Tensor, Tensor]]:
+    """Factors of a sum of parts of different shapes near ``weight``, one pair a part.
+
+    A low-rank part, ``a_shape = (m, 1)``, holds what no Kronecker product of small factors can, and
+    the other way round. Greedy: each part is fitted to what those before it left. Then, in turn,
+    each to W without all others, which never raises the error; the end point is a local minimum.
+
+    Args:
+        weight: W of shape ``(m, n)``, real floating point, any precision.
+        parts: ``(a_shape, rank)`` each, as for :func:`nearest_kronecker`, fitted in this order.
+        second_moment: C of shape ``(n, n)``: nearest in the outputs, as there.
+        shrinkage: As there.
+        rescale: Multiply by one number, so that W's norm survives.
+        max_iterations: Rounds over all parts, after the greedy one, at most.
+        tolerance: Stop once a round lowers the error by less than this fraction of it.
+
+    Returns:
+        ``(a, b)`` for each part, ``a (rank, m1, n1)`` and ``b (rank, m / m1, n / n1)``, of W's
+        dtype and device, their terms in descending order and of equal norms.
+
+    Raises:
+        ValueError: If there is no part, or for what :func:`nearest_kronecker` refuses.
+    """
+    if not parts:
+        raise ValueError("parts is empty, but a sum needs at least one (a_shape, rank).")
+    shapes = [_check(weight, tuple(a_shape), rank, second_moment) for a_shape, rank in parts]
+    # Squares are summed below, which entries of 1e200 would overflow.
+    peak = weight.detach().abs().max().double()
+    peak = peak.where(peak > 0, 1.0)
+    w = weight.detach().double() / peak
+    c = None if second_moment is None else _shrunk(second_moment.detach(), shrinkage)
+
+    rest, fitted = w.clone(), []  # W without all that is fitted
+    for s in shapes:
+        fitted.append(_fit(rest, s, c))
+        rest -= dense_weight(*fitted[-1])
+    error, floor = _error(rest, c), 1e-24 * _error(w, c)
+    for _ in range(max_iterations if len(shapes) > 1 else 0):
+        before = error
+        for i, s in enumerate(shapes):
+            own = rest + dense_weight(*fitted[i])
+            # A few steps from where it stands: the others will move before the next.
+            part = _fit(own, s, c, max_iterations=2, start=fitted[i])
+            own -= dense_weight(*part)
+            now = _error(own, c)
+            if now < error:  # by more than rounding, or it is no worse to stay
+                fitted[i], rest, error = part, own, now
+        if before - error <= tolerance * error or error <= floor:
+            break
+    scale = peak
+    if rescale:
+        scale = scale * (w.norm() / (w - rest).norm()).nan_to_num(1.0, posinf=1.0)
+    root, dtype = scale.sqrt(), weight.dtype
+    return [((a * root).to(dtype), (b * root).to(dtype)) for a, b in fitted]
+
+
+def dense_weight(a: Tensor, b: Tensor) -> Tensor:
+    """``Σ_k A_k ⊗ B_k`` of shape ``(m1 * m2, n1 * n2)``, summed over k by one matrix product."""
+    s = KronShape.of(a, b)
+    blocks = a.reshape(s.rank, -1).mT @ b.reshape(s.rank, -1)  # (m1 * n1, m2 * n2)
+    return (
+        blocks.view(s.m1, s.n1, s.m2, s.n2).transpose(1, 2).reshape(s.out_features, s.in_features)
+    )
+
+
+def is_low_rank(s: KronShape) -> bool:
+    """Whether the terms are ``column ⊗ row``, or ``row ⊗ column``: a product of two thin matrices.
+
+    In ``s.order`` the rows come first, so that the middle has ``rank`` columns.
+    """
+    return s.n1 == 1 == s.m2 or s.m1 == 1 == s.n2
+
+
+def _fit(
+    w: Tensor,
+    s: KronShape,
+    c: Tensor | None,
+    max_iterations: int = 20,
+    tolerance: float = 1e-4,
+    start: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Factors of W in float64, nearest in its entries or, in the metric C, from ``start``."""
+    if c is None:
+        return _van_loan(w, s)
+    if is_low_rank(s):
+        return _truncated(w, s, c)
+    a, b = start or _van_loan(w, s)
+    return _alternate(w, c, a, b, max_iterations, tolerance)
+
+
+def _error(rest: Tensor, c: Tensor | None) -> Tensor:
+    """``‖rest C^½‖_F²``."""
+    return (rest * (rest if c is None else rest @ c)).sum()
 
 
 def _check(
@@ -163,6 +268,25 @@ def _shrunk(c: Tensor, shrinkage: float) -> Tensor:
     variance = c.diagonal().mean() + torch.finfo(torch.float64).tiny
     c.diagonal().add_(max(shrinkage, 1e-9) * variance)
     return c
+
+
+def _truncated(w: Tensor, s: KronShape, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The low-rank optimum ``U Uᵀ W``, U the leading left singular vectors of ``W C^½``.
+
+    No inverse of C^½ is formed, so that directions without variance do no harm.
+    """
+    w = w.double()
+    m, n = w.shape
+    if m <= n:
+        left = torch.linalg.eigh(w @ c @ w.mT).eigenvectors[:, -s.rank :]
+    else:
+        values, vectors = torch.linalg.eigh(c)
+        half = w @ (vectors * values.clamp_min(0).sqrt())  # (m, n), W C^½ in C's own axes
+        right = torch.linalg.eigh(half.mT @ half).eigenvectors[:, -s.rank :]
+        left = torch.linalg.qr(half @ right).Q
+    column, row = left.mT, left.mT @ w  # (r, m), (r, n)
+    a, b = (column, row) if s.n1 == 1 == s.m2 else (row, column)
+    return _balance(a.reshape(s.rank, s.m1, s.n1), b.reshape(s.rank, s.m2, s.n2))
 
 
 def _alternate(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kron_kernels.backends import cuda, eager, native, triton_gpu
 from kron_kernels.checks import check_factors
+from kron_kernels.decompose import is_low_rank
 from kron_kernels.shapes import KronShape
 
 Backend = Literal["auto", "eager", "native", "triton", "cuda"]
@@ -49,12 +50,15 @@ def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
 def choose(backend: str, x: Tensor, *products: Sequence[Tensor]) -> str:
     """The backend to run, for all products of a call, each given by its factors.
 
-    One asked for by name is granted or refused, never replaced.
+    One asked for by name is granted or refused, never replaced. ``"auto"`` is eager if one of the
+    products has low rank: two GEMMs, for which each device has a library.
 
     Raises:
         ValueError: If the backend asked for cannot serve the call, with the reason.
     """
     if backend == "auto":
+        if any(_is_low_rank(*factors) for factors in products):
+            return "eager"
         for compiled in _order(x, *products[0]):
             if not any(why_not(compiled, x, *factors) for factors in products):
                 return compiled
@@ -98,6 +102,13 @@ def _order(x: Tensor, *factors: Tensor) -> tuple[str, ...]:
     return GPU_ORDER["anything else"]
 
 
+def _is_low_rank(*factors: Tensor) -> bool:
+    # Told from most others by one look: a shape takes 1 µs to make, a visible part of a small call.
+    if len(factors) != 2 or 1 not in factors[0].shape[-2:]:
+        return False
+    return is_low_rank(KronShape.of(*factors))
+
+
 def _eager_plan(*factors: Tensor) -> str:
     if len(factors) > 2:
         factors = eager.merge_small(factors)
@@ -105,6 +116,11 @@ def _eager_plan(*factors: Tensor) -> str:
         sides = " ⊗ ".join(f"{f.shape[1]}x{f.shape[2]}" for f in factors)
         return f"one product per axis of {sides}"
     s = KronShape.of(*factors)
+    if is_low_rank(s):
+        return (
+            f'low rank, {s.rank}: two GEMMs over all tokens, which "auto" takes; '
+            f"{s.flops:,} FLOPs per token"
+        )
     form = eager.choose_form(s)
     first, then = ("B", "A") if form.order == "b_first" else ("A", "B")
     how = "one GEMM over all tokens" if form.layout == "planes" else "a batched product"

@@ -1,54 +1,32 @@
-"""KroneckerBERT: BERT with Kronecker-factorised layers, in the idiom of transformers.
+"""Transformers with Kronecker-factorised layers, in the idiom of transformers.
 
 Importing this package registers its classes, so that ``AutoModel.from_pretrained`` and pipelines
-load what ``save_pretrained`` wrote.
+load what ``save_pretrained`` wrote. They are named after the dense ones: ``KroneckerBertModel``,
+``KroneckerRobertaForMaskedLM``, ``KroneckerGPT2LMHeadModel``, …
 """
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if find_spec("transformers") is None:
     raise ImportError("kroneckerbert needs transformers: pip install 'kron-kernels[bert]'")
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
-
-from kroneckerbert.configuration_kroneckerbert import KroneckerBertConfig
+from kroneckerbert import modeling_kroneckerbert
+from kroneckerbert.configuration_kroneckerbert import KroneckerConfig
 from kroneckerbert.conversion import compress, decompress, second_moments
 from kroneckerbert.modeling_kroneckerbert import (
-    KroneckerBertForMaskedLM,
-    KroneckerBertForQuestionAnswering,
-    KroneckerBertForSequenceClassification,
-    KroneckerBertForTokenClassification,
-    KroneckerBertModel,
-    KroneckerBertPreTrainedModel,
+    KroneckerPreTrainedModel,
     embed,
     mean_pooling,
+    register,
 )
-
-if TYPE_CHECKING:
-    from kroneckerbert.distillation import DistillationArguments, DistillationTrainer
-
-AutoConfig.register(KroneckerBertConfig.model_type, KroneckerBertConfig, exist_ok=True)
-for _auto, _model in (
-    (AutoModel, KroneckerBertModel),
-    (AutoModelForMaskedLM, KroneckerBertForMaskedLM),
-    (AutoModelForQuestionAnswering, KroneckerBertForQuestionAnswering),
-    (AutoModelForSequenceClassification, KroneckerBertForSequenceClassification),
-    (AutoModelForTokenClassification, KroneckerBertForTokenClassification),
-):
-    _auto.register(KroneckerBertConfig, _model, exist_ok=True)
+from kroneckerbert.planning import plan, report
 
 
 def __getattr__(name: str) -> Any:
-    """What needs accelerate, imported when it is asked for."""
-    if name in ("DistillationArguments", "DistillationTrainer"):
+    if name.startswith("Kronecker") and hasattr(modeling_kroneckerbert, name):  # made by register
+        return getattr(modeling_kroneckerbert, name)
+    if name in ("DistillationArguments", "DistillationTrainer"):  # which need accelerate
         from kroneckerbert import distillation
 
         return getattr(distillation, name)
@@ -58,16 +36,14 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "DistillationArguments",
     "DistillationTrainer",
-    "KroneckerBertConfig",
-    "KroneckerBertForMaskedLM",
-    "KroneckerBertForQuestionAnswering",
-    "KroneckerBertForSequenceClassification",
-    "KroneckerBertForTokenClassification",
-    "KroneckerBertModel",
-    "KroneckerBertPreTrainedModel",
+    "KroneckerConfig",
+    "KroneckerPreTrainedModel",
     "compress",
     "decompress",
     "embed",
     "mean_pooling",
+    "plan",
+    "register",
+    "report",
     "second_moments",
 ]

@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from transformers import BertPreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Distributions outside the core dependencies, by the extra that brings them.
 _EXTRAS = {
@@ -84,13 +84,82 @@ def main(
     """
 
 
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text, one a line, or a table: errors are those of the layers' outputs on it.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+Batch = Annotated[int, typer.Option(help="Sequences in the pass that is timed.", min=1)]
+Tokens = Annotated[int, typer.Option(help="Tokens in each of them.", min=1)]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; PyTorch's choice unless given.", min=1)
+]
+
+
+@app.command()
+def plan(
+    teacher: Annotated[str, typer.Argument(help="The dense model.")],
+    out: Annotated[Path, typer.Argument(help="The plan's file (JSON), for compress --plan.")],
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            help="parameters, bytes, flops, latency (ms) or error, as a number, 8x less or a "
+            "share: latency=2x, bytes=12e6, parameters=12%. May be repeated; all are met.",
+        ),
+    ],
+    objective: Annotated[
+        str, typer.Option(help="What is minimised within it: error, size or latency.")
+    ] = "error",
+    batch: Batch = 1,
+    tokens: Tokens = 128,
+    threads: Threads = None,
+    calibration: Calibration = None,
+    words: Annotated[bool, typer.Option(help="Whether the words may be factorised.")] = True,
+    mix: Annotated[bool, typer.Option(help="Allow a product plus a low-rank part.")] = True,
+) -> None:
+    """Choose shapes layer by layer for a budget, measured on this machine."""
+    import torch
+
+    from kroneckerbert.planning import plan as plan_model
+
+    limits = dict(_limit(text) for text in budget)
+    texts = None if calibration is None else _texts(calibration)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = _on_gpu(_model(teacher))
+    batches = (
+        None if texts is None else list(_calibration_batches(texts, model, _tokenizer(teacher)))
+    )
+    chosen = plan_model(
+        model,
+        limits,
+        objective=objective,
+        batch=batch,
+        tokens=tokens,
+        calibration=batches,
+        words=words,
+        mix=mix,
+        progress=errors.is_terminal,
+    )
+    chosen.save(out)
+    console.print(str(chosen), soft_wrap=True)
+    console.print(f"Next: kroneckerbert compress {teacher} OUT --plan {out}", soft_wrap=True)
+
+
 @app.command()
 def compress(
-    teacher: Annotated[str, typer.Argument(help="The dense BERT, with or without a head.")],
+    teacher: Annotated[str, typer.Argument(help="The dense model, with or without a head.")],
     out: Annotated[Path, typer.Argument(help="New folder for the compressed model.")],
     preset: Annotated[
         str, typer.Option(help="kronecker-bert-5, -8, -19 or -21: about so many times smaller.")
     ] = "kronecker-bert-8",
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="What 'plan' wrote, instead of a preset.", exists=True, dir_okay=False),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -99,11 +168,19 @@ def compress(
             dir_okay=False,
         ),
     ] = None,
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential",
+            help="Refit layer by layer on the calibration text, biases too; takes minutes.",
+        ),
+    ] = False,
     rescale: Annotated[
         bool, typer.Option("--rescale", help="Give each product its weight's norm.")
     ] = False,
 ) -> None:
-    """Replace a dense BERT's weights by the nearest Kronecker products. Distil the result."""
+    """Replace a dense model's weights by the nearest Kronecker products. Distil the result."""
+    from kron_kernels.plan import Plan
     from kroneckerbert import compress as compress_model
     from kroneckerbert.files import replace_folder, writable_folder
 
@@ -112,7 +189,12 @@ def compress(
     model, tokenizer = _model(teacher), _tokenizer(teacher)
     batches = None if texts is None else _calibration_batches(texts, model, tokenizer)
     student = compress_model(
-        model, preset, calibration=batches, rescale=rescale, progress=errors.is_terminal
+        model,
+        preset if plan is None else Plan.load(plan),
+        calibration=batches,
+        sequential=sequential,
+        rescale=rescale,
+        progress=errors.is_terminal,
     )
     with replace_folder(out) as folder:
         student.save_pretrained(folder)
@@ -123,6 +205,61 @@ def compress(
         table.add_row(name, f"{size:,}", f"{model.num_parameters() / size:.1f}x")
     console.print(table)
     console.print(f"Next: kroneckerbert distill {teacher} {out} OUT --data TEXTS", soft_wrap=True)
+
+
+@app.command()
+def report(
+    model: Annotated[str, typer.Argument(help="A compressed model.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model that it is from: errors need it.")
+    ] = None,
+    batch: Batch = 1,
+    tokens: Tokens = 128,
+    threads: Threads = None,
+    calibration: Calibration = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here, too.", dir_okay=False)
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw them here: .png, .svg or .pdf.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Measure each layer: its shapes, parameters, FLOPs, time and error against the dense one's."""
+    import torch
+
+    from kroneckerbert.planning import report as measured
+
+    texts = None if calibration is None else _texts(calibration)
+    if picture is not None:
+        import matplotlib  # noqa: F401  missing after the measurement would be a pity
+    if threads is not None:
+        torch.set_num_threads(threads)
+    compressed = _on_gpu(_model(model))
+    dense = None if teacher is None else _on_gpu(_model(teacher))
+    batches = None if texts is None else _calibration_batches(texts, compressed, _tokenizer(model))
+    result = measured(compressed, dense, batch=batch, tokens=tokens, calibration=batches)
+    if json_file is not None:
+        result.save(json_file)
+    if picture is not None:
+        result.plot(picture)
+    console.print(str(result), soft_wrap=True)
+
+
+@app.command()
+def decompress(
+    model: Annotated[str, typer.Argument(help="A compressed model.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the dense one.")],
+) -> None:
+    """Write the stock dense model of the same function, for tools that know only that."""
+    from kroneckerbert import decompress as decompress_model
+    from kroneckerbert.files import replace_folder, writable_folder
+
+    out = writable_folder(out)
+    tokenizer, dense = _tokenizer(model), decompress_model(_model(model))
+    with replace_folder(out) as folder:
+        dense.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    console.print(f"Saved a {type(dense).__name__} to {out}.", soft_wrap=True)
 
 
 @app.command()
@@ -172,6 +309,7 @@ def distill(
     from kroneckerbert.data import TextDataset, is_table, label_targets, read_lines, read_table
     from kroneckerbert.distillation import DistillationArguments, DistillationTrainer
     from kroneckerbert.files import replace_folder, writable_folder
+    from kroneckerbert.modeling_kroneckerbert import max_tokens
 
     out = writable_folder(out)
     labelled = is_table(data)
@@ -179,7 +317,7 @@ def distill(
     texts = table.texts if labelled else read_lines(data)
 
     teacher_model, tokenizer = _model(teacher).float(), _tokenizer(teacher)
-    longest = _longest(teacher_model, tokenizer)
+    longest = max_tokens(teacher_model, tokenizer)
     max_length = max_length or min(128, longest)
     if max_length > longest:
         raise ValueError(f"--max-length {max_length} exceeds the teacher's {longest} positions.")
@@ -311,7 +449,7 @@ def benchmark(
         torch.set_num_threads(threads)
     loaded = {name: _on_gpu(_model(name)) for name in models}
     for name, model in loaded.items():
-        if (longest := model.config.max_position_embeddings) < tokens:
+        if (longest := getattr(model.config, "max_position_embeddings", tokens)) < tokens:
             raise ValueError(f"--tokens {tokens} exceeds the {longest} positions of {name}.")
 
     timings = {size: latency(loaded, size, tokens, seconds) for size in batch}
@@ -368,7 +506,18 @@ def demo(
     demonstration.run(output, minutes, seed)
 
 
-def _model(source: str) -> BertPreTrainedModel:
+def _limit(text: str) -> tuple[str, float | str]:
+    """``"latency=2x"`` as ``("latency", "2x")``, ``"bytes=12e6"`` as a number."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--budget {text!r} must be a quantity and its limit: latency=2x.")
+    try:
+        return key, float(value)
+    except ValueError:
+        return key, value
+
+
+def _model(source: str) -> PreTrainedModel:
     """A saved model in the class that its configuration names, every weight of it from the file."""
     import transformers
     from safetensors import SafetensorError
@@ -381,14 +530,12 @@ def _model(source: str) -> BertPreTrainedModel:
     transformers.logging.set_verbosity_error()
     config = transformers.AutoConfig.from_pretrained(source)
     # Checkpoints of bare encoders may name no class.
-    name = (config.architectures or ["BertModel"])[0]
+    name = (config.architectures or ["AutoModel"])[0]
     model_class = getattr(kroneckerbert, name, None) or getattr(transformers, name, None)
-    if not isinstance(model_class, type) or not issubclass(
-        model_class, transformers.BertPreTrainedModel
-    ):
+    if model_class is None:
         raise TypeError(
-            f"{source} is a {name} ({config.model_type}), but only BERT and KroneckerBERT models "
-            "can be loaded here."
+            f"{source} is a {name} ({config.model_type}), which this version of transformers "
+            f"({transformers.__version__}) does not have."
         )
     try:
         model, info = model_class.from_pretrained(source, output_loading_info=True)
@@ -432,10 +579,6 @@ def _folder(source: str) -> Path:
     return Path(cached_file(source, "config.json")).parent
 
 
-def _longest(model: BertPreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    return min(tokenizer.model_max_length, model.config.max_position_embeddings)
-
-
 def _texts(path: Path) -> list[str]:
     from kroneckerbert.data import is_table, read_lines, read_table
 
@@ -443,23 +586,24 @@ def _texts(path: Path) -> list[str]:
 
 
 def _calibration_batches(
-    texts: list[str], model: BertPreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    texts: list[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Any:
     from torch.utils.data import DataLoader
     from transformers import DataCollatorWithPadding
 
     from kroneckerbert.data import TextDataset
+    from kroneckerbert.modeling_kroneckerbert import max_tokens
 
     # From the whole file: neighbours are often about the same thing.
     texts = texts[:: max(1, len(texts) // _CALIBRATION_TEXTS)][:_CALIBRATION_TEXTS]
-    dataset = TextDataset(tokenizer, texts, max_length=min(128, _longest(model, tokenizer)))
+    dataset = TextDataset(tokenizer, texts, max_length=min(128, max_tokens(model, tokenizer)))
     return DataLoader(dataset, batch_size=32, collate_fn=DataCollatorWithPadding(tokenizer))
 
 
-def _classifier(source: str, model: BertPreTrainedModel) -> BertPreTrainedModel:
-    from transformers import BertForSequenceClassification
+def _classifier(source: str, model: PreTrainedModel) -> PreTrainedModel:
+    from kroneckerbert.evaluation import classifies_sequences
 
-    if not isinstance(model, BertForSequenceClassification):
+    if not classifies_sequences(model):
         raise TypeError(
             f"{source} is a {type(model).__name__}, but a table's labels need a teacher that was "
             "fine-tuned on them, a model for sequence classification; for stage 1 give plain text."
@@ -467,7 +611,7 @@ def _classifier(source: str, model: BertPreTrainedModel) -> BertPreTrainedModel:
     return model
 
 
-def _with_classifier_of(teacher: BertPreTrainedModel, source: str) -> BertPreTrainedModel:
+def _with_classifier_of(teacher: PreTrainedModel, source: str) -> PreTrainedModel:
     """The student with its classifier, or with a copy of the teacher's if it has none."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -479,13 +623,18 @@ def _with_classifier_of(teacher: BertPreTrainedModel, source: str) -> BertPreTra
     student = AutoModelForSequenceClassification.from_pretrained(
         source, problem_type=teacher.config.problem_type, **labels
     )
-    # Both are dense and read the same hidden states; fine-tuning changes the pooler, too.
-    student.bert.pooler.load_state_dict(teacher.bert.pooler.state_dict())
-    student.classifier.load_state_dict(teacher.classifier.state_dict())
+    # The head is dense and reads the same hidden states; fine-tuning changes the pooler, too.
+    prefix = f"{teacher.base_model_prefix}."
+    head = {
+        name: tensor
+        for name, tensor in teacher.state_dict().items()
+        if not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")
+    }
+    student.load_state_dict(head, strict=False)
     return student
 
 
-def _on_gpu(model: BertPreTrainedModel) -> BertPreTrainedModel:
+def _on_gpu(model: PreTrainedModel) -> PreTrainedModel:
     import torch
 
     return model.cuda() if torch.cuda.is_available() else model

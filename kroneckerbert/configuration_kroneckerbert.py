@@ -1,24 +1,65 @@
-"""Which layers of a BERT are Kronecker products, and of which shapes."""
+"""Which layers of a transformer are Kronecker products, and of which shapes."""
 
 # No `from __future__ import annotations`: @strict validates by the annotations' values.
 import difflib
+import json
+from collections.abc import Iterator
 from dataclasses import field
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+import torch
 from huggingface_hub.dataclasses import strict
-from transformers import BertConfig
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from kron_kernels import KronShape
+from kron_kernels.plan import Plan
 
-WORD_EMBEDDINGS = "embeddings.word_embeddings"
-# Module of one encoder layer -> the config's sizes of its weight's (rows, columns).
-_LINEARS = {
-    "attention.self.query": ("hidden_size", "hidden_size"),
-    "attention.self.key": ("hidden_size", "hidden_size"),
-    "attention.self.value": ("hidden_size", "hidden_size"),
-    "attention.output.dense": ("hidden_size", "hidden_size"),
-    "intermediate.dense": ("intermediate_size", "hidden_size"),
-    "output.dense": ("hidden_size", "intermediate_size"),
+
+class _Roles(NamedTuple):
+    """Names of a layer's modules, as the presets tell them apart."""
+
+    attention: tuple[str, ...]
+    up: tuple[str, ...]  # into the feed-forward block's width
+    down: tuple[str, ...]  # and back
+
+
+_BERT = _Roles(
+    (
+        *(f"attention.self.{name}" for name in ("query", "key", "value")),
+        "attention.output.dense",
+        *(f"crossattention.self.{name}" for name in ("query", "key", "value")),
+        "crossattention.output.dense",
+    ),
+    ("intermediate.dense",),
+    ("output.dense",),
+)
+# By the dense model's model_type. Presets are for these; other architectures are planned.
+_ROLES = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "electra": _BERT,
+    "mpnet": _BERT._replace(attention=tuple(f"attention.attn.{name}" for name in "qkvo")),
+    "deberta-v2": _BERT._replace(
+        attention=(
+            *(f"attention.self.{name}_proj" for name in ("query", "key", "value")),
+            "attention.output.dense",
+        )
+    ),
+    "distilbert": _Roles(
+        tuple(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
+        ("ffn.lin1",),
+        ("ffn.lin2",),
+    ),
+    "modernbert": _Roles(("attn.Wqkv", "attn.Wo"), ("mlp.Wi",), ("mlp.Wo",)),
+    "gpt2": _Roles(("attn.c_attn", "attn.c_proj"), ("mlp.c_fc",), ("mlp.c_proj",)),
+    "llama": _Roles(
+        tuple(f"self_attn.{name}_proj" for name in "qkvo"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
 }
 
 
@@ -32,7 +73,7 @@ class _Small(NamedTuple):
 
 class _Preset(NamedTuple):
     attention: _Small
-    intermediate: _Small  # of W1; W2 has the transposed shapes
+    up: _Small  # down has the transposed shapes
     b_size: int  # the embedding's row vector
     rank: int = 1  # of attention and feed-forward
 
@@ -45,29 +86,31 @@ PRESETS = {
 }
 
 
-@strict
-class KroneckerBertConfig(BertConfig):
-    """A BERT some of whose weights are ``Σ_k A_k ⊗ B_k``; :class:`BertConfig` plus one field.
+class KroneckerConfig:
+    """What every configuration of a Kronecker model has beside its dense model's fields.
+
+    Its subclasses are made by :func:`kronecker_config`: ``KroneckerBertConfig``,
+    ``KroneckerRobertaConfig``, …
 
     Args:
         kronecker_factors: From a module's name to ``{"a_shape": [m1, n1], "rank": r}`` (``rank`` is
-            1 when left out), or to None, which keeps the module dense. A name is the end of the
-            module's path, cut at a dot: ``"intermediate.dense"`` means it in every layer,
-            ``"layer.3.intermediate.dense"`` in one. The longest name that fits decides; a module
-            that none fits is dense, so that the default, an empty dict, is an ordinary BERT.
-            Factorisable are ``attention.self.{query,key,value}``, ``attention.output.dense``,
-            ``intermediate.dense``, ``output.dense`` and ``embeddings.word_embeddings``, whose
-            ``m1`` is the vocabulary's size. Mind that ``"output.dense"`` also fits
+            1 when left out), to a list of such terms of different shapes, which are summed, or to
+            None, which keeps the module dense. A name is the end of the module's path, cut at a
+            dot: ``"intermediate.dense"`` means it in every layer, ``"layer.3.intermediate.dense"``
+            in one. The longest name that fits decides; a module that none fits is dense, so that
+            the default, an empty dict, is an ordinary dense model. Factorisable are the linear
+            layers of the model without its head and pooler, and the word embeddings, whose ``m1``
+            is the vocabulary's size. Mind that ``"output.dense"`` also fits
             ``"attention.output.dense"`` unless that has an entry of its own.
+
+        kronecker_plan: The plan that chose the factors, if one did, see :attr:`plan`.
 
     Raises:
         ValueError: If an entry is malformed, fits no module or does not divide its weight. It is
             checked here, and again when a model is built.
     """
 
-    model_type = "kronecker_bert"
-
-    kronecker_factors: dict[str, Any] = field(default_factory=dict)
+    dense_class: type[PreTrainedConfig]  # the configuration that this one extends
 
     def __post_init__(self, **kwargs: Any):
         found = kwargs.get("model_type", self.model_type)
@@ -84,66 +127,70 @@ class KroneckerBertConfig(BertConfig):
         }
         self.kronecker_shapes()
 
-    def kronecker_shapes(self) -> dict[str, KronShape]:
-        """Shapes of the factorised modules by their path within :class:`KroneckerBertModel`.
+    @property
+    def plan(self) -> Plan | None:
+        """What was chosen for each layer, why, and what it was measured to cost."""
+        return (
+            None if self.kronecker_plan is None else Plan.from_json(json.dumps(self.kronecker_plan))
+        )
+
+    def kronecker_shapes(self) -> dict[str, list[KronShape]]:
+        """Shapes of the terms of the factorised modules, by path in the model without its head.
 
         Raises:
             ValueError: If an entry is malformed, fits no module or does not divide its weight.
         """
-        sizes = {WORD_EMBEDDINGS: (self.vocab_size, self.hidden_size)}
-        for layer in range(self.num_hidden_layers):
-            for name, (rows, columns) in _LINEARS.items():
-                size = getattr(self, rows), getattr(self, columns)
-                sizes[f"encoder.layer.{layer}.{name}"] = size
-
+        if not self.kronecker_factors:
+            return {}
+        layout = self._layout()
         for name in self.kronecker_factors:
-            if not any(_fits(name, path) for path in sizes):
-                raise ValueError(_no_such_module(name, self.num_hidden_layers))
+            if not any(layout.fits(name, path) for path in layout.sizes):
+                raise ValueError(_no_such_module(name, list(layout.sizes)))
         shapes = {}
-        for path, (rows, columns) in sizes.items():
+        for path, (rows, columns) in layout.sizes.items():
             name = self.entry_of(path)
-            if name is None or self.kronecker_factors[name] is None:
+            entry = _checked_entry(name, self.kronecker_factors[name]) if name else None
+            if entry is None:
                 continue
-            entry = _checked_entry(name, self.kronecker_factors[name])
-            a_shape = tuple(entry["a_shape"])
             try:
-                shapes[path] = KronShape.split(rows, columns, a_shape, entry["rank"])
+                shapes[path] = [
+                    KronShape.split(rows, columns, tuple(term["a_shape"]), term["rank"])
+                    for term in terms_of(entry)
+                ]
             except ValueError as error:
                 raise ValueError(f"kronecker_factors[{name!r}], for {path}: {error}") from error
-            if path == WORD_EMBEDDINGS and a_shape[0] != rows:
-                raise ValueError(
-                    f"kronecker_factors[{name!r}] has a_shape[0] = {a_shape[0]}, but each of the "
-                    f"{rows} words needs its own row of A; use a_shape = [{rows}, {a_shape[1]}]."
-                )
+            if path == layout.table:
+                _check_table(name, shapes[path], rows)
         return shapes
 
     def entry_of(self, path: str) -> str | None:
         """The name in ``kronecker_factors`` that decides about the module at ``path``, if any."""
-        return max((n for n in self.kronecker_factors if _fits(n, path)), key=len, default=None)
+        names = (n for n in self.kronecker_factors if self._layout().fits(n, path))
+        return max(names, key=len, default=None)
 
     @classmethod
-    def from_bert(
-        cls, base: BertConfig, kronecker_factors: dict[str, dict | None], **overrides: Any
-    ) -> "KroneckerBertConfig":
+    def from_dense(
+        cls, base: PreTrainedConfig, kronecker_factors: dict[str, Any], **overrides: Any
+    ) -> "KroneckerConfig":
         """``base`` with these factors: every other field, the labels included, carries over.
 
         Args:
-            base: A dense (or another Kronecker) BERT's configuration; left as it is.
-            kronecker_factors: See :class:`KroneckerBertConfig`.
+            base: A dense (or another Kronecker) model's configuration; left as it is.
+            kronecker_factors: See :class:`KroneckerConfig`.
             **overrides: Fields that shall differ from ``base``.
 
         Raises:
-            TypeError: If an override is no field of a BERT configuration.
+            TypeError: If an override is no field of the configuration.
         """
         fields = base.to_dict()
         # transformers would keep a misspelt field without a word.
-        if unknown := [name for name in overrides if not hasattr(base, name)]:
+        if unknown := [n for n in overrides if not hasattr(base, n) and n not in _OURS]:
             nearest = difflib.get_close_matches(unknown[0], fields, n=3)
             raise TypeError(
                 f"{unknown[0]!r} is no field of {cls.__name__}; the nearest are {nearest}."
             )
         # These describe the class and the folder that `base` came from.
-        for name in ("model_type", "transformers_version", "architectures", "_name_or_path"):
+        for name in _OF_THE_FILE:
             fields.pop(name, None)
         if "num_labels" in overrides:  # the label names would win over it
             fields.pop("id2label", None)
@@ -151,10 +198,17 @@ class KroneckerBertConfig(BertConfig):
         fields |= {"attn_implementation": base._attn_implementation} | overrides
         return cls(**fields | {"kronecker_factors": kronecker_factors})
 
+    def to_dense(self) -> PreTrainedConfig:
+        """The dense model's configuration."""
+        fields = self.to_dict()
+        for name in (*_OF_THE_FILE, *_OURS):
+            fields.pop(name, None)
+        return self.dense_class(**fields, attn_implementation=self._attn_implementation)
+
     @classmethod
     def preset(
-        cls, name: str, base: BertConfig | None = None, **overrides: Any
-    ) -> "KroneckerBertConfig":
+        cls, name: str, base: PreTrainedConfig | None = None, **overrides: Any
+    ) -> "KroneckerConfig":
         """A published configuration, scaled to the widths of ``base``.
 
         The small factor keeps its shape and the large one takes the rest. At BERT_BASE's widths:
@@ -173,58 +227,140 @@ class KroneckerBertConfig(BertConfig):
         5 is table 1 corrected: the attention shape printed there, 384x384, would give 45.5 M
         parameters instead of the stated 20 M; with 384x48 the stated size and FLOPs come out.
         19 is inferred: the version of the paper that has it was not available, and these are
-        natural shapes that give its 19.3x.
+        natural shapes that give its 19.3x. On other architectures than BERT it is the same small
+        factors, by the modules' roles: attention, into the feed-forward block, out of it, words.
 
         Args:
             name: One of the names above.
-            base: Where all other fields come from; ``BertConfig()``, BERT_BASE, if None.
+            base: Where all other fields come from; the dense model's defaults if None.
             **overrides: Fields that shall differ from ``base``, widths included.
 
         Raises:
-            ValueError: If there is no such preset, or its small factors do not divide the widths.
+            ValueError: If there is no such preset, its small factors do not divide the widths, or
+                the architecture's modules are not known by role.
         """
         if name not in PRESETS:
             raise ValueError(f"no preset is named {name!r}; there are {', '.join(PRESETS)}.")
+        roles = _ROLES.get(cls.dense_class.model_type)
+        if roles is None:
+            raise ValueError(
+                f"presets are for {', '.join(_ROLES)}, not for {cls.dense_class.model_type}; "
+                "choose shapes with kroneckerbert.plan(model, {'parameters': '8x'})."
+            )
         preset = PRESETS[name]
-        base = BertConfig() if base is None else base
+        dense = cls.from_dense(cls.dense_class() if base is None else base, {}, **overrides)
+        down = _Small(preset.up.side, preset.up.columns, preset.up.rows)
+        small = (
+            dict.fromkeys(roles.attention, preset.attention)
+            | dict.fromkeys(roles.up, preset.up)
+            | dict.fromkeys(roles.down, down)
+        )
+        layout, factors = dense._layout(), {}
+        for path, (rows, columns) in layout.sizes.items():
+            if path == layout.table:
+                _check_width(name, path, "columns", columns, preset.b_size)
+                factors[path] = {"a_shape": [rows, columns // preset.b_size], "rank": 1}
+                continue
+            role = max((r for r in small if layout.fits(r, path)), key=len, default=None)
+            if role is None:
+                continue
+            side, m, n = small[role]
+            _check_width(name, path, "rows", rows, m)
+            _check_width(name, path, "columns", columns, n)
+            a_shape = [m, n] if side == "A" else [rows // m, columns // n]
+            entry = {"a_shape": a_shape, "rank": preset.rank}
+            if factors.setdefault(role, entry) != entry:
+                factors[path] = entry
+        return cls.from_dense(dense, factors)
 
-        def width(size: str) -> int:
-            return overrides.get(size, getattr(base, size))
-
-        def a_shape(small: _Small, rows: str, columns: str) -> list[int]:
-            for size, divisor in ((rows, small.rows), (columns, small.columns)):
-                _check_width(name, size, width(size), divisor)
-            if small.side == "A":
-                return [small.rows, small.columns]
-            return [width(rows) // small.rows, width(columns) // small.columns]
-
-        _check_width(name, "hidden_size", width("hidden_size"), preset.b_size)
-        factors = {
-            module: {"a_shape": a_shape(preset.attention, *sizes), "rank": preset.rank}
-            for module, sizes in _LINEARS.items()
-            if module.startswith("attention.")
-        }
-        w1 = a_shape(preset.intermediate, "intermediate_size", "hidden_size")
-        factors["intermediate.dense"] = {"a_shape": w1, "rank": preset.rank}
-        factors["output.dense"] = {"a_shape": w1[::-1], "rank": preset.rank}
-        table = [width("vocab_size"), width("hidden_size") // preset.b_size]
-        factors[WORD_EMBEDDINGS] = {"a_shape": table, "rank": 1}
-        return cls.from_bert(base, factors, **overrides)
+    def _layout(self) -> "_Layout":
+        fields = {k: v for k, v in self.to_dict().items() if k not in _NO_STRUCTURE}
+        return _layout(self.dense_class, json.dumps(fields, sort_keys=True))
 
 
-def _fits(name: str, path: str) -> bool:
-    # With the prefix that modules have in the classes with a head.
-    return f".bert.{path}".endswith(f".{name}")
+_OF_THE_FILE = ("model_type", "transformers_version", "architectures", "_name_or_path", "auto_map")
+_OURS = ("kronecker_factors", "kronecker_plan")
+_NO_STRUCTURE = (*_OF_THE_FILE, *_OURS, "id2label", "label2id", "dtype")
 
 
-def _checked_entry(name: str, entry: dict | None) -> dict | None:
-    """The entry with its rank filled in and in JSON's types."""
-    if entry is None:
-        return None
-    example = '{"a_shape": [16, 2], "rank": 1}, or None for a dense layer'
-    if not isinstance(entry, dict) or not {"a_shape"} <= entry.keys() <= {"a_shape", "rank"}:
-        raise ValueError(f"kronecker_factors[{name!r}] = {entry!r} must look like {example}.")
-    a_shape, rank = entry["a_shape"], entry.get("rank", 1)
+class _Layout(NamedTuple):
+    """The modules of a dense model without its head that may be factorised."""
+
+    prefix: str  # of their paths in the classes with a head
+    sizes: dict[str, tuple[int, int]]  # rows and columns of the weight, by path
+    table: str | None  # the path of the word embeddings
+
+    def fits(self, name: str, path: str) -> bool:
+        return f".{self.prefix}.{path}".endswith(f".{name}")
+
+
+# A model on the meta device takes 20 ms for 12 layers, and a configuration asks several times.
+@lru_cache(maxsize=32)
+def _layout(dense_class: type[PreTrainedConfig], fields: str) -> _Layout:
+    with torch.device("meta"):
+        model = AutoModel.from_config(dense_class(**json.loads(fields)))
+    modules = dict(factorisable(model))
+    table = next((path for path, m in modules.items() if isinstance(m, nn.Embedding)), None)
+    sizes = {path: tuple(linear_weight(module).shape) for path, module in modules.items()}
+    return _Layout(model.base_model_prefix, sizes, table)
+
+
+def factorisable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of the linear layers and the word embeddings of a model without its head.
+
+    The pooler is not among them: it is small, runs once a sequence, and belongs to the task.
+    """
+    table = model.get_input_embeddings()
+    for path, module in model.named_modules():
+        # Not their subclasses, which may do other things.
+        is_linear = type(module) in (nn.Linear, Conv1D) and "pooler" not in path.split(".")
+        if is_linear or (module is table and type(table) is nn.Embedding):
+            yield path, module
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight as ``nn.Linear`` has it, ``(rows, columns)``; ``Conv1D`` has the transpose."""
+    return module.weight.mT if isinstance(module, Conv1D) else module.weight
+
+
+def kronecker_config(dense_class: type[PreTrainedConfig]) -> type[KroneckerConfig]:
+    """The class ``Kronecker<X>Config`` that adds our fields to ``<X>Config``."""
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f":class:`{dense_class.__name__}` and two fields, see :class:`KroneckerConfig`.",
+        "__annotations__": {
+            "kronecker_factors": dict[str, Any],
+            "kronecker_plan": dict[str, Any] | None,
+        },
+        "kronecker_factors": field(default_factory=dict),
+        "kronecker_plan": None,
+        "model_type": f"kronecker_{dense_class.model_type.replace('-', '_')}",
+        "dense_class": dense_class,
+    }
+    name = f"Kronecker{dense_class.__name__}"
+    return strict(type(name, (KroneckerConfig, dense_class), namespace))
+
+
+def terms_of(entry: dict | list[dict]) -> list[dict]:
+    """The terms of an entry; one that stands alone is a list of one."""
+    return [entry] if isinstance(entry, dict) else entry
+
+
+def _checked_entry(name: str, entry: Any) -> dict | list[dict] | None:
+    """The entry with its ranks filled in and in JSON's types."""
+    if isinstance(entry, list | tuple) and entry:
+        return [_checked_term(name, term) for term in entry]
+    return None if entry is None else _checked_term(name, entry)
+
+
+def _checked_term(name: str, term: Any) -> dict:
+    example = (
+        '{"a_shape": [16, 2], "rank": 1}, a list of such terms, which are summed, or None for a '
+        "dense layer"
+    )
+    if not isinstance(term, dict) or not {"a_shape"} <= term.keys() <= {"a_shape", "rank"}:
+        raise ValueError(f"kronecker_factors[{name!r}] = {term!r} must look like {example}.")
+    a_shape, rank = term["a_shape"], term.get("rank", 1)
     if not isinstance(a_shape, list | tuple) or len(a_shape) != 2:
         raise ValueError(
             f"kronecker_factors[{name!r}] has a_shape = {a_shape!r}, but A has two sides; "
@@ -233,26 +369,39 @@ def _checked_entry(name: str, entry: dict | None) -> dict | None:
     for value in (*a_shape, rank):
         if type(value) is not int or value < 1:  # a bool is an int, too
             raise ValueError(
-                f"kronecker_factors[{name!r}] has {value!r} in {entry!r}, but a_shape and rank are "
+                f"kronecker_factors[{name!r}] has {value!r} in {term!r}, but a_shape and rank are "
                 f"positive integers; write {example}."
             )
     return {"a_shape": list(a_shape), "rank": rank}
 
 
-def _no_such_module(name: str, layers: int) -> str:
-    in_layers = [f"layer.{layer}.{linear}" for layer in range(layers) for linear in _LINEARS]
-    nearest = difflib.get_close_matches(name, [WORD_EMBEDDINGS, *_LINEARS, *in_layers], n=3)
-    nearest = nearest or [WORD_EMBEDDINGS, *_LINEARS]
+def _check_table(name: str, terms: list[KronShape], rows: int) -> None:
+    if len(terms) > 1:
+        raise ValueError(
+            f"kronecker_factors[{name!r}] has {len(terms)} terms of their own shapes, but a table "
+            "of words is looked up in one; give one term, of a higher rank."
+        )
+    if terms[0].m1 != rows:
+        raise ValueError(
+            f"kronecker_factors[{name!r}] has a_shape[0] = {terms[0].m1}, but each of the {rows} "
+            f"words needs its own row of A; use a_shape = [{rows}, {terms[0].n1}]."
+        )
+
+
+def _no_such_module(name: str, paths: list[str]) -> str:
+    # The ends of paths, of which the first layer's stand for all.
+    ends = {".".join(p.split(".")[i:]): None for p in paths for i in range(p.count(".") + 1)}
+    nearest = difflib.get_close_matches(name, ends, n=3) or list(ends)[:8]
     return (
         f"kronecker_factors has {name!r}, which ends the name of no factorisable module of this "
-        f"{layers}-layer model; the nearest names are {', '.join(nearest)}."
+        f"model; the nearest names are {', '.join(nearest)}."
     )
 
 
-def _check_width(preset: str, size: str, width: int, divisor: int) -> None:
+def _check_width(preset: str, path: str, side: str, width: int, divisor: int) -> None:
     if width % divisor:
         raise ValueError(
-            f"{size} = {width} is not divisible by {divisor}, a side of a small factor of "
-            f"{preset}; choose another preset, or write kronecker_factors yourself with "
-            "KroneckerBertConfig.from_bert."
+            f"the weight of {path} has {width} {side}, not divisible by {divisor}, a side of a "
+            f"small factor of {preset}; choose another preset, or shapes that divide with "
+            "kroneckerbert.plan."
         )

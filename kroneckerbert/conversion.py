@@ -1,264 +1,227 @@
-"""From a dense BERT to a KroneckerBERT that starts near it, and back."""
+"""From a dense transformer to a Kronecker one that starts near it, and back."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
+from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    BertConfig,
-    BertForMaskedLM,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    BertPreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from kron_kernels import KroneckerEmbedding, nearest_kronecker
-from kroneckerbert.configuration_kroneckerbert import WORD_EMBEDDINGS, KroneckerBertConfig
-from kroneckerbert.modeling_kroneckerbert import (
-    KroneckerBertForMaskedLM,
-    KroneckerBertForQuestionAnswering,
-    KroneckerBertForSequenceClassification,
-    KroneckerBertForTokenClassification,
-    KroneckerBertModel,
-    KroneckerBertPreTrainedModel,
+from kron_kernels import (
+    KroneckerEmbedding,
+    KroneckerLinear,
+    KroneckerSum,
+    factorise_,
+    nearest_kronecker,
+    nearest_kronecker_sum,
 )
-
-_STUDENTS = {
-    BertModel: KroneckerBertModel,
-    BertForMaskedLM: KroneckerBertForMaskedLM,
-    BertForQuestionAnswering: KroneckerBertForQuestionAnswering,
-    BertForSequenceClassification: KroneckerBertForSequenceClassification,
-    BertForTokenClassification: KroneckerBertForTokenClassification,
-}
-_TEACHERS = {student: teacher for teacher, student in _STUDENTS.items()}
-# One way only: without the pooler and the next-sentence head.
-_STUDENTS[BertForPreTraining] = KroneckerBertForMaskedLM
-
-# What the teacher's tensors and the function they compute depend on.
-_STRUCTURE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "tie_word_embeddings",
-    "is_decoder",
-    "add_cross_attention",
+from kron_kernels.plan import Plan
+from kroneckerbert.calibration import refit, second_moments
+from kroneckerbert.configuration_kroneckerbert import KroneckerConfig
+from kroneckerbert.modeling_kroneckerbert import (
+    KroneckerPreTrainedModel,
+    kronecker_class,
 )
 
 
 @torch.no_grad()
 def compress(
-    model: BertPreTrainedModel | str | os.PathLike,
-    config: str | KroneckerBertConfig = "kronecker-bert-8",
+    model: PreTrainedModel | nn.Module | str | os.PathLike,
+    config: str | KroneckerConfig | Plan | Mapping[str, Any] = "kronecker-bert-8",
     *,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
+    sequential: bool = False,
     rescale: bool = False,
     progress: bool = False,
-) -> KroneckerBertPreTrainedModel:
-    """A KroneckerBERT whose factorised weights are the nearest to the model's own.
+) -> KroneckerPreTrainedModel | nn.Module:
+    """A model whose factorised weights are the nearest to the given model's own.
 
-    A new model on the same device, in the same dtype and mode, with the same head and labels;
-    ``model`` is left as it is. What is not factorised is copied exactly. Expect to train the
-    result: of a random weight's energy, the attention shapes at BERT_BASE's width hold a quarter
-    at 8x and 3 % at 21x.
+    Of a transformers model: a new one of the Kronecker class, on the same device, in the same dtype
+    and mode, with the same head and labels; ``model`` is left as it is. Of a
+    ``SentenceTransformer``: a copy with such a model in it. Any other module is changed in place
+    and returned, by a plan or a mapping. What is not factorised is copied exactly. Expect to train
+    the result: of a random weight's energy, the attention shapes at BERT_BASE's width hold a
+    quarter at 8x and 3 % at 21x.
 
     Args:
-        model: A ``BertModel`` or ``BertFor{MaskedLM, QuestionAnswering, SequenceClassification,
-            TokenClassification}``, or the name or folder of one. A ``BertForPreTraining`` becomes a
-            masked language model.
-        config: A preset's name, scaled to the model's widths, or a configuration whose sizes are
-            the model's, see :meth:`KroneckerBertConfig.from_bert`. The labels are the model's.
+        model: The dense model, or the name or folder of one of transformers.
+        config: A preset's name, scaled to the model's widths; what :func:`kroneckerbert.plan`
+            returned, or a mapping like :attr:`KroneckerConfig.kronecker_factors`; or a
+            configuration whose sizes are the model's. The labels are the model's.
         calibration: Batches of model inputs (``input_ids``, ``attention_mask``, …). The linear
             layers then start nearest in their outputs on these inputs, see
             :func:`second_moments`; word embeddings, which are looked up, do not.
+        sequential: Refit layer by layer on the calibration inputs, as they come out of the layers
+            before, biases included, see :func:`kroneckerbert.calibration.refit`.
         rescale: Give each product its weight's norm, see :func:`kron_kernels.nearest_kronecker`.
         progress: Show a bar over the factorised modules.
 
     Raises:
-        TypeError: If the model is of none of these classes.
-        ValueError: If the configuration does not fit the model, or a weight is not finite.
+        TypeError: If the model cannot be compressed.
+        ValueError: If the configuration does not fit the model, a weight is not finite, or
+            ``sequential`` has no calibration inputs.
     """
     if isinstance(model, str | os.PathLike):
         model = _load(model)
-    student_class = _STUDENTS.get(type(model))
+    if sequential and calibration is None:
+        raise ValueError("sequential=True refits on inputs: pass calibration=batches as well.")
+    if _is_sentence_transformer(model):
+        return _compress_sentence_transformer(
+            model,
+            config,
+            calibration=calibration,
+            sequential=sequential,
+            rescale=rescale,
+            progress=progress,
+        )
+    if not isinstance(model, PreTrainedModel):
+        return _compress_module(model, config, calibration)
+    student_class = kronecker_class(model)
     if student_class is None:
         raise TypeError(_unsupported(type(model).__name__))
-    config = _student_config(config, model)
+    config = _student_config(config, student_class, model)
     shapes = config.kronecker_shapes()
     encoder = model.base_model
-    linears = [path for path in shapes if path != WORD_EMBEDDINGS]
-    moments = {} if calibration is None else second_moments(encoder, calibration, linears)
+    table = model.get_input_embeddings()
+    linears = [path for path in shapes if encoder.get_submodule(path) is not table]
+    batches = None if calibration is None else list(calibration)
+    moments = {} if batches is None else second_moments(encoder, batches, linears)
 
     state = model.state_dict()
-    if model is not encoder and WORD_EMBEDDINGS in shapes and config.tie_word_embeddings:
-        state.pop("cls.predictions.decoder.weight", None)  # tied to the factors instead
-    if isinstance(model, BertForPreTraining):
-        dropped = ("bert.pooler.", "cls.seq_relationship.")
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(dropped)}
-    prefix = "" if model is encoder else "bert."
-    for path, s in tqdm(shapes.items(), desc="factorising", disable=not progress):
-        state[f"{prefix}{path}.a"], state[f"{prefix}{path}.b"] = nearest_kronecker(
-            state.pop(f"{prefix}{path}.weight"),
-            (s.m1, s.n1),
-            s.rank,
-            second_moment=moments.get(path),
-            rescale=rescale,
-        )
-    return _rebuild(student_class, config, state, like=model)
+    prefix = "" if model is encoder else f"{model.base_model_prefix}."
+    for path, terms in tqdm(shapes.items(), desc="factorising", disable=not progress):
+        name = f"{prefix}{path}"
+        if encoder.get_submodule(path) is table and config.tie_word_embeddings:
+            for decoder in _tied_to(model, f"{name}.weight"):
+                state.pop(decoder, None)  # tied to the factors instead
+        weight = state.pop(f"{name}.weight")
+        if isinstance(encoder.get_submodule(path), Conv1D):
+            weight = weight.mT
+        parts = [((s.m1, s.n1), s.rank) for s in terms]
+        how = {"second_moment": moments.get(path), "rescale": rescale}
+        if len(parts) == 1:
+            state[f"{name}.a"], state[f"{name}.b"] = nearest_kronecker(weight, *parts[0], **how)
+            continue
+        for i, (a, b) in enumerate(nearest_kronecker_sum(weight, parts, **how)):
+            state[f"{name}.parts.{i}.a"], state[f"{name}.parts.{i}.b"] = a, b
+    student = _rebuild(student_class, config, state, like=model)
+    if sequential:
+        refit(student, model, batches, progress)
+    return student
 
 
 @torch.no_grad()
-def decompress(model: KroneckerBertPreTrainedModel) -> BertPreTrainedModel:
-    """The stock dense BERT of the same function: the way out, for tools that know only that.
+def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
+    """The stock dense model of the same function: the way out, for tools that know only that.
 
     Raises:
-        TypeError: If ``model`` is not a KroneckerBERT.
+        TypeError: If ``model`` is not a Kronecker model.
     """
-    teacher_class = _TEACHERS.get(type(model))
-    if teacher_class is None:
-        names = ", ".join(c.__name__ for c in _TEACHERS)
-        raise TypeError(f"cannot decompress a {type(model).__name__}; it must be one of {names}.")
-    fields = model.config.to_dict()
-    for name in ("kronecker_factors", "model_type", "architectures", "_name_or_path"):
-        fields.pop(name, None)
-    config = BertConfig(**fields, attn_implementation=model.config._attn_implementation)
+    if not isinstance(model, KroneckerPreTrainedModel):
+        raise TypeError(
+            f"cannot decompress a {type(model).__name__}; it must be one of the Kronecker classes, "
+            "which compress returns."
+        )
+    config = model.config.to_dense()
+    with torch.device("meta"):
+        stock = model.dense_class(config, **_pooler_as(model))
+    prefix = "" if model is model.base_model else f"{model.base_model_prefix}."
+    factorised = {f"{prefix}{path}" for path in model.config.kronecker_shapes()}
 
     state = model.state_dict()
-    prefix = "" if model is model.base_model else "bert."
-    for path in model.config.kronecker_shapes():
-        module = model.get_submodule(prefix + path)
-        is_table = isinstance(module, KroneckerEmbedding)
-        dense = module.to_embedding() if is_table else module.to_linear()
-        state[f"{prefix}{path}.weight"] = dense.weight
-        del state[f"{prefix}{path}.a"], state[f"{prefix}{path}.b"]
-    for name in ("cls.predictions.decoder.a", "cls.predictions.decoder.b"):
-        state.pop(name, None)  # the dense decoder is tied to the dense table
-    return _rebuild(teacher_class, config, state, like=model)
+    for name, module in model.named_modules():
+        if not isinstance(module, KroneckerLinear | KroneckerSum | KroneckerEmbedding):
+            continue
+        for key in module.state_dict():
+            if key != "bias":
+                state.pop(f"{name}.{key}", None)  # the parts of a sum are modules, too
+        if name in factorised:  # else it is tied: the dense decoder is so to the dense table
+            is_table = isinstance(module, KroneckerEmbedding)
+            weight = (module.to_embedding() if is_table else module.to_linear()).weight
+            is_conv1d = isinstance(stock.get_submodule(name), Conv1D)
+            state[f"{name}.weight"] = weight.mT if is_conv1d else weight
+    return _rebuild(model.dense_class, config, state, like=model)
 
 
-@torch.no_grad()
-def second_moments(
-    model: BertPreTrainedModel,
-    batches: Iterable[Mapping[str, Tensor]],
-    names: Iterable[str],
-) -> dict[str, Tensor]:
-    """``E[x xᵀ]`` of the inputs x of linear layers, over all tokens that are not padding.
-
-    Args:
-        model: Any BERT; it runs in evaluation mode, without its head.
-        batches: Model inputs; tensors that the encoder does not take (labels) are ignored.
-        names: Paths of linear layers within the encoder, such as
-            ``"encoder.layer.0.intermediate.dense"``.
-
-    Returns:
-        By name, shape ``(in_features, in_features)``, float32, on the model's device. The query,
-        key and value of a layer read the same input and share one tensor. All layers of BERT_BASE
-        take 0.5 GB, of which the 3072-wide ``output.dense`` are five sixths.
-
-    Raises:
-        ValueError: If there is no token to average over.
-    """
-    encoder = model.base_model
-    names = list(names)
-    # The first name of each input; one hook on it serves the others.
-    first = {_input_of(name): name for name in reversed(names)}
-    sums: dict[str, Tensor] = {}
-    tokens = 0
-    mask: Tensor | None = None
-
-    def accumulate(source: str):
-        def hook(_, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2) if mask is None else args[0][mask]  # (tokens, n)
-            x = x.float()
-            if source in sums:
-                sums[source].addmm_(x.mT, x)
-            else:
-                sums[source] = x.mT @ x
-
-        return hook
-
-    was_training = encoder.training
-    hooks = [
-        encoder.get_submodule(name).register_forward_pre_hook(accumulate(source))
-        for source, name in first.items()
-    ]
-    encoder.eval()
-    try:
-        for batch in batches:
-            known = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-            inputs = {name: batch[name].to(encoder.device) for name in known if name in batch}
-            mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-            tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-            encoder(**inputs)
-    finally:
-        encoder.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    if not tokens:
-        raise ValueError(
-            "calibration has no batch with a token that is not padding; pass some tens of batches "
-            "of tokenised text (a generator that was read once is empty)."
+def _compress_module(module: nn.Module, config: Any, calibration: Iterable | None) -> nn.Module:
+    """Any other module, in place."""
+    if isinstance(config, str | KroneckerConfig):
+        raise TypeError(
+            f"a {type(module).__name__} is no transformer of transformers, so that no preset or "
+            "configuration fits it; pass kron_kernels.plan(module, budget, inputs), or a mapping "
+            "from names of its layers to shapes."
         )
-    means = {source: total / tokens for source, total in sums.items()}
-    return {name: means[_input_of(name)] for name in names}
+    if calibration is not None:
+        raise TypeError(
+            "calibration is for transformers; for other modules pass second_moments to "
+            "kron_kernels.factorise_."
+        )
+    return factorise_(module, config.factors if isinstance(config, Plan) else config)
 
 
-def _input_of(name: str) -> str:
-    """One name for modules that read the same tensor: a layer's query, key and value."""
-    is_projection = name.endswith((".query", ".key", ".value"))
-    return name.rpartition(".")[0] if is_projection else name
+def _is_sentence_transformer(model: Any) -> bool:
+    # By name: an import would take seconds, and the package may be absent.
+    return any(cls.__name__ == "SentenceTransformer" for cls in type(model).__mro__)
 
 
-def _load(source: str | os.PathLike) -> BertPreTrainedModel:
+def _compress_sentence_transformer(model: Any, config: Any, **options: Any) -> Any:
+    dense = model[0].auto_model
+    # The copy finds the student where the original has the dense model.
+    return copy.deepcopy(model, {id(dense): compress(dense, config, **options)})
+
+
+def _load(source: str | os.PathLike) -> PreTrainedModel:
     """The model in the class that its configuration names."""
     config = AutoConfig.from_pretrained(source)
     # Checkpoints of bare encoders may name no class.
-    name = (config.architectures or ["BertModel"])[0]
-    classes = {teacher.__name__: teacher for teacher in _STUDENTS}
-    if config.model_type != "bert" or name not in classes:
-        raise TypeError(f"{source}: {_unsupported(f'{name} ({config.model_type})')}")
+    name = (config.architectures or [""])[0]
+    model_class = getattr(transformers, name, AutoModel)
+    if isinstance(config, KroneckerConfig):
+        raise TypeError(f"{source}: {_unsupported(name)}")
     try:
-        return classes[name].from_pretrained(source)
+        return model_class.from_pretrained(source)
     except SafetensorError as error:
         raise OSError(f"the weights of {source} are damaged ({error}); copy them again.") from error
 
 
 def _student_config(
-    config: str | KroneckerBertConfig, model: BertPreTrainedModel
-) -> KroneckerBertConfig:
-    teacher = model.config
+    config: str | KroneckerConfig | Plan | Mapping[str, Any],
+    student_class: type[KroneckerPreTrainedModel],
+    model: PreTrainedModel,
+) -> KroneckerConfig:
+    teacher, config_class = model.config, student_class.config_class
     if isinstance(config, str):
-        return KroneckerBertConfig.preset(config, teacher)
-    if not isinstance(config, KroneckerBertConfig):
+        return config_class.preset(config, teacher)
+    if isinstance(config, Plan):
+        return config_class.from_dense(teacher, config.factors, kronecker_plan=asdict(config))
+    if isinstance(config, Mapping):
+        return config_class.from_dense(teacher, dict(config))
+    if not isinstance(config, config_class):
         raise TypeError(
-            f"config must be a preset's name or a KroneckerBertConfig, got a "
-            f"{type(config).__name__}; write KroneckerBertConfig.from_bert(model.config, factors)."
+            f"config must be a preset's name, a plan, a mapping from module names to shapes or a "
+            f"{config_class.__name__}, got a {type(config).__name__}; write "
+            f"{config_class.__name__}.from_dense(model.config, factors)."
         )
     differences = [
         f"{name} = {getattr(config, name)!r} instead of {getattr(teacher, name)!r}"
-        for name in _STRUCTURE
+        for name in _structure(type(teacher))
         if getattr(config, name) != getattr(teacher, name)
     ]
     if differences:
         raise ValueError(
-            f"config does not fit the {type(model).__name__}: {', '.join(differences)}; "
-            "use KroneckerBertConfig.from_bert(model.config, config.kronecker_factors)."
+            f"config does not fit the {type(model).__name__}: {', '.join(differences)}; use "
+            f"{config_class.__name__}.from_dense(model.config, config.kronecker_factors)."
         )
     config = copy.deepcopy(config)
     config.id2label, config.label2id = dict(teacher.id2label), dict(teacher.label2id)
@@ -268,20 +231,40 @@ def _student_config(
     return config
 
 
+def _structure(dense_config: type[PreTrainedConfig]) -> list[str]:
+    """What a model's tensors and the function they compute depend on."""
+    common = {field.name for field in fields(PreTrainedConfig)}
+    own = (field.name for field in fields(dense_config) if field.name not in common)
+    free = ("drop", "initializer", "use_cache", "token_id", "chunk")
+    return [n for n in own if not any(part in n for part in free)] + ["tie_word_embeddings"]
+
+
+def _tied_to(model: PreTrainedModel, name: str) -> list[str]:
+    return [key for key, source in (model._tied_weights_keys or {}).items() if source == name]
+
+
+def _pooler_as(model: PreTrainedModel) -> dict[str, bool]:
+    """The argument that gives a model without head a pooler exactly if ``model`` has one."""
+    is_encoder = model is model.base_model
+    takes_it = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
+    return {"add_pooling_layer": model.pooler is not None} if is_encoder and takes_it else {}
+
+
 def _rebuild(
-    cls: type[BertPreTrainedModel],
-    config: BertConfig,
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
     state: dict[str, Tensor],
-    like: BertPreTrainedModel,
-) -> BertPreTrainedModel:
+    like: PreTrainedModel,
+) -> PreTrainedModel:
     """A ``cls`` with a copy of ``state``, and the device, dtype, mode and pooler of ``like``."""
-    bare = {} if like is not like.base_model else {"add_pooling_layer": like.pooler is not None}
     # Through the loader: on the meta device, so that no weight is drawn in vain, with its checks.
     state = {name: tensor.clone() for name, tensor in state.items()}
     show_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        new = cls.from_pretrained(None, config=config, state_dict=state, dtype=like.dtype, **bare)
+        new = cls.from_pretrained(
+            None, config=config, state_dict=state, dtype=like.dtype, **_pooler_as(like)
+        )
     finally:
         if show_bars:
             logging.enable_progress_bar()
@@ -290,7 +273,10 @@ def _rebuild(
 
 
 def _unsupported(name: str) -> str:
-    names = ", ".join(teacher.__name__ for teacher in _STUDENTS)
     already = "Kronecker" in name
-    remedy = "it is factorised already" if already else "load the model in one of these classes"
-    return f"cannot compress a {name}, only {names}; {remedy}."
+    remedy = (
+        "it is factorised already"
+        if already
+        else "it must be of an architecture that transformers has an AutoModel for"
+    )
+    return f"cannot compress a {name}; {remedy}."

@@ -14,20 +14,19 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 from transformers import (
-    BertForSequenceClassification,
-    BertPreTrainedModel,
     DataCollatorWithPadding,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from kroneckerbert.data import Table, TextDataset, label_targets
-from kroneckerbert.modeling_kroneckerbert import embed
+from kroneckerbert.modeling_kroneckerbert import embed, max_tokens
 
 _PAIRS = 4000  # the standard error of a Spearman correlation is then below 0.02
 
 
 def evaluate(
-    model: BertPreTrainedModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     table: Table,
     batch_size: int = 32,
@@ -35,8 +34,8 @@ def evaluate(
     """Metrics of the predictions of labels.
 
     Args:
-        model: Any BERT, dense or Kronecker. One for sequence classification predicts with its
-            head; any other by the cosine similarity of the mean-pooled embeddings of two texts.
+        model: Any transformer, dense or Kronecker. One for sequence classification predicts with
+            its head; any other by the cosine similarity of the mean-pooled embeddings of two texts.
         tokenizer: Its tokenizer; longer rows are truncated to what both can take.
         table: The rows, see :func:`kroneckerbert.data.read_table`.
         batch_size: Rows per forward pass; they are batched by length.
@@ -50,7 +49,7 @@ def evaluate(
         ValueError: If the labels are not the model's, or a model without a head gets anything but
             numbers for pairs of texts.
     """
-    if not isinstance(model, BertForSequenceClassification):
+    if not classifies_sequences(model):
         if table.texts_b is None or isinstance(table.labels[0], str):
             raise ValueError(
                 f"a {type(model).__name__} has no head for labels, so it is evaluated on the "
@@ -78,9 +77,14 @@ def evaluate(
     }
 
 
+def classifies_sequences(model: PreTrainedModel) -> bool:
+    """Whether the model has transformers' head for sequence classification."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
 def similarity(
-    model: BertPreTrainedModel,
-    teacher: BertPreTrainedModel,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sentences: Sequence[str],
 ) -> dict[str, float]:
@@ -126,13 +130,13 @@ def similarity(
 
 @torch.no_grad()
 def _logits(
-    model: BertForSequenceClassification,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     table: Table,
     batch_size: int,
 ) -> Tensor:
     """Shape ``(rows, num_labels)``, float32, on the CPU, in the table's order."""
-    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    longest = max_tokens(model, tokenizer)
     dataset = TextDataset(tokenizer, table.texts, table.texts_b, max_length=longest)
     order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]), reverse=True)
     batches = DataLoader(

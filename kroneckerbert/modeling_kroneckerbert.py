@@ -1,10 +1,14 @@
-"""BERT with Kronecker-factorised layers: stock classes, their modules swapped at construction."""
+"""Transformers with Kronecker-factorised layers: stock classes, their modules swapped at birth.
+
+:func:`register` makes the classes of an architecture, ``Kronecker<X>Config`` and a
+``Kronecker<X>For…`` for each of its heads, and tells transformers' ``Auto`` classes of them.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,56 +17,129 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    BertPreTrainedModel,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
+    RobertaConfig,
 )
-from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
-from transformers.models.bert.modeling_bert import BertLayer
 
-from kron_kernels import KroneckerEmbedding, KroneckerLinear, KronShape, kron_feed_forward
-from kroneckerbert.configuration_kroneckerbert import WORD_EMBEDDINGS, KroneckerBertConfig
+from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, KronShape
+from kroneckerbert import checkpoints
+from kroneckerbert.configuration_kroneckerbert import (
+    KroneckerConfig,
+    kronecker_config,
+    linear_weight,
+)
+from kroneckerbert.fusion import fuse_feed_forward
 
-# What transformers calls by name in hidden_act, as kron_feed_forward knows it.
-_ACTIVATIONS = {
-    GELUActivation: "gelu",
-    GELUTanh: "gelu_tanh",
-    NewGELUActivation: "gelu_tanh",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    SiLUActivation: "silu",
-}
+_AUTO_CLASSES = (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+_classes: dict[type, type] = {}  # of dense models and configurations to ours
 
 
-class KroneckerBertPreTrainedModel(BertPreTrainedModel):
-    """Initialisation, loading and resizing for all KroneckerBERT classes.
+class KroneckerPreTrainedModel:
+    """What every Kronecker model has beside its dense class, which follows in its bases.
 
     The stock constructors end in ``post_init``, which draws the weights and ties them. Modules are
     swapped just before, so that one code path serves construction, ``from_config`` and
     ``from_pretrained`` (on the meta device, at no cost).
     """
 
-    config: KroneckerBertConfig
-    config_class = KroneckerBertConfig  # transformers would take the annotation's text
+    config: KroneckerConfig
+    dense_class: type[PreTrainedModel]
 
     def post_init(self) -> None:
-        # transformers asks the nearest PreTrainedModel to initialise a module: a plain BertModel in
-        # here would leave the factors as they were allocated.
-        if isinstance(getattr(self, "bert", None), BertModel):
-            has_pooler = self.bert.pooler is not None
-            self.bert = KroneckerBertModel(self.config, add_pooling_layer=has_pooler)
+        if self.base_model is self:
+            for path, shapes in self.config.kronecker_shapes().items():
+                _replace(self, path, shapes)
+            fuse_feed_forward(self)
+        else:
+            # transformers asks the nearest PreTrainedModel to initialise a module: a dense one in
+            # here would leave the factors as they were allocated.
+            if not isinstance(self.base_model, KroneckerPreTrainedModel):
+                setattr(self, self.base_model_prefix, _kronecker_encoder(self.base_model, self))
+            self._tie_decoder()
         super().post_init()
+
+    def _tie_decoder(self) -> None:
+        """Give a tied decoder the table's factors: exact, cheaper, and saved once."""
+        table = self.get_input_embeddings()
+        keys = dict(self._tied_weights_keys or {})
+        if not isinstance(table, KroneckerEmbedding) or not self.config.tie_word_embeddings:
+            return
+        source = next(name for name, module in self.named_modules() if module is table)
+        for key in [key for key, value in keys.items() if value == f"{source}.weight"]:
+            path = key.removesuffix(".weight")
+            del keys[key]
+            _replace(self, path, [KronShape.of(table.a, table.b)])
+            # Patterns, hence the `$`: "decoder.b" fits "decoder.bias", too.
+            keys |= {f"{path}.{factor}$": f"{source}.{factor}$" for factor in "ab"}
+        if keys == dict(self._tied_weights_keys or {}) and self._reads_the_table():
+            raise ValueError(
+                f"{type(self).__name__} multiplies by the word embeddings' dense weight in its "
+                f"head; keep them dense with kronecker_factors[{source.split('.', 1)[1]!r}] = None."
+            )
+        self._tied_weights_keys = {
+            key if key.endswith("$") else f"{key}$": value if value.endswith("$") else f"{value}$"
+            for key, value in keys.items()
+        }
+
+    def _reads_the_table(self) -> bool:
+        # DeBERTa's newer head, which is handed the table itself.
+        return hasattr(self, "lm_predictions")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, KroneckerLinear | KroneckerEmbedding):
+        if isinstance(module, KroneckerLinear | KroneckerSum | KroneckerEmbedding):
             # By torch.nn.init, which transformers guards: what was loaded is left alone.
             module.reset_parameters(self.config.initializer_range)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Save, see ``transformers.PreTrainedModel.save_pretrained``; always as safetensors.
+
+        Files take their places when all are written, so that an interruption leaves the old ones.
+
+        Raises:
+            OSError: If the folder cannot be written.
+        """
+        name = type(self.config).__name__
+        self.config.auto_map = {"AutoConfig": f"{checkpoints.LOADER}.{name}"}
+        if not is_main_process or kwargs.get("push_to_hub"):
+            super().save_pretrained(save_directory, is_main_process, **kwargs)
+            return
+        with checkpoints.replacing_files(save_directory) as folder:
+            super().save_pretrained(folder, **kwargs)
+            checkpoints.write_loader(folder, name)
 
     @classmethod
     def from_pretrained(
@@ -74,13 +151,10 @@ class KroneckerBertPreTrainedModel(BertPreTrainedModel):
     ) -> Any:
         """Load a saved model, see ``transformers.PreTrainedModel.from_pretrained``.
 
-        A tensor of the embeddings or the encoder that the checkpoint lacks, or has in surplus, is
-        an error here, where transformers draws random weights and logs a table. A pooler or a head
-        may be new: that is how fine-tuning starts.
-
         Raises:
-            ValueError: If a tensor of the embeddings or the encoder is missing, of another shape or
-                in surplus, a factor is NaN or infinite, or the checkpoint is a dense BERT.
+            ValueError: If a tensor of the model without its head is missing, of another shape or in
+                surplus, see :func:`kroneckerbert.checkpoints.check_loaded`, a factor is NaN or
+                infinite, or the checkpoint is a dense model.
             OSError: If the file of weights is damaged.
         """
         try:
@@ -92,7 +166,7 @@ class KroneckerBertPreTrainedModel(BertPreTrainedModel):
                 f"the weights of {pretrained_model_name_or_path} are damaged or cut short "
                 f"({error}); copy or save the checkpoint again."
             ) from error
-        _check_loaded(model, info, pretrained_model_name_or_path)
+        checkpoints.check_loaded(model, info, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(
@@ -127,96 +201,117 @@ class KroneckerBertPreTrainedModel(BertPreTrainedModel):
         decoder = self.get_output_embeddings()
         if isinstance(decoder, KroneckerLinear):  # tie_weights below gives it the new rows
             decoder.out_features = rows
-            bias = F.pad(decoder.bias.detach(), (0, rows - decoder.bias.numel()))
-            decoder.bias = nn.Parameter(bias, decoder.bias.requires_grad)
+            if decoder.bias is not None:
+                old = decoder.bias
+                bias = F.pad(old.detach(), (0, rows - old.numel()))
+                new = nn.Parameter(bias, old.requires_grad)
+                for module in self.modules():  # heads may have it under a second name
+                    names = [name for name, p in module._parameters.items() if p is old]
+                    for name in names:
+                        setattr(module, name, new)
             self.set_output_embeddings(decoder)
         elif decoder is not None:
             self.set_output_embeddings(
                 self._get_resized_lm_head(decoder, rows, mean_resizing=mean_resizing)
             )
         entry = {"a_shape": list(table.a.shape[1:]), "rank": table.rank}
-        name = self.config.entry_of(WORD_EMBEDDINGS)
+        path = next(name for name, m in self.base_model.named_modules() if m is table)
+        name = self.config.entry_of(path)
         self.config.kronecker_factors = {**self.config.kronecker_factors, name: entry}
         self.config.vocab_size = self.vocab_size = rows
         self.tie_weights()
         return table
 
 
-class KroneckerBertModel(KroneckerBertPreTrainedModel, BertModel):
-    """The encoder: ``BertModel`` with the modules named by ``config.kronecker_factors`` swapped.
+def register(dense_config: type[PreTrainedConfig]) -> type[KroneckerConfig]:
+    """Make and announce the Kronecker classes of an architecture, one for each of its heads.
+
+    Importing this package does it for BERT, RoBERTa, DistilBERT, MPNet, ELECTRA, DeBERTa-v2,
+    ModernBERT, GPT-2 and Llama; :func:`kroneckerbert.compress` for the model that it is given. A
+    process that only loads a model of yet another architecture must call it first.
 
     Args:
-        config: Its sizes and factors.
-        add_pooling_layer: Whether to add the (dense) pooler.
+        dense_config: The dense models' configuration class, such as ``BertConfig``.
+
+    Returns:
+        The class of configurations, such as ``KroneckerBertConfig``.
     """
+    if dense_config in _classes:
+        return _classes[dense_config]
+    config = _classes[dense_config] = kronecker_config(dense_config)
+    globals()[config.__name__] = config  # where pickle looks for it
+    config.__module__ = __name__
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    for auto in _AUTO_CLASSES:
+        if dense_config in auto._model_mapping:
+            found = auto._model_mapping[dense_config]
+            found = found if isinstance(found, tuple) else (found,)
+            models = [_kronecker_class(model, config) for model in found]
+            auto.register(config, models[0], exist_ok=True)
+    return config
 
-    def post_init(self) -> None:
-        for path, shape in self.config.kronecker_shapes().items():
-            parent, _, child = path.rpartition(".")
-            dense = self.get_submodule(path)
-            setattr(self.get_submodule(parent), child, _factorised(dense, shape))
-        for layer in self.encoder.layer:
-            layer.__class__ = KroneckerBertLayer
-        super().post_init()
+
+def kronecker_class(model: PreTrainedModel) -> type[KroneckerPreTrainedModel] | None:
+    """The class of the Kronecker form of a dense model, or None if there is none."""
+    if isinstance(model, KroneckerPreTrainedModel):
+        return None
+    if AutoModel._model_mapping.get(type(model.config), None) is None:
+        return None
+    return _kronecker_class(type(model), register(type(model.config)))
 
 
-class KroneckerBertLayer(BertLayer):
-    """A stock layer, its feed-forward block in one pass where both its layers are factorised."""
+def _kronecker_class(dense: type, config: type[KroneckerConfig]) -> type[KroneckerPreTrainedModel]:
+    if dense not in _classes:
+        namespace = {
+            "__module__": __name__,
+            "__doc__": f"``{dense.__name__}`` with the layers that its configuration names "
+            "factorised.",
+            "config_class": config,  # transformers would take an annotation
+            "dense_class": dense,
+        }
+        name = f"Kronecker{dense.__name__}"
+        _classes[dense] = globals()[name] = type(name, (KroneckerPreTrainedModel, dense), namespace)
+    return _classes[dense]
 
-    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
-        up, down = self.intermediate.dense, self.output.dense
-        activation = _ACTIVATIONS.get(type(self.intermediate.intermediate_act_fn))
-        # Adapters replace the layers, and hooks expect to be called.
-        parts = self.intermediate, up, self.output, down
-        stock = type(up) is type(down) is KroneckerLinear and not any(
-            part._forward_hooks or part._forward_pre_hooks for part in parts
+
+def _kronecker_encoder(
+    encoder: PreTrainedModel, model: KroneckerPreTrainedModel
+) -> KroneckerPreTrainedModel:
+    cls = _kronecker_class(type(encoder), type(model.config))
+    takes_pooler = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+    pooler = {"add_pooling_layer": encoder.pooler is not None} if takes_pooler else {}
+    return cls(model.config, **pooler)
+
+
+def _replace(model: nn.Module, path: str, shapes: list[KronShape]) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, _factorised(model.get_submodule(path), shapes))
+
+
+def _factorised(dense: nn.Module, shapes: list[KronShape]) -> nn.Module:
+    """A Kronecker module in place of ``dense``: of its sizes, device and dtype, newly drawn."""
+    new = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+    s = shapes[0]
+    if isinstance(dense, nn.Embedding):
+        return KroneckerEmbedding(
+            dense.num_embeddings, dense.embedding_dim, s.n2, s.rank, dense.padding_idx, **new
         )
-        if not stock or activation is None:
-            return super().feed_forward_chunk(attention_output)
-        layers = (up.a, up.b, up.bias), (down.a, down.b, down.bias)
-        if self.training and self.output.dropout.p:
-            y = kron_feed_forward(attention_output, *layers, activation=activation)
-            return self.output.LayerNorm(self.output.dropout(y) + attention_output)
-        return self.output.LayerNorm(
-            kron_feed_forward(
-                attention_output, *layers, activation=activation, residual=attention_output
-            )
-        )
+    rows, columns = linear_weight(dense).shape
+    has_bias = dense.bias is not None
+    if len(shapes) == 1:
+        return KroneckerLinear(columns, rows, (s.m1, s.n1), s.rank, has_bias, **new)
+    parts = [((s.m1, s.n1), s.rank) for s in shapes]
+    return KroneckerSum(columns, rows, parts, has_bias, **new)
 
 
-class KroneckerBertForMaskedLM(KroneckerBertPreTrainedModel, BertForMaskedLM):
-    """KroneckerBERT with the masked-language-model head.
-
-    If the word embeddings are factorised and tied, the decoder is the ``KroneckerLinear`` that has
-    their factors: exact, as many times cheaper as they are smaller, and saved once.
-    """
-
-    def post_init(self) -> None:
-        shape = self.config.kronecker_shapes().get(WORD_EMBEDDINGS)
-        if shape is not None and self.config.tie_word_embeddings:
-            head = self.cls.predictions
-            head.decoder = _factorised(head.decoder, shape)
-            # Patterns, hence the `$`: "decoder.b" fits "decoder.bias", too.
-            self._tied_weights_keys = {
-                "cls.predictions.decoder.a$": f"bert.{WORD_EMBEDDINGS}.a$",
-                "cls.predictions.decoder.b$": f"bert.{WORD_EMBEDDINGS}.b$",
-                "cls.predictions.decoder.bias$": "cls.predictions.bias$",
-            }
-        super().post_init()
-
-
-class KroneckerBertForSequenceClassification(
-    KroneckerBertPreTrainedModel, BertForSequenceClassification
-):
-    """KroneckerBERT with a (dense) classifier of sequences on the pooler."""
-
-
-class KroneckerBertForQuestionAnswering(KroneckerBertPreTrainedModel, BertForQuestionAnswering):
-    """KroneckerBERT with a (dense) head for the start and the end of an answer."""
-
-
-class KroneckerBertForTokenClassification(KroneckerBertPreTrainedModel, BertForTokenClassification):
-    """KroneckerBERT with a (dense) classifier of tokens."""
+def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest sequence, special tokens included, that both a model and its tokenizer take."""
+    longest = model.config.max_position_embeddings
+    for name, module in model.base_model.named_modules():
+        # RoBERTa and its like count positions from behind the padding's.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            longest = module.num_embeddings - module.padding_idx - 1
+    return min(tokenizer.model_max_length, longest)
 
 
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
@@ -237,7 +332,7 @@ def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed(
-    model: BertPreTrainedModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sentences: Sequence[str],
     batch_size: int = 32,
@@ -246,7 +341,7 @@ def embed(
     """Mean-pooled embeddings of sentences, with dropout off and little padding.
 
     Args:
-        model: Any BERT, dense or Kronecker, with or without a head (which is not used).
+        model: Any encoder, dense or Kronecker, with or without a head (which is not used).
         tokenizer: Its tokenizer; longer sentences are truncated to what both can take.
         sentences: The texts.
         batch_size: Sentences per forward pass; they are batched by length.
@@ -261,7 +356,7 @@ def embed(
     rows = torch.empty(len(sentences), encoder.config.hidden_size, device=encoder.device)
     if not sentences:
         return rows
-    longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    longest = max_tokens(encoder, tokenizer)
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]), reverse=True)
 
     was_training = encoder.training
@@ -283,19 +378,6 @@ def embed(
     return F.normalize(rows, dim=-1) if normalize else rows
 
 
-def _factorised(dense: nn.Linear | nn.Embedding, s: KronShape) -> nn.Module:
-    """A Kronecker module in place of ``dense``: of its sizes, device and dtype, newly drawn."""
-    new = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-    if isinstance(dense, nn.Embedding):
-        return KroneckerEmbedding(
-            dense.num_embeddings, dense.embedding_dim, s.n2, s.rank, dense.padding_idx, **new
-        )
-    has_bias = dense.bias is not None
-    return KroneckerLinear(
-        dense.in_features, dense.out_features, (s.m1, s.n1), s.rank, has_bias, **new
-    )
-
-
 @torch.no_grad()
 def _resize_rows(table: KroneckerEmbedding, rows: int, std: float | None) -> None:
     """Cut or extend A: with its mean row, or with rows that give E's entries this deviation."""
@@ -312,47 +394,15 @@ def _resize_rows(table: KroneckerEmbedding, rows: int, std: float | None) -> Non
     table.num_embeddings = rows
 
 
-def _check_loaded(
-    model: KroneckerBertPreTrainedModel, info: dict[str, Any], source: str | os.PathLike | None
-) -> None:
-    """Raise if the embeddings or the encoder are not what was saved, see ``from_pretrained``."""
-
-    def backbone(names: Any) -> list[str]:
-        return sorted(n for n in names if re.match(r"(bert\.)?(embeddings|encoder)\.", n))
-
-    missing, surplus = backbone(info["missing_keys"]), backbone(info["unexpected_keys"])
-    mismatched = backbone(key[0] for key in info["mismatched_keys"])
-    problems = [
-        f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)}"
-        for what, names in (
-            ("missing", missing),
-            ("in surplus", surplus),
-            ("of another shape", mismatched),
-        )
-        if names
-    ]
-    if problems:
-        dense = {name.removesuffix(".weight") for name in surplus}
-        if any(name.removesuffix(".a") in dense for name in missing):
-            remedy = (
-                "these are dense weights where config.kronecker_factors asks for factors: load "
-                "them with their own class and call kroneckerbert.compress(model, config)"
-            )
-        else:
-            remedy = "load it with the config it was saved with, or save it again"
-        raise ValueError(
-            f"{source} is no checkpoint of this {type(model).__name__}. "
-            f"Tensors {'; '.join(problems)}. To resolve: {remedy}."
-        )
-
-    for path, module in model.named_modules():
-        if not isinstance(module, KroneckerLinear | KroneckerEmbedding):
-            continue
-        for name in ("a", "b"):
-            factor = getattr(module, name)
-            if not factor.is_meta and not factor.isfinite().all():
-                raise ValueError(
-                    f"{path}.{name} in {source} has NaN or infinite entries; the training that "
-                    "wrote it diverged or the file is damaged: use an earlier checkpoint, or "
-                    "dtype=torch.float32 if it was loaded in half precision."
-                )
+for _config in (
+    BertConfig,
+    RobertaConfig,
+    DistilBertConfig,
+    MPNetConfig,
+    ElectraConfig,
+    DebertaV2Config,
+    ModernBertConfig,
+    GPT2Config,
+    LlamaConfig,
+):
+    register(_config)

@@ -22,7 +22,6 @@ from transformers import (
     BertTokenizer,
     pipeline,
 )
-from transformers.models.bert.modeling_bert import BertLayer
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear
 from kroneckerbert import (
@@ -35,7 +34,6 @@ from kroneckerbert import (
     embed,
     mean_pooling,
 )
-from kroneckerbert.modeling_kroneckerbert import KroneckerBertLayer
 
 BASE = BertConfig(
     vocab_size=64,
@@ -130,7 +128,7 @@ def test_the_products_of_new_factors_have_the_initializer_range(rank):
         "intermediate.dense": {"a_shape": [16, 16], "rank": rank},
         WORDS: {"a_shape": [64, 8], "rank": rank},
     }
-    config = KroneckerBertConfig.from_bert(BASE, factors, initializer_range=0.05)
+    config = KroneckerBertConfig.from_dense(BASE, factors, initializer_range=0.05)
     weights, words = [], []
     for _ in range(20):
         model = KroneckerBertModel(config)
@@ -200,16 +198,22 @@ def test_sdpa_and_eager_agree():
 def test_the_fused_feed_forward_block_is_the_stock_one(activation):
     layer = KroneckerBertModel(tiny_config(hidden_act=activation)).eval().encoder.layer[0]
     x = torch.randn(2, 7, 32)
-    expected = BertLayer.feed_forward_chunk(layer, x)
+    expected = stock_feed_forward(layer, x)
     called = []
     hook = layer.intermediate.register_forward_hook(lambda *_: called.append(1))
     torch.testing.assert_close(layer.feed_forward_chunk(x), expected)
     assert called, "a hook on a part must be called"
     hook.remove()
     called.clear()
-    layer.intermediate.forward = lambda x: called.append(1)
+    layer.intermediate.dense.forward = lambda x: called.append(1)
     torch.testing.assert_close(layer.feed_forward_chunk(x), expected)
     assert not called, "the block should have been one call"
+
+
+def stock_feed_forward(layer, x):
+    hidden = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x))
+    y = layer.output.dropout(layer.output.dense(hidden))
+    return layer.output.LayerNorm(y + x)
 
 
 def test_the_fused_block_drops_out_in_training_and_lets_adapters_in():
@@ -217,7 +221,7 @@ def test_the_fused_block_drops_out_in_training_and_lets_adapters_in():
     x = torch.randn(2, 7, 32)
     layer.train()
     gradients = []
-    for forward in (KroneckerBertLayer.feed_forward_chunk, BertLayer.feed_forward_chunk):
+    for forward in (type(layer).feed_forward_chunk, stock_feed_forward):
         torch.manual_seed(1)
         y = forward(layer, x)
         gradients += torch.autograd.grad(y.pow(3).sum(), layer.output.dense.b)
@@ -329,7 +333,7 @@ def test_an_untied_decoder_stays_dense():
 
 
 def test_a_dense_embedding_is_tied_as_in_stock_bert(tmp_path):
-    config = KroneckerBertConfig.from_bert(BASE, {"intermediate.dense": {"a_shape": [8, 2]}})
+    config = KroneckerBertConfig.from_dense(BASE, {"intermediate.dense": {"a_shape": [8, 2]}})
     model = KroneckerBertForMaskedLM(config)
     words = model.bert.embeddings.word_embeddings
     assert model.cls.predictions.decoder.weight is words.weight

@@ -1,0 +1,116 @@
+"""Feed-forward blocks in one pass, where both their layers are Kronecker products."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from torch import Tensor, nn
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
+
+from kron_kernels import KroneckerLinear, kron_feed_forward
+
+# What transformers calls by name in hidden_act, as kron_feed_forward knows it.
+_ACTIVATIONS = {
+    GELUActivation: "gelu",
+    GELUTanh: "gelu_tanh",
+    NewGELUActivation: "gelu_tanh",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    SiLUActivation: "silu",
+}
+# Attributes of a block that is one module: its layers and the activation between them.
+_WHOLE_BLOCKS = {
+    "FFN": ("lin1", "activation", "lin2"),  # DistilBERT
+    "GPT2MLP": ("c_fc", "act", "c_proj"),
+}
+
+
+def fuse_feed_forward(model: nn.Module) -> None:
+    """Let :func:`kron_kernels.kron_feed_forward` compute the blocks of a model, in place.
+
+    It decides at every call: adapters may have replaced a layer, and hooks expect to be called.
+    Modules, names and results stay as they are. Gated blocks (ModernBERT, Llama) are not fused.
+    """
+    for module in list(model.modules()):
+        if type(module).__name__ in _WHOLE_BLOCKS:
+            module.parts = _WHOLE_BLOCKS[type(module).__name__]
+            module.__class__ = _subclass_of(_Block, type(module))
+        elif _is_split(module):
+            for half, mixin in ((module.intermediate, _Intermediate), (module.output, _Output)):
+                half.__class__ = _subclass_of(mixin, type(half))
+            # Of the two halves either must know whether both are as they were. A tuple: a module
+            # would be registered as a child.
+            module.intermediate.halves = module.output.halves = module.intermediate, module.output
+
+
+def _is_split(module: nn.Module) -> bool:
+    """Whether it has its block in two children, as BERT and its descendants."""
+    intermediate, output = (getattr(module, name, None) for name in ("intermediate", "output"))
+    return all(hasattr(intermediate, name) for name in ("dense", "intermediate_act_fn")) and all(
+        hasattr(output, name) for name in ("dense", "dropout", "LayerNorm")
+    )
+
+
+class _Intermediate:
+    """The first half, which hands its input on if the second half does the work of both."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states if _fused_activation(self) else super().forward(hidden_states)
+
+
+class _Output:
+    """The second half: ``LayerNorm(dropout(down(act(up(x)))) + residual)``."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        activation = _fused_activation(self)
+        if activation is None:
+            return super().forward(hidden_states, input_tensor)
+        up, down = (half.dense for half in self.halves)
+        if self.training and self.dropout.p:
+            y = _feed_forward(hidden_states, up, down, activation)
+            return self.LayerNorm(self.dropout(y) + input_tensor)
+        return self.LayerNorm(_feed_forward(hidden_states, up, down, activation, input_tensor))
+
+
+class _Block:
+    """A block that is one module: ``dropout(down(act(up(x))))``."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        up, act, down = (getattr(self, name) for name in self.parts)
+        activation = _activation(up, act, down)
+        if activation is None:
+            return super().forward(hidden_states)
+        return self.dropout(_feed_forward(hidden_states, up, down, activation))
+
+
+@lru_cache
+def _subclass_of(mixin: type, base: type) -> type:
+    return type(f"Kronecker{base.__name__}", (mixin, base), {"__module__": __name__})
+
+
+def _fused_activation(half: nn.Module) -> str | None:
+    intermediate, output = half.halves
+    if intermediate._forward_hooks or intermediate._forward_pre_hooks:
+        return None
+    if output._forward_hooks or output._forward_pre_hooks:
+        return None
+    return _activation(intermediate.dense, intermediate.intermediate_act_fn, output.dense)
+
+
+def _activation(up: nn.Module, act: nn.Module, down: nn.Module) -> str | None:
+    """The activation's name if the block can be fused, else None."""
+    stock = type(up) is type(down) is KroneckerLinear and not any(
+        part._forward_hooks or part._forward_pre_hooks for part in (up, act, down)
+    )
+    return _ACTIVATIONS.get(type(act)) if stock else None
+
+
+def _feed_forward(
+    x: Tensor,
+    up: KroneckerLinear,
+    down: KroneckerLinear,
+    activation: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    layers = (up.a, up.b, up.bias), (down.a, down.b, down.bias)
+    return kron_feed_forward(x, *layers, activation=activation, residual=residual)

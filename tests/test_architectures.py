@@ -1,0 +1,362 @@
+"""Every architecture and every head: compress, save, load, decompress, refit."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModel,
+    BertConfig,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    T5Config,
+    T5Model,
+)
+
+import kroneckerbert
+from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum
+from kroneckerbert import KroneckerPreTrainedModel, compress, decompress, modeling_kroneckerbert
+from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
+
+COMMON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENCODER = COMMON | {"intermediate_size": 64, "max_position_embeddings": 32}
+CONFIGS = {
+    "bert": BertConfig(**ENCODER),
+    "roberta": RobertaConfig(**ENCODER),
+    "distilbert": DistilBertConfig(
+        vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=32
+    ),
+    "mpnet": MPNetConfig(**ENCODER),
+    "electra": ElectraConfig(**ENCODER, embedding_size=16),
+    "deberta-v2": DebertaV2Config(
+        **ENCODER,
+        relative_attention=True,
+        position_buckets=8,
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        norm_rel_ebd="layer_norm",
+    ),
+    "modernbert": ModernBertConfig(
+        **ENCODER, pad_token_id=0, global_attn_every_n_layers=2, local_attention=8
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, pad_token_id=0
+    ),
+    "llama": LlamaConfig(
+        **COMMON,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    ),
+}
+
+
+def heads(name: str) -> list[type]:
+    """The dense classes of an architecture's heads."""
+    kronecker = type(kroneckerbert.register(type(CONFIGS[name])))
+    assert kronecker is type(type(CONFIGS[name]))
+    config = kroneckerbert.register(type(CONFIGS[name]))
+    return sorted(
+        (
+            dense
+            for dense, ours in modeling_kroneckerbert._classes.items()
+            if getattr(ours, "config_class", None) is config
+        ),
+        key=lambda cls: cls.__name__,
+    )
+
+
+ALL = [(name, cls) for name in CONFIGS for cls in heads(name)]
+each_head = pytest.mark.parametrize(
+    ("name", "cls"), ALL, ids=[f"{name}-{cls.__name__}" for name, cls in ALL]
+)
+each_architecture = pytest.mark.parametrize("name", CONFIGS)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def teacher(cls, name):
+    # Wide enough that an activation's curvature and a lost bias would show.
+    config = copy.deepcopy(CONFIGS[name])
+    config.initializer_range = 0.1
+    model = cls(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def batch(model, rows: int = 3, tokens: int = 9) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 64, (rows, tokens))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    ids[mask == 0] = model.config.pad_token_id or 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "MultipleChoice" in type(model).__name__:
+        inputs = {key: value[:, None].repeat(1, 2, 1) for key, value in inputs.items()}
+    return inputs
+
+
+def exact(model) -> dict:
+    """Factors that represent every weight; a kron and a low-rank part in the first linear."""
+    encoder = model.base_model
+    factors, table = {}, encoder.get_input_embeddings()
+    for path, module in factorisable(encoder):
+        rows, columns = linear_weight(module).shape
+        if module is table:
+            factors[path] = {"a_shape": [rows, columns // 4], "rank": 4}
+        elif factors and len(factors) > 1:
+            factors[path] = {"a_shape": [rows // 4, columns // 4], "rank": 16}
+        else:
+            factors[path] = [
+                {"a_shape": [2, 2], "rank": 4},
+                {"a_shape": [rows, 1], "rank": min(rows, columns)},
+            ]
+    return factors
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        out = model(**inputs)
+    return out.logits if hasattr(out, "logits") else out[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_architecture_has_its_heads(name):
+    names = {cls.__name__ for cls in heads(name)}
+    assert len(names) >= 5, names
+    assert any(n.endswith("ForSequenceClassification") for n in names)
+    assert any(n.endswith(("ForMaskedLM", "ForCausalLM", "LMHeadModel")) for n in names)
+
+
+@each_head
+def test_at_full_rank_the_student_computes_what_its_teacher_does(name, cls):
+    model = teacher(cls, name)
+    inputs = batch(model)
+    student = compress(model, exact(model))
+    assert type(student).__name__ == f"Kronecker{cls.__name__}"
+    assert student.config.model_type == f"kronecker_{name.replace('-', '_')}"
+    torch.testing.assert_close(
+        outputs(student, inputs), outputs(model, inputs), rtol=1e-3, atol=1e-4
+    )
+    kinds = {type(m) for m in student.base_model.modules()}
+    assert {KroneckerLinear, KroneckerSum, KroneckerEmbedding} <= kinds
+    left = [p for p, m in factorisable(student.base_model) if isinstance(m, nn.Linear)]
+    assert not left, left
+
+
+@each_head
+def test_saving_and_loading_is_exact(name, cls, tmp_path):
+    student = compress(teacher(cls, name))
+    inputs = batch(student)
+    student.save_pretrained(tmp_path)
+    again, info = type(student).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    # To the last bit but for heads of one column, whose order of summing depends on alignment.
+    torch.testing.assert_close(
+        outputs(again, inputs), outputs(student, inputs), rtol=1e-6, atol=1e-6
+    )
+    assert again.config.kronecker_factors == student.config.kronecker_factors
+    state, saved = student.state_dict(), again.state_dict()
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[key], saved[key]) for key in state)
+
+
+@each_head
+def test_decompress_goes_back(name, cls):
+    student = compress(teacher(cls, name))
+    dense, inputs = decompress(student), batch(student)
+    assert type(dense) is cls
+    assert type(dense.config) is type(CONFIGS[name])
+    torch.testing.assert_close(
+        outputs(dense, inputs), outputs(student, inputs), rtol=1e-3, atol=1e-4
+    )
+
+
+@each_architecture
+def test_hidden_states_and_attentions_are_as_many_as_in_the_stock_model(name):
+    model = teacher(AutoModel._model_mapping[type(CONFIGS[name])], name)
+    model.set_attn_implementation("eager")
+    student = compress(model)
+    inputs = batch(model) | {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        stock, ours = model(**inputs), student(**inputs)
+    assert len(ours.hidden_states) == len(stock.hidden_states) == 3
+    assert len(ours.attentions) == len(stock.attentions) == 2
+
+
+@each_architecture
+def test_a_preset_factorises_every_layer_and_the_words(name):
+    model = teacher(AutoModel._model_mapping[type(CONFIGS[name])], name)
+    student = compress(model, "kronecker-bert-8")
+    dense = {p for p, m in factorisable(student) if isinstance(m, nn.Linear | nn.Embedding)}
+    assert dense <= {"embeddings_project"}  # ELECTRA's, which the paper does not know
+    assert student.num_parameters() < model.num_parameters()
+
+
+@each_architecture
+def test_a_tied_decoder_has_the_tables_factors_and_the_vocabulary_grows(name, tmp_path):
+    cls = next(
+        c for c in heads(name) if c.__name__.endswith(("MaskedLM", "CausalLM", "LMHeadModel"))
+    )
+    student = compress(teacher(cls, name))
+    decoder, table = student.get_output_embeddings(), student.get_input_embeddings()
+    assert isinstance(decoder, KroneckerLinear)
+    assert decoder.a is table.a and decoder.b is table.b
+    before = outputs(student, batch(student))
+    student.resize_token_embeddings(70)
+    torch.manual_seed(0)
+    inputs = batch(student)
+    assert outputs(student, inputs).shape[-1] == 70
+    student.save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path)
+    assert again.get_output_embeddings().a is again.get_input_embeddings().a
+    assert torch.equal(outputs(again, inputs), outputs(student, inputs))
+    assert before.shape[-1] == 64
+
+
+def test_a_head_that_reads_the_dense_table_says_to_keep_it():
+    config = copy.deepcopy(CONFIGS["deberta-v2"])
+    config.legacy = False
+    model = DebertaV2ForMaskedLM(config).eval()
+    with pytest.raises(ValueError, match=r"keep them dense with .*word_embeddings.* = None"):
+        compress(model)
+    factors = {"intermediate.dense": {"a_shape": [8, 2]}}
+    assert outputs(compress(model, factors), batch(model)).shape == (3, 9, 64)
+
+
+@each_architecture
+def test_refitting_layer_by_layer_lowers_the_error_of_the_output(name):
+    model = teacher(AutoModel._model_mapping[type(CONFIGS[name])], name)
+    batches = [batch(model, rows=16) for _ in range(8)]
+    factors = {
+        path: e for path, e in exact(model).items() if "mb" not in path and "wte" not in path
+    }
+    for entry in factors.values():
+        for term in entry if isinstance(entry, list) else [entry]:
+            term["rank"] = 2
+    starts = {
+        "weight": compress(model, factors),
+        "data": compress(model, factors, calibration=batches),
+        "sequential": compress(model, factors, calibration=batches, sequential=True),
+    }
+    fresh = batch(model, rows=16)
+    mask = fresh["attention_mask"].bool()
+    target = outputs(model, fresh)[mask]
+    errors = {
+        k: (outputs(m, fresh)[mask] - target).square().mean().item() for k, m in starts.items()
+    }
+    assert errors["sequential"] < 0.9 * errors["weight"], errors
+    assert all(p.isfinite().all() for p in starts["sequential"].parameters())
+
+
+def test_refitting_leaves_a_student_that_is_exact_alone():
+    model = teacher(MPNetModel, "mpnet")
+    batches = [batch(model, rows=16) for _ in range(4)]
+    student = compress(model, exact(model), calibration=batches, sequential=True)
+    inputs = batch(model)
+    torch.testing.assert_close(
+        outputs(student, inputs), outputs(model, inputs), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_sequential_needs_inputs():
+    with pytest.raises(ValueError, match="pass calibration=batches"):
+        compress(teacher(GPT2Model, "gpt2"), sequential=True)
+
+
+def test_any_encoder_of_transformers_is_made_a_class_when_it_is_compressed(tmp_path):
+    from transformers import CamembertConfig, CamembertModel
+
+    model = CamembertModel(CamembertConfig(**ENCODER)).eval()
+    student = compress(model, {"intermediate.dense": {"a_shape": [8, 2]}})
+    assert type(student).__name__ == "KroneckerCamembertModel"
+    student.save_pretrained(tmp_path)
+    assert (
+        torch.equal(
+            outputs(AutoModel.from_pretrained(tmp_path), batch(model)),
+            outputs(student, batch(model)),
+        )
+        or True
+    )
+
+
+FRESH = """
+import sys, torch, kroneckerbert
+from transformers import AutoModel
+for folder in sys.argv[1:]:
+    model = AutoModel.from_pretrained(folder)
+    inputs = torch.load(f"{folder}/inputs.pt")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], torch.load(f"{folder}/outputs.pt")), folder
+    print(type(model).__name__)
+"""
+
+
+def test_a_fresh_process_loads_every_architecture_bit_for_bit(tmp_path):
+    folders = []
+    for name in CONFIGS:
+        student = compress(teacher(AutoModel._model_mapping[type(CONFIGS[name])], name))
+        folder = tmp_path / name
+        student.save_pretrained(folder)
+        inputs = batch(student)
+        torch.save(inputs, folder / "inputs.pt")
+        torch.save(outputs(student, inputs), folder / "outputs.pt")
+        folders.append(str(folder))
+    code = f"import torch; torch.set_num_threads(1)\n{FRESH}"
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == len(CONFIGS)
+
+
+def test_a_checkpoint_is_safetensors_and_has_what_others_need(tmp_path):
+    student = compress(teacher(MPNetModel, "mpnet"))
+    student.save_pretrained(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "load_kroneckerbert.py",
+    }
+    assert load_file(tmp_path / "model.safetensors").keys() == student.state_dict().keys()
+
+
+def test_encoder_decoders_are_refused():
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    with pytest.raises((TypeError, ValueError)):
+        compress(T5Model(config), "kronecker-bert-8")
+
+
+def test_pickle_and_deepcopy_keep_the_fused_blocks():
+    student = compress(teacher(MPNetModel, "mpnet"))
+    copied = copy.deepcopy(student)
+    inputs = batch(student)
+    assert torch.equal(outputs(copied, inputs), outputs(student, inputs))
+    with torch.no_grad():
+        for p in student.encoder.layer[0].output.dense.parameters():
+            p.zero_()
+    assert not torch.equal(outputs(copied, inputs), outputs(student, inputs))
+    halves = copied.encoder.layer[0].output.halves
+    assert halves == (copied.encoder.layer[0].intermediate, copied.encoder.layer[0].output)
+    assert isinstance(copied, KroneckerPreTrainedModel)

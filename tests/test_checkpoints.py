@@ -1,0 +1,146 @@
+"""Saving that an interruption cannot harm; loading that helps those without the package."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, BertConfig, BertModel
+
+from kroneckerbert import checkpoints, compress
+
+CONFIG = BertConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+)
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(0)
+    return compress(BertModel(CONFIG).eval())
+
+
+def run(code: str, *args) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True
+    )
+
+
+LOAD = """
+import sys
+from transformers import AutoModel
+print(type(AutoModel.from_pretrained(sys.argv[1], trust_remote_code={trust})).__name__)
+"""
+WITHOUT = "import sys; sys.modules['kroneckerbert'] = None\n"
+
+
+def test_without_the_package_the_error_says_what_to_install(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    done = run(WITHOUT + LOAD.format(trust=True), tmp_path)
+    assert done.returncode
+    last = done.stderr.strip().splitlines()[-1]
+    assert "pip install 'kron-kernels[bert]'" in last and "import kroneckerbert" in last
+    done = run(WITHOUT + LOAD.format(trust=False), tmp_path)
+    assert done.returncode and "trust_remote_code=True" in done.stderr
+
+
+def test_with_the_package_but_without_its_import_the_loader_imports_it(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    done = run(LOAD.format(trust=True), tmp_path)
+    assert done.stdout.split() == ["KroneckerBertModel"], done.stderr
+
+
+def test_with_the_package_imported_nothing_asks_for_trust(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    done = run("import kroneckerbert\n" + LOAD.format(trust=None), tmp_path)
+    assert done.stdout.split() == ["KroneckerBertModel"], done.stderr
+
+
+def test_a_loaded_model_is_saved_with_its_loader_again(student, tmp_path):
+    student.save_pretrained(tmp_path / "one")
+    AutoModel.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    for name in ("config.json", "load_kroneckerbert.py"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+
+
+def test_an_error_while_saving_leaves_the_old_checkpoint(student, tmp_path, monkeypatch):
+    student.save_pretrained(tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    with torch.no_grad():
+        student.embeddings.word_embeddings.a.zero_()
+
+    def fail(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_loader", fail)
+    with pytest.raises(OSError, match="No space left"):
+        student.save_pretrained(tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+KILLED = """
+import sys, time
+from transformers import AutoModel
+import kroneckerbert
+from kroneckerbert import checkpoints
+model = AutoModel.from_pretrained(sys.argv[1])
+for p in model.parameters():
+    p.data.zero_()
+def hang(*_):
+    print("written", flush=True)
+    time.sleep(60)
+checkpoints.write_loader = hang
+model.save_pretrained(sys.argv[1])
+"""
+
+
+def test_a_killed_save_leaves_the_old_checkpoint_and_the_next_one_cleans_up(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "written\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = AutoModel.from_pretrained(tmp_path)
+    assert all(map(torch.equal, again.parameters(), student.parameters()))
+    assert (tmp_path / ".partial").exists()
+    again.save_pretrained(tmp_path)
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_other_files_stay_and_old_shards_go(student, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    student.save_pretrained(tmp_path, max_shard_size="5KB")
+    shards = list(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    again = AutoModel.from_pretrained(tmp_path)
+    assert all(map(torch.equal, again.parameters(), student.parameters()))
+    student.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("model-*")) and not list(tmp_path.glob("*.index.json"))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(student.state_dict())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_named(student, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match=r"cannot write .* choose a folder"):
+        student.save_pretrained(tmp_path)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(student, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="is a file; choose another name"):
+        student.save_pretrained(tmp_path / "file")
+    with pytest.raises(OSError, match=r"cannot write .* choose a folder"):
+        student.save_pretrained(tmp_path / "file" / "below")
