@@ -1,34 +1,71 @@
-"""The polynomial of csrc/cpu/activation.h: ``Φ(-a) = e^(-a²/2) t P(t)``, ``t = 1 / (1 + 0.3 a)``.
+"""The coefficients of gelu in csrc/cpu/activation.h, minimax by reweighted least squares.
 
-Minimax in relative error over 0 <= a <= 14, by reweighted least squares. Needs mpmath, which torch
-brings along.
+- ``2^f`` for ``|f| <= 1/2``: a polynomial with ``P(0) = 1``, by relative error.
+- The normal distribution ``Φ(-a) = e^(-a²/2) P(a) / Q(a)`` for ``0 <= a <= 8``: a quotient with
+  ``Q(0) = 1``, by relative error where Φ(-a) > 0.1, and by a fifth of it where Φ(-a) is small.
+
+Needs mpmath, which torch brings along.
 """
 
 import mpmath
 import numpy as np
 
-SCALE, LONGEST, DEGREE, POINTS = 0.3, 14.0, 8, 300
+LONGEST, POINTS, ROUNDS = 8.0, 600, 1500
+NODES = np.cos(np.pi * (np.arange(POINTS) + 0.5) / POINTS)
 
 
-def main() -> None:
-    mpmath.mp.dps = 40
-    shortest = 1 / (1 + SCALE * LONGEST)
-    nodes = np.cos(np.pi * (np.arange(POINTS) + 0.5) / POINTS)
-    t = (shortest + 1) / 2 + (1 - shortest) / 2 * nodes
-    tail = [
-        float(mpmath.erfc(a / mpmath.sqrt(2)) * mpmath.exp(a * a / 2) / 2)
-        for a in map(mpmath.mpf, (1 / t - 1) / SCALE)
-    ]
-    powers = np.vander(t, DEGREE + 1, increasing=True)[:, 1:] / np.array(tail)[:, None]
-    weights = np.ones(POINTS)
-    for _ in range(200):
+def fit_power(degree: int = 5) -> None:
+    f = NODES / 2
+    powers = np.vander(f, degree + 1, increasing=True)[:, 1:] / np.exp2(f)[:, None]
+    coefficients, error = minimax(lambda _: (powers, 1 - np.exp2(-f)), np.zeros(degree))
+    show("2^f", error, {"f, f², …": coefficients})
+
+
+def fit_tail(above: int = 3, below: int = 4) -> None:
+    unit = (NODES + 1) / 2
+    a = unit * LONGEST
+    tail = [mpmath.erfc(t / mpmath.sqrt(2)) / 2 for t in map(mpmath.mpf, a)]
+    smooth = np.array(
+        [float(p * mpmath.exp(mpmath.mpf(t) ** 2 / 2)) for p, t in zip(tail, a, strict=True)]
+    )
+    weight = np.maximum(2 * np.array(tail, dtype=float), 0.2)
+    p = np.vander(unit, above + 1, increasing=True) / smooth[:, None]
+    q = np.vander(unit, below + 1, increasing=True)[:, 1:]
+
+    # P / smooth - Q = 0 is linear in the coefficients; the last round's Q scales it to P/Q - 1.
+    def linear(last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scale = weight / (1 + q @ last[above + 1 :])
+        return np.hstack([p, -q]) * scale[:, None], scale
+
+    coefficients, error = minimax(linear, np.zeros(above + 1 + below))
+    coefficients = coefficients / LONGEST ** np.r_[0 : above + 1, 1 : below + 1]
+    parts = {"P: 1, a, …": coefficients[: above + 1], "Q: a, a², …": coefficients[above + 1 :]}
+    show("Φ(-a)", error, parts)
+
+
+def minimax(linear, start: np.ndarray) -> tuple[np.ndarray, float]:
+    """Coefficients of the least largest residual that was met, and that residual."""
+    weights, last, best = np.ones(POINTS), start, (start, np.inf)
+    for _ in range(ROUNDS):
+        rows, right = linear(last)
         root = np.sqrt(weights)
-        coefficients = np.linalg.lstsq(powers * root[:, None], root, rcond=None)[0]
-        error = np.abs(powers @ coefficients - 1)
-        weights *= error / (weights @ error)
-    print(f"relative error {error.max():.2g}; coefficients of t, t², …:")
-    print("\n".join(f"  {c!r}" for c in coefficients.tolist()))
+        last = np.linalg.lstsq(rows * root[:, None], right * root, rcond=None)[0]
+        rows, right = linear(last)
+        error = np.abs(rows @ last - right)
+        if error.max() < best[1]:
+            best = last, error.max()
+        weights = np.maximum(weights * error / (weights @ error), 1e-300)
+    return best
+
+
+def show(what: str, error: float, parts: dict[str, np.ndarray]) -> None:
+    print(f"{what}: largest weighted error {error:.2g}")
+    for name, coefficients in parts.items():
+        print(f"  {name}")
+        print("\n".join(f"    {c:.9g}" for c in coefficients))
 
 
 if __name__ == "__main__":
-    main()
+    mpmath.mp.dps = 40
+    fit_power()
+    fit_tail()

@@ -58,8 +58,8 @@ const char *kron_cpu_forward_along(const kron_execution *, int64_t dtype, int64_
                                    const void *x, int64_t tail, const kron_product *);
 
 // down(act(up x)): the hidden vector exists one block of tokens at a time, and for
-// up = (k x l) ⊗ large, contracted from the right, and down = (l' x k) ⊗ large', from the left, one
-// entry at a time.
+// up = (k x l) ⊗ large, contracted from the right, and down = (l' x k) ⊗ large', from the left, 64
+// entries or so at a time.
 const char *kron_cpu_feed_forward(const kron_execution *, int64_t dtype, int64_t tokens,
                                   const void *x, const kron_product *up, const kron_product *down);
 

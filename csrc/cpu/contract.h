@@ -15,10 +15,11 @@ template <class T> struct Matrix {
   Matrix transposed() const { return {data, cols, rows, col_stride, row_stride}; }
 };
 
-// Where the vectors of a contraction lie: in (pre, cols, post) to out (pre, rows, post), whose
-// entries are `width` numbers, NV vectors that lie `in_vector` and `out_vector` apart.
+// Where the vectors of a contraction lie: in (pre, cols, post) to out (pre, rows, post), whose rows
+// and columns lie `in_step` and `out_step` apart, and whose entries are `width` numbers, NV vectors
+// that lie `in_vector` and `out_vector` apart.
 struct Grid {
-  Int pre, post, width, in_pre, out_pre, in_vector, out_vector;
+  Int pre, post, width, in_pre, out_pre, in_step, out_step, in_vector, out_vector;
 };
 
 // out[r] = Σ_c w[r, c] in[c] for R rows of a factor from `first` on, added to what is there if asked
@@ -27,17 +28,18 @@ template <class T, int NV, int R>
 void contract_rows(const Matrix<T> &w, Int first, const T *in, T *out, const Grid &g,
                    bool accumulate) {
   const Int rs = w.row_stride, cs = w.col_stride, rs2 = 2 * rs, rs3 = 3 * rs;
-  const Int step = g.post * g.width, in_vector = g.in_vector, out_vector = g.out_vector;
+  const Int in_step = g.in_step, out_step = g.out_step;
+  const Int in_vector = g.in_vector, out_vector = g.out_vector;
   for (Int i = 0; i < g.pre; i++) {
     for (Int j = 0; j < g.post; j++) {
       const T *d = in + i * g.in_pre + j * g.width;
-      T *o = out + i * g.out_pre + j * g.width + first * step;
+      T *o = out + i * g.out_pre + j * g.width + first * out_step;
       Vector<T> acc[R][NV];
       KRON_UNROLL
       for (int r = 0; r < R; r++) {
         KRON_UNROLL
         for (int v = 0; v < NV; v++)
-          acc[r][v] = accumulate ? load(o + r * step + v * out_vector) : Vector<T>{};
+          acc[r][v] = accumulate ? load(o + r * out_step + v * out_vector) : Vector<T>{};
       }
       // One pointer for four rows: a pointer each would not fit the general registers.
       const T *group[(R + 3) / 4];
@@ -57,12 +59,12 @@ void contract_rows(const Matrix<T> &w, Int first, const T *in, T *out, const Gri
         }
         KRON_UNROLL
         for (int k = 0; k < (R + 3) / 4; k++) group[k] += cs;
-        d += step;
+        d += in_step;
       }
       KRON_UNROLL
       for (int r = 0; r < R; r++) {
         KRON_UNROLL
-        for (int v = 0; v < NV; v++) store(o + r * step + v * out_vector, acc[r][v]);
+        for (int v = 0; v < NV; v++) store(o + r * out_step + v * out_vector, acc[r][v]);
       }
     }
   }
@@ -98,15 +100,15 @@ void contract(const Matrix<T> &w, const T *in, T *out, Int pre, Int post, bool a
     if (post == 1 && pre > 1) {
       const Int in_step = w.cols * L, out_step = w.rows * L;
       const Int threes = pre % 3 == 1 ? pre / 3 - 1 : pre / 3, twos = (pre - 3 * threes) / 2;
-      const Grid three = {threes, 1, L, 3 * in_step, 3 * out_step, in_step, out_step};
-      const Grid two = {twos, 1, L, 2 * in_step, 2 * out_step, in_step, out_step};
+      const Grid three = {threes, 1, L, 3 * in_step, 3 * out_step, L, L, in_step, out_step};
+      const Grid two = {twos, 1, L, 2 * in_step, 2 * out_step, L, L, in_step, out_step};
       contract_grid<T, 3>(w, in, out, three, accumulate);
       contract_grid<T, 2>(w, in + 3 * threes * in_step, out + 3 * threes * out_step, two, accumulate);
       return;
     }
   }
-  const Int width = NV * L;
-  const Grid g = {pre, post, width, w.cols * post * width, w.rows * post * width, L, L};
+  const Int width = NV * L, step = post * width;
+  const Grid g = {pre, post, width, w.cols * step, w.rows * step, step, step, L, L};
   contract_grid<T, NV>(w, in, out, g, accumulate);
 }
 

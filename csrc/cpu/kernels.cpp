@@ -140,38 +140,34 @@ template <class T> bool meets(const Product<T> &up, const Product<T> &down) {
          up.factors[0].rows == down.factors[0].cols && up.factors[1].rows == down.factors[1].cols;
 }
 
-// u = A' act(A z + bias), column p of the hidden grid at a time, a hidden entry never in memory.
+// Columns of the hidden grid, of k entries each, that are in the first-level cache at a time.
+inline Int columns_at_a_time(Int k) { return larger(1, 64 / k); }
+
+// u = A' act(A z + bias), a few columns of the hidden grid at a time, for which `hidden` has room.
 // z (rank * n1, width)[tokens], u (rank' * m1', width)[tokens], A (rank, k, n1), A' (rank', m1', k).
 template <class S, int NV, int ACTIVATION>
-void through_hidden(const kron_factor &a, Int rank, const kron_factor &a2, Int rank2, Int width,
-                    const S *bias, const Compute<S> *z, Compute<S> *u) {
+void through_hidden(const Product<Compute<S>> &up, const Product<Compute<S>> &down, Int width,
+                    const S *bias, const Compute<S> *z, Compute<S> *u, Compute<S> *hidden) {
   typedef Compute<S> T;
   constexpr int L = LANES<T>, TB = NV * L;
-  for (Int p = 0; p < width; p++) {
-    for (Int i = 0; i < a.rows; i++) {
-      Vector<T> h[NV];
-      KRON_UNROLL
-      for (int v = 0; v < NV; v++) h[v] = Vector<T>{} + (bias ? scalar(bias[i * width + p]) : T(0));
-      const T *in = z + p * TB;
-      for (Int k = 0; k < rank; k++) {
-        const T *w = static_cast<const T *>(a.data) + k * a.rank_stride + i * a.row_stride;
-        for (Int j = 0; j < a.cols; j++, w += a.col_stride, in += width * TB) {
-          KRON_UNROLL
-          for (int v = 0; v < NV; v++) h[v] += *w * load(in + v * L);
-        }
-      }
-      KRON_UNROLL
-      for (int v = 0; v < NV; v++) h[v] = activate<ACTIVATION>(h[v]);
-      T *out = u + p * TB;
-      for (Int k = 0; k < rank2; k++) {
-        const T *w = static_cast<const T *>(a2.data) + k * a2.rank_stride + i * a2.col_stride;
-        for (Int o = 0; o < a2.rows; o++, w += a2.row_stride, out += width * TB) {
-          KRON_UNROLL
-          for (int v = 0; v < NV; v++)
-            store(out + v * L, (i ? load(out + v * L) : Vector<T>{}) + *w * h[v]);
-        }
+  const Int rows = up.factors[0].rows, far = width * TB;
+  const Int z_size = up.factors[0].cols * far, u_size = down.factors[0].rows * far;
+  for (Int p = 0; p < width; p += columns_at_a_time(rows)) {
+    const Int columns = smaller(columns_at_a_time(rows), width - p), near = columns * TB;
+    for (Int k = 0; k < up.rank; k++)
+      contract_grid<T, NV>(up.matrix(0, k), z + k * z_size + p * TB, hidden,
+                           {1, columns, TB, 0, 0, far, near, L, L}, k > 0);
+    for (Int i = 0; i < rows; i++) {
+      for (Int j = 0; j < columns; j++) {
+        const Vector<T> b = Vector<T>{} + (bias ? scalar(bias[i * width + p + j]) : T(0));
+        T *h = hidden + (i * columns + j) * TB;
+        KRON_UNROLL
+        for (int v = 0; v < NV; v++) store(h + v * L, activate<ACTIVATION>(load(h + v * L) + b));
       }
     }
+    for (Int k = 0; k < down.rank; k++)
+      contract_grid<T, NV>(down.matrix(0, k), hidden, u + k * u_size + p * TB,
+                           {1, columns, TB, 0, 0, near, far, L, L}, false);
   }
 }
 
@@ -222,10 +218,12 @@ const char *feed_forward(const kron_execution &e, Int tokens, const void *x, con
   }
   return split(e, units, parts_of(e, units, work), [&](Int, Int first, Int last) {
     const Int lanes = smaller(MAX_NV, last - first) * LANES<T>;
-    Scratch<T> scratch((n + m + z_size + u_size) * lanes, 4);
+    const Int columns_size = meet ? columns_at_a_time(a1.rows) * a1.rows : 0;
+    Scratch<T> scratch((n + m + z_size + u_size + columns_size) * lanes, 5);
     if (!scratch) return false;
     T *in = scratch.take(n * lanes), *out = scratch.take(m * lanes);
     T *z = scratch.take(z_size * lanes), *u = scratch.take(u_size * lanes);
+    T *columns = scratch.take(columns_size * lanes);
     blocks<T>(first, last, [&](auto nv, Int token) {
       constexpr int NV = decltype(nv)::value, TB = NV * LANES<T>;
       const Int here = smaller(TB, tokens - token);
@@ -234,7 +232,7 @@ const char *feed_forward(const kron_execution &e, Int tokens, const void *x, con
         for (Int k = 0; k < w1.rank; k++)
           contract<T, NV>(w1.matrix(1, k), in, z + k * a1.cols * width * TB, a1.cols, 1);
         with_activation(up.activation, [&](auto kind) {
-          through_hidden<S, NV, decltype(kind)::value>(a1, w1.rank, a2, w2.rank, width, bias, z, u);
+          through_hidden<S, NV, decltype(kind)::value>(w1, w2, width, bias, z, u, columns);
         });
         for (Int k = 0; k < w2.rank; k++)
           contract<T, NV>(w2.matrix(1, k), u + k * a2.rows * width * TB, out, a2.rows, 1, k > 0);
