@@ -1,0 +1,227 @@
+"""LoRA on Kronecker layers, through peft, and merged without forming a dense weight."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum
+from kroneckerbert.configuration_kroneckerbert import KroneckerConfig
+
+try:
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+except ImportError as error:
+    raise ImportError(
+        f"adapters need peft ({error}): pip install 'kron-kernels[peft]'", name="peft"
+    ) from error
+
+
+def lora_config(model: PreTrainedModel | None = None, **options: Any) -> LoraConfig:
+    """A ``peft.LoraConfig`` that knows Kronecker layers, for ``peft.get_peft_model``.
+
+    Args:
+        model: The model to adapt; needed to resolve ``"all-linear"``.
+        **options: As for ``LoraConfig``. ``target_modules`` is ``"all-linear"`` unless given:
+            every linear layer of the model without its head, factorised or dense.
+
+    Raises:
+        ValueError: If ``"all-linear"`` has no model to look into, or finds nothing there.
+    """
+    if options.setdefault("target_modules", "all-linear") == "all-linear":
+        if model is None:
+            raise ValueError(
+                "target_modules = 'all-linear' needs the model: write lora_config(model), or name "
+                "the layers, such as target_modules=['query', 'value']."
+            )
+        options["target_modules"] = _linears(model)
+    return _informed(LoraConfig(**options))
+
+
+def load_adapter(
+    model: PreTrainedModel, path: str | os.PathLike, *, is_trainable: bool = False, **options: Any
+) -> PeftModel:
+    """``PeftModel.from_pretrained`` for adapters of Kronecker layers, which it does not know.
+
+    Args:
+        model: The model that the adapter was trained on.
+        path: What ``PeftModel.save_pretrained`` wrote, a folder or a name on the hub.
+        is_trainable: Whether to go on training; otherwise all weights are frozen.
+        **options: As for ``PeftModel.from_pretrained``.
+    """
+    config = _informed(LoraConfig.from_pretrained(path))
+    return PeftModel.from_pretrained(
+        model, path, config=config, is_trainable=is_trainable, **options
+    )
+
+
+def merge_and_unload(model: PeftModel, **options: Any) -> PreTrainedModel:
+    """The adapted model without peft: Kronecker layers with adapters become ``KroneckerSum``.
+
+    ``model.merge_and_unload()``, with the new layers entered in the configuration, so that
+    ``save_pretrained`` and ``from_pretrained`` work. The model inside ``model`` is changed.
+
+    Args:
+        model: From ``peft.get_peft_model`` or :func:`load_adapter`.
+        **options: As for ``PeftModel.merge_and_unload``.
+    """
+    merged = model.merge_and_unload(**options)
+    if isinstance(merged.config, KroneckerConfig):
+        merged.config.kronecker_factors = merged.config.kronecker_factors | {
+            path: [{"a_shape": [s.m1, s.n1], "rank": s.rank} for s in module.shapes]
+            for path, module in merged.base_model.named_modules()
+            if isinstance(module, KroneckerSum)
+        }
+    return merged
+
+
+class LoraKroneckerLinear(LoraLinear):
+    """peft's LoRA layer around a ``KroneckerLinear`` or ``KroneckerSum``.
+
+    Merged, it is the sum of the layer's products and the adapters' low-rank parts, exactly: a
+    product ``s B A`` of rank r is r Kronecker terms, of a column of B and a row of A each.
+    Unmerging gives the very layer back. Variants that read the dense weight (DoRA, PiSSA, …) are
+    refused, because there is none.
+    """
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        return {(): None}
+
+    def update_layer(self, adapter_name: str, r: int, *args: Any, config: LoraConfig, **kwargs):
+        if config.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights = {config.init_lora_weights!r} starts from the dense weight, "
+                "which a Kronecker layer does not form; use True, False or 'gaussian'."
+            )
+        super().update_layer(adapter_name, r, *args, config=config, **kwargs)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Let the base layer compute what the adapters add.
+
+        Args:
+            safe_merge: Refuse adapters with NaN or infinite entries.
+            adapter_names: The active ones unless given.
+
+        Raises:
+            ValueError: If ``safe_merge`` and an entry is not finite.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [*self.merged_adapters, *(name for name in names if name in self.lora_A)]
+        if names == self.merged_adapters:
+            return
+        (layer,) = self._unmerged if self.merged else (self.base_layer,)
+        new = self._sum(layer, names)
+        if safe_merge and not all(p.isfinite().all() for p in new.parameters()):
+            raise ValueError(
+                f"an adapter of {', '.join(names)} has NaN or infinite entries; train it again "
+                "with a lower learning rate, or use an earlier checkpoint."
+            )
+        self._unmerged = (layer,)  # in a tuple: a module would be registered as a child
+        self.base_layer, self.merged_adapters = new, names
+
+    def unmerge(self) -> None:
+        """Give the base layer back as it was."""
+        if self.merged:
+            (self.base_layer,) = self._unmerged
+            self.merged_adapters = []
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``s B A`` as a dense weight, ``(out_features, in_features)``: for inspection."""
+        return self.scaling[adapter] * self.lora_B[adapter].weight @ self.lora_A[adapter].weight
+
+    def _sum(self, layer: KroneckerLinear | KroneckerSum, names: list[str]) -> KroneckerSum:
+        """The layer, whose factors it shares, plus one low-rank part for all adapters."""
+        old = list(layer.parts) if isinstance(layer, KroneckerSum) else [layer]
+        like = {"device": old[0].a.device, "dtype": old[0].a.dtype}
+        columns = [self.scaling[n] * self.lora_B[n].weight.mT for n in names]  # (r, out)
+        rows = [self.lora_A[n].weight for n in names]  # (r, in)
+        a = torch.cat(columns)[:, :, None].to(**like)
+        b = torch.cat(rows)[:, None, :].to(**like)
+        bias = layer.bias
+        for n in names:
+            if self.lora_bias[n]:
+                added = (self.scaling[n] * self.lora_B[n].bias).to(**like)
+                bias = _frozen(added if bias is None else bias + added)
+
+        shapes = [((p.shape.m1, p.shape.n1), p.rank) for p in old]
+        new = KroneckerSum(
+            layer.in_features,
+            layer.out_features,
+            [*shapes, ((layer.out_features, 1), len(a))],
+            bias is not None,
+            backend=old[0].backend,
+            device="meta",  # nothing is drawn, the factors follow
+        )
+        factors = [*((p.a, p.b) for p in old), (_frozen(a), _frozen(b))]
+        for part, (left, right) in zip(new.parts, factors, strict=True):
+            part.a, part.b = left, right
+        new.bias = bias
+        return new.train(layer.training)
+
+    # What peft asks of a layer by its class or its `weight`, of which a Kronecker layer has none.
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
+        parameter = next(base_layer.parameters())
+        return parameter.device, parameter.dtype
+
+
+class _Refused:
+    """In place of a layer for a module that cannot have adapters."""
+
+    def __init__(self, target: nn.Module, *args: Any, target_name: str = "", **kwargs: Any):
+        raise ValueError(
+            f"{target_name or 'a target'} is a KroneckerEmbedding, and a low-rank part would end "
+            "its being a Kronecker product, which a tied decoder relies on; leave it out of "
+            "target_modules."
+        )
+
+
+def _informed(config: LoraConfig) -> LoraConfig:
+    if not hasattr(config, "_register_custom_module"):
+        raise ImportError(
+            "this version of peft lets nobody register layers for LoRA: "
+            "pip install 'peft>=0.21,<0.22'"
+        )
+    config._register_custom_module(
+        {
+            KroneckerLinear: LoraKroneckerLinear,
+            KroneckerSum: LoraKroneckerLinear,
+            KroneckerEmbedding: _Refused,
+        }
+    )
+    return config
+
+
+def _linears(model: PreTrainedModel) -> list[str]:
+    """Paths of the linear layers of the model without its head, adapted already or not."""
+    encoder = model.base_model
+    adapted = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    inside = {id(m) for m in encoder.modules()}
+    sums = [name for name, m in model.named_modules() if isinstance(m, KroneckerSum)]
+    within = tuple(f"{name}." for name in (*adapted, *sums))  # their own parts
+    kinds = KroneckerLinear | KroneckerSum | nn.Linear | Conv1D | BaseTunerLayer
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and id(module) in inside and not name.startswith(within)
+    ]
+    if not names:
+        raise ValueError(
+            f"the {type(model).__name__} has no linear layer outside its head; name the modules to "
+            "adapt in target_modules."
+        )
+    return names
+
+
+def _frozen(t: Tensor) -> nn.Parameter:
+    return nn.Parameter(t, requires_grad=False)
