@@ -36,9 +36,11 @@ def nearest_kronecker(
 
     With ``second_moment`` C = E[x xᵀ] of the layer's inputs, minimises the error of the layer's
     *outputs*, ``E‖(W − Σ_k A_k ⊗ B_k) x‖² = ‖(W − Σ_k A_k ⊗ B_k) C^½‖_F²``, by alternating least
-    squares from the solution above: with one side fixed, the other is one linear solve. Every half
-    step can only lower the error; the end point is a local minimum. Where the terms are
-    ``column ⊗ row``, a low-rank weight, the optimum is known: a truncated SVD of ``W C^½``.
+    squares: with one side fixed, the other is one linear solve. Every half step can only lower the
+    error; the end point is a local minimum. It starts from the solution above or from that in the
+    separable metric ``C1 ⊗ C2`` next to C, whichever has the lower error after two steps. Where the
+    terms are ``column ⊗ row``, a low-rank weight, the optimum is known: a truncated SVD of
+    ``W C^½``.
 
     Args:
         weight: W of shape ``(m, n)``, real floating point, any precision.
@@ -62,7 +64,7 @@ def nearest_kronecker(
     """
     s = _check(weight, a_shape, rank, second_moment)
     w = weight.detach()
-    c = None if second_moment is None else _shrunk(second_moment.detach(), shrinkage)
+    c = None if second_moment is None else shrunk(second_moment.detach(), shrinkage)
     a, b = _fit(w, s, c, max_iterations, tolerance)
     if rescale:
         scale = (w.double().norm() / _norm(a, b)).nan_to_num(1.0, posinf=1.0).sqrt()
@@ -109,7 +111,7 @@ def nearest_kronecker_sum(
     peak = weight.detach().abs().max().double()
     peak = peak.where(peak > 0, 1.0)
     w = weight.detach().double() / peak
-    c = None if second_moment is None else _shrunk(second_moment.detach(), shrinkage)
+    c = None if second_moment is None else shrunk(second_moment.detach(), shrinkage)
 
     rest, fitted = w.clone(), []  # W without all that is fitted
     for s in shapes:
@@ -144,14 +146,6 @@ def dense_weight(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def is_low_rank(s: KronShape) -> bool:
-    """Whether the terms are ``column ⊗ row``, or ``row ⊗ column``: a product of two thin matrices.
-
-    In ``s.order`` the rows come first, so that the middle has ``rank`` columns.
-    """
-    return s.n1 == 1 == s.m2 or s.m1 == 1 == s.n2
-
-
 def _fit(
     w: Tensor,
     s: KronShape,
@@ -163,10 +157,17 @@ def _fit(
     """Factors of W in float64, nearest in its entries or, in the metric C, from ``start``."""
     if c is None:
         return _van_loan(w, s)
-    if is_low_rank(s):
+    if s.is_low_rank:
         return _truncated(w, s, c)
-    a, b = start or _van_loan(w, s)
-    return _alternate(w, c, a, b, max_iterations, tolerance)
+    if start is None:
+        start = _van_loan(w, s)
+        if max_iterations > 2:
+            tried = [
+                alternate(w, c, *at, 2, tolerance) for at in (start, separable(w.double(), s, c))
+            ]
+            start = min(tried, key=lambda fit: fit[2].nan_to_num(torch.inf).item())[:2]
+            max_iterations -= 2
+    return alternate(w, c, *start, max_iterations, tolerance)[:2]
 
 
 def _error(rest: Tensor, c: Tensor | None) -> Tensor:
@@ -260,7 +261,7 @@ def _leading_terms(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left.mT.reshape(rank, rows, cols), (right * root).mT.reshape(rank, m, n)
 
 
-def _shrunk(c: Tensor, shrinkage: float) -> Tensor:
+def shrunk(c: Tensor, shrinkage: float) -> Tensor:
     """C in float64, exactly symmetric, with a fraction of its mean variance on the diagonal."""
     c = c.double()
     c = (c + c.mT) / 2
@@ -289,19 +290,56 @@ def _truncated(w: Tensor, s: KronShape, c: Tensor) -> tuple[Tensor, Tensor]:
     return _balance(a.reshape(s.rank, s.m1, s.n1), b.reshape(s.rank, s.m2, s.n2))
 
 
-def _alternate(
-    w: Tensor, c: Tensor, a: Tensor, b: Tensor, max_iterations: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """Alternating least squares on ``tr((W − Ŵ) C (W − Ŵ)ᵀ)``, in float64."""
+def root(c: Tensor) -> Tensor:
+    """Lower triangular L with ``L Lᵀ = C``, in float64; C has been shrunk."""
+    return torch.linalg.cholesky_ex(c.double())[0]
+
+
+def separable_roots(c: Tensor, n1: int) -> tuple[Tensor, Tensor]:
+    """Roots of ``C1 (n1, n1)`` and ``C2`` whose product is near C: its partial traces."""
+    blocks = c.view(n1, len(c) // n1, n1, len(c) // n1)
+    c1, c2 = torch.einsum("aibi->ab", blocks), torch.einsum("iaib->ab", blocks)
+    # The scale of a metric changes nothing that is the nearest in it.
+    return root(c1 / c1.diagonal().mean()), root(c2 / c2.diagonal().mean())
+
+
+def whitened(w: Tensor, root1: Tensor, root2: Tensor) -> Tensor:
+    """``W (L1 ⊗ L2)``, of W's dtype."""
+    m, n1, n2 = w.shape[0], len(root1), len(root2)
+    blocks = (w.reshape(m * n1, n2) @ root2.to(w.dtype)).view(m, n1, n2)
+    return torch.einsum("mab,ac->mcb", blocks, root1.to(w.dtype)).reshape(m, n1 * n2)
+
+
+def separable(w: Tensor, s: KronShape, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors in float64 nearest in the separable metric next to C, which Van Loan's way finds."""
+    root1, root2 = separable_roots(c, s.n1)
+    a, b = _van_loan(whitened(w, root1, root2), s)
+    a = torch.linalg.solve_triangular(root1, a, upper=False, left=False)
+    return a, torch.linalg.solve_triangular(root2, b, upper=False, left=False)
+
+
+def alternate(
+    w: Tensor,
+    c: Tensor,
+    a: Tensor,
+    b: Tensor,
+    max_iterations: int,
+    tolerance: float,
+    wc: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors and their error by alternating least squares on ``tr((W − Ŵ) C (W − Ŵ)ᵀ)``.
+
+    In float64 from ``a, b``, whose own error is not told; ``wc`` is ``W C``, if many fits share it.
+    """
     s = KronShape.of(a, b)
-    wc = w.double() @ c  # (m, n)
+    wc = w.double() @ c if wc is None else wc  # (m, n)
     energy = (wc * w).sum()
     # Laid out once, so that a half step is two matrix products: over (n2, n2') or (n1, n1').
     c4 = c.view(s.n1, s.n2, s.n1, s.n2)
     c_inner = c4.permute(0, 2, 1, 3).reshape(s.n1 * s.n1, s.n2 * s.n2)
     wc_blocks = wc.view(s.m1, s.m2, s.n1, s.n2).transpose(1, 2).reshape(s.m1 * s.n1, s.m2 * s.n2)
 
-    previous = energy.new_tensor(torch.inf)
+    error = previous = energy.new_tensor(torch.inf)
     for _ in range(max_iterations):
         a, _ = _half_step(c_inner, wc_blocks, b, s)
         b, error = _half_step(c_inner.mT, wc_blocks.mT, a, s.swapped)
@@ -309,7 +347,7 @@ def _alternate(
         if previous - error <= tolerance * error.clamp_min(energy * 1e-12):
             break
         previous = error
-    return _balance(a, b)
+    return *_balance(a, b), error
 
 
 def _half_step(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kron_kernels.backends import cuda, eager, native, triton_gpu
 from kron_kernels.checks import check_factors
-from kron_kernels.decompose import is_low_rank
 from kron_kernels.shapes import KronShape
 
 Backend = Literal["auto", "eager", "native", "triton", "cuda"]
@@ -57,7 +56,7 @@ def choose(backend: str, x: Tensor, *products: Sequence[Tensor]) -> str:
         ValueError: If the backend asked for cannot serve the call, with the reason.
     """
     if backend == "auto":
-        if any(_is_low_rank(*factors) for factors in products):
+        if any(is_low_rank(*factors) for factors in products):
             return "eager"
         for compiled in _order(x, *products[0]):
             if not any(why_not(compiled, x, *factors) for factors in products):
@@ -102,11 +101,12 @@ def _order(x: Tensor, *factors: Tensor) -> tuple[str, ...]:
     return GPU_ORDER["anything else"]
 
 
-def _is_low_rank(*factors: Tensor) -> bool:
+def is_low_rank(*factors: Tensor) -> bool:
+    """Whether this product is of two thin matrices: two GEMMs, which ``"auto"`` leaves to eager."""
     # Told from most others by one look: a shape takes 1 µs to make, a visible part of a small call.
     if len(factors) != 2 or 1 not in factors[0].shape[-2:]:
         return False
-    return is_low_rank(KronShape.of(*factors))
+    return KronShape.of(*factors).is_low_rank
 
 
 def _eager_plan(*factors: Tensor) -> str:
@@ -116,7 +116,7 @@ def _eager_plan(*factors: Tensor) -> str:
         sides = " ⊗ ".join(f"{f.shape[1]}x{f.shape[2]}" for f in factors)
         return f"one product per axis of {sides}"
     s = KronShape.of(*factors)
-    if is_low_rank(s):
+    if s.is_low_rank:
         return (
             f'low rank, {s.rank}: two GEMMs over all tokens, which "auto" takes; '
             f"{s.flops:,} FLOPs per token"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,8 @@ def kron_qkv(
         ValueError: As :func:`kron_matmul`.
     """
     layers = query, key, value
-    if differentiable(x, *(t for layer in layers for t in layer)) or _stepwise(x):
+    grads = differentiable(x, *(t for layer in layers for t in layer))
+    if grads or _stepwise(x, backend, layers):
         q, k, v = (kron_matmul(x, a, b, bias=c, backend=backend) for a, b, c in layers)
         return q, k, v
     layers = [_checked_layer(x, layer) for layer in layers]
@@ -66,9 +69,9 @@ def kron_feed_forward(
 
     The compiled backends go through a block of tokens at a time. Where ``up = (k x l) ⊗ B``,
     cheaper contracted from the right, and ``down = (l' x k) ⊗ B'``, cheaper from the left, as in
-    KroneckerBERT, an entry of the hidden vector lives in a register only, in the backward, which
-    recomputes it, too. Otherwise it is in memory: native keeps a block of it, the others all, and
-    all do while gradients wait for their backward.
+    KroneckerBERT, an entry of the hidden vector lives in a register only (native: at most in the
+    first-level cache), in the backward, which recomputes it, too. Otherwise it is in memory: native
+    keeps a block of it, the others all, and all do while gradients wait for their backward.
 
     Args:
         x: Shape ``(…, n)``.
@@ -85,15 +88,14 @@ def kron_feed_forward(
         ValueError: As :func:`kron_matmul`, or if ``down`` does not take what ``up`` gives.
     """
     with_grads = differentiable(x, *up, *down, residual)
-    if not _stepwise(x):
+    stepwise = _stepwise(x, backend, (up, down))
+    if not stepwise:
         up = _checked_layer(x, up, activation)
         hidden = x.new_empty(1).expand(*x.shape[:-1], up[0].shape[1] * up[1].shape[1])
         down = _checked_layer(hidden, down, residual=residual)
         backend = dispatch.choose(backend, x, up[:2], down[:2])
         fused = backend in COMPILED and COMPILED[backend].meet(*up[:2], *down[:2])
-    if _stepwise(x) or (
-        with_grads and (not fused or transformed() or torch.compiler.is_compiling())
-    ):
+    if stepwise or (with_grads and (not fused or transformed() or torch.compiler.is_compiling())):
         a, b, bias = up
         hidden = kron_matmul(x, a, b, bias=bias, activation=activation, backend=backend)
         a, b, bias = down
@@ -121,12 +123,17 @@ def _checked_layer(
     return a, b, bias
 
 
-def _stepwise(x: Tensor) -> bool:
-    """Whether the products one by one serve better: they cast, know shapes, and are exported."""
+def _stepwise(x: Tensor, backend: str, layers: Sequence[Layer]) -> bool:
+    """Whether the products one by one serve better: they cast, know shapes, and are exported.
+
+    ``"auto"`` leaves low rank to eager, and a fused call has one backend: one low-rank product
+    would take the others with it.
+    """
     return (
         x.device.type == "meta"
         or torch.is_autocast_enabled(x.device.type)
         or torch.compiler.is_exporting()
+        or (backend == "auto" and any(dispatch.is_low_rank(a, b) for a, b, _ in layers))
     )
 
 

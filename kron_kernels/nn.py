@@ -12,12 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kron_kernels.checks import Activation
-from kron_kernels.decompose import (
-    dense_weight,
-    is_low_rank,
-    nearest_kronecker,
-    nearest_kronecker_sum,
-)
+from kron_kernels.decompose import dense_weight, nearest_kronecker, nearest_kronecker_sum
 from kron_kernels.embedding import kron_cross_entropy, kron_embedding
 from kron_kernels.functional import Backend, kron_matmul
 from kron_kernels.fused import kron_feed_forward
@@ -252,7 +247,7 @@ class KroneckerSum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Each part adds the sum of those before it. A compiled kernel does so while it holds y, the
         # two GEMMs of a low-rank part in a pass of its own: those come first.
-        *first, last = sorted(self.parts, key=lambda part: not is_low_rank(part.shape))
+        *first, last = sorted(self.parts, key=lambda part: not part.shape.is_low_rank)
         y = None
         for part in first:
             y = kron_matmul(x, part.a, part.b, residual=y, backend=part.backend)
@@ -479,6 +474,9 @@ def factorise_(
 
 def densify_(module: nn.Module) -> nn.Module:
     """Replace factorised layers of a module by the dense ones of the same function, in place.
+
+    Args:
+        module: Any module, or such a layer itself.
 
     Returns:
         ``module``, or the dense layer that stands for it.

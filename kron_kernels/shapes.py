@@ -66,6 +66,14 @@ class KronShape(NamedTuple):
         """The shape of ``B ⊗ A``."""
         return KronShape(self.m2, self.n2, self.m1, self.n1, self.rank)
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the terms are ``column ⊗ row``, or ``row ⊗ column``: two thin matrices' product.
+
+        In ``order`` the rows come first, so that the middle has ``rank`` columns.
+        """
+        return self.n1 == 1 == self.m2 or self.m1 == 1 == self.n2
+
     def multiply_adds(self, order: Order) -> int:
         """Multiply-adds per token. ``b_first``: Z = X Bᵀ, then A Z. ``a_first``: A X, then Bᵀ."""
         m1, n1, m2, n2, rank = self

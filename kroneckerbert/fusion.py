@@ -1,13 +1,14 @@
-"""Feed-forward blocks in one pass, where both their layers are Kronecker products."""
+"""Feed-forward blocks, and an attention's three products of one input, each in one pass."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
-from kron_kernels import KroneckerLinear, kron_feed_forward
+from kron_kernels import KroneckerLinear, kron_feed_forward, kron_qkv
 
 # What transformers calls by name in hidden_act, as kron_feed_forward knows it.
 _ACTIVATIONS = {
@@ -23,15 +24,28 @@ _WHOLE_BLOCKS = {
     "FFN": ("lin1", "activation", "lin2"),  # DistilBERT
     "GPT2MLP": ("c_fc", "act", "c_proj"),
 }
+# Attributes of a self-attention that reads one input three times. Not DeBERTa's, which projects its
+# relative positions as well.
+_PROJECTIONS = (
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q_proj", "k_proj", "v_proj"),
+)
 
 
-def fuse_feed_forward(model: nn.Module) -> None:
-    """Let :func:`kron_kernels.kron_feed_forward` compute the blocks of a model, in place.
+def fuse(model: nn.Module) -> None:
+    """Let :func:`kron_kernels.kron_feed_forward` and ``kron_qkv`` compute a model, in place.
 
-    It decides at every call: adapters may have replaced a layer, and hooks expect to be called.
+    They decide at every call: adapters may have replaced a layer, and hooks expect to be called.
     Modules, names and results stay as they are. Gated blocks (ModernBERT, Llama) are not fused.
     """
     for module in list(model.modules()):
+        for names in _PROJECTIONS:
+            layers = [getattr(module, name, None) for name in names]
+            is_cross = "Cross" in type(module).__name__
+            if all(type(layer) is KroneckerLinear for layer in layers) and not is_cross:
+                _share_input(module, names)
         if type(module).__name__ in _WHOLE_BLOCKS:
             module.parts = _WHOLE_BLOCKS[type(module).__name__]
             module.__class__ = _subclass_of(_Block, type(module))
@@ -41,6 +55,38 @@ def fuse_feed_forward(model: nn.Module) -> None:
             # Of the two halves either must know whether both are as they were. A tuple: a module
             # would be registered as a child.
             module.intermediate.halves = module.output.halves = module.intermediate, module.output
+
+
+def _share_input(attention: nn.Module, names: tuple[str, str, str]) -> None:
+    first, *others = (getattr(attention, name) for name in names)
+    first.__class__ = KroneckerQuery
+    first.siblings = (attention,), names  # in a tuple, or it would be a child of its child
+    for other in others:
+        other.__class__ = KroneckerKeyOrValue
+        other.ahead = None
+
+
+class KroneckerQuery(KroneckerLinear):
+    """The first of three layers of one input: in inference it computes the others', too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (attention,), names = self.siblings
+        layers = [getattr(attention, name) for name in names]
+        untouched = layers[0] is self and all(type(m) is KroneckerKeyOrValue for m in layers[1:])
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not untouched:
+            return super().forward(x)
+        y, *others = kron_qkv(x, *((m.a, m.b, m.bias) for m in layers))
+        for layer, other in zip(layers[1:], others, strict=True):
+            layer.ahead = x, other
+        return y
+
+
+class KroneckerKeyOrValue(KroneckerLinear):
+    """One of the others, which hands out what is ready for this very input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ahead, self.ahead = self.ahead, None
+        return ahead[1] if ahead is not None and ahead[0] is x else super().forward(x)
 
 
 def _is_split(module: nn.Module) -> bool:

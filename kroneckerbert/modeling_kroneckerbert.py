@@ -48,7 +48,7 @@ from kroneckerbert.configuration_kroneckerbert import (
     kronecker_config,
     linear_weight,
 )
-from kroneckerbert.fusion import fuse_feed_forward
+from kroneckerbert.fusion import fuse
 
 _AUTO_CLASSES = (
     AutoModel,
@@ -79,7 +79,7 @@ class KroneckerPreTrainedModel:
         if self.base_model is self:
             for path, shapes in self.config.kronecker_shapes().items():
                 _replace(self, path, shapes)
-            fuse_feed_forward(self)
+            fuse(self)
         else:
             # transformers asks the nearest PreTrainedModel to initialise a module: a dense one in
             # here would leave the factors as they were allocated.
@@ -304,14 +304,18 @@ def _factorised(dense: nn.Module, shapes: list[KronShape]) -> nn.Module:
     return KroneckerSum(columns, rows, parts, has_bias, **new)
 
 
-def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest sequence, special tokens included, that both a model and its tokenizer take."""
-    longest = model.config.max_position_embeddings
+def positions(model: PreTrainedModel) -> int:
+    """The longest sequence, special tokens included, that a model takes."""
     for name, module in model.base_model.named_modules():
         # RoBERTa and its like count positions from behind the padding's.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
-            longest = module.num_embeddings - module.padding_idx - 1
-    return min(tokenizer.model_max_length, longest)
+            return module.num_embeddings - module.padding_idx - 1
+    return model.config.max_position_embeddings
+
+
+def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest sequence that both a model and its tokenizer take."""
+    return min(tokenizer.model_max_length, positions(model))
 
 
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:

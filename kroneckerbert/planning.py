@@ -24,7 +24,11 @@ from kron_kernels.timing import interleaved
 from kroneckerbert import measure
 from kroneckerbert.calibration import layer_inputs, tokens_of
 from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
-from kroneckerbert.modeling_kroneckerbert import KroneckerPreTrainedModel, kronecker_class
+from kroneckerbert.modeling_kroneckerbert import (
+    KroneckerPreTrainedModel,
+    kronecker_class,
+    positions,
+)
 
 Batch = Mapping[str, Tensor]
 
@@ -89,7 +93,7 @@ def plan(
         config = student_class.config_class.from_dense(model.config, factors)
         return student_class(config).to(model.device, model.dtype).eval()
 
-    ids = torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
+    ids = _ids(model, batch, tokens)
     if calibration is not None:
         known = ("input_ids", "attention_mask", "token_type_ids")
         calibration = [
@@ -198,7 +202,7 @@ def report(
     was_training = model.training
     model.eval()
     batches = None if calibration is None else list(calibration)
-    ids = torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
+    ids = _ids(model, batch, tokens)
     linears = [p for p in paths if not isinstance(encoder.get_submodule(p), KroneckerEmbedding)]
     output_errors = {} if batches is None else _output_errors(encoder, teacher, linears, batches)
     counts = tokens_of(encoder, {"input_ids": ids}, linears)
@@ -214,13 +218,11 @@ def report(
         teacher.eval()
         calls["dense"] = lambda: teacher(input_ids=ids)
     times = interleaved(calls, seconds=5.0)
-    models = {"dense": teacher, "compressed": model}
+    models = {"compressed": model} if teacher is None else {"dense": teacher, "compressed": model}
     totals = {
-        "parameters": {k: None if m is None else measure.parameters(m) for k, m in models.items()},
-        "flops": {
-            k: None if m is None else measure.flops(m, batch, tokens) for k, m in models.items()
-        },
-        "ms": {k: times[k].median if k in times else None for k in models},
+        "parameters": {name: measure.parameters(m) for name, m in models.items()},
+        "flops": {name: measure.flops(m, batch, tokens) for name, m in models.items()},
+        "ms": {name: times[name].median for name in models},
     }
     model.train(was_training)
     setting = {
@@ -233,6 +235,13 @@ def report(
         "tokens": tokens,
     }
     return Report(rows, totals, setting)
+
+
+def _ids(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
+    """Random ids ``(batch, tokens)`` to time a model on."""
+    if tokens > (longest := positions(model)):
+        raise ValueError(f"tokens = {tokens} exceeds the model's {longest} positions.")
+    return torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
 
 
 def _layer(

@@ -135,6 +135,69 @@ def test_calibration_and_rescaling_change_the_start(tmp_path, teacher, texts):
     assert not torch.allclose(states["plain"], states["norms"])
 
 
+def test_a_plan_is_made_shown_and_followed(tmp_path, teacher, texts):
+    file = tmp_path / "plan.json"
+    told = succeeds(
+        *("plan", teacher, file, "--budget", "parameters=1.5x", "--budget", "flops=100%"),
+        *("--objective", "size", "--batch", 2, "--tokens", 16, "--calibration", texts),
+    )
+    assert "embeddings.word_embeddings" in told and f"--plan {file}" in told
+    out = tmp_path / "student"
+    succeeds("compress", teacher, out, "--plan", file)
+    student = cli._model(str(out))
+    assert student.config.plan.budget == {"parameters": "1.5x", "flops": "100%"}
+    dense = sum(p.numel() for p in cli._model(str(teacher)).parameters())
+    assert sum(p.numel() for p in student.parameters()) <= dense / 1.5
+    short = ("plan", teacher, file, "--tokens", 16, "--budget")
+    assert "quantity and its limit" in fails(*short, "parameters")
+    assert "'parametres'" in fails(*short, "parametres=2x")
+    assert "cannot be met" in fails(*short, "parameters=10")
+    assert "exceeds the model's 32 positions" in fails(*short, "flops=2x", "--tokens", 64)
+
+
+def test_sequential_refits_on_the_texts(tmp_path, teacher, texts):
+    plain, refitted = tmp_path / "plain", tmp_path / "refitted"
+    succeeds("compress", teacher, plain, "--calibration", texts)
+    succeeds("compress", teacher, refitted, "--calibration", texts, "--sequential")
+    name = "encoder.layer.0.intermediate.dense.bias"
+    assert not torch.equal(weights(plain)[name], weights(refitted)[name])
+    assert "calibration" in fails("compress", teacher, tmp_path / "none", "--sequential")
+
+
+def test_a_report_says_and_draws_what_compressing_did(tmp_path, teacher, texts):
+    student = student_of(teacher)
+    numbers, picture = tmp_path / "report.json", tmp_path / "report.png"
+    told = succeeds(
+        *("report", student, "--teacher", teacher, "--tokens", 16, "--calibration", texts),
+        *("--json", numbers, "--picture", picture, "--threads", 1),
+    )
+    assert "the whole model" in told and "output error" in told
+    rows = json.loads(numbers.read_text())["layers"]
+    assert all(row["weight_error"] > 0 for row in rows) and picture.stat().st_size > 5000
+    assert "compress it first" in fails("report", teacher)
+
+
+def test_decompress_writes_a_stock_model(tmp_path, teacher):
+    student, dense = student_of(teacher), tmp_path / "dense"
+    assert "BertModel" in succeeds("decompress", student, dense)
+    assert json.loads((dense / "config.json").read_text())["model_type"] == "bert"
+    assert "factors" not in (dense / "config.json").read_text()
+    ids = torch.tensor([[2, 5, 6, 3]])
+    torch.testing.assert_close(
+        cli._model(str(dense))(ids)[0], cli._model(str(student))(ids)[0], rtol=1e-4, atol=1e-5
+    )
+    assert "cannot decompress" in fails("decompress", teacher, tmp_path / "none")
+
+
+def test_export_writes_a_program_and_says_how_near_it_is(tmp_path, teacher):
+    pytest.importorskip("onnxruntime")
+    student, out = student_of(teacher), tmp_path / "onnx"
+    told = succeeds("export", student, out)
+    assert "run against PyTorch" in told and list(out.rglob("*.onnx"))
+    assert "exists" in fails("export", student, out)
+    assert "format" in fails("export", student, tmp_path / "none", "--format", "onyx")
+
+
 def test_distilling_on_text_brings_the_student_nearer(tmp_path, teacher, texts):
     student = student_of(teacher)
     options = ["--data", texts, "--epochs", 10, "--batch-size", 8]

@@ -103,7 +103,12 @@ def test_all_other_fields_carry_over_from_the_base():
 
 def test_overrides_win_over_the_base():
     config = KroneckerBertConfig.preset(
-        "kronecker-bert-8", hidden_size=64, num_attention_heads=4, intermediate_size=256, num_labels=5, vocab_size=50
+        "kronecker-bert-8",
+        hidden_size=64,
+        num_attention_heads=4,
+        intermediate_size=256,
+        num_labels=5,
+        vocab_size=50,
     )
     assert config.num_labels == len(config.id2label) == 5
     assert config.kronecker_shapes()["embeddings.word_embeddings"] == [KronShape(50, 8, 1, 8)]

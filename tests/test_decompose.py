@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import SHAPES, name
 
-from kron_kernels import KronShape, decompose, nearest_kronecker
+from kron_kernels import KronShape, decompose, nearest_kronecker, nearest_kronecker_sum
 from kron_kernels.reference import materialize
 
 # With the last, every sort of factor: square, 1 x 1, 1 x n, n x 1, A smaller than B and larger.
@@ -319,18 +319,26 @@ def test_separable_moments_have_the_optimum_of_a_truncated_svd(s, rank):
     assert best * (1 - 1e-6) <= squared_error(w, a, b, c) <= best * 1.001 + 1e-9 * scale
 
 
-@pytest.mark.parametrize("a_shape", [(9, 1), (1, 7)], ids=str)
-@pytest.mark.parametrize("rank", [1, 3])
-def test_weighted_low_rank_approximation_is_the_svd_of_the_weighted_matrix(a_shape, rank):
-    w, c = randn(9, 7), second_moment(7, 40)
-    a, b = nearest_kronecker(
-        w, a_shape, rank, second_moment=c, shrinkage=0, max_iterations=500, tolerance=0
-    )
+@pytest.mark.parametrize("samples", [4, 40], ids="{} samples".format)
+@pytest.mark.parametrize("rows", [5, 9], ids="{} rows".format)
+@pytest.mark.parametrize("transposed", [False, True], ids=["column ⊗ row", "row ⊗ column"])
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_weighted_low_rank_approximation_is_the_svd_of_the_weighted_matrix(
+    rank, transposed, rows, samples
+):
+    w, c = randn(rows, 7), second_moment(7, samples)
+    a_shape = (1, 7) if transposed else (rows, 1)
+    a, b = nearest_kronecker(w, a_shape, rank, second_moment=c, shrinkage=0, max_iterations=0)
     u, s, vh = torch.linalg.svd(w @ symmetric_root(c), full_matrices=False)
+    slack = 2e-7 * s.square().sum().item()  # what is added to a C of fewer samples than columns
     best = s[rank:].square().sum().item()
-    assert squared_error(w, a, b, c) == pytest.approx(best, rel=1e-3)
+    assert squared_error(w, a, b, c) == pytest.approx(best, rel=1e-6, abs=slack)
     products = u[:, :rank] * s[:rank] @ vh[:rank]  # the outputs that the optimum has
-    torch.testing.assert_close(materialize(a, b) @ symmetric_root(c), products, rtol=0, atol=0.05)
+    if rank < samples:
+        found = materialize(a, b) @ symmetric_root(c)
+        torch.testing.assert_close(found, products, rtol=0, atol=1e-4 * s[0].item())
+    norm_a, norm_b = a.flatten(1).norm(dim=1), b.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norm_a, norm_b)
 
 
 def test_a_scalar_factor_or_all_terms_leave_no_error():
@@ -405,7 +413,118 @@ def test_autocast_and_inference_mode_change_nothing():
     assert torch.equal(a, expected[0]) and torch.equal(b, expected[1])
 
 
+# --- sums of parts of different shapes
+
+SUMS = {
+    "kronecker and low rank": (12, 20, [((3, 5), 2), ((12, 1), 2)]),
+    "low rank first": (20, 12, [((20, 1), 3), ((5, 3), 1)]),
+    "two shapes": (12, 20, [((3, 5), 1), ((6, 2), 2)]),
+    "three, one of them twice": (12, 12, [((3, 4), 1), ((1, 12), 1), ((3, 4), 1)]),
+    "one": (12, 20, [((3, 5), 2)]),
+}
+
+
+def total(fitted) -> torch.Tensor:
+    return sum(materialize(a.double(), b.double()) for a, b in fitted)
+
+
+def sum_error(w, fitted, c=None) -> float:
+    off = w.double() - total(fitted)
+    return (off.square() if c is None else (off @ c) * off).sum().item()
+
+
+def greedy(w, parts, c=None):
+    """One after another, each to what is left."""
+    fitted = []
+    for a_shape, rank in parts:
+        rest = w - total(fitted) if fitted else w
+        fitted.append(nearest_kronecker(rest, a_shape, rank, second_moment=c))
+    return fitted
+
+
+@pytest.mark.parametrize("aware", [False, True], ids=["plain", "data-aware"])
+@pytest.mark.parametrize("case", SUMS)
+def test_a_sum_is_never_behind_the_greedy_one_and_every_round_lowers_the_error(case, aware):
+    rows, columns, parts = SUMS[case]
+    w, c = randn(rows, columns), second_moment(columns, 60) if aware else None
+    metric = decompose.shrunk(c, 0.01) if aware else None  # what is minimised
+    errors = []
+    for rounds in (0, 1, 2, 5, 20):
+        fitted = nearest_kronecker_sum(
+            w, parts, second_moment=c, max_iterations=rounds, tolerance=0
+        )
+        assert [tuple(a.shape) for a, _ in fitted] == [(r, *shape) for shape, r in parts]
+        errors.append(sum_error(w, fitted, metric))
+    assert errors[0] == pytest.approx(sum_error(w, greedy(w, parts, c), metric), rel=1e-9)
+    for previous, error in pairwise(errors):
+        assert error <= previous * (1 + 1e-12)
+    if len(parts) > 1:
+        assert errors[-1] < 0.999 * errors[0]
+
+
+@pytest.mark.parametrize("aware", [False, True], ids=["plain", "data-aware"])
+@pytest.mark.parametrize("case", ["kronecker and low rank", "low rank first", "two shapes"])
+def test_a_true_sum_is_recovered(case, aware):
+    rows, columns, parts = SUMS[case]
+    shapes = [KronShape.split(rows, columns, a_shape, rank) for a_shape, rank in parts]
+    # Of different sizes, so that the greedy fit of the larger one is near.
+    w = sum(
+        10.0**-i * materialize(randn(s.rank, s.m1, s.n1, seed=i), randn(s.rank, s.m2, s.n2, seed=9))
+        for i, s in enumerate(shapes)
+    )
+    c = second_moment(columns, 60) if aware else None
+    metric = decompose.shrunk(c, 0.01) if aware else None
+    first, last = (
+        nearest_kronecker_sum(w, parts, second_moment=c, max_iterations=rounds, tolerance=0)
+        for rounds in (0, 300)
+    )
+    assert sum_error(w, last, metric) < (1e-2 if aware else 1e-12) * sum_error(w, first, metric)
+    if not aware:
+        torch.testing.assert_close(total(last), w, rtol=0, atol=1e-6 * w.abs().max().item())
+
+
+def test_a_sum_of_one_part_is_the_nearest_product():
+    w, c = randn(12, 20), second_moment(20, 50)
+    for more in ({}, dict(second_moment=c), dict(rescale=True)):
+        ((a, b),) = nearest_kronecker_sum(w, [((3, 5), 2)], **more)
+        expected = nearest_kronecker(w, (3, 5), 2, **more)
+        torch.testing.assert_close(materialize(a, b), materialize(*expected))
+
+
+@pytest.mark.parametrize("factor", [1e-200, 1e200])
+def test_the_scale_of_the_weight_does_not_matter_to_a_sum(factor):
+    w, parts = randn(12, 20), SUMS["two shapes"][2]
+    scaled = total(nearest_kronecker_sum(w * factor, parts))
+    torch.testing.assert_close(scaled / factor, total(nearest_kronecker_sum(w, parts)))
+
+
+def test_a_sum_keeps_the_norm_if_asked_and_the_dtype_and_takes_a_zero_weight():
+    rows, columns, parts = SUMS["kronecker and low rank"]
+    w = randn(rows, columns).float()
+    scaled = total(nearest_kronecker_sum(w, parts, rescale=True))
+    assert scaled.norm().item() == pytest.approx(w.norm().item(), rel=1e-5)
+    before = w.clone()
+    for a, b in nearest_kronecker_sum(w.bfloat16(), parts):
+        assert a.dtype == b.dtype == torch.bfloat16
+    assert torch.equal(w, before)
+    for rescale in (False, True):
+        zero = nearest_kronecker_sum(torch.zeros(rows, columns), parts, rescale=rescale)
+        assert not total(zero).any()
+
+
 # --- refusals
+
+
+def test_a_sum_of_parts_that_do_not_fit_is_refused():
+    w = torch.ones(4, 6)
+    for parts, message in [
+        ([], "parts is empty, but a sum needs at least one"),
+        ([((2, 2), 1), ((3, 1), 1)], "weight's 4 rows are not divisible by a_shape[0] = 3"),
+        ([((4, 1), 7)], "use rank <= 4"),
+    ]:
+        with pytest.raises(ValueError) as refusal:
+            nearest_kronecker_sum(w, parts)
+        assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize(

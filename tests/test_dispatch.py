@@ -57,6 +57,23 @@ def test_a_backend_asked_for_by_name_is_granted_or_refused_never_replaced(backen
         assert str(refusal.value) == f"backend={backend!r} cannot serve this call: {reason}."
 
 
+@pytest.mark.parametrize(
+    "s", [KronShape(24, 1, 1, 18, 3), KronShape(1, 18, 24, 1, 3), KronShape(9, 1, 1, 8)], ids=name
+)
+def test_auto_leaves_low_rank_to_the_two_gemms_of_eager(s):
+    x, a, b = draw(s, dtype=torch.float32)
+    assert dispatch.choose("auto", x, (a, b)) == "eager"
+    assert dispatch.choose("auto", x, (a[0], b[0])) == "eager"
+    assert dispatch.choose("auto", X, FACTORS, (a, b)) == "eager"  # a block is of one backend
+    told = explain_backends(x, a, b).splitlines()[-1]
+    assert told.startswith(f"eager   ready: low rank, {s.rank}: two GEMMs")
+    assert f'"auto" takes; {s.flops:,} FLOPs' in told
+    for backend in BACKENDS[1:]:  # asked for by name it is granted
+        if dispatch.why_not(backend, x, a, b) is None:
+            assert dispatch.choose(backend, x, (a, b)) == backend
+    assert "low rank" not in explain_backends(*OPERANDS)
+
+
 def test_an_unknown_backend_is_told_the_known_ones():
     with pytest.raises(
         ValueError, match=r"backend='mkl' cannot serve .* no such backend"
@@ -170,6 +187,15 @@ def test_a_split_that_leaves_a_rest_names_the_nearest_divisors(call, message):
 
 # --- the public face
 
+PUBLIC_FUNCTIONS = (
+    kron_matmul,
+    kron_kernels.nearest_kronecker,
+    kron_kernels.nearest_kronecker_sum,
+    kron_kernels.factorise_,
+    kron_kernels.densify_,
+    explain_backends,
+)
+
 
 def test_every_public_name_has_a_docstring_that_says_what_it_does():
     assert sorted(kron_kernels.__all__) == kron_kernels.__all__
@@ -187,7 +213,7 @@ def test_every_public_name_has_a_docstring_that_says_what_it_does():
 
 
 def test_arguments_in_a_docstring_are_those_of_the_signature():
-    for f in (kron_matmul, kron_kernels.nearest_kronecker, explain_backends):
+    for f in PUBLIC_FUNCTIONS:
         documented = inspect.getdoc(f).partition("Args:\n")[2].partition("\n\n")[0]
         for parameter in inspect.signature(f).parameters:
             assert f"    {parameter}: " in documented or f"*{parameter}: " in documented, parameter
@@ -199,7 +225,7 @@ def test_the_version_is_that_of_the_distribution():
 
 def test_type_checkers_are_told_that_there_are_types():
     assert importlib.resources.files("kron_kernels").joinpath("py.typed").is_file()
-    for f in (kron_matmul, kron_kernels.nearest_kronecker, explain_backends):
+    for f in PUBLIC_FUNCTIONS:
         annotated = [p.annotation for p in inspect.signature(f).parameters.values()]
         assert inspect.Parameter.empty not in annotated
         assert inspect.signature(f).return_annotation is not inspect.Signature.empty
@@ -240,6 +266,10 @@ table = kron_kernels.KroneckerEmbedding(7, 12, 4)
 layer = kron_kernels.KroneckerLinear.from_linear(torch.nn.Linear(12, 10), (2, 4))
 layer(table(torch.tensor([1, 2]))).sum().backward()
 from kron_kernels import doctor, reference, testing
+from kron_kernels.plan import plan
+net, rows = torch.nn.Sequential(torch.nn.Linear(24, 24)), torch.ones(2, 24)
+made = plan(net, {{"parameters": "3x"}}, rows, calibration=[rows], keep_dense_if_slower=False)
+assert str(made) and kron_kernels.factorise_(net, made.factors)(rows).shape == (2, 24)
 testing.assert_close("y", layer(x), reference.kron_matmul(x, layer.a, layer.b, bias=layer.bias), 7)
 assert "eager" in doctor.report()
 print("ran")

@@ -8,16 +8,28 @@ from hypothesis import strategies as st
 from operands import SHAPES, draw, name
 from torch.utils.flop_counter import FlopCounterMode
 
-from kron_kernels import KronShape, kron_matmul, reference
+from kron_kernels import KronShape, dispatch, kron_feed_forward, kron_matmul, kron_qkv, reference
 from kron_kernels.backends import eager
 from kron_kernels.testing import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
-SMALL = [s for s in SHAPES if s.parameters < 500]
 
 
 def terms(s: KronShape) -> int:
     return s.rank * (s.n1 + s.n2)
+
+
+# Column ⊗ row and row ⊗ column, of more terms and fewer, and both at once.
+LOW_RANK = [
+    KronShape(30, 1, 1, 40),
+    KronShape(24, 1, 1, 17, 5),
+    KronShape(1, 17, 24, 1, 5),
+    KronShape(1, 40, 30, 1),
+    KronShape(1, 1, 1, 9, 2),
+    KronShape(5, 1, 1, 4, 9),
+]
+SHAPES = [*SHAPES, *LOW_RANK]
+SMALL = [s for s in SHAPES if s.parameters < 500]
 
 
 # "auto" is native where that is compiled; tests/test_native.py has more of it.
@@ -48,6 +60,16 @@ def test_every_form_of_eager_agrees_forward_and_backward(s, tokens, form):
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("s", LOW_RANK, ids=name)
+def test_low_rank_is_two_gemms_of_any_number_of_terms(s, backend):
+    operands = draw(s, 8, torch.float32)
+    with torch.profiler.profile() as profile:
+        kron_matmul(*operands, backend=backend)
+    ran = {e.key: e.count for e in profile.key_averages()}
+    assert ran["aten::mm"] == 2 and not ran.keys() & {"aten::bmm", "aten::copy_", "aten::add_"}
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("s", SHAPES, ids=name)
 def test_gradients_in_every_dtype(s, dtype, backend):
@@ -73,7 +95,7 @@ def test_gradients_in_every_dtype(s, dtype, backend):
 
 
 @pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)], ids=str)
-@pytest.mark.parametrize("s", SHAPES[1:6], ids=name)
+@pytest.mark.parametrize("s", [*SHAPES[1:6], *LOW_RANK[1:3]], ids=name)
 def test_only_the_gradients_that_are_asked_for(s, needed):
     operands = draw(s)
     for t, wanted in zip(operands, needed, strict=True):
@@ -110,9 +132,9 @@ def test_gradcheck_in_reverse_and_forward_mode_batched_and_twice(s, backend, dty
         torch.autograd.gradgradcheck(product, operands, check_fwd_over_rev=True)
 
 
+@pytest.mark.parametrize("s", [SHAPES[1], LOW_RANK[1], LOW_RANK[2]], ids=name)
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu", "silu"])
-def test_the_epilogue_is_activation_of_product_plus_bias_then_residual(activation):
-    s = SHAPES[1]
+def test_the_epilogue_is_activation_of_product_plus_bias_then_residual(activation, s):
     x, a, b = draw(s, (2, 3))
     bias = torch.randn(s.out_features, dtype=x.dtype)
     residual = torch.randn(2, 3, s.out_features, dtype=x.dtype)
@@ -208,7 +230,7 @@ def test_nan_reaches_its_own_token_and_no_other():
     assert bad[3] and bad.sum() == 1
 
 
-@pytest.mark.parametrize("s", SHAPES[1:6], ids=name)
+@pytest.mark.parametrize("s", [*SHAPES[1:6], *LOW_RANK[1:3]], ids=name)
 def test_vmap_over_each_operand_and_over_all(s):
     x, a, b = draw(s, (3, 3))
     a, b = torch.stack([a, 2 * a, -a]), torch.stack([b, b + 1, 3 * b])
@@ -223,8 +245,9 @@ def test_vmap_over_each_operand_and_over_all(s):
             assert_close("vmap", mapped[i], reference.kron_matmul(*one), terms(s))
 
 
-def test_functional_transforms_compose():
-    x, a, b = draw(SHAPES[1], 4)
+@pytest.mark.parametrize("s", [SHAPES[1], LOW_RANK[5]], ids=name)
+def test_functional_transforms_compose(s):
+    x, a, b = draw(s, 4)
 
     def loss(f):
         return lambda a, b, row: f(row[None], a, b).square().sum()
@@ -284,7 +307,7 @@ def test_meta_tensors_know_the_shape(s, tokens):
     assert a.grad.shape == a.shape
 
 
-@pytest.mark.parametrize("s", [s for s in SHAPES if s.rank == 1][1:], ids=name)
+@pytest.mark.parametrize("s", [*[s for s in SHAPES if s.rank == 1][1:], *LOW_RANK[1:3]], ids=name)
 @pytest.mark.parametrize("tokens", [5, 3000], ids=["plain", "operator"])
 def test_flops_are_counted(s, tokens):
     operands = draw(s, tokens, torch.float32)
@@ -299,7 +322,7 @@ def test_flops_are_counted(s, tokens):
     assert 2 * tokens * s.flops <= counter.get_total_flops() <= 6 * tokens * s.flops
 
 
-@pytest.mark.parametrize("s", [SHAPES[2], SHAPES[4], SHAPES[8]], ids=name)
+@pytest.mark.parametrize("s", [SHAPES[2], SHAPES[4], SHAPES[8], LOW_RANK[1]], ids=name)
 def test_compile_sees_the_whole_graph(s):
     x, a, b = draw(s, 6, torch.float32)
     bias = torch.randn(s.out_features)
@@ -316,7 +339,9 @@ def test_compile_sees_the_whole_graph(s):
             torch.testing.assert_close(t.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("s", [SHAPES[2], SHAPES[3], SHAPES[4], SHAPES[8]], ids=name)
+@pytest.mark.parametrize(
+    "s", [SHAPES[2], SHAPES[3], SHAPES[4], SHAPES[8], *LOW_RANK[1:3]], ids=name
+)
 def test_export_with_a_dynamic_number_of_tokens(s):
     class Layer(torch.nn.Module):
         def forward(self, x, a, b):
@@ -380,7 +405,7 @@ def test_many_tokens():
         assert_close("y", y[rows], reference.kron_matmul(x[rows], a, b), terms(s))
 
 
-@pytest.mark.parametrize("s", [SHAPES[2], SHAPES[4], SHAPES[8]], ids=name)
+@pytest.mark.parametrize("s", [SHAPES[2], SHAPES[4], SHAPES[8], LOW_RANK[1]], ids=name)
 def test_the_operators_keep_their_contract(s):
     x, a, b = draw(s, 5, torch.float32)
     bias, dy = torch.randn(s.out_features), torch.randn(5, s.out_features)
@@ -393,3 +418,29 @@ def test_the_operators_keep_their_contract(s):
     for needed in ([True, True, True], [False, True, False]):
         call = (dy, x, a, b, needed, "eager")
         torch.library.opcheck(op.kron_matmul_backward.default, call)
+
+
+def test_one_low_rank_product_does_not_take_the_others_with_it(monkeypatch):
+    """With "auto", fused calls go product by product then, each with a backend of its own."""
+    low = torch.randn(3, 8, 1), torch.randn(3, 1, 8), None
+    full = torch.randn(4, 4), torch.randn(2, 2), torch.randn(8)
+    x, chosen = torch.randn(5, 8), []
+
+    def noted(backend, x, *products):
+        chosen.append((backend, len(products)))
+        return "eager"
+
+    monkeypatch.setattr(dispatch, "choose", noted)
+    with torch.no_grad():
+        ys = kron_qkv(x, full, low, full)
+        y = kron_feed_forward(x, low, full)
+        assert chosen == [("auto", 1)] * 5
+        kron_qkv(x, full, low, full, backend="eager")
+        kron_feed_forward(x, low, full, backend="eager")
+        assert chosen[5:] == [("eager", 3), ("eager", 2)]
+        kron_qkv(x, full, full, full)
+        assert chosen[7:] == [("auto", 3)]
+    for got, (a, b, bias) in zip(ys, (full, low, full), strict=True):
+        assert_close("y", got, reference.kron_matmul(x, a, b, bias=bias), 16)
+    hidden = F.gelu(kron_matmul(x, *low[:2]))
+    assert_close("y", y, reference.kron_matmul(hidden, *full[:2], bias=full[2]), 16)

@@ -23,7 +23,7 @@ from transformers import (
     pipeline,
 )
 
-from kron_kernels import KroneckerEmbedding, KroneckerLinear
+from kron_kernels import KroneckerEmbedding, KroneckerLinear, kron_qkv
 from kroneckerbert import (
     KroneckerBertConfig,
     KroneckerBertForMaskedLM,
@@ -32,6 +32,7 @@ from kroneckerbert import (
     KroneckerBertForTokenClassification,
     KroneckerBertModel,
     embed,
+    fusion,
     mean_pooling,
 )
 
@@ -230,6 +231,35 @@ def test_the_fused_block_drops_out_in_training_and_lets_adapters_in():
     plain = layer.feed_forward_chunk(x)
     layer.output.dense = torch.nn.Sequential(layer.output.dense, torch.nn.Dropout(0.0))
     torch.testing.assert_close(layer.feed_forward_chunk(x), plain)
+
+
+def test_an_attention_reads_its_input_once_in_inference(monkeypatch):
+    calls = []
+
+    def counted(x, *layers):
+        calls.append(len(layers))
+        return kron_qkv(x, *layers)
+
+    monkeypatch.setattr(fusion, "kron_qkv", counted)
+    model, batch = KroneckerBertModel(tiny_config()).eval(), inputs()
+    expected = model(**batch)[0]
+    assert not calls, "with gradients each has its own"
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch)[0], expected)
+        assert calls == [3, 3]
+        attention = model.encoder.layer[0].attention.self
+        assert attention.key.ahead is None and attention.value.ahead is None
+        # A layer alone, and one with another input, computes its own.
+        x, z = torch.randn(2, 2, 5, 32)
+        k = attention.key(x)
+        attention.query(x)
+        assert not torch.equal(attention.key(z), k)
+        torch.testing.assert_close(attention.key(x), k)
+        # A replaced sibling leaves the others alone.
+        calls.clear()
+        attention.key = torch.nn.Sequential(attention.key)
+        torch.testing.assert_close(model(**batch)[0], expected)
+        assert calls == [3]
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -9,7 +9,17 @@ from operands import SHAPES, name
 from torch import nn
 from torch.nn import functional as F
 
-from kron_kernels import KroneckerEmbedding, KroneckerLinear, KronShape
+from kron_kernels import (
+    KroneckerEmbedding,
+    KroneckerFeedForward,
+    KroneckerLinear,
+    KroneckerSum,
+    KronShape,
+    densify_,
+    factorise_,
+    nearest_kronecker,
+)
+from kron_kernels import nn as kron_nn
 from kron_kernels.embedding import kron_cross_entropy
 from kron_kernels.reference import materialize
 from kron_kernels.testing import assert_close
@@ -131,6 +141,118 @@ def test_a_shape_that_does_not_fit_is_refused(call, message):
         KroneckerLinear(12, 10, (2, 4))(torch.ones(2, 10))
     with pytest.raises(ValueError, match="backend='triton' cannot serve"):
         KroneckerLinear(12, 10, (2, 4), backend="triton")(torch.ones(2, 12))
+
+
+# --- KroneckerSum
+
+SUMS = {
+    "kronecker and low rank": (12, 10, [((2, 4), 2), ((10, 1), 3)]),
+    "low rank first": (12, 10, [((1, 12), 2), ((5, 3), 1)]),
+    "three": (12, 8, [((2, 4), 1), ((8, 1), 1), ((4, 2), 2)]),
+    "one": (12, 10, [((2, 4), 2)]),
+}
+
+
+def sum_of(case: str, **more) -> KroneckerSum:
+    layer = KroneckerSum(*SUMS[case], **more)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+def weight_of(layer: KroneckerSum) -> torch.Tensor:
+    return sum(materialize(part.a, part.b) for part in layer.parts)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", SUMS)
+def test_a_sum_is_its_dense_layer_forward_and_backward(case, bias):
+    layer = sum_of(case, bias=bias, dtype=torch.float64)
+    dense = layer.to_linear()
+    assert (dense.bias is not None) == bias
+    torch.testing.assert_close(dense.weight.detach(), weight_of(layer).detach())
+    for lead in [(), (0,), (4,), (2, 3)]:
+        x = torch.randn(*lead, layer.in_features, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), dense(x))
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), dense(x))
+    x = torch.randn(6, layer.in_features, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(6, layer.out_features, dtype=torch.float64)
+    weights = list(layer.parameters())
+    grads = torch.autograd.grad(layer(x), (x, *weights), dy)
+    y = F.linear(x, weight_of(layer), layer.bias)
+    for grad, other in zip(grads, torch.autograd.grad(y, (x, *weights), dy), strict=True):
+        torch.testing.assert_close(grad, other)
+
+
+def test_a_sum_adds_within_the_products_and_the_kernel_that_can_comes_last(monkeypatch):
+    layer, calls = sum_of("three"), []
+
+    def spy(x, a, b, **more):
+        calls.append((tuple(a.shape), more))
+        return torch.zeros(*x.shape[:-1], 8)
+
+    monkeypatch.setattr(kron_nn, "kron_matmul", spy)
+    layer(torch.ones(2, 12))
+    (first, no), (_, one), (last, two) = calls
+    assert first == (1, 8, 1) and last == (2, 4, 2)  # low rank is two GEMMs, which add nothing
+    assert no.get("residual") is None and one["residual"] is not None is not two["residual"]
+    assert two["bias"] is layer.bias and "bias" not in no and "bias" not in one
+
+
+@pytest.mark.parametrize("case", ["kronecker and low rank", "three"])
+def test_a_sum_from_a_linear_layer_is_near_it_with_its_bias_and_options(case):
+    n, m, parts = SUMS[case]
+    dense = nn.Linear(n, m).eval()
+    dense.weight.requires_grad_(False)
+    c = torch.diag(torch.logspace(0, -3, n))
+    layer = KroneckerSum.from_linear(dense, parts, backend="eager")
+    assert layer.bias is not dense.bias and torch.equal(layer.bias, dense.bias)
+    assert not layer.training and all(p.requires_grad for p in layer.parameters())
+    assert [part.backend for part in layer.parts] == ["eager"] * len(parts)
+    assert [(part.shape.m1, part.shape.n1) for part in layer.parts] == [p[0] for p in parts]
+    for p, s in zip(parts, layer.shapes, strict=True):
+        single = KroneckerLinear.from_linear(dense, *p)
+        off = layer.to_linear().weight - dense.weight
+        assert off.norm() < (single.to_linear().weight - dense.weight).norm() and s.rank == p[1]
+    aware = KroneckerSum.from_linear(dense, parts, second_moment=c)
+
+    def output_error(layer):
+        return ((layer.to_linear().weight - dense.weight) @ c.sqrt()).norm()
+
+    assert output_error(aware) < output_error(layer)
+    kept = KroneckerSum.from_linear(dense, parts, rescale=True).to_linear()
+    torch.testing.assert_close(kept.weight.norm(), dense.weight.norm())
+    assert KroneckerSum.from_linear(nn.Linear(n, m, bias=False), parts).bias is None
+
+
+@pytest.mark.parametrize("std", [None, 0.02])
+def test_entries_of_a_new_sum_have_the_asked_standard_deviation(std):
+    layer = KroneckerSum(1024, 1024, [((32, 32), 1), ((1024, 1), 8), ((64, 16), 2)])
+    if std is not None:
+        layer.reset_parameters(std)
+    weight = layer.to_linear().weight
+    assert weight.std().item() == pytest.approx(std or (3 * 1024) ** -0.5, rel=0.1)
+    assert not layer.bias.any()
+
+
+def test_a_sum_survives_its_state_a_copy_and_a_description():
+    layer, other = sum_of("three"), sum_of("three")
+    keys = ["bias", *(f"parts.{i}.{f}" for i in range(3) for f in "ab")]
+    assert list(layer.state_dict()) == keys
+    assert sum(p.numel() for p in layer.parameters()) == 8 + sum(s.parameters for s in layer.shapes)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(3, 12)
+    assert torch.equal(other(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
+    assert "in_features=12, out_features=8, bias=True" in repr(layer)
+    assert "rank=2" in repr(layer)
+    with pytest.raises(ValueError, match="parts is empty, but a sum needs"):
+        KroneckerSum(12, 8, [])
+    with pytest.raises(ValueError, match=r"8 rows are not divisible by a_shape\[0\] = 3"):
+        KroneckerSum(12, 8, [((3, 2), 1)])
 
 
 # --- KroneckerEmbedding
@@ -463,3 +585,117 @@ def test_cross_entropy_is_told_what_does_not_fit():
         kron_cross_entropy(
             torch.ones(3, 12), table.a, table.b, torch.zeros(3, dtype=torch.int64), tokens=0
         )
+
+
+# --- dense layers of other modules, and back
+
+
+class Conv1D(nn.Module):
+    """As transformers': ``x @ weight + bias`` with ``weight (in, out)``."""
+
+    def __init__(self, out_features: int, in_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(in_features, out_features))
+        self.bias = nn.Parameter(torch.randn(out_features))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+ONE, TWO = {"a_shape": [2, 3], "rank": 6}, {"a_shape": [8, 1], "rank": 1}
+
+
+def test_layers_are_replaced_by_the_nearest_and_come_back():
+    shared = nn.Linear(12, 12)
+    net = nn.Sequential(nn.Embedding(9, 12), shared, Conv1D(8, 12), nn.Sequential(shared)).eval()
+    net[3] = nn.Sequential(nn.Linear(8, 12), shared).eval()
+    dense, x = copy.deepcopy(net), torch.arange(9)
+    c = torch.diag(torch.logspace(0, -3, 12))
+    factors = {
+        "0": [{"a_shape": [9, 12]}],
+        "1": [{"a_shape": [3, 4], "rank": 12}],
+        "2": [ONE | {"rank": 2}, TWO],
+        "3.0": None,
+    }
+    assert factorise_(net, factors, second_moments={"2": c}) is net
+    table, linear, both, (kept, again) = net
+    assert isinstance(table, KroneckerEmbedding) and isinstance(linear, KroneckerLinear)
+    assert isinstance(both, KroneckerSum) and isinstance(kept, nn.Linear) and again is linear
+    assert not any(m.training for m in net.modules())
+    weight = dense[2].weight.mT
+
+    def output_error(layer):
+        return ((layer.to_linear().weight - weight) @ c.sqrt()).norm()
+
+    parts = [((2, 3), 2), ((8, 1), 1)]
+    same = nn.Linear(12, 8)
+    same.load_state_dict({"weight": weight, "bias": dense[2].bias})
+    plain = KroneckerSum.from_linear(same, parts)
+    assert output_error(both) < output_error(plain)
+    # The others are of full rank: with the sum out of the way nothing is lost.
+    net[2] = dense[2]
+    torch.testing.assert_close(net(x), dense(x), rtol=1e-4, atol=1e-4)
+    net[2] = both
+    expected = net(x)
+    assert densify_(net) is net
+    assert [type(m) for m in net[:3]] == [nn.Embedding, nn.Linear, nn.Linear]
+    assert net[3][1] is net[1]
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_module_itself_may_be_the_layer():
+    dense = nn.Linear(12, 8)
+    layer = factorise_(dense, {"": ONE})
+    assert isinstance(layer, KroneckerLinear) and isinstance(dense, nn.Linear)
+    a, b = nearest_kronecker(dense.weight, (2, 3), 6)
+    assert torch.equal(layer.a, a) and torch.equal(layer.b, b)
+    back = densify_(layer)
+    torch.testing.assert_close(back(torch.ones(2, 12)), layer(torch.ones(2, 12)))
+    assert densify_(dense) is dense and factorise_(dense, {"": None}) is dense
+
+
+class Attention(nn.Module):
+    """What takes a layer's weight without calling it, or ties or computes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(12, 2)
+        self.encoder = nn.TransformerEncoderLayer(12, 2, 24)
+        self.words, self.decoder = nn.Embedding(9, 12), nn.Linear(12, 9)
+        self.decoder.weight = self.words.weight
+        self.sparse = nn.Embedding(9, 12, sparse=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(12, 12))
+        self.own = type("Own", (nn.Linear,), {"forward": lambda self, x: x})(12, 12)
+        self.linear = nn.Linear(12, 12)
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"mha.out_proj": ONE}, "nn.MultiheadAttention takes its weight without calling it"),
+        ({"encoder.linear1": ONE}, "nn.TransformerEncoderLayer takes its weight without"),
+        ({"decoder": ONE}, "'decoder' cannot be factorised: its weight is tied to that of words;"),
+        ({"words": ONE}, "tied to that of decoder"),
+        ({"sparse": {"a_shape": [9, 6]}}, "it has sparse, which a Kronecker embedding does not"),
+        ({"normed": ONE}, "its weight is computed by a parametrization"),
+        ({"own": ONE}, "its class, Own, has a forward of its own"),
+        ({"linaer": ONE}, "factors has 'linaer', which is no layer .* nearest are linear"),
+        ({"linear": {"a_shape": [5, 1]}}, r"factors\['linear'\]: weight's 12 rows are not div"),
+        ({"linear": {"shape": [3, 1]}}, r"factors\['linear'\] = .* must look like"),
+        ({"linear": [ONE, {"a_shape": [2, 2], "rank": 5}]}, "use rank <= 4"),
+        ({"linear": ONE, "linaer": ONE}, "linaer"),
+    ],
+    ids=lambda v: None if isinstance(v, str) else next(iter(v)),
+)
+def test_a_layer_that_cannot_be_replaced_is_refused_and_nothing_changed(factors, message):
+    net = Attention()
+    before = [*net.modules()]
+    with pytest.raises(ValueError, match=message):
+        factorise_(net, factors)
+    assert [*net.modules()] == before
+
+
+def test_a_fused_block_is_not_taken_apart():
+    block = KroneckerFeedForward(KroneckerLinear(8, 16, (2, 2)), KroneckerLinear(16, 8, (2, 2)))
+    with pytest.raises(ValueError, match="0 is a KroneckerFeedForward, which reads the factors"):
+        densify_(nn.Sequential(block))

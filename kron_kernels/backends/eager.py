@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kron_kernels.checks import Activation
-from kron_kernels.decompose import is_low_rank
 from kron_kernels.shapes import KronShape, Order, contraction_order
 
 # On a CPU tokens go through in chunks whose operands and results stay in the cache: 1.1x to 1.5x at
@@ -140,7 +139,7 @@ def choose_form(s: KronShape) -> Form:
 
 
 def _cheapest(s: KronShape) -> Form:
-    if is_low_rank(s):
+    if s.is_low_rank:
         return Form(s.order, "low_rank")
     costs = [cost(s, form) for form in FORMS]
     return FORMS[costs.index(min(costs))]

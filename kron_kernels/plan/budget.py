@@ -1,0 +1,45 @@
+"""A budget's arguments: what is allowed of each sort."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+KEYS = ("parameters", "bytes", "flops", "latency", "error")
+
+
+def check_arguments(budget: Mapping[str, float | str], objective: str) -> None:
+    if objective not in ("error", "size", "latency"):
+        raise ValueError(f"objective = {objective!r} must be 'error', 'size' or 'latency'.")
+    if not budget and objective == "error":
+        raise ValueError(
+            "the budget is empty, within which every layer could stay dense; give one of "
+            f"{', '.join(KEYS)}, such as {{'parameters': '8x'}}, or another objective."
+        )
+    for key, value in budget.items():
+        if key not in KEYS:
+            raise ValueError(f"budget has {key!r}, but can have {', '.join(KEYS)}.")
+        _limit(key, value, 1.0)
+
+
+def _limit(key: str, value: float | str, dense: float) -> float:
+    number: float | None = None
+    if isinstance(value, str):
+        text = re.fullmatch(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*([x%])\s*", value)
+        if text and text[1].count(".") < 2 and float(text[1]) > 0:
+            share = 1 / float(text[1]) if text[2] == "x" else float(text[1]) / 100
+            if key != "error" or text[2] == "%":  # the dense module has no error
+                number = share * dense
+    elif not isinstance(value, bool) and isinstance(value, int | float) and value >= 0:
+        number = float(value)
+    if number is None:
+        raise ValueError(
+            f"budget[{key!r}] = {value!r} must be a number"
+            + ("" if key == "error" else ", 'times smaller' as in '8x',")
+            + " or a share as in '50%'."
+        )
+    return number
+
+
+def limits_of(budget: Mapping[str, float | str], dense: Mapping[str, float]) -> dict[str, float]:
+    return {key: _limit(key, value, dense.get(key, 1.0)) for key, value in budget.items()}

