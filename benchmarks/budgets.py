@@ -48,7 +48,7 @@ def main() -> None:
                 args.plans.mkdir(parents=True, exist_ok=True)
                 (args.plans / f"{name}-{'-'.join(budget)}.txt").write_text(f"{chosen}\n")
             rows.append({"teacher": name, "budget": budget, "seconds": seconds})
-            rows[-1] |= {"error": chosen.totals["error"]["planned"]} | follow(model, chosen)
+            rows[-1] |= {"error": chosen.totals["error"]} | follow(model, chosen)
             print(rows[-1], flush=True)
     machine = {
         "cpu": platform.machine(),

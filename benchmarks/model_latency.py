@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--seconds", type=float, default=8.0, help="for each cell, at least")
     parser.add_argument("--rounds", type=int, default=3, help="for each cell, at least")
+    parser.add_argument("--append", action="store_true", help="keep the cells of earlier runs")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/model_latency.json"))
     parser.add_argument("--table", type=Path, help="print the table of these results, and end")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
@@ -54,7 +55,8 @@ def main() -> None:
     elif args.here:
         measure(args)
     else:
-        args.json.unlink(missing_ok=True)
+        if not args.append:
+            args.json.unlink(missing_ok=True)
         for threads in args.threads:
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
             options = [*sys.argv[1:], "--here", "--threads", str(threads)]

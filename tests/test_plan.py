@@ -109,7 +109,7 @@ def totals(module: nn.Module, inputs) -> dict[str, float]:
         module(inputs)
     return {
         "parameters": sum(p.numel() for p in module.parameters()),
-        "bytes": sum(p.numel() * p.element_size() for p in module.parameters()),
+        "bytes": sum(p.numel() * p.element_size() + 160 for p in module.parameters()),
         "flops": counter.get_total_flops(),
     }
 
@@ -192,9 +192,10 @@ def test_a_larger_budget_never_errs_more():
 
 def test_half_precision_counts_its_bytes():
     net = nn.Sequential(nn.Linear(24, 48), nn.Linear(48, 24)).bfloat16()
-    made = plan(net, {"bytes": 3000}, torch.ones(2, 24).bfloat16())
-    assert made.totals["bytes"]["planned"] <= 3000
-    assert made.totals["bytes"]["planned"] == 2 * made.totals["parameters"]["planned"]
+    made = plan(net, {"bytes": 3600}, torch.ones(2, 24).bfloat16())
+    assert made.totals["bytes"]["planned"] <= 3600
+    headers = made.totals["bytes"]["planned"] - 2 * made.totals["parameters"]["planned"]
+    assert 0 < headers <= 1600 and headers % 160 == 0  # a file's, for each tensor
     assert made.setting["dtype"] == "bfloat16"
 
 
@@ -295,8 +296,10 @@ def test_errors_with_calibration_are_those_of_what_is_then_made():
         sorts.add(tuple(low))
         if low == [True]:
             assert candidate.error == pytest.approx(error, rel=1e-3, abs=1e-6)
-        else:  # the start differs, and a sum's parts are refitted to one another
+        elif low == [False]:  # five steps here, twenty there
             assert candidate.error == pytest.approx(error, rel=0.1, abs=1e-3), candidate
+        else:  # there the parts are refitted to one another
+            assert 0.9 * error - 1e-3 <= candidate.error <= 1.3 * error + 1e-3, candidate
         plain = output_error(nearest_kronecker_sum(w, candidate.terms))
         assert candidate.error <= 1.01 * plain, candidate
         better += candidate.error < 0.9 * plain

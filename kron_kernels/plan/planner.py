@@ -52,9 +52,9 @@ def plan(
         module: Any module; it is measured in evaluation mode, without gradients.
         budget: What the factorised module may take, as a number or as a share of what the dense
             one does, ``"8x"`` less or ``"50%"``. Of the whole module: ``"parameters"`` (tied ones
-            once), ``"bytes"`` of parameters, ``"flops"`` and ``"latency"`` (milliseconds) of one
-            forward pass of ``inputs``; and ``"error"``, the mean relative squared error of the
-            layers. All that are named are met together.
+            once), ``"bytes"`` of a safetensors file of them, ``"flops"`` and ``"latency"``
+            (milliseconds) of one forward pass of ``inputs``; and ``"error"``, the mean relative
+            squared error of the layers. All that are named are met together.
         inputs: What the module is called with: a tensor, a tuple of positional arguments or a
             mapping of keyword arguments. Its tokens, device and dtype are those that latency and
             FLOPs are of; so are the threads and the autocast mode at the time.
