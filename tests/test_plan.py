@@ -298,8 +298,8 @@ def test_errors_with_calibration_are_those_of_what_is_then_made():
             assert candidate.error == pytest.approx(error, rel=1e-3, abs=1e-6)
         elif low == [False]:  # five steps here, twenty there
             assert candidate.error == pytest.approx(error, rel=0.1, abs=1e-3), candidate
-        else:  # there the parts are refitted to one another
-            assert 0.9 * error - 1e-3 <= candidate.error <= 1.3 * error + 1e-3, candidate
+        else:  # there the parts are refitted to one another: a bound, which plain fits hold, too
+            assert error <= 1.1 * candidate.error + 1e-3, candidate
         plain = output_error(nearest_kronecker_sum(w, candidate.terms))
         assert candidate.error <= 1.01 * plain, candidate
         better += candidate.error < 0.9 * plain
