@@ -115,6 +115,8 @@ def session(model: nn.Module, folder: Path, quantize: str | None, threads: int):
     for off in ("", "SkipLayerNormFusion"):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Threads that spin after a run would slow the contender that follows.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if off:
             options.add_session_config_entry("optimization.disable_specified_optimizers", off)
         opened = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
