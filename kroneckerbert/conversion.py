@@ -277,6 +277,6 @@ def _unsupported(name: str) -> str:
     remedy = (
         "it is factorised already"
         if already
-        else "it must be of an architecture that transformers has an AutoModel for"
+        else "it must be an encoder or a decoder, no encoder-decoder, that AutoModel knows"
     )
     return f"cannot compress a {name}; {remedy}."

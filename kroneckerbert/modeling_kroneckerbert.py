@@ -253,7 +253,7 @@ def register(dense_config: type[PreTrainedConfig]) -> type[KroneckerConfig]:
 
 def kronecker_class(model: PreTrainedModel) -> type[KroneckerPreTrainedModel] | None:
     """The class of the Kronecker form of a dense model, or None if there is none."""
-    if isinstance(model, KroneckerPreTrainedModel):
+    if isinstance(model, KroneckerPreTrainedModel) or model.config.is_encoder_decoder:
         return None
     if AutoModel._model_mapping.get(type(model.config), None) is None:
         return None

@@ -67,8 +67,6 @@ CONFIGS = {
 
 def heads(name: str) -> list[type]:
     """The dense classes of an architecture's heads."""
-    kronecker = type(kroneckerbert.register(type(CONFIGS[name])))
-    assert kronecker is type(type(CONFIGS[name]))
     config = kroneckerbert.register(type(CONFIGS[name]))
     return sorted(
         (
@@ -225,7 +223,7 @@ def test_a_tied_decoder_has_the_tables_factors_and_the_vocabulary_grows(name, tm
     decoder, table = student.get_output_embeddings(), student.get_input_embeddings()
     assert isinstance(decoder, KroneckerLinear)
     assert decoder.a is table.a and decoder.b is table.b
-    before = outputs(student, batch(student))
+    assert outputs(student, batch(student)).shape[-1] == 64
     student.resize_token_embeddings(70)
     torch.manual_seed(0)
     inputs = batch(student)
@@ -234,7 +232,6 @@ def test_a_tied_decoder_has_the_tables_factors_and_the_vocabulary_grows(name, tm
     again = type(student).from_pretrained(tmp_path)
     assert again.get_output_embeddings().a is again.get_input_embeddings().a
     assert torch.equal(outputs(again, inputs), outputs(student, inputs))
-    assert before.shape[-1] == 64
 
 
 def test_a_head_that_reads_the_dense_table_says_to_keep_it():
@@ -344,7 +341,7 @@ def test_a_checkpoint_is_safetensors_and_has_what_others_need(tmp_path):
 
 def test_encoder_decoders_are_refused():
     config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises(TypeError, match=r"cannot compress a T5Model; .* no encoder-decoder"):
         compress(T5Model(config), "kronecker-bert-8")
 
 
