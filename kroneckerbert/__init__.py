@@ -25,7 +25,7 @@ from kroneckerbert.planning import plan, report
 
 # What needs more than transformers, imported when it is asked for.
 _LAZY = {
-    "DistillationArguments": "distillation",
+    "DistillationConfig": "distillation",
     "DistillationTrainer": "distillation",
     "export": "deploy",
     "load_exported": "deploy",
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "DistillationArguments",
+    "DistillationConfig",
     "DistillationTrainer",
     "KroneckerConfig",
     "KroneckerPreTrainedModel",

@@ -194,6 +194,8 @@ def _refit_layer(layer: nn.Module, dense: nn.Module, moments: _Moments) -> None:
     ss, ts = moments.ss / moments.tokens, moments.ts / moments.tokens
     if layer.bias is not None:
         ss, ts = ss - torch.outer(mean_s, mean_s), ts - torch.outer(mean_t, mean_s)
+        # The variance of an input that is all but constant may come out below 0 by rounding.
+        ss.diagonal().clamp_(min=0)
     ridge = _SHRINKAGE * ss.diagonal().mean()
     shrunk = ss + ridge * torch.eye(len(ss), dtype=ss.dtype)
     # Shrunk alike: where student and teacher agree, the target is W itself.

@@ -345,7 +345,7 @@ def distill(
     import torch
 
     from kroneckerbert.data import TextDataset, is_table, label_targets, read_lines, read_table
-    from kroneckerbert.distillation import DistillationArguments, DistillationTrainer
+    from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
     from kroneckerbert.files import replace_folder, writable_folder
     from kroneckerbert.modeling_kroneckerbert import max_tokens
 
@@ -373,7 +373,7 @@ def distill(
         learning_rate = 1e-4 if labelled else 1e-3
     # The folder is made before the training: what cannot be saved is not worth the time.
     with replace_folder(out) as folder:
-        arguments = DistillationArguments(
+        arguments = DistillationConfig(
             output_dir=str(folder),
             max_minutes=minutes,
             # Without a number of steps, more than any time or number of epochs can take.

@@ -84,7 +84,7 @@ def read_lines(path: Path) -> list[str]:
         ValueError: If there is no text in it, or a line is not UTF-8.
         OSError: If it cannot be read or decompressed.
     """
-    lines = [line.strip() for _, line in _numbered_lines(path)]
+    lines = [line.strip() for _, line in numbered_lines(path)]
     if not lines:
         raise ValueError(f"{path} has no text; it must have one text a line.")
     return lines
@@ -96,7 +96,7 @@ def is_table(path: Path) -> bool:
     Raises:
         ValueError, OSError: As :func:`read_lines`.
     """
-    return any("\t" in line for _, line in [next(_numbered_lines(path), (0, ""))])
+    return any("\t" in line for _, line in [next(numbered_lines(path), (0, ""))])
 
 
 def read_table(path: Path) -> Table:
@@ -116,7 +116,7 @@ def read_table(path: Path) -> Table:
         OSError: If the file cannot be read or decompressed.
     """
     rows: list[tuple[int, list[str]]] = []
-    for number, line in _numbered_lines(path):
+    for number, line in numbered_lines(path):
         fields = [field.strip() for field in line.split("\t")]
         if not rows and fields[0].lower() == "label":
             continue
@@ -181,7 +181,7 @@ def label_targets(
     return [config.label2id[label] for label in labels] if kind is str else labels
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, with their numbers in the file, from 1."""
     with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
         number = 0

@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from kroneckerbert import compress, measure
 from kroneckerbert.data import TextDataset, read_lines
-from kroneckerbert.distillation import DistillationArguments, DistillationTrainer
+from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
 from kroneckerbert.evaluation import similarity
 from kroneckerbert.files import replace_folder
 
@@ -187,7 +187,7 @@ def _distil(
     seed: int,
 ) -> None:
     with TemporaryDirectory() as scratch:  # Trainer wants a folder; nothing is kept in it
-        args = DistillationArguments(
+        args = DistillationConfig(
             output_dir=scratch,
             max_minutes=minutes,
             num_train_epochs=1000,  # time ends it

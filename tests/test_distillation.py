@@ -1,8 +1,11 @@
 """Distillation on tiny random BERTs: the loss against loops, the trainer against its traps."""
 
+import collections
 import copy
 import json
 import math
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +25,16 @@ from transformers import (
     TrainerCallback,
 )
 
-from kroneckerbert import distillation
 from kroneckerbert.distillation import (
     TERMS,
-    DistillationArguments,
+    DistillationConfig,
     DistillationTrainer,
     attention_scores,
+    clock,
     distillation_terms,
 )
+from kroneckerbert.distillation import terms as terms_module
+from kroneckerbert.distillation import trainer as trainer_module
 
 LENGTHS = (7, 1, 4)  # real tokens of the three sequences of `padded_batch`
 HEADS = (
@@ -86,7 +91,7 @@ def trainer(tmp_path, student, teacher, data=None, **options) -> DistillationTra
     extra = {k: options.pop(k) for k in ("eval_dataset", "callbacks") if k in options}
     options = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1} | options
     options = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True} | options
-    args = DistillationArguments(output_dir=str(tmp_path), **options)
+    args = DistillationConfig(output_dir=str(tmp_path), **options)
     return DistillationTrainer(student, teacher, args, train_dataset=data or dataset(), **extra)
 
 
@@ -313,7 +318,7 @@ def test_a_default_model_has_an_attention_loss_and_stock_attentions_are_refused(
     s, t = (
         m(**batch, output_attentions=True, output_hidden_states=True) for m in (student, teacher)
     )
-    with pytest.raises(ValueError, match="same number of attentions, at least one; got 0 and 0"):
+    with pytest.raises(ValueError, match="must return attentions; got 0 and 0"):
         distillation_terms(s, t, batch["attention_mask"], ALL)
 
 
@@ -347,7 +352,7 @@ def test_logged_terms_add_up_to_the_logged_loss(tmp_path):
 
 
 def test_a_term_of_weight_zero_is_not_computed(tmp_path, monkeypatch):
-    monkeypatch.setattr(distillation, "attention_scores", None)  # calling it would raise
+    monkeypatch.setattr(trainer_module, "attention_scores", None)  # calling it would raise
     seen = []
     student, teacher = bert(seed=1), bert()
     for model in (student, teacher):
@@ -428,6 +433,169 @@ def test_sixteen_at_once_and_four_times_four_give_the_same_weights(tmp_path):
     assert first == pytest.approx(second, rel=1e-5)
 
 
+def ragged(n: int = 32, **columns) -> list[dict]:
+    """Rows of 1 to 8 tokens, so that batches differ in how much of them is real."""
+    rows = dataset(n, **columns)
+    for i, row in enumerate(rows):
+        row["attention_mask"][1 + 5 * i % 8 :] = 0
+    return rows
+
+
+def token_labels(n: int = 32) -> Tensor:
+    """Few, some rows without any, as masked language modelling has them."""
+    labels = torch.randint(0, 3, (n, 8), generator=torch.Generator().manual_seed(4))
+    chosen = torch.rand(n, 8, generator=torch.Generator().manual_seed(5)) < 0.15
+    return labels.where(chosen, -100)
+
+
+UNEVEN = {
+    BertForSequenceClassification: lambda: {"labels": torch.arange(32) % 3},
+    BertForTokenClassification: lambda: {"labels": token_labels()},
+    BertForMaskedLM: lambda: {"labels": token_labels()},
+    BertForPreTraining: lambda: {
+        "labels": token_labels(),
+        "next_sentence_label": torch.arange(32) % 2,
+    },
+    BertForQuestionAnswering: lambda: dict.fromkeys(
+        ("start_positions", "end_positions"), torch.zeros(32, dtype=torch.long)
+    ),
+    BertModel: dict,
+}
+EXACT = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0, "max_steps": 3}
+
+
+@pytest.mark.parametrize("cls", UNEVEN)
+@pytest.mark.parametrize("size", [4, 1])
+def test_accumulation_equals_one_large_batch_however_batches_differ(tmp_path, cls, size):
+    teacher, runs = bert(cls), []
+    for batch in (16, size):
+        student = perturbed(teacher)
+        run = trainer(
+            tmp_path,
+            student,
+            teacher,
+            ragged(**UNEVEN[cls]()),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=16 // batch,
+            **EXACT,
+        )
+        run.train()
+        runs.append((student, run))
+    (large, one), (small, many) = runs
+    # float32 sums of at most 1,024 terms in another order, over 3 steps.
+    assert_same_weights(large, small, rtol=2e-5, atol=2e-6)
+    for a, b in zip(one.state.log_history, many.state.log_history, strict=True):
+        for name in (name for name in a if name.startswith("loss")):
+            assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-7), name
+
+
+def test_a_students_layers_are_taught_by_the_layers_that_the_map_names():
+    assert terms_module.layer_pairs("uniform", 2, 6) == [3, 6]
+    assert terms_module.layer_pairs("uniform", 4, 6) == [2, 3, 5, 6]
+    assert terms_module.layer_pairs("uniform", 6, 6) == [1, 2, 3, 4, 5, 6]
+    assert terms_module.layer_pairs("first", 2, 6) == [1, 2]
+    assert terms_module.layer_pairs("last", 2, 6) == [5, 6]
+    assert terms_module.layer_pairs([6, 2, 2], 3, 6) == [6, 2, 2]
+    for layers, depth, message in (
+        ([0, 1], 2, "must name a layer of the teacher, 1 to 6"),
+        ([1, 2], 3, "for each of the student's 3"),
+        ("middle", 2, "must be a list or one of"),
+        ("uniform", 7, "the student has 7 layers and the teacher 6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            terms_module.layer_pairs(layers, depth, 6)
+
+
+@pytest.mark.parametrize("layer_map, taught", [("uniform", 2), ("first", 1), ("1", 1), ([2], 2)])
+def test_a_shallower_student_learns_from_the_mapped_layers_only(tmp_path, layer_map, taught):
+    teacher = bert()
+    student = bert(num_hidden_layers=1)  # the teacher's own beginning
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    student.embeddings.word_embeddings.weight.data += 0.01
+    run = trainer(tmp_path, student, teacher, layer_map=layer_map, max_steps=1)
+    run.train()
+    student.eval()
+    batch = padded_batch()
+    want = terms(student, teacher, batch, layer_map=run.args.layer_map)
+    s, t = outputs(student, batch), outputs(teacher, batch)
+    real = batch["attention_mask"].bool()
+    by_hand = (s.hidden_states[1] - t.hidden_states[taught])[real].square().mean()
+    torch.testing.assert_close(want["hidden"], by_hand)
+
+
+@pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForQuestionAnswering])
+def test_a_cached_teacher_teaches_what_the_teacher_itself_does(tmp_path, cls):
+    # Wider than any length or number of layers, which no axis may be mistaken for.
+    teacher, histories = bert(cls, num_hidden_layers=3), []
+    data = ragged(**UNEVEN[cls]())
+    for cached in (None, tmp_path / "cache", tmp_path / "cache"):
+        student = perturbed(teacher)
+        if len(histories) == 2:
+            teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was asked"))
+        options = {"teacher_cache": cached and str(cached), "max_steps": 16}
+        run = trainer(tmp_path / "run", student, teacher, data, **options)
+        run.train()
+        histories.append(run.state.log_history)
+    for log, one, two in zip(*histories, strict=True):
+        assert {k: v for k, v in one.items() if "loss" in k} == {
+            k: v for k, v in two.items() if "loss" in k
+        }
+        for name in (name for name in log if name.startswith("loss_")):
+            # float16 rounds by 2**-12; an error of a tenth of the values becomes 1 % of its square.
+            assert one[name] == pytest.approx(log[name], rel=1e-2), name
+
+
+def test_a_cache_is_refused_for_another_teacher_data_or_terms_and_for_masks_drawn_anew(tmp_path):
+    cache = {"teacher_cache": str(tmp_path / "cache"), "attention_weight": 0.0}
+    teacher = bert()
+    trainer(tmp_path / "run", perturbed(teacher), teacher, **cache).train()
+    for change, message in (
+        ({"teacher": bert(seed=5)}, "for other settings, by teacher"),
+        ({"data": ragged()}, None),  # the same tokens under another mask
+        ({"data": dataset(15)}, "for other settings, by data"),
+        ({"attention_weight": 1.0}, "for other settings, by attentions"),
+    ):
+        other = change.pop("teacher", teacher)
+        data = change.pop("data", dataset())
+        run = trainer(tmp_path / "run", perturbed(other), other, data, **(cache | change))
+        if message is None:
+            continue
+        with pytest.raises(ValueError, match=message):
+            run.train()
+
+    class MaskedAnew(list):
+        def __getitem__(self, i):
+            self.reads = getattr(self, "reads", 0) + 1
+            row = super().__getitem__(i)
+            return row | {"input_ids": (row["input_ids"] + (self.reads > 40)) % 40}
+
+    cache["teacher_cache"] = str(tmp_path / "masked")
+    run = trainer(tmp_path / "run", perturbed(teacher), teacher, MaskedAnew(dataset()), **cache)
+    with pytest.raises(ValueError, match=r"cannot be cached; unset teacher_cache"):
+        run.train()
+
+
+def test_a_cache_that_does_not_fit_the_disk_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    usage = collections.namedtuple("usage", "free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1000))
+    run = trainer(tmp_path / "run", bert(seed=1), bert(), teacher_cache=str(tmp_path / "cache"))
+    with pytest.raises(OSError, match=r"would take .* GB .* are free; unset teacher_cache"):
+        run.train()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_annealing_hands_over_from_the_teacher_to_the_labels(tmp_path):
+    teacher = bert(BertForSequenceClassification)
+    data = dataset(labels=torch.arange(16) % 3)
+    student = perturbed(teacher)
+    run = trainer(tmp_path, student, teacher, data, teacher_annealing=True, labels_weight=2.0)
+    run.train()
+    for step, log in enumerate(log for log in run.state.log_history if "loss" in log):
+        teaching = sum(log[f"loss_{name}"] for name in TERMS if name != "labels")
+        want = (1 - step / 4) * teaching + step / 4 * 2 * log["loss_labels"]
+        assert log["loss"] == pytest.approx(want, rel=1e-4)
+
+
 def test_four_steps_and_four_resumed_equal_eight(tmp_path):
     teacher, start = bert(), bert(seed=1)
     options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "student_dropout": True}
@@ -448,6 +616,107 @@ def test_four_steps_and_four_resumed_equal_eight(tmp_path):
     run.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
     assert run.state.global_step == 8
     assert_same_weights(straight, resumed, rtol=0, atol=0)
+
+
+RESUMABLE = {
+    "max_steps": 9, "save_strategy": "steps", "save_steps": 3, "student_dropout": True,
+    "gradient_accumulation_steps": 2, "train_sampling_strategy": "group_by_length",
+    "per_device_train_batch_size": 3, "save_total_limit": 1,
+}  # fmt: skip
+KILLED = """
+import os, signal, sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_distillation as t
+torch.set_num_threads(1)
+kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+
+class At(t.TrainerCallback):
+    def on_substep_end(self, args, state, control, **kwargs):
+        if sys.argv[3] == "between two batches" and state.global_step == 6:
+            kill()
+
+run = t.trainer(sys.argv[2], t.bert(seed=1), t.bert(), t.ragged(20), callbacks=[At()],
+                **t.RESUMABLE)
+if sys.argv[3] == "while saving":
+    save = run._save_optimizer_and_scheduler
+    run._save_optimizer_and_scheduler = lambda to: kill() if "checkpoint-6" in to else save(to)
+run.train()
+"""
+
+
+@pytest.mark.parametrize("moment, last", [("between two batches", 6), ("while saving", 3)])
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, moment, last):
+    (tmp_path / "killed.py").write_text(KILLED)
+    arguments = [tmp_path / "killed.py", Path(__file__).parent, tmp_path / "run", moment]
+    killed = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, timeout=300
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [f.name for f in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{last}"]
+
+    teacher, straight, resumed = bert(), bert(seed=1), bert(seed=1)
+    trainer(tmp_path / "straight", straight, teacher, ragged(20), **RESUMABLE).train()
+    run = trainer(tmp_path / "run", resumed, teacher, ragged(20), **RESUMABLE)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 9
+    assert_same_weights(straight, resumed, rtol=0, atol=0)
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["checkpoint-9"]
+
+
+def test_a_new_run_that_may_be_resumed_begins(tmp_path):
+    a, b = bert(seed=1), bert(seed=1)
+    trainer(tmp_path / "a", a, bert()).train()
+    trainer(tmp_path / "b", b, bert()).train(resume_from_checkpoint=True)
+    assert_same_weights(a, b, rtol=0, atol=0)
+
+
+SAVED = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
+    teacher, student = bert(), bert(seed=1)
+    run = trainer(tmp_path, student, teacher, **SAVED)
+
+    class FillDisk(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:  # no file may grow beyond 4 kB, and the weights do
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run.add_callback(FillDisk())
+    try:
+        with pytest.raises(
+            OSError, match=r"checkpoint 4 could not be saved .*checkpoint-2 is whole"
+        ):
+            run.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-2"]
+    resumed, straight = bert(seed=1), bert(seed=1)
+    trainer(tmp_path, resumed, teacher, **SAVED).train(resume_from_checkpoint=True)
+    trainer(tmp_path / "straight", straight, teacher, **SAVED).train()
+    assert_same_weights(straight, resumed, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("where", ["weights", "loss"])
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path, where):
+    student = bert(seed=1)
+
+    class Diverge(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3 and where == "loss":
+                student.encoder.layer[0].output.dense.bias.data[0] = math.inf
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4 and where == "weights":  # by the step before it is saved
+                student.encoder.layer[0].output.dense.bias.data[0] = math.nan
+
+    message = "loss of step 4 is nan" if where == "loss" else "output.dense.bias is not finite"
+    with pytest.raises(ValueError, match=rf"diverged: .*{message}.*checkpoint-2"):
+        trainer(tmp_path, student, bert(), callbacks=[Diverge()], **SAVED).train()
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-2"]
+    loaded = BertModel.from_pretrained(tmp_path / "checkpoint-2")
+    assert all(p.isfinite().all() for p in loaded.parameters())
 
 
 def test_the_teacher_is_neither_trained_nor_saved(tmp_path):
@@ -474,7 +743,7 @@ def test_the_saved_config_does_not_know_how_it_was_distilled(tmp_path):
     run.save_model(tmp_path / "end")
     for folder in ("checkpoint-2", "end"):
         config = (tmp_path / folder / "config.json").read_text()
-        assert distillation._SCORES not in config
+        assert terms_module._SCORES not in config
         assert json.loads(config)["hidden_dropout_prob"] == 0.1
         assert BertModel.from_pretrained(tmp_path / folder).config._attn_implementation == "sdpa"
 
@@ -507,7 +776,7 @@ def test_activation_checkpointing_gives_the_same_gradients(tmp_path):
             name = "activation_checkpointing_enable"  # transformers >= 5.23 deprecates the other
             getattr(student, name, student.gradient_checkpointing_enable)()
         run = trainer(tmp_path, student, teacher)
-        with distillation._without_dropout(student):
+        with trainer_module._without_dropout(student):
             run.current_gradient_accumulation_steps = 1
             run.training_step(student, dict(batch))
         grads.append({name: p.grad for name, p in student.named_parameters()})
@@ -558,7 +827,7 @@ def test_the_clock_stops_training_as_a_planned_last_step_with_the_rate_at_zero(
     tmp_path, monkeypatch
 ):
     now = iter(range(1000))
-    monkeypatch.setattr(distillation, "monotonic", lambda: float(next(now)))  # a second a step
+    monkeypatch.setattr(clock, "monotonic", lambda: float(next(now)))  # a second a step
     run = trainer(
         tmp_path, bert(seed=1), bert(), max_steps=10**6, max_minutes=20 / 60, warmup_steps=0.1,
         save_strategy="steps", save_steps=10**5, learning_rate=1e-3,
@@ -589,7 +858,8 @@ def test_steps_end_training_before_the_clock_with_the_usual_schedule(tmp_path):
     "options, message",
     [
         ({"vocab_size": 41}, "agree on vocab_size, got 41 and 40"),
-        ({"num_hidden_layers": 1}, "agree on num_hidden_layers, got 1 and 2"),
+        ({"num_hidden_layers": 3}, "the student has 3 layers and the teacher 2"),
+        ({"pad_token_id": 1}, "agree on pad_token_id, got 1 and 0"),
         ({"hidden_size": 8}, "agree on hidden_size, got 8 and 16"),
         ({"num_attention_heads": 2}, "agree on num_attention_heads, got 2 and 4"),
         ({"num_labels": 2}, "agree on num_labels, got 2 and 3"),
@@ -642,6 +912,36 @@ def test_a_term_asked_for_by_its_weight_is_computed_or_refused(tmp_path):
         trainer(tmp_path, bert(seed=1), bert(), **features).train()
 
 
+def test_a_term_that_moves_nothing_is_refused_at_the_first_step(tmp_path):
+    student = bert(seed=1)
+    for p in student.embeddings.parameters():
+        p.requires_grad = False
+    with pytest.raises(ValueError, match=r"embedding term .* no parameter .*embedding_weight=0"):
+        trainer(tmp_path, student, bert()).train()
+    trainer(tmp_path, student, bert(), embedding_weight=0.0).train()
+    with pytest.raises(ValueError, match="all terms are 0: the student already computes"):
+        trainer(tmp_path, copy.deepcopy(bert()), bert()).train()
+    # What is not compressed begins at 0, and is held there.
+    student = bert()
+    student.encoder.layer[0].output.dense.bias.data += 0.1
+    run = trainer(tmp_path, student, bert())
+    run.train()
+    assert run.state.log_history[0]["loss_embedding"] == 0
+
+
+def test_labels_in_another_order_are_refused(tmp_path):
+    names = ("bad", "fair", "good")
+
+    def named(order):
+        labels = {i: names[k] for i, k in enumerate(order)}
+        seed = order[0]
+        return bert(BertForSequenceClassification, seed=seed, id2label=labels, label2id=None)
+
+    with pytest.raises(ValueError, match=r"order of labels, got \['good', 'bad', 'fair'\] and"):
+        trainer(tmp_path, named((2, 0, 1)), named((0, 1, 2)))
+    trainer(tmp_path, named((2, 0, 1)), bert(BertForSequenceClassification))  # LABEL_0, …: unnamed
+
+
 def test_a_term_that_is_not_finite_is_named_at_the_first_step(tmp_path):
     student, teacher = bert(seed=1), bert()
     teacher.encoder.layer[1].output.dense.bias.data[3] = float("nan")
@@ -658,7 +958,7 @@ import test_distillation as t
 torch.set_num_threads(1)
 student = t.bert(seed=1)
 minutes = float(sys.argv[4]) or None
-run = t.trainer(sys.argv[2], student, t.bert(), t.dataset(32), optim="sgd", max_grad_norm=0.0,
+run = t.trainer(sys.argv[2], student, t.bert(), t.ragged(32), optim="sgd", max_grad_norm=0.0,
                 learning_rate=0.1, max_minutes=minutes, max_steps=10**6 if minutes else 4,
                 per_device_train_batch_size=8 // int(sys.argv[3]), eval_dataset=t.dataset(8))
 run.train()

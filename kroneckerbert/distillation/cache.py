@@ -1,0 +1,224 @@
+"""What the teacher says of a data set, computed once and read from disk ever after.
+
+A teacher is most of a step's forward work, and says the same of a text in every epoch, for every
+student and every seed. The files are as large as what they hold (20 kB a token for a BERT_BASE's
+hidden states in float16), so they pay for small data sets that are read often.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers.utils import ModelOutput
+
+from kroneckerbert.files import replace_folder
+
+ROW = "teacher_row"
+_DTYPE = torch.float16  # 11 bits: an error of 5e-4 of a value, where bfloat16 makes 4e-3
+_IDS = "input_ids"
+# Axes that run along the sequence; of other logits, the second of three.
+_ALONG = {_IDS: (1,), "hidden_states": (2,), "attentions": (3, 4)}
+_ALONG |= dict.fromkeys(("start_logits", "end_logits"), (1,))
+
+
+class NumberedRows(Dataset):
+    """A data set whose rows know their number, by which the cache finds them."""
+
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.rows[index], ROW: index}
+
+
+class TeacherCache:
+    """The teacher's outputs for the rows of one data set, mapped from files.
+
+    Args:
+        folder: What :func:`write` filled.
+        device: Where outputs are wanted.
+
+    Calling it with row numbers and the batch's ``input_ids`` gives the teacher's output, padded
+    with zeros to the batch's length.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        about = json.loads((folder / "about.json").read_text())
+        self.device = device
+        self.shapes: dict[str, list] = about["shapes"]
+        self.lengths = torch.tensor(about["lengths"])
+        sizes = {name: _sizes(shape, self.lengths) for name, shape in self.shapes.items()}
+        self.starts = {name: size.cumsum(0) - size for name, size in sizes.items()}
+        self.files = {
+            name: torch.from_file(
+                str(folder / f"{name}.bin"),
+                size=int(size.sum()),
+                dtype=torch.int32 if name == _IDS else _DTYPE,
+            )
+            for name, size in sizes.items()
+        }
+
+    def __call__(self, rows: Tensor, input_ids: Tensor) -> ModelOutput:
+        tokens = input_ids.shape[1]
+        read = {
+            name: torch.stack([self._row(name, row, tokens) for row in rows.tolist()])
+            for name in self.shapes
+        }
+        ids = read.pop(_IDS).to(input_ids.device)
+        real = torch.arange(tokens) < self.lengths[rows.cpu()][:, None]
+        if not (ids == input_ids).logical_or(~real.to(ids.device)).all():
+            raise ValueError(
+                "the batch's tokens are not those that the teacher's outputs were cached for: data "
+                "that is masked, cropped or augmented anew in each epoch cannot be cached; unset "
+                "teacher_cache."
+            )
+        outputs = {name: value.to(self.device, non_blocking=True) for name, value in read.items()}
+        for name in ("hidden_states", "attentions"):
+            if name in outputs:  # (batch, layers, …)
+                outputs[name] = outputs[name].unbind(1)
+        return ModelOutput(outputs)
+
+    def _row(self, name: str, row: int, tokens: int) -> Tensor:
+        """One row's tensor, its sequence axes padded to ``tokens``."""
+        length = int(self.lengths[row])
+        shape = [length if n is None else n for n in self.shapes[name]]
+        start = int(self.starts[name][row])
+        value = self.files[name][start : start + math.prod(shape)].view(shape)
+        if None not in self.shapes[name]:
+            return value
+        padded = value.new_zeros([tokens if n is None else n for n in self.shapes[name]])
+        padded[tuple(slice(n) for n in shape)] = value
+        return padded
+
+
+def write(
+    folder: Path,
+    about: dict,
+    lengths: list[int],
+    batches: Iterable[Mapping[str, Tensor]],
+    teach: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+) -> None:
+    """Run the teacher over a data set and keep what it says, row after row.
+
+    Args:
+        folder: New, or one that an earlier call wrote; complete or untouched, whatever happens.
+        about: What the outputs depend on, by name, see :func:`fits`.
+        lengths: Tokens of every row.
+        batches: The rows in order, padded on the right.
+        teach: The teacher's tensors for a batch, as :func:`captured` gives them.
+
+    Raises:
+        OSError: If the disk has no room for it.
+        ValueError: If an output does not fit float16.
+    """
+    row, shapes, files = 0, {}, {}
+    with replace_folder(folder) as new:
+        with ExitStack() as stack:
+            for batch in batches:
+                outputs = {_IDS: batch[_IDS].int(), **teach(batch)}
+                if not files:
+                    shapes = {name: _shape(name, value) for name, value in outputs.items()}
+                    _check_room(folder, shapes, torch.tensor(lengths))
+                    files = {n: stack.enter_context(open(new / f"{n}.bin", "wb")) for n in shapes}
+                for name, value in outputs.items():
+                    if name != _IDS:
+                        value = value.to(_DTYPE)
+                        if not torch.isfinite(value).all():
+                            raise ValueError(
+                                f"the teacher's {name} are beyond float16's 65504, or not finite: "
+                                "unset teacher_cache."
+                            )
+                    value = value.cpu()
+                    for i in range(len(value)):
+                        ends = [lengths[row + i] if n is None else n for n in shapes[name]]
+                        part = value[i][tuple(slice(end) for end in ends)].contiguous()
+                        files[name].write(part.numpy().data)
+                row += len(batch[_IDS])
+        about = about | {"lengths": lengths, "shapes": shapes}
+        (new / "about.json").write_text(json.dumps(about))
+
+
+def fits(folder: Path, about: dict, wanted: Mapping[str, bool]) -> bool:
+    """Whether a folder holds the outputs that are wanted, of this teacher for this data.
+
+    Raises:
+        ValueError: If it holds others.
+    """
+    path = folder / "about.json"
+    if not path.exists():
+        return False
+    stored = json.loads(path.read_text())
+    differing = [name for name, value in about.items() if stored.get(name) != value]
+    outputs = {name.removeprefix("output_") for name, asked in wanted.items() if asked}
+    if differing or (differing := sorted(outputs - set(stored["shapes"]))):
+        raise ValueError(
+            f"{folder} holds a teacher's outputs for other settings, by {', '.join(differing)}. "
+            "Give teacher_cache another folder, or delete this one."
+        )
+    return True
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Changes with any parameter or buffer of a model."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def lengths_and_digest(rows: Dataset) -> tuple[list[int], str]:
+    """Tokens of every row, and a hash of them all."""
+    digest, lengths = hashlib.sha256(), []
+    for i in range(len(rows)):
+        ids = torch.as_tensor(rows[i][_IDS], dtype=torch.int32)
+        digest.update(ids.numpy().data)
+        lengths.append(len(ids))
+    return lengths, digest.hexdigest()
+
+
+def captured(output: ModelOutput) -> dict[str, Tensor]:
+    """The tensors of an output that terms are made of, layers on the second axis."""
+    kept = {name: value for name, value in output.items() if name.endswith("logits")}
+    for name in ("hidden_states", "attentions"):
+        if output.get(name):
+            kept[name] = torch.stack(output[name], 1)
+    return kept
+
+
+def _shape(name: str, value: Tensor) -> list[int | None]:
+    """Of one row, None where an axis runs along the sequence."""
+    along = _ALONG.get(name, (1,) if value.ndim == 3 else ())
+    return [None if axis in along else n for axis, n in enumerate(value.shape)][1:]
+
+
+def _sizes(shape: list[int | None], lengths: Tensor) -> Tensor:
+    """Numbers that each row takes."""
+    fixed = math.prod(n for n in shape if n is not None)
+    return fixed * lengths ** sum(n is None for n in shape)
+
+
+def _check_room(folder: Path, shapes: dict, lengths: Tensor) -> None:
+    needed = sum(
+        int(_sizes(shape, lengths).sum()) * (4 if name == _IDS else 2)
+        for name, shape in shapes.items()
+    )
+    free = shutil.disk_usage(folder.resolve().parent).free
+    if needed > free:
+        raise OSError(
+            f"the teacher's outputs would take {needed / 1e9:.1f} GB at {folder}, where "
+            f"{free / 1e9:.1f} GB are free; unset teacher_cache, give it another disk, or leave "
+            "terms out."
+        )

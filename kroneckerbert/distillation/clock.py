@@ -1,0 +1,68 @@
+"""A training that ends by the clock."""
+
+from time import monotonic
+
+import torch
+from accelerate.utils import broadcast
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+
+class Deadline(TrainerCallback):
+    """The share of the time that is spent; at 1 the step being taken becomes the last."""
+
+    def __init__(self, minutes: float):
+        self.seconds = 60 * minutes
+        self.share = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.start = monotonic()
+        self.share = 0.0
+
+    # Before the optimizer's step, so that the schedule's step that follows sees the share.
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        share = (monotonic() - self.start) / self.seconds
+        if args.world_size > 1:  # one clock for all, or they would stop at different steps
+            share = broadcast(torch.tensor(share, device=args.device)).item()
+        self.share = min(share, 1.0)
+        if share >= 1:  # as if planned: Trainer evaluates, saves and stops as after any last step
+            state.max_steps = state.global_step + 1
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_log |= self.share >= 1  # time ends between two reports
+
+    def govern(self, scheduler: LRScheduler, steps: int) -> None:
+        """Let the learning rate follow the share of time or of steps, whichever is ahead."""
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"max_minutes needs a schedule that is a function of the step, got "
+                f"{type(scheduler).__name__}; use lr_scheduler_type='linear' or 'cosine'."
+            )
+        scheduler.lr_lambdas = [
+            lambda step, rate=rate: rate(max(step, self.share * steps))
+            for rate in scheduler.lr_lambdas
+        ]
+
+
+class TimeBar(ProgressCallback):
+    """Trainer's own bar, in seconds of the budget in place of steps that will not be taken."""
+
+    def __init__(self, deadline: Deadline):
+        super().__init__()
+        self.deadline = deadline
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            layout = "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s{postfix}"
+            self.training_bar = tqdm(
+                total=self.deadline.seconds, bar_format=layout, dynamic_ncols=True
+            )
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.training_bar.n = self.deadline.share * self.deadline.seconds
+            self.training_bar.set_postfix_str(f"step {state.global_step}")

@@ -1,0 +1,571 @@
+"""Transformers' Trainer with the distance to a teacher as its loss."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from shutil import rmtree
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.utils import ModelOutput
+from transformers.utils.generic import find_labels
+
+from kroneckerbert.distillation import cache
+from kroneckerbert.distillation.clock import Deadline, TimeBar
+from kroneckerbert.distillation.config import DistillationConfig
+from kroneckerbert.distillation.terms import (
+    TERMS,
+    attention_scores,
+    distillation_terms,
+    layer_pairs,
+)
+
+# Heads with a label for each token: their loss is computed here, where a batch's share of all
+# labels is known and a batch without any is no division by zero.
+_TOKEN_LABELS = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification")
+
+
+class DistillationTrainer(Trainer):
+    """``Trainer`` whose loss is the distance to a teacher of the same widths.
+
+    Args:
+        model: The student.
+        teacher: Put in evaluation mode and on ``args.device``; never trained, wrapped or saved.
+            Dtype as you please, or ``args.teacher_dtype``: bfloat16 halves its memory.
+        args: ``DistillationConfig``.
+        **trainer_kwargs: Anything else ``Trainer`` takes.
+
+    Every term is logged as ``loss_<term>``, before its weight: the mean since the last report,
+    over processes; evaluation reports ``eval_loss_<term>``, and needs no labels.
+
+    A step is the same however it is divided: each term is a mean over all tokens, pairs of tokens,
+    rows or labels of the step, whichever batch or process they are in. A folder ``checkpoint-N``
+    is whole, for it takes its name when it is complete, and a training that diverges saves none.
+
+    Raises:
+        ValueError: If the teacher shares parameters with the student; if the two disagree on
+            vocabulary, widths, heads or labels; at the first step, if a term asked for cannot be
+            computed, is not finite or has no gradient; at any step, if the loss is not finite.
+    """
+
+    # BERT's forward takes **kwargs, from which Trainer concludes that the loss is already divided
+    # by the accumulation steps. It is not: gradients would be that many times too large.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        args: DistillationConfig | None = None,
+        **trainer_kwargs,
+    ):
+        args = args or DistillationConfig()
+        if not isinstance(args, DistillationConfig):
+            raise TypeError(f"args must be a DistillationConfig, got {type(args).__name__}.")
+        if args.label_smoothing_factor or trainer_kwargs.get("compute_loss_func"):
+            raise ValueError(
+                "The distillation loss replaces label_smoothing_factor and compute_loss_func: "
+                "leave both unset."
+            )
+        _check_pair(model, teacher, args)
+        super().__init__(model, args, **trainer_kwargs)
+        self.model_accepts_loss_kwargs = False  # loss_is_scaled_for_ga, for transformers < 5.19
+        dtype = getattr(torch, args.teacher_dtype) if args.teacher_dtype else None
+        self.teacher = teacher.to(args.device, dtype).eval()
+        self._not_for_teacher = {*self.label_names, *find_labels(type(teacher)), cache.ROW}
+        self._token_labels = type(self.model).__name__.endswith(_TOKEN_LABELS)
+        self._train_means, self._eval_means = _TermMeans(), _TermMeans()
+        self._first_batch = True
+        self._cache: cache.TeacherCache | None = None
+        self._saving = False
+        self._deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
+        if self._deadline:
+            self.add_callback(self._deadline)
+            if not args.disable_tqdm:
+                self.remove_callback(ProgressCallback)
+                self.add_callback(TimeBar(self._deadline))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train, from the beginning or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder; or True for the last in ``output_dir``,
+                where there is one: a run that is started again goes on, a new one begins.
+            **kwargs: As of ``Trainer.train``.
+
+        Raises:
+            ValueError: If loss or parameters stop being finite.
+        """
+        if resume_from_checkpoint is True:
+            folder = self.args.output_dir
+            resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        self.cache_teacher()
+        with nullcontext() if self.args.student_dropout else _without_dropout(self.model):
+            output = super().train(resume_from_checkpoint, **kwargs)
+        self._check_parameters()
+        return output
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self._deadline is not None:
+            self._deadline.govern(scheduler, num_training_steps)
+        return scheduler
+
+    def _get_train_sampler(self, *args, **kwargs) -> Sampler | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            return _GroupedByLength(sampler, self)
+        return sampler
+
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list, Tensor | None]:
+        """A step's batches, and in place of the number of labels all that its terms divide by."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        if not batches:
+            return batches, None
+        sizes = torch.stack([self._sizes(batch) for batch in batches]).sum(0)
+        return batches, self.accelerator.reduce(sizes.to(self.args.device), "sum")
+
+    def _sizes(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Real tokens, pairs of them, rows and labels of a batch."""
+        ids = batch["input_ids"]
+        mask = batch.get("attention_mask")
+        lengths = (torch.ones_like(ids) if mask is None else mask != 0).sum(-1).double()
+        labels = batch.get("labels")
+        if labels is None:
+            labels = ids.new_zeros(len(ids))  # one for each row, such as a span
+        elif getattr(self, "_loss_shifts_labels", False):
+            labels = labels[..., 1:]
+        counts = (lengths.sum(), lengths.square().sum(), len(ids), labels.ne(-100).sum())
+        return torch.stack(
+            [torch.as_tensor(n, dtype=torch.double, device=ids.device) for n in counts]
+        )
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        with self._scores():  # the backward too: activation checkpointing runs the forward again
+            loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            self._stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ModelOutput]:
+        """Σ weight * term; ``num_items_in_batch`` is the step's, as get_batch_samples counts."""
+        weights = self.args.weights
+        features = {k: v for k, v in inputs.items() if k not in self._not_for_teacher}
+        capture = {
+            "output_hidden_states": weights["embedding"] != 0 or weights["hidden"] != 0,
+            "output_attentions": weights["attention"] != 0,
+            "return_dict": True,
+        }
+        shares = self._shares(inputs, num_items_in_batch)
+        own = self._token_labels and "labels" in inputs and weights["labels"] != 0
+        with self._scores():
+            if own or weights["labels"] == 0:
+                student = model(**features, **capture)
+            else:
+                student = model(**{k: v for k, v in inputs.items() if k != cache.ROW}, **capture)
+            if self._cache is not None and cache.ROW in inputs:
+                teacher = self._cache(inputs[cache.ROW], inputs["input_ids"])
+            else:
+                # accelerate wraps the student's forward only: the teacher is told of autocast here
+                with torch.no_grad(), self.accelerator.autocast():
+                    teacher = self.teacher(**features, **capture)
+        if own:
+            student["loss"] = _token_loss(student, inputs, shares)
+            shares = shares | {"labels": 1.0}
+        mask = inputs.get("attention_mask")
+        terms = distillation_terms(
+            student,
+            teacher,
+            torch.ones_like(inputs["input_ids"]) if mask is None else mask,
+            weights,
+            layer_map=self.args.layer_map,
+            temperature=self.args.temperature,
+            problem_type=getattr(self.model.config, "problem_type", None),
+            shares=shares,
+        )
+        if self._first_batch:
+            self._check_finite(terms)
+            if model.training:
+                self._check_gradients(terms)
+                self._first_batch = False
+        if model.training:
+            # A step's batches are averaged, for Trainer divides by their number.
+            self._train_means.add(terms)
+        else:  # eval_loss weighs batches by their size
+            self._eval_means.add(terms, weight=len(inputs["input_ids"]))
+        loss = torch.stack(
+            [
+                (1.0 if weights[name] is None else weights[name]) * self._annealed(name) * term
+                for name, term in terms.items()
+            ]
+        ).sum()
+        if not return_outputs:
+            return loss
+        # What was captured for the loss is no prediction, and Trainer would gather it.
+        captured = ("hidden_states", "attentions")
+        return loss, type(student)(**{k: v for k, v in student.items() if k not in captured})
+
+    def _annealed(self, name: str) -> float:
+        """What annealing makes of a term's weight at this step."""
+        if not self.args.teacher_annealing or not self.model.training:
+            return 1.0
+        share = min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
+        if self._deadline is not None:
+            share = max(share, self._deadline.share)
+        return share if name == "labels" else 1.0 - share
+
+    def _shares(self, inputs: Mapping[str, Tensor], totals: Tensor | None) -> dict[str, float]:
+        """By how much a mean over this batch becomes its part of the mean over the step.
+
+        Trainer divides by the number of batches, and DDP by that of processes.
+        """
+        kinds = ("tokens", "pairs", "rows", "labels")
+        if totals is None:
+            return dict.fromkeys(kinds, 1.0)
+        parts = self.current_gradient_accumulation_steps * self.args.world_size
+        sizes = self._sizes(inputs).to(totals.device)
+        return dict(zip(kinds, (parts * sizes / totals.clamp(min=1)).float(), strict=True))
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | tuple | None, Tensor | tuple | None]:
+        """Trainer's own computes no loss for a batch without labels; this loss needs none."""
+        inputs = self._prepare_inputs(inputs)
+        labels = tuple(inputs[name] for name in self.label_names if name in inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        ignored = {"loss", *(ignore_keys or ())}
+        logits = tuple(value for key, value in outputs.items() if key not in ignored)
+        return loss, _alone(logits), _alone(labels)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._eval_means = _TermMeans()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, mean in self._eval_means.take(self.accelerator).items():
+            output.metrics[f"{metric_key_prefix}_loss_{name}"] = mean
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a report of training, not of an evaluation or the closing summary
+            means = self._train_means.take(self.accelerator)
+            logs.update({f"loss_{name}": mean for name, mean in means.items()})
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: object) -> str:
+        folder = Path(super()._get_output_dir(trial))
+        return str(folder / ".unfinished" if self._saving else folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """As Trainer's, but a checkpoint takes its name, at once, when all of it is written."""
+        self._check_parameters()
+        folder = Path(self._get_output_dir(trial))
+        self._saving = True
+        unfinished = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        before = self.state.best_model_checkpoint
+        try:
+            if self.args.should_save:
+                rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if best := self.state.best_global_step:
+                whole = folder / f"checkpoint-{best}"
+                is_kept = whole.exists() or best == self.state.global_step
+                self.state.best_model_checkpoint = str(whole) if is_kept else before
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / name / "trainer_state.json"))
+                if (folder / name).exists():  # written by a run that went on from before it
+                    rmtree(folder / name)
+                (unfinished / name).rename(folder / name)
+                unfinished.rmdir()
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(str(folder), self.args.save_total_limit, best)
+        except (OSError, RuntimeError, SafetensorError) as error:  # as each library tells it
+            rmtree(unfinished, ignore_errors=True)
+            last = get_last_checkpoint(str(folder))
+            raise OSError(
+                f"checkpoint {self.state.global_step} could not be saved ({error}). "
+                f"{f'{last} is whole' if last else 'There is none before it'}: make room and "
+                "start again with resume_from_checkpoint=True."
+            ) from error
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+
+    # The cached teacher
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if cache.ROW not in self._signature_columns:
+            self._signature_columns.append(cache.ROW)
+
+    def cache_teacher(self) -> None:
+        """Compute what the teacher says of the training data, unless ``args.teacher_cache`` has it.
+
+        Training begins with this.
+
+        Raises:
+            TypeError: If the data cannot be read by row.
+            ValueError: If the folder holds another teacher's outputs, or of other data.
+            OSError: If the disk has no room for them.
+        """
+        if self.args.teacher_cache is None or self._cache is not None:
+            return
+        folder, rows = Path(self.args.teacher_cache), self.train_dataset
+        if not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
+            raise TypeError(
+                f"teacher_cache needs training data with numbered rows, got {type(rows).__name__}; "
+                "unset it for a stream."
+            )
+        lengths, digest = cache.lengths_and_digest(rows)
+        about = {"teacher": cache.fingerprint(self.teacher), "data": digest}
+        weights = self.args.weights
+        wanted = {
+            "output_hidden_states": weights["embedding"] != 0 or weights["hidden"] != 0,
+            "output_attentions": weights["attention"] != 0,
+        }
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        batches = DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=collate)
+
+        @torch.no_grad()
+        def teach(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            batch = {k: v for k, v in batch.items() if k not in self._not_for_teacher}
+            with self._scores(), self.accelerator.autocast():
+                output = self.teacher(**self._prepare_inputs(batch), **wanted, return_dict=True)
+            return cache.captured(output)
+
+        with self.args.main_process_first(desc="computing the teacher's outputs"):
+            if not cache.fits(folder, about, wanted):
+                cache.write(folder, about, lengths, batches, teach)
+        self._cache = cache.TeacherCache(folder, self.args.device)
+        self.train_dataset = cache.NumberedRows(rows)
+
+    # What must not go on
+
+    def _scores(self) -> AbstractContextManager:
+        if self.args.attention_weight == 0:
+            return nullcontext()
+        return attention_scores(self.model, self.teacher)
+
+    def _check_finite(self, terms: dict[str, Tensor]) -> None:
+        bad = {name: term.item() for name, term in terms.items() if not torch.isfinite(term)}
+        if not bad:
+            return
+        culprits = [
+            f"{who} parameter {name}"
+            for who, model in (("student", self.model), ("teacher", self.teacher))
+            for name in _not_finite(model)
+        ]
+        cause = (
+            f"Not finite: {', '.join(culprits[:5])}. Was everything loaded or initialised?"
+            if culprits
+            else "All parameters are finite: look at the batch (no real token? labels out of "
+            "range?) and the precision (fp16 overflows where bf16 does not)."
+        )
+        raise ValueError(f"The terms of the first batch must be finite, got {bad}. {cause}")
+
+    def _check_gradients(self, terms: dict[str, Tensor]) -> None:
+        """A term that moves nothing is a mistake that no curve shows."""
+        if all(term.item() == 0 for term in terms.values()):
+            raise ValueError(
+                "all terms are 0: the student already computes what its teacher computes. Was it "
+                "compressed?"
+            )
+        # Of sharded parameters this process has a part only, which may well not move.
+        whole = self.accelerator.distributed_type not in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+        )
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for name, term in terms.items():
+            if term.item() == 0:  # kept at 0 where the student's part is a copy of the teacher's
+                continue
+            moves = term.requires_grad
+            if moves and whole:
+                # 2 ** 16, lest small gradients vanish in float16.
+                gradients = torch.autograd.grad(
+                    term * 2.0**16, parameters, retain_graph=True, allow_unused=True
+                )
+                moves = any(g is not None and bool(g.any()) for g in gradients)
+            if not moves:
+                raise ValueError(
+                    f"the {name} term is {term.item():.3g} but moves no parameter of the student: "
+                    f"let one that it depends on be trained, or set {name}_weight=0."
+                )
+
+    def _check_parameters(self) -> None:
+        if bad := _not_finite(self.model):
+            self._stop(f"{bad[0]} is not finite after step {self.state.global_step}")
+
+    def _stop(self, what: str) -> None:
+        folder = self.args.output_dir
+        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        raise ValueError(
+            f"the training diverged: {what}. Lower the learning rate, now "
+            f"{self.args.learning_rate:g}, or train in float32 or bfloat16. "
+            f"{f'The last good checkpoint is {last}.' if last else 'No checkpoint was saved.'}"
+        )
+
+
+class _GroupedByLength(Sampler):
+    """Batches of similar lengths, in an order that is the epoch's.
+
+    Trainer's own draws it from the state of the global generator, which a resumed run is not in.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, trainer: Trainer):
+        self.sampler, self.trainer = sampler, trainer
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        args = self.trainer.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        epoch = int(self.trainer.state.epoch or 0)
+        self.sampler.generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        return iter(self.sampler)
+
+
+class _TermMeans:
+    """Weighted means of the terms; the sums stay on the device, unread, until taken."""
+
+    def __init__(self):
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: Tensor | None = None
+        self._weights = [0.0] * len(TERMS)
+
+    def add(self, terms: dict[str, Tensor], weight: float = 1.0) -> None:
+        zero = next(iter(terms.values())).new_zeros(())
+        sums = weight * torch.stack([terms.get(name, zero).detach() for name in TERMS])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._weights = [
+            w + weight * (n in terms) for n, w in zip(TERMS, self._weights, strict=True)
+        ]
+
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over all processes, of the terms that were computed; starts anew."""
+        weights = torch.tensor(self._weights, device=accelerator.device)
+        sums = torch.zeros_like(weights) if self._sums is None else self._sums
+        self._clear()
+        sums, weights = accelerator.reduce(torch.stack([sums, weights]), "sum").tolist()
+        return {n: s / w for n, s, w in zip(TERMS, sums, weights, strict=True) if w}
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    before = [layer.p for layer in layers]
+    try:
+        for layer in layers:
+            layer.p = 0.0
+        yield
+    finally:
+        for layer, p in zip(layers, before, strict=True):
+            layer.p = p
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, p in model.named_parameters()
+        # Of a sharded parameter, the part that is here.
+        if not torch.isfinite(p.to_local() if hasattr(p, "to_local") else p).all()
+    ]
+
+
+def _token_loss(
+    student: ModelOutput, inputs: Mapping[str, Tensor], shares: Mapping[str, float | Tensor]
+) -> Tensor:
+    """Cross-entropy over labelled tokens, and next-sentence prediction's where it has labels."""
+    logits = student["prediction_logits" if "prediction_logits" in student else "logits"]
+    labels = inputs["labels"]
+    total = F.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    loss = total / labels.ne(-100).sum().clamp(min=1) * shares["labels"]
+    if "next_sentence_label" in inputs and "seq_relationship_logits" in student:
+        pairs = student["seq_relationship_logits"].float()
+        loss = loss + F.cross_entropy(pairs, inputs["next_sentence_label"]) * shares["rows"]
+    return loss
+
+
+def _alone(values: tuple) -> object:
+    """As Trainer hands on predictions: None, the only one, or a tuple of several."""
+    return values if len(values) > 1 else next(iter(values), None)
+
+
+def _check_pair(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationConfig):
+    if student is teacher:
+        raise ValueError("student and teacher are the same object; pass a copy.deepcopy of one.")
+    owned = {id(p): name for name, p in teacher.named_parameters()}
+    for name, p in student.named_parameters():
+        if id(p) in owned:
+            raise ValueError(
+                f"The student's {name} is the teacher's {owned[id(p)]}: training would change the "
+                "teacher. Build the student from copy.deepcopy(teacher)."
+            )
+    weights = args.weights
+    compared = {
+        "vocab_size": "their tokens must be the same",
+        "pad_token_id": "their tokens must be the same",
+    }
+    if weights["embedding"] != 0 or weights["hidden"] != 0:
+        compared["hidden_size"] = "hidden states are compared without projections"
+    if weights["attention"] != 0:
+        compared["num_attention_heads"] = "scores are compared head by head"
+    for name, why in compared.items():
+        s, t = getattr(student.config, name), getattr(teacher.config, name)
+        if s != t:
+            raise ValueError(
+                f"student and teacher must agree on {name}, got {s} and {t}: {why}. Compress this "
+                "teacher, choose the student's own, or set the weights of such terms to 0."
+            )
+    if weights["hidden"] != 0 or weights["attention"] != 0:
+        depths = (model.config.num_hidden_layers for model in (student, teacher))
+        layer_pairs(args.layer_map, *depths)
+    # Only classes with a classifier have the attribute; a config has num_labels in any case.
+    s, t = getattr(student, "num_labels", None), getattr(teacher, "num_labels", None)
+    if s is None or t is None:
+        return
+    if s != t:
+        raise ValueError(
+            f"student and teacher must agree on num_labels, got {s} and {t}: load both with the "
+            "task's num_labels."
+        )
+    s, t = ([*model.config.id2label.values()] for model in (student, teacher))
+    named = not any(name.startswith("LABEL_") for name in (*s, *t))
+    if named and [name.lower() for name in s] != [name.lower() for name in t]:
+        raise ValueError(
+            f"student and teacher must agree on the order of labels, got {s} and {t}: load both "
+            "with the same id2label."
+        )

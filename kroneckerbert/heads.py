@@ -1,0 +1,49 @@
+"""A student takes its task's head from the teacher that was fine-tuned on the task."""
+
+from __future__ import annotations
+
+import os
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+
+def with_head_of(
+    teacher: PreTrainedModel, source: str | os.PathLike, own: bool = True
+) -> PreTrainedModel:
+    """A student with the teacher's kind of head.
+
+    Args:
+        teacher: A model with a head, fine-tuned.
+        source: Name or folder of the student.
+        own: Leave the head that the student has, if it is of this kind.
+
+    Returns:
+        The student with its own head, or else with a copy of the teacher's, and of its pooler,
+        which fine-tuning changes too: both read the same hidden states.
+
+    Raises:
+        TypeError: If the teacher has no head, or of a kind that transformers does not load by name.
+    """
+    _, found, head = type(teacher).__name__.partition("For")
+    auto = getattr(transformers, f"AutoModelFor{head}", None) if found else None
+    if auto is None:
+        raise TypeError(
+            f"a {type(teacher).__name__} has no head to take over; give a teacher that was "
+            "fine-tuned on the task, such as a BertForSequenceClassification."
+        )
+    student_config = AutoConfig.from_pretrained(source)
+    names = student_config.architectures or []
+    if own and any(name.endswith(f"For{head}") for name in names):
+        return auto.from_pretrained(source)
+    for name in ("id2label", "label2id", "problem_type"):
+        setattr(student_config, name, getattr(teacher.config, name))
+    student = auto.from_pretrained(source, config=student_config, ignore_mismatched_sizes=True)
+    prefix = f"{teacher.base_model_prefix}."
+    state = {
+        name: tensor
+        for name, tensor in teacher.state_dict().items()
+        if not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")
+    }
+    student.load_state_dict(state, strict=False)
+    return student
