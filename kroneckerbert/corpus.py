@@ -1,0 +1,402 @@
+"""Unlabelled text for stage 1: tokenised once to a file, which may be larger than memory.
+
+    texts = read_corpus("wikimedia/wikipedia", "20231101.en", share=0.1)
+    source = describe_corpus("wikimedia/wikipedia", "20231101.en", share=0.1)
+    tokenise_corpus(texts, tokenizer, folder, source)
+
+    trainer = DistillationTrainer(
+        student,
+        teacher,
+        train_dataset=Corpus(folder, tokenizer, pairs=True),
+        data_collator=MaskedCollator(tokenizer),
+    )
+
+A folder holds the ids of one document after another, the offset of each, and what they are:
+
+    tokens.bin     uint16, or uint32 for a vocabulary beyond it; no special tokens
+    offsets.bin    int64, documents + 1; document d is tokens[offsets[d]:offsets[d + 1]]
+    corpus.json    source, tokenizer, counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+
+from kroneckerbert.data import numbered_lines
+from kroneckerbert.files import replace_folder, writable_folder
+
+_BATCH = 1000  # documents tokenised at a time
+_PROBE = "A naïve TEST, it's 2x-y; 中文"  # case, accents, punctuation and CJK, each by an option
+
+
+def read_corpus(
+    source: str | Path, config: str | None = None, *, share: float = 1.0, seed: int = 0
+) -> Iterator[str]:
+    """Documents of a file, a folder or the Hub, one at a time.
+
+    Args:
+        source: A UTF-8 file with one document a line, plain or ``.gz``; a folder, whose ``.txt``
+            and ``.gz`` files are read by name; or else a dataset of the Hub with the column
+            ``text``, whose split ``train`` is streamed, such as ``wikimedia/wikipedia``.
+        config: Of the dataset on the Hub, such as ``20231101.en``.
+        share: Of the documents that are kept, each drawn by ``seed``; a smaller share is a part of
+            a larger one.
+
+    Raises:
+        ValueError: If ``share`` is not in (0, 1], the folder has no such file, a line is not UTF-8
+            or the dataset lacks the configuration or the column.
+        OSError: If a file or the Hub cannot be read.
+        ImportError: If the Hub is asked for without ``datasets``.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share}.")
+    if files := _text_files(source):
+        texts = (line.strip() for path in files for _, line in numbered_lines(path))
+    else:
+        texts = _hub_texts(str(source), config)
+    draw = random.Random(seed).random
+    return (text for text in texts if draw() < share)
+
+
+def describe_corpus(
+    source: str | Path, config: str | None = None, *, share: float = 1.0, seed: int = 0
+) -> str:
+    """What :func:`read_corpus` reads with these arguments, as ``source`` of tokenise_corpus.
+
+    Files are known by name and size, so that a folder may move but not change.
+    """
+    files = _text_files(source)
+    size = sum(path.stat().st_size for path in files)
+    what = f"{Path(source).name} ({len(files)} files, {size} bytes)" if files else str(source)
+    return ", ".join(filter(None, [what, config, f"share {share:g} by seed {seed}"]))
+
+
+def tokenise_corpus(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folder: str | Path, source: str
+) -> dict[str, int | str | dict[str, str]]:
+    """Write the tokens of documents to a folder, unless it holds them already.
+
+    Documents are taken from ``texts`` a thousand at a time, and none at all if the folder is
+    finished. A run that fails or is killed leaves nothing that looks finished. Processes must not
+    write one folder at the same time: under ``Trainer``, ``with args.main_process_first():``.
+
+    Args:
+        texts: The documents; those without a token are left out.
+        tokenizer: What looks like a special token in a text is tokenised as text.
+        folder: A new or empty folder, or one that an earlier call filled.
+        source: What the texts are, in words; see :func:`describe_corpus`.
+
+    Returns:
+        What ``corpus.json`` says: source, tokenizer, dtype, numbers of documents and tokens.
+
+    Raises:
+        ValueError: If there is no token in the texts, or the folder holds another source's
+            documents or another tokenizer's ids.
+        FileExistsError: If the folder holds something else.
+        OSError: If it cannot be written, for example because the disk is full.
+    """
+    folder = Path(folder)
+    if (folder / "corpus.json").exists():
+        summary = _read_summary(folder, tokenizer)
+        if summary["source"] != source:
+            raise ValueError(
+                f"{folder} holds the corpus {summary['source']!r}, not {source!r}; remove it or "
+                "choose another folder."
+            )
+        return summary
+
+    writable_folder(folder)  # replace_folder alone would replace a model
+    largest = max(tokenizer.get_vocab().values())
+    dtype = np.dtype("<u2" if largest < 2**16 else "<u4")
+    documents = tokens = 0
+    with replace_folder(folder) as new:
+        _append(new / "offsets.bin", np.zeros(1, "<i8"))
+        texts = iter(texts)
+        while batch := list(islice(texts, _BATCH)):
+            rows = tokenizer(
+                batch,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # documents are longer than the model's sequences, and may be
+            )["input_ids"]
+            rows = [row for row in rows if row]
+            ends = tokens + np.cumsum([len(row) for row in rows], dtype="<i8")
+            _append(new / "tokens.bin", np.fromiter(chain.from_iterable(rows), dtype))
+            _append(new / "offsets.bin", ends)
+            documents += len(rows)
+            tokens = int(ends[-1]) if rows else tokens
+        if not tokens:
+            raise ValueError(f"the corpus {source!r} has no text; it needs at least one document.")
+        summary = {
+            "source": source,
+            "tokenizer": _identity(tokenizer),
+            "dtype": dtype.str,
+            "documents": documents,
+            "tokens": tokens,
+        }
+        (new / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+class Corpus(Dataset):
+    """Sequences of a tokenised corpus for ``Trainer``, unpadded and unmasked.
+
+    Item i is ``[CLS] segment [SEP]``. Documents are cut every ``max_length`` tokens, special ones
+    included, and apart from one another; so a short document, and the end of any other, is a
+    short sequence.
+
+    With ``pack`` they are one text with a ``[SEP]`` between documents, and every sequence but the
+    last is full: the fewest sequences and no padding, for the price of attention across documents.
+
+    With ``pairs`` item i is ``[CLS] A [SEP] B [SEP]`` for BERT's prediction of the next sentence:
+    a segment cut in two at random, whose second part is, in half of the items, replaced by as many
+    tokens of another document; ``next_sentence_label`` is then 1, else 0.
+
+    An item depends on the folder, these arguments and i alone. The files are mapped, not read:
+    worker processes share them, and memory holds 8 bytes a document.
+
+    Args:
+        folder: As :func:`tokenise_corpus` wrote it.
+        tokenizer: The one that it was written with.
+        max_length: Tokens of a sequence at most, at least 8; the paper's stage 1 has 512.
+        pairs: Whether to make pairs.
+        pack: Whether to join documents.
+        seed: Draws the pairs.
+
+    Raises:
+        ValueError: If the tokenizer is another one, lacks ``[CLS]`` or ``[SEP]``, or has a smaller
+            ``model_max_length``; if pairs are asked for together with ``pack`` or of one document.
+        OSError: If the folder holds no corpus, or not all of it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 512,
+        *,
+        pairs: bool = False,
+        pack: bool = False,
+        seed: int = 0,
+    ):
+        if not 8 <= max_length <= tokenizer.model_max_length:
+            raise ValueError(
+                f"max_length must be from 8 to the tokenizer's model_max_length = "
+                f"{tokenizer.model_max_length}, got {max_length}."
+            )
+        if pairs and pack:
+            raise ValueError(
+                "pairs=True needs documents apart, to know what continues what; set pack=False."
+            )
+        self._cls, self._sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+        if self._cls is None or self._sep is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no [CLS] or no [SEP], which every sequence has; "
+                "use a tokenizer of the BERT family."
+            )
+        self.folder = Path(folder).resolve()
+        self.summary = _read_summary(self.folder, tokenizer)
+        if pairs and self.summary["documents"] < 2:
+            raise ValueError(
+                f"pairs=True needs at least 2 documents, but {folder} has 1: there is no other one "
+                "to draw from. A document is a line of a text file."
+            )
+        self.pairs, self.pack, self.seed = pairs, pack, seed
+        self._room = max_length - (3 if pairs else 2)
+        self._open()
+
+    def _open(self) -> None:
+        self._tokens = np.memmap(self.folder / "tokens.bin", self.summary["dtype"], mode="r")
+        self._offsets = np.memmap(self.folder / "offsets.bin", "<i8", mode="r")
+        if self.pack:  # places of the [SEP] after each document in the text that joins them
+            self._ends = self._offsets[1:] + np.arange(self.summary["documents"])
+            self._length = -(-int(self._ends[-1]) // self._room)
+        else:  # segments up to and with each document
+            self._ends = np.cumsum(-(-np.diff(self._offsets) // self._room))
+            self._length = int(self._ends[-1])
+
+    # A memmap would be pickled with all that it maps.
+    def __getstate__(self) -> dict[str, object]:
+        return {k: v for k, v in self.__dict__.items() if not isinstance(v, np.ndarray)}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, list[int] | int]:
+        index = range(self._length)[index]  # IndexError past the end, which stops a for loop
+        if self.pack:
+            return {"input_ids": [self._cls, *self._packed(index).tolist(), self._sep]}
+        document = int(np.searchsorted(self._ends, index, side="right"))
+        before = self._ends[document - 1] if document else 0
+        start, stop = self._offsets[document : document + 2]
+        start += (index - before) * self._room
+        segment = self._tokens[start : min(start + self._room, stop)]
+        if self.pairs:
+            return self._pair(index, document, segment)
+        return {"input_ids": [self._cls, *segment.tolist(), self._sep]}
+
+    def _packed(self, index: int) -> np.ndarray:
+        start = index * self._room
+        stop = min(start + self._room, int(self._ends[-1]))
+        first, last = np.searchsorted(self._ends, (start, stop))
+        tokens = self._tokens[start - first : stop - last]
+        places = self._ends[first:last] - start - np.arange(last - first)
+        # At either end a [SEP] would stand beside the sequence's own special tokens.
+        inner = (places > 0) & (places < len(tokens))
+        return np.insert(tokens, places[inner], self._sep)
+
+    def _pair(self, index: int, document: int, segment: np.ndarray) -> dict[str, list[int] | int]:
+        rng = np.random.default_rng((self.seed, index))
+        cut = rng.integers(1, max(len(segment), 2))
+        a, b = segment[:cut].tolist(), segment[cut:].tolist()
+        is_random = rng.random() < 0.5 or not b
+        if is_random:
+            # Another document, and as long as the truth, or its length would give it away.
+            other = rng.integers(self.summary["documents"] - 1)
+            start, stop = self._offsets[other + (other >= document) :][:2]
+            length = max(len(b), 1)
+            start += rng.integers(max(stop - start - length, 0) + 1)
+            b = self._tokens[start : min(start + length, stop)].tolist()
+        return {
+            "input_ids": [self._cls, *a, self._sep, *b, self._sep],
+            "token_type_ids": [0] * (len(a) + 2) + [1] * (len(b) + 1),
+            "next_sentence_label": int(is_random),
+        }
+
+
+@dataclass
+class MaskedCollator(DataCollatorForLanguageModeling):
+    """``DataCollatorForLanguageModeling`` whose masks depend on the batch and the seed alone.
+
+    So a run that is resumed, on any number of workers, sees the masks of one that never stopped,
+    and shuffling gives a text another mask in every epoch, because its batch is another. (Stock,
+    with a seed, draws from one stream per worker, which starts anew with every process.) Only a
+    batch that comes again exactly, such as of one sequence, is masked as before.
+
+    At least one token of a batch is masked: the mean loss of none is not a number.
+
+    Arguments are the stock collator's. ``next_sentence_label`` and whatever else an item has is
+    passed on.
+
+    Raises:
+        ValueError: If the tokenizer has no mask token.
+    """
+
+    seed: int = 0
+
+    def create_rng(self) -> None:
+        """The stock collator's stream: not needed, and an error in processes of other launchers."""
+
+    def torch_mask_tokens(
+        self, inputs: Tensor, special_tokens_mask=None, offset_mapping=None
+    ) -> tuple[Tensor, Tensor]:
+        digest = hashlib.blake2b(b"%d " % self.seed + inputs.numpy().tobytes(), digest_size=8)
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()))
+        special = torch.isin(inputs, torch.tensor(self.tokenizer.all_special_ids))
+        inputs, labels = super().torch_mask_tokens(inputs, special, offset_mapping)
+        if (labels == -100).all() and not special.all():
+            maskable = (~special).nonzero()
+            one = tuple(maskable[torch.randint(len(maskable), (), generator=self.generator)])
+            labels[one], inputs[one] = inputs[one].clone(), self.tokenizer.mask_token_id
+        self.generator = None  # it cannot be sent to a worker that is spawned
+        return inputs, labels
+
+
+def _text_files(source: str | Path) -> list[Path]:
+    """The files of a local source; none if it is not local."""
+    path = Path(source)
+    if not path.is_dir():
+        return [path] if path.exists() else []
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".gz") and p.is_file())
+    if not files:
+        raise ValueError(f"{path} has no .txt or .gz file; a corpus has one document a line.")
+    return files
+
+
+def _hub_texts(name: str, config: str | None) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+        from huggingface_hub.errors import HTTPError  # of its HTTP library, which has changed
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is no file or folder; to read it from the Hub, "
+            "pip install 'kron-kernels[data]'."
+        ) from error
+    try:
+        for row in load_dataset(name, config, split="train", streaming=True):
+            if "text" not in row:
+                raise ValueError(
+                    f"the dataset {name} must have a column 'text', it has {', '.join(row)}; write "
+                    "its texts to a file with one document a line."
+                )
+            yield row["text"] or ""
+    except (OSError, HTTPError) as error:
+        raise OSError(
+            f"{name} is no file or folder, and cannot be read from the Hub ({error}); give a local "
+            "text file with one document a line."
+        ) from error
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The class for the reader; the hash, of the vocabulary and what is done with it, decides."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    digest = hashlib.sha256(json.dumps([vocabulary, ids]).encode()).hexdigest()
+    return {"class": type(tokenizer).__name__, "sha256": digest}
+
+
+def _read_summary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """corpus.json, once it is known to be of this tokenizer and of the files beside it."""
+    path = folder / "corpus.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no corpus; write one with tokenise_corpus.")
+    summary = json.loads(path.read_text())
+    was, now = summary["tokenizer"], _identity(tokenizer)
+    if was["sha256"] != now["sha256"]:
+        raise ValueError(
+            f"{folder} was tokenised by a {was['class']} with the vocabulary hash "
+            f"{was['sha256'][:12]}, not by this {now['class']} with {now['sha256'][:12]}; use the "
+            "same vocabulary and options, or tokenise to another folder."
+        )
+    sizes = {
+        "tokens.bin": summary["tokens"] * np.dtype(summary["dtype"]).itemsize,
+        "offsets.bin": 8 * (summary["documents"] + 1),
+    }
+    for name, size in sizes.items():
+        found = (folder / name).stat().st_size
+        if found != size:
+            raise OSError(
+                f"{folder / name} must have {size} bytes, but has {found}: it was changed or cut "
+                "short. Remove the folder and tokenise again."
+            )
+    return summary
+
+
+def _append(path: Path, values: np.ndarray) -> None:
+    try:
+        with open(path, "ab") as file:
+            file.write(values.tobytes())
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write the corpus ({error.strerror}); free space or choose another disk",
+            str(path),
+        ) from error

@@ -1,0 +1,356 @@
+"""Questions answered by a span of their text: SQuAD 1.1 and 2.0, from file to metric."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+import string
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from kroneckerbert.modeling_kroneckerbert import max_tokens
+
+# In tokens, as in BERT's own run_squad.py.
+_LONGEST_QUESTION = 64
+_LONGEST_ANSWER = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about a text.
+
+    Args:
+        id: Unique among the questions.
+        question: The question.
+        context: The text that answers it, or does not.
+        answers: All that are right, verbatim from the text; none if it has no answer.
+        starts: The character of the text at which each answer begins.
+
+    Raises:
+        ValueError: If the text is empty, or an answer is not where it is said to be.
+    """
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[str, ...] = ()
+    starts: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not self.context.strip():
+            raise ValueError(f"question {self.id!r}: its text is empty; it must have words.")
+        for answer, start in zip(self.answers, self.starts, strict=True):
+            found = self.context[start : start + len(answer)] if start >= 0 else ""
+            if not answer or found != answer:
+                raise ValueError(
+                    f"question {self.id!r}: its text has {found!r} at character {start}, not the "
+                    f"answer {answer!r}; answer_start must be where the answer stands in the text."
+                )
+
+
+Questions = list[Question]
+
+
+def read_squad(path: Path) -> Questions:
+    """The questions of a file in SQuAD's JSON format, 1.1 or 2.0.
+
+    Args:
+        path: Plain, or compressed if it ends in ``.gz``.
+
+    Raises:
+        ValueError: If it is not in that format, an answer is not where it is said to be, an id
+            comes twice, or there is no question.
+        OSError: If it cannot be read or decompressed.
+    """
+    try:
+        with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
+            articles = json.load(file)["data"]
+        questions = [
+            Question(
+                entry["id"],
+                entry["question"],
+                paragraph["context"],
+                tuple(answer["text"] for answer in entry["answers"]),
+                tuple(answer["answer_start"] for answer in entry["answers"]),
+            )
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for entry in paragraph["qas"]
+        ]
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise OSError(
+            f"{path} is no gzip file, or is cut short ({error}); a file that ends in .gz must be "
+            "compressed."
+        ) from error
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not in SQuAD's format ({type(error).__name__}: {error}); it must be JSON: "
+            "data > paragraphs > context and qas > id, question and answers > text, answer_start."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from error
+    if not questions:
+        raise ValueError(f"{path} has no questions; SQuAD's files have them in data > paragraphs.")
+    [(most_common, times)] = Counter(question.id for question in questions).most_common(1)
+    if times > 1:
+        raise ValueError(f"{path}: {times} questions have the id {most_common!r}; ids are unique.")
+    return questions
+
+
+class SpanDataset(Dataset):
+    """Questions with overlapping windows of their texts, tokenised once, unpadded.
+
+    ``Trainer(..., processing_class=tokenizer)`` pads each batch to its longest window.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        questions: Their first answer is the one that is trained.
+        max_length: Tokens of a window, question and special ones included. Of a question at most
+            64 are kept, and fewer where the text would have no room.
+        stride: Tokens that a window shares with the one before.
+        train: Whether items have ``start_positions`` and ``end_positions``: the answer's first and
+            last token, or twice that of ``[CLS]`` where the window does not hold all of it.
+
+    Raises:
+        ValueError: If a window has no room for more than it shares.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[Question],
+        max_length: int = 384,
+        stride: int = 128,
+        train: bool = True,
+    ):
+        room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - stride - 1
+        if room < 1:
+            raise ValueError(
+                f"a window of max_length {max_length} has no room for a question and more than the "
+                f"{stride} tokens it shares; lower stride or raise max_length."
+            )
+        has_segments = "token_type_ids" in tokenizer.model_input_names
+        self.columns: dict[str, list[np.ndarray] | list[int]] = {"input_ids": []}
+        if has_segments:
+            self.columns["token_type_ids"] = []
+        if train:
+            self.columns |= {"start_positions": [], "end_positions": []}
+        self.windows: list[_Window] = []  # without `train`
+        for first in range(0, len(questions), 1000):  # all tokens as lists would fill gigabytes
+            batch = questions[first : first + 1000]
+            encoded = tokenizer(
+                _shortened(tokenizer, [q.question for q in batch], min(room, _LONGEST_QUESTION)),
+                [q.context for q in batch],
+                truncation="only_second",
+                max_length=max_length,
+                stride=stride,
+                return_overflowing_tokens=True,
+            )
+            samples = encoded["overflow_to_sample_mapping"]
+            for encoding, sample in zip(encoded.encodings, samples, strict=True):
+                ids = np.array(encoding.ids, np.int32)
+                self.columns["input_ids"].append(ids)
+                if has_segments:
+                    self.columns["token_type_ids"].append(np.array(encoding.type_ids, np.int8))
+                cls = int((ids == tokenizer.cls_token_id).argmax())
+                in_context = np.array(encoding.sequence_ids) == 1
+                characters = np.array(encoding.offsets, np.int32)[in_context]
+                window = _Window(first + sample, cls, int(in_context.argmax()), characters)
+                if train:
+                    start, end = window.answer(batch[sample])
+                    self.columns["start_positions"].append(start)
+                    self.columns["end_positions"].append(end)
+                else:
+                    self.windows.append(window)
+
+    def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+    def __getitem__(self, index: int) -> dict[str, list[int] | int]:
+        item = {name: column[index] for name, column in self.columns.items()}
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in item.items()}
+
+
+def predict_spans(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    batch_size: int = 32,
+    null_threshold: float | None = None,
+    max_length: int = 384,
+) -> dict[str, str]:
+    """The answers of a model: of each question's spans the one with the highest sum of logits.
+
+    They are the spans of up to 30 tokens in all windows of its text, and all are compared, where
+    BERT's own script combines the 20 best starts and ends.
+
+    Args:
+        model: One for question answering.
+        tokenizer: Its tokenizer.
+        questions: Their answers are not looked at.
+        batch_size: Windows per forward pass; they are batched by length.
+        null_threshold: The answer is empty if the logits of ``[CLS]``, in the window where their
+            sum is least, exceed those of the best span by more than this: 0 for SQuAD 2.0. None
+            gives every question an answer: SQuAD 1.1.
+        max_length: Tokens of a window, or what model and tokenizer take if that is less. A third
+            is shared with the window before.
+
+    Returns:
+        The answers by the questions' ids.
+
+    Raises:
+        ValueError: If the model has no head for spans.
+    """
+    if not type(model).__name__.endswith("ForQuestionAnswering"):
+        raise ValueError(
+            f"a {type(model).__name__} has no head for spans; use a model for question answering."
+        )
+    max_length = min(max_length, max_tokens(model, tokenizer))
+    dataset = SpanDataset(tokenizer, questions, max_length, max_length // 3, train=False)
+    best = [(-math.inf, "")] * len(questions)
+    null = [math.inf] * len(questions)
+    for window, starts, ends in _window_logits(model, tokenizer, dataset, batch_size):
+        i = window.question
+        null[i] = min(null[i], (starts[window.cls] + ends[window.cls]).item())
+        context = slice(window.context, window.context + len(window.characters))
+        score, first, last = _best_span(starts[context], ends[context])
+        if score > best[i][0]:
+            begin, end = window.characters[first, 0], window.characters[last, 1]
+            best[i] = score, questions[i].context[begin:end]
+    threshold = math.inf if null_threshold is None else null_threshold
+    return {
+        question.id: "" if null_score - score > threshold else text
+        for question, (score, text), null_score in zip(questions, best, null, strict=True)
+    }
+
+
+def squad_metrics(
+    predictions: Mapping[str, str], questions: Sequence[Question]
+) -> dict[str, float]:
+    """SQuAD's metrics, by the rules of the script of version 2.0.
+
+    Case, punctuation, articles and surplus spaces do not count, and of several right answers the
+    nearest does. A question without answers is answered by the empty text alone.
+
+    Args:
+        predictions: An answer for every question, by id.
+        questions: With the right answers.
+
+    Returns:
+        ``exact_match`` and ``f1``, that of the words shared, in per cent.
+
+    Raises:
+        ValueError: If there are no questions, or one has no prediction.
+    """
+    if not questions:
+        raise ValueError("there are no questions, and so no metrics; give at least one.")
+    if missing := [question.id for question in questions if question.id not in predictions]:
+        raise ValueError(
+            f"{len(missing)} of {len(questions)} questions have no prediction, such as "
+            f"{missing[0]!r}; an unanswered question needs the prediction ''."
+        )
+    exact = f1 = 0.0
+    for question in questions:
+        prediction = _words(predictions[question.id])
+        answers = [words for text in question.answers if (words := _words(text))] or [[]]
+        exact += any(prediction == words for words in answers)
+        f1 += max(_f1(prediction, words) for words in answers)
+    return {"exact_match": 100 * exact / len(questions), "f1": 100 * f1 / len(questions)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Where a window's tokens come from.
+
+    Args:
+        question: Its index.
+        cls: The token that stands for no answer.
+        context: The first token of the text.
+        characters: Shape ``(tokens of the text, 2)``: where in the text each begins and ends.
+    """
+
+    question: int
+    cls: int
+    context: int
+    characters: np.ndarray
+
+    def answer(self, question: Question) -> tuple[int, int]:
+        """The first and the last token of the first answer, or twice ``cls`` if it is not here."""
+        if question.answers and len(self.characters):
+            text, start = question.answers[0], question.starts[0]
+            begin = start + len(text) - len(text.lstrip())  # spaces are in no token
+            end = start + len(text.rstrip())
+            if self.characters[0, 0] <= begin and end <= self.characters[-1, 1]:
+                first = np.searchsorted(self.characters[:, 1], begin, side="right")
+                last = np.searchsorted(self.characters[:, 0], end, side="left") - 1
+                return self.context + int(first), self.context + int(last)
+        return self.cls, self.cls
+
+
+def _shortened(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: int) -> list[str]:
+    """The texts up to this many tokens."""
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    spans = tokenizer(texts, **options)["offset_mapping"]
+    return [
+        text[: span[tokens - 1][1]] if len(span) > tokens else text
+        for text, span in zip(texts, spans, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _window_logits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: SpanDataset,
+    batch_size: int,
+) -> Iterator[tuple[_Window, Tensor, Tensor]]:
+    """Each window with the logits of its tokens as start and as end, float32, on the CPU."""
+    lengths = [len(ids) for ids in dataset.columns["input_ids"]]
+    order = sorted(range(len(dataset)), key=lengths.__getitem__, reverse=True)
+    batches = DataLoader(
+        Subset(dataset, order), batch_size, collate_fn=DataCollatorWithPadding(tokenizer)
+    )
+    windows = iter([dataset.windows[i] for i in order])
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            is_token = batch["attention_mask"].bool()
+            output = model(**batch.to(model.device))
+            logits = output.start_logits.float().cpu(), output.end_logits.float().cpu()
+            for mask, starts, ends in zip(is_token, *logits, strict=True):
+                yield next(windows), starts[mask], ends[mask]
+    finally:
+        model.train(was_training)
+
+
+def _best_span(starts: Tensor, ends: Tensor) -> tuple[float, int, int]:
+    """The highest sum of a start and of an end that is at most 29 tokens behind it, and both."""
+    ends = pad(ends, (0, _LONGEST_ANSWER - 1), value=-math.inf).unfold(0, _LONGEST_ANSWER, 1)
+    scores = starts[:, None] + ends  # [start, tokens behind it]
+    first, behind = divmod(int(scores.argmax()), _LONGEST_ANSWER)
+    return scores[first, behind].item(), first, first + behind
+
+
+def _words(text: str) -> list[str]:
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _f1(prediction: list[str], answer: list[str]) -> float:
+    if not prediction or not answer:
+        return float(prediction == answer)
+    shared = (Counter(prediction) & Counter(answer)).total()
+    return 2 * shared / (len(prediction) + len(answer))  # of precision and recall
