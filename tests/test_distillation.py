@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,10 @@ from kroneckerbert.distillation import (
     attention_scores,
     clock,
     distillation_terms,
+    scores,
 )
-from kroneckerbert.distillation import terms as terms_module
 from kroneckerbert.distillation import trainer as trainer_module
+from kroneckerbert.distillation.pairing import layer_pairs
 
 LENGTHS = (7, 1, 4)  # real tokens of the three sequences of `padded_batch`
 HEADS = (
@@ -88,7 +90,9 @@ def dataset(n: int = 16, length: int = 8, **columns) -> list[dict]:
 
 
 def trainer(tmp_path, student, teacher, data=None, **options) -> DistillationTrainer:
-    extra = {k: options.pop(k) for k in ("eval_dataset", "callbacks") if k in options}
+    extra = {
+        k: options.pop(k) for k in ("eval_dataset", "callbacks", "data_collator") if k in options
+    }
     options = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1} | options
     options = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True} | options
     args = DistillationConfig(output_dir=str(tmp_path), **options)
@@ -490,12 +494,12 @@ def test_accumulation_equals_one_large_batch_however_batches_differ(tmp_path, cl
 
 
 def test_a_students_layers_are_taught_by_the_layers_that_the_map_names():
-    assert terms_module.layer_pairs("uniform", 2, 6) == [3, 6]
-    assert terms_module.layer_pairs("uniform", 4, 6) == [2, 3, 5, 6]
-    assert terms_module.layer_pairs("uniform", 6, 6) == [1, 2, 3, 4, 5, 6]
-    assert terms_module.layer_pairs("first", 2, 6) == [1, 2]
-    assert terms_module.layer_pairs("last", 2, 6) == [5, 6]
-    assert terms_module.layer_pairs([6, 2, 2], 3, 6) == [6, 2, 2]
+    assert layer_pairs("uniform", 2, 6) == [3, 6]
+    assert layer_pairs("uniform", 4, 6) == [2, 3, 5, 6]
+    assert layer_pairs("uniform", 6, 6) == [1, 2, 3, 4, 5, 6]
+    assert layer_pairs("first", 2, 6) == [1, 2]
+    assert layer_pairs("last", 2, 6) == [5, 6]
+    assert layer_pairs([6, 2, 2], 3, 6) == [6, 2, 2]
     for layers, depth, message in (
         ([0, 1], 2, "must name a layer of the teacher, 1 to 6"),
         ([1, 2], 3, "for each of the student's 3"),
@@ -503,7 +507,7 @@ def test_a_students_layers_are_taught_by_the_layers_that_the_map_names():
         ("uniform", 7, "the student has 7 layers and the teacher 6"),
     ):
         with pytest.raises(ValueError, match=message):
-            terms_module.layer_pairs(layers, depth, 6)
+            layer_pairs(layers, depth, 6)
 
 
 @pytest.mark.parametrize("layer_map, taught", [("uniform", 2), ("first", 1), ("1", 1), ([2], 2)])
@@ -523,16 +527,27 @@ def test_a_shallower_student_learns_from_the_mapped_layers_only(tmp_path, layer_
     torch.testing.assert_close(want["hidden"], by_hand)
 
 
+def padded(rows: list[dict]) -> dict[str, Tensor]:
+    """Rows of any length as a batch."""
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
+    return {k: pad(v) if v[0].ndim else torch.stack(v) for k, v in columns.items()}
+
+
 @pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForQuestionAnswering])
 def test_a_cached_teacher_teaches_what_the_teacher_itself_does(tmp_path, cls):
     # Wider than any length or number of layers, which no axis may be mistaken for.
     teacher, histories = bert(cls, num_hidden_layers=3), []
     data = ragged(**UNEVEN[cls]())
+    for row in data:  # of their own lengths, which the batches are padded to
+        real = row["attention_mask"].bool()
+        row |= {name: row[name][real] for name in ("input_ids", "attention_mask")}
     for cached in (None, tmp_path / "cache", tmp_path / "cache"):
         student = perturbed(teacher)
         if len(histories) == 2:
             teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was asked"))
         options = {"teacher_cache": cached and str(cached), "max_steps": 16}
+        options["data_collator"] = padded
         run = trainer(tmp_path / "run", student, teacher, data, **options)
         run.train()
         histories.append(run.state.log_history)
@@ -743,7 +758,7 @@ def test_the_saved_config_does_not_know_how_it_was_distilled(tmp_path):
     run.save_model(tmp_path / "end")
     for folder in ("checkpoint-2", "end"):
         config = (tmp_path / folder / "config.json").read_text()
-        assert terms_module._SCORES not in config
+        assert scores._SCORES not in config
         assert json.loads(config)["hidden_dropout_prob"] == 0.1
         assert BertModel.from_pretrained(tmp_path / folder).config._attn_implementation == "sdpa"
 
@@ -951,6 +966,56 @@ def test_a_term_that_is_not_finite_is_named_at_the_first_step(tmp_path):
         trainer(tmp_path, student, teacher).train()
 
 
+SHARDED = """
+import copy, sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_distillation as t
+from kroneckerbert import compress
+from kroneckerbert.distillation.trainer import _let_record
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+teacher = t.bert(intermediate_size=64)
+student = compress(teacher, {
+    "query": {"a_shape": [4, 4], "rank": 2}, "word_embeddings": {"a_shape": [40, 4], "rank": 1},
+    "intermediate.dense": {"a_shape": [8, 2]}, "output.dense": {"a_shape": [2, 8]}}).train()
+batch = t.padded_batch()
+
+def step(model):
+    torch.manual_seed(0)
+    want = t.outputs(teacher, batch)
+    terms = t.distillation_terms(t.outputs(model, batch), want, batch["attention_mask"], t.ALL)
+    loss = sum(terms.values())
+    loss.backward()
+    return loss
+
+whole = copy.deepcopy(student)
+loss = step(whole)
+for part in (*student.encoder.layer, student):
+    fully_shard(part, mesh=mesh)
+_let_record(student)
+torch.testing.assert_close(step(student), loss)
+for (name, p), q in zip(student.named_parameters(), whole.parameters(), strict=True):
+    if q.grad is not None:
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=name)
+torch.distributed.destroy_process_group()
+"""
+
+
+def launch(processes: int, script: Path, *arguments: object) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, str(script), str(Path(__file__).parent)]
+    subprocess.run([*command, *map(str, arguments)], check=True, timeout=180)
+
+
+@pytest.mark.slow
+def test_parameters_in_shards_have_the_gradients_of_whole_ones(tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launch(2, tmp_path / "sharded.py")
+
+
 PROCESS = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -973,14 +1038,11 @@ if run.is_world_process_zero():
 @pytest.mark.slow
 def test_two_processes_train_and_report_as_one(tmp_path):
     (tmp_path / "process.py").write_text(PROCESS)
-    tests = str(Path(__file__).parent)
 
     def run(processes: int, minutes: float = 0.0):
         out = tmp_path / str(processes)
         out.mkdir(exist_ok=True)
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        arguments = [str(tmp_path / "process.py"), tests, str(out), str(processes), str(minutes)]
-        subprocess.run([sys.executable, *launch, *arguments], check=True, timeout=180)
+        launch(processes, tmp_path / "process.py", out, processes, minutes)
         return torch.load(out / "result.pt")
 
     (one, one_logs, one_metrics), (two, two_logs, two_metrics) = run(1), run(2)

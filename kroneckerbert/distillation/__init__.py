@@ -7,7 +7,8 @@ model or batch cannot give does not apply.
 """
 
 from kroneckerbert.distillation.config import DistillationConfig
-from kroneckerbert.distillation.terms import TERMS, attention_scores, distillation_terms
+from kroneckerbert.distillation.scores import attention_scores
+from kroneckerbert.distillation.terms import TERMS, distillation_terms
 from kroneckerbert.distillation.trainer import DistillationTrainer
 
 __all__ = [

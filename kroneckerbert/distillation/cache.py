@@ -60,7 +60,10 @@ class TeacherCache:
         self.shapes: dict[str, list] = about["shapes"]
         self.lengths = torch.tensor(about["lengths"])
         sizes = {name: _sizes(shape, self.lengths) for name, shape in self.shapes.items()}
-        self.starts = {name: size.cumsum(0) - size for name, size in sizes.items()}
+        order = torch.tensor(by_length(about["lengths"]))
+        self.starts = {name: torch.empty_like(size) for name, size in sizes.items()}
+        for name, size in sizes.items():
+            self.starts[name][order] = size[order].cumsum(0) - size[order]
         self.files = {
             name: torch.from_file(
                 str(folder / f"{name}.bin"),
@@ -110,20 +113,20 @@ def write(
     batches: Iterable[Mapping[str, Tensor]],
     teach: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
 ) -> None:
-    """Run the teacher over a data set and keep what it says, row after row.
+    """Run the teacher over a data set and keep what it says.
 
     Args:
         folder: New, or one that an earlier call wrote; complete or untouched, whatever happens.
         about: What the outputs depend on, by name, see :func:`fits`.
         lengths: Tokens of every row.
-        batches: The rows in order, padded on the right.
+        batches: The rows in the order of :func:`by_length`, padded on the right.
         teach: The teacher's tensors for a batch, as :func:`captured` gives them.
 
     Raises:
         OSError: If the disk has no room for it.
         ValueError: If an output does not fit float16.
     """
-    row, shapes, files = 0, {}, {}
+    order, shapes, files = iter(by_length(lengths)), {}, {}
     with replace_folder(folder) as new:
         with ExitStack() as stack:
             for batch in batches:
@@ -132,6 +135,7 @@ def write(
                     shapes = {name: _shape(name, value) for name, value in outputs.items()}
                     _check_room(folder, shapes, torch.tensor(lengths))
                     files = {n: stack.enter_context(open(new / f"{n}.bin", "wb")) for n in shapes}
+                taken = [lengths[next(order)] for _ in batch[_IDS]]
                 for name, value in outputs.items():
                     if name != _IDS:
                         value = value.to(_DTYPE)
@@ -141,11 +145,10 @@ def write(
                                 "unset teacher_cache."
                             )
                     value = value.cpu()
-                    for i in range(len(value)):
-                        ends = [lengths[row + i] if n is None else n for n in shapes[name]]
-                        part = value[i][tuple(slice(end) for end in ends)].contiguous()
+                    for row, length in zip(value, taken, strict=True):
+                        ends = [length if n is None else n for n in shapes[name]]
+                        part = row[tuple(slice(end) for end in ends)].contiguous()
                         files[name].write(part.numpy().data)
-                row += len(batch[_IDS])
         about = about | {"lengths": lengths, "shapes": shapes}
         (new / "about.json").write_text(json.dumps(about))
 
@@ -187,6 +190,11 @@ def lengths_and_digest(rows: Dataset) -> tuple[list[int], str]:
         digest.update(ids.numpy().data)
         lengths.append(len(ids))
     return lengths, digest.hexdigest()
+
+
+def by_length(lengths: list[int]) -> list[int]:
+    """Rows in the order in which they are computed and kept: next to others as long, for speed."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
 
 def captured(output: ModelOutput) -> dict[str, Tensor]:

@@ -12,23 +12,21 @@ from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, Subset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import ModelOutput
 from transformers.utils.generic import find_labels
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from kroneckerbert.distillation import cache
 from kroneckerbert.distillation.clock import Deadline, TimeBar
 from kroneckerbert.distillation.config import DistillationConfig
-from kroneckerbert.distillation.terms import (
-    TERMS,
-    attention_scores,
-    distillation_terms,
-    layer_pairs,
-)
+from kroneckerbert.distillation.pairing import DETECTOR, check_pair
+from kroneckerbert.distillation.scores import attention_scores
+from kroneckerbert.distillation.terms import TERMS, distillation_terms
 
 # Heads with a label for each token: their loss is computed here, where a batch's share of all
 # labels is known and a batch without any is no division by zero.
@@ -77,13 +75,14 @@ class DistillationTrainer(Trainer):
                 "The distillation loss replaces label_smoothing_factor and compute_loss_func: "
                 "leave both unset."
             )
-        _check_pair(model, teacher, args)
+        check_pair(model, teacher, args)
         super().__init__(model, args, **trainer_kwargs)
         self.model_accepts_loss_kwargs = False  # loss_is_scaled_for_ga, for transformers < 5.19
         dtype = getattr(torch, args.teacher_dtype) if args.teacher_dtype else None
         self.teacher = teacher.to(args.device, dtype).eval()
         self._not_for_teacher = {*self.label_names, *find_labels(type(teacher)), cache.ROW}
-        self._token_labels = type(self.model).__name__.endswith(_TOKEN_LABELS)
+        name = type(self.model).__name__
+        self._token_labels = name.endswith(_TOKEN_LABELS) and not name.endswith(DETECTOR)
         self._train_means, self._eval_means = _TermMeans(), _TermMeans()
         self._first_batch = True
         self._cache: cache.TeacherCache | None = None
@@ -174,6 +173,8 @@ class DistillationTrainer(Trainer):
             "output_attentions": weights["attention"] != 0,
             "return_dict": True,
         }
+        if self._first_batch:
+            _let_record(self.model)
         shares = self._shares(inputs, num_items_in_batch)
         own = self._token_labels and "labels" in inputs and weights["labels"] != 0
         with self._scores():
@@ -352,7 +353,11 @@ class DistillationTrainer(Trainer):
             "output_attentions": weights["attention"] != 0,
         }
         collate = self._get_collator_with_removed_columns(self.data_collator)
-        batches = DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=collate)
+        batches = DataLoader(
+            Subset(rows, cache.by_length(lengths)),
+            self.args.per_device_eval_batch_size,
+            collate_fn=collate,
+        )
 
         @torch.no_grad()
         def teach(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -494,6 +499,14 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             layer.p = p
 
 
+def _let_record(model: PreTrainedModel) -> None:
+    """FSDP2 gives what it shards classes of its own, of which transformers records no outputs."""
+    for module in model.modules():
+        recorded = getattr(module, "_can_record_outputs", None)
+        if isinstance(module, PreTrainedModel) and not _CAN_RECORD_REGISTRY.get(module):
+            _CAN_RECORD_REGISTRY[module] = recorded
+
+
 def _not_finite(model: nn.Module) -> list[str]:
     return [
         name
@@ -522,50 +535,3 @@ def _token_loss(
 def _alone(values: tuple) -> object:
     """As Trainer hands on predictions: None, the only one, or a tuple of several."""
     return values if len(values) > 1 else next(iter(values), None)
-
-
-def _check_pair(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationConfig):
-    if student is teacher:
-        raise ValueError("student and teacher are the same object; pass a copy.deepcopy of one.")
-    owned = {id(p): name for name, p in teacher.named_parameters()}
-    for name, p in student.named_parameters():
-        if id(p) in owned:
-            raise ValueError(
-                f"The student's {name} is the teacher's {owned[id(p)]}: training would change the "
-                "teacher. Build the student from copy.deepcopy(teacher)."
-            )
-    weights = args.weights
-    compared = {
-        "vocab_size": "their tokens must be the same",
-        "pad_token_id": "their tokens must be the same",
-    }
-    if weights["embedding"] != 0 or weights["hidden"] != 0:
-        compared["hidden_size"] = "hidden states are compared without projections"
-    if weights["attention"] != 0:
-        compared["num_attention_heads"] = "scores are compared head by head"
-    for name, why in compared.items():
-        s, t = getattr(student.config, name), getattr(teacher.config, name)
-        if s != t:
-            raise ValueError(
-                f"student and teacher must agree on {name}, got {s} and {t}: {why}. Compress this "
-                "teacher, choose the student's own, or set the weights of such terms to 0."
-            )
-    if weights["hidden"] != 0 or weights["attention"] != 0:
-        depths = (model.config.num_hidden_layers for model in (student, teacher))
-        layer_pairs(args.layer_map, *depths)
-    # Only classes with a classifier have the attribute; a config has num_labels in any case.
-    s, t = getattr(student, "num_labels", None), getattr(teacher, "num_labels", None)
-    if s is None or t is None:
-        return
-    if s != t:
-        raise ValueError(
-            f"student and teacher must agree on num_labels, got {s} and {t}: load both with the "
-            "task's num_labels."
-        )
-    s, t = ([*model.config.id2label.values()] for model in (student, teacher))
-    named = not any(name.startswith("LABEL_") for name in (*s, *t))
-    if named and [name.lower() for name in s] != [name.lower() for name in t]:
-        raise ValueError(
-            f"student and teacher must agree on the order of labels, got {s} and {t}: load both "
-            "with the same id2label."
-        )
