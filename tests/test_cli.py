@@ -257,6 +257,55 @@ def test_weights_of_the_loss_reach_the_training(tmp_path, teacher, texts):
     assert "loss hidden" in output and "loss attention" not in output
 
 
+def test_evaluating_a_task_reads_files_and_folders_and_tells_the_papers_numbers(
+    tmp_path, classifier, table
+):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = "1\tgood film\n0\tthis is bad\n" * 8
+    for name in ("sst2_dev.tsv", "imdb_test.tsv"):
+        (folder / name).write_text(rows)
+    config = json.loads((classifier / "config.json").read_text())
+    names = {"id2label": {"0": "negative", "1": "positive"}}
+    names["label2id"] = {"negative": 0, "positive": 1}
+    (classifier / "config.json").write_text(json.dumps(config | names))
+    student = student_of(classifier)
+    of_folder = succeeds(
+        "evaluate", student, "--task", "sst2", "--data", folder, "--teacher", classifier
+    )
+    assert "16 rows of validation" in of_folder and "91.1" in of_folder
+    of_file = succeeds("evaluate", student, "--task", "sst2", "--data", folder / "sst2_dev.tsv")
+    cells = [
+        next(line for line in told.splitlines() if "accuracy" in line).split("│")[2]
+        for told in (of_folder, of_file)
+    ]
+    assert cells[0].strip() == cells[1].strip()
+    assert "test" in succeeds("evaluate", student, "--task", "imdb", "--data", folder)
+    assert "there is no task 'sst3'" in fails("evaluate", student, "--task", "sst3")
+    assert "has no split 'new'" in fails("evaluate", student, "--task", "sst2", "--split", "new")
+    assert "rte_dev.tsv" in fails("evaluate", student, "--task", "rte", "--data", folder)
+    assert "--data must be a file" in fails("evaluate", student, "--data", folder)
+    assert "--data must be a file" in fails("evaluate", student)
+
+
+def test_recipes_are_listed_and_run(tmp_path, monkeypatch):
+    told = succeeds("recipes")
+    for name in ("kronecker-bert-8", "kronecker-bert-21", "minilm-minutes"):
+        assert name in told
+    calls = []
+    monkeypatch.setattr("kroneckerbert.recipe.run", lambda *arguments: calls.append(arguments))
+    options = ["--task", "rte", "--task", "sst2", "--seed", 3, "--set", "stage2.max_length=64"]
+    succeeds("reproduce", "kronecker-bert-8", *options, "--data", tmp_path)
+    recipe, *others = calls[0]
+    assert recipe.tasks["rte"].stage2.max_length == 64
+    assert others == [Path("runs/kronecker-bert-8"), tmp_path, ["rte", "sst2"], [3]]
+    succeeds("reproduce", "minilm-minutes", "--output", tmp_path / "out")
+    assert calls[1][1:] == (tmp_path / "out", None, None, None)
+    assert "one of kronecker-bert-21" in fails("reproduce", "absent")
+    line = fails("reproduce", "minilm-minutes", "--set", "stage1.arguments.lr=1")
+    assert "stage1.arguments.lr is unknown" in line
+
+
 def test_benchmark_states_threads_and_writes_what_it_prints(tmp_path, teacher):
     student, numbers = student_of(teacher), tmp_path / "deep" / "numbers.json"
     options = ["--batch", 1, "--batch", 2, "--tokens", 8, "--threads", 1, "--seconds", 0.01]
@@ -387,5 +436,5 @@ def test_the_module_runs_as_the_command(monkeypatch, capsys):
     assert exit.value.code == 0
     output = capsys.readouterr().out
     assert "Usage: kroneckerbert [OPTIONS] COMMAND" in output
-    for name in ("compress", "distill", "evaluate", "benchmark", "demo"):
+    for name in ("compress", "distill", "evaluate", "benchmark", "reproduce", "recipes", "demo"):
         assert name in output

@@ -140,7 +140,7 @@ class DistillationTrainer(Trainer):
         """Real tokens, pairs of them, rows and labels of a batch."""
         ids = batch["input_ids"]
         mask = batch.get("attention_mask")
-        lengths = (torch.ones_like(ids) if mask is None else mask != 0).sum(-1).double()
+        lengths = (torch.ones_like(ids) if mask is None else mask != 0).sum(-1).float()
         labels = batch.get("labels")
         if labels is None:
             labels = ids.new_zeros(len(ids))  # one for each row, such as a span
@@ -148,7 +148,7 @@ class DistillationTrainer(Trainer):
             labels = labels[..., 1:]
         counts = (lengths.sum(), lengths.square().sum(), len(ids), labels.ne(-100).sum())
         return torch.stack(
-            [torch.as_tensor(n, dtype=torch.double, device=ids.device) for n in counts]
+            [torch.as_tensor(n, dtype=torch.float, device=ids.device) for n in counts]
         )
 
     def training_step(self, *args, **kwargs) -> Tensor:
@@ -243,7 +243,7 @@ class DistillationTrainer(Trainer):
             return dict.fromkeys(kinds, 1.0)
         parts = self.current_gradient_accumulation_steps * self.args.world_size
         sizes = self._sizes(inputs).to(totals.device)
-        return dict(zip(kinds, (parts * sizes / totals.clamp(min=1)).float(), strict=True))
+        return dict(zip(kinds, parts * sizes / totals.clamp(min=1), strict=True))
 
     def prediction_step(
         self,
