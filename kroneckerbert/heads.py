@@ -8,18 +8,15 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 
-def with_head_of(
-    teacher: PreTrainedModel, source: str | os.PathLike, own: bool = True
-) -> PreTrainedModel:
+def with_head_of(teacher: PreTrainedModel, source: str | os.PathLike) -> PreTrainedModel:
     """A student with the teacher's kind of head.
 
     Args:
         teacher: A model with a head, fine-tuned.
         source: Name or folder of the student.
-        own: Leave the head that the student has, if it is of this kind.
 
     Returns:
-        The student with its own head, or else with a copy of the teacher's, and of its pooler,
+        The student with its own head if it is of this kind, or else with a copy of the teacher's, and of its pooler,
         which fine-tuning changes too: both read the same hidden states.
 
     Raises:
@@ -34,7 +31,7 @@ def with_head_of(
         )
     student_config = AutoConfig.from_pretrained(source)
     names = student_config.architectures or []
-    if own and any(name.endswith(f"For{head}") for name in names):
+    if any(name.endswith(f"For{head}") for name in names):
         return auto.from_pretrained(source)
     for name in ("id2label", "label2id", "problem_type"):
         setattr(student_config, name, getattr(teacher.config, name))
