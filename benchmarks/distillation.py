@@ -20,7 +20,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -92,14 +92,20 @@ def random_start(model: PreTrainedModel, times: int) -> PreTrainedModel:
     return student
 
 
-def data_aware(model: PreTrainedModel, times: int, texts: list[str]) -> PreTrainedModel:
+def data_aware(model: PreTrainedModel, form: str | dict, texts: list[str]) -> PreTrainedModel:
     batches = [
         TOKENIZER(
             texts[i : i + 32], padding=True, truncation=True, max_length=64, return_tensors="pt"
         )
         for i in range(0, 512, 32)
     ]
-    return compress(model, f"kronecker-bert-{times}", calibration=batches, sequential=True)
+    return compress(model, form, calibration=batches, sequential=True)
+
+
+def mixed(model: PreTrainedModel) -> dict:
+    """The 8x student's products, and as many ranks of its words as fit in their size."""
+    words = {"embeddings.word_embeddings": low_rank(47, 0, 0)["word_embeddings"]}
+    return kronecker(model, 8).config.kronecker_factors | words
 
 
 def shallow(model: PreTrainedModel) -> PreTrainedModel:
@@ -113,7 +119,10 @@ def shallow(model: PreTrainedModel) -> PreTrainedModel:
 STUDENTS: dict[str, Callable[[PreTrainedModel, list[str]], PreTrainedModel]] = {
     "Kronecker 8x": lambda model, texts: kronecker(model, 8),
     "SVD 8x": lambda model, texts: compress(model, low_rank(47, 48, 19)),
-    "Kronecker 8x, data-aware start": lambda model, texts: data_aware(model, 8, texts),
+    "Kronecker 8x, data-aware start": lambda model, texts: data_aware(
+        model, "kronecker-bert-8", texts
+    ),
+    "Kronecker 8x, low-rank words": lambda model, texts: data_aware(model, mixed(model), texts),
     "one dense layer 8x": lambda model, texts: shallow(model),
     "Kronecker 8x, random start": lambda model, texts: random_start(model, 8),
     "Kronecker 21x": lambda model, texts: kronecker(model, 21),
@@ -135,24 +144,34 @@ Job = tuple[str, Callable[[Path, Path, Path], dict], list[str]]
 
 def jobs() -> Iterator[Job]:
     """In the order of their worth: name, what to run, names that must be done before."""
-    first, second, third, shallow, random_8x, *of_21x = STUDENTS
+    first, second, third, fourth, shallow, random_8x, *of_21x = STUDENTS
     others = [task for task in TASKS if task != "sst2"]
     yield _teacher("sst2")
-    for name in (first, second, third, shallow):
+    for name in (first, second, third, fourth, shallow):
         yield from (_stage1(name), _stage2("sst2", name))
-    yield from map(_teacher, others)
-    yield from (_stage2(task, name) for task in others for name in (first, second, shallow))
-    yield from (_stage2("sst2", name, seed=seed) for seed in (1, 2) for name in (first, second))
-    yield from map(_stage1, of_21x)
-    yield from (_stage2("sst2", name) for name in of_21x)
+    yield from _on("trec", (first, second, fourth))
     yield from (_stage2("sst2", first, ablation) for ablation in ABLATIONS)
-    yield from (_teacher("squad"), _stage2("squad", first), _stage2("squad", second))
-    yield from (_stage2(task, third) for task in others)
-    yield from (_stage1(random_8x), *(_stage2(task, random_8x) for task in TASKS))
-    yield from (_stage2(task, name) for task in others for name in of_21x)
+    yield from _on("stsb", (first, second, fourth))
+    yield from (_stage1(of_21x[0]), _stage2("sst2", of_21x[0]))
+    yield from _on("mrpc", (first, second, fourth))
+    yield from _on("cola", (first, second, fourth))
+    yield from _on("squad", (first, second))
+    yield from (_stage1(random_8x), _stage2("sst2", random_8x))
+    yield from (_stage1(of_21x[1]), _stage2("sst2", of_21x[1]))
+    yield from (
+        _stage2("sst2", name, seed=seed) for seed in (1, 2) for name in (first, second, fourth)
+    )
+    yield from (
+        _stage2(task, name) for task in others for name in (third, shallow, random_8x, *of_21x)
+    )
     yield from (_stage2("mrpc", first, ablation) for ablation in ABLATIONS)
     for seed in (1, 2):
         yield from (_stage2(task, name, seed=seed) for task in TASKS for name in STUDENTS)
+
+
+def _on(task: str, students: Iterable[str]) -> Iterator[Job]:
+    yield _teacher(task)
+    yield from (_stage2(task, name) for name in students)
 
 
 def _teacher(task: str) -> Job:

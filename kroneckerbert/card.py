@@ -87,8 +87,8 @@ def model_card(
             paths only the last part. Licence, language and data are in its ``card``.
         scores: In the order of the table.
         seed: The student's own, of those in ``scores``; its scores are the metadata's.
-        latency: What ``recipe.run`` measured: ``machine``, ``threads``, ``tokens`` and, by batch
-            size, ``milliseconds`` of ``teacher`` and ``student``.
+        latency: What ``reproduction.run`` measured: ``machine``, ``threads``, ``tokens`` and, by
+            batch size, ``milliseconds`` of ``teacher`` and ``student``.
 
     Returns:
         ``str(card)`` is the file; ``card.save(path)`` writes it.

@@ -480,15 +480,14 @@ def _evaluate_task(
     names: list[str], name: str, split: str | None, data: Path | None, batch_size: int
 ) -> None:
     """The task's metrics of each model, and what the paper reports, in per cent."""
-    from kroneckerbert.squad import read_squad
-    from kroneckerbert.tasks import TASKS, _from_file, compare, evaluate_task, read_task
+    from kroneckerbert.tasks import TASKS, compare, evaluate_task, read_file, read_task
 
     task = TASKS.get(name)
     split = split or (task.evaluation if task else "validation")
     if task is None or data is None or data.is_dir():
         rows = read_task(name, split, data)
     else:
-        rows = read_squad(data) if task.kind == "span" else _from_file(task, data)
+        rows = read_file(task, data)
     tokenizer = _tokenizer(names[0])
     columns = []
     for source in names:
@@ -536,7 +535,8 @@ def reproduce(
     The same command goes on where a run was interrupted. For several GPUs: torchrun
     --nproc-per-node 4 -m kroneckerbert reproduce ..., or accelerate launch.
     """
-    from kroneckerbert.recipe import load, run
+    from kroneckerbert.recipe import load
+    from kroneckerbert.reproduction import run
 
     told = load(recipe, change or ())
     run(told, output or Path("runs") / Path(recipe).stem, data, task or None, seed or None)

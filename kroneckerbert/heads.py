@@ -16,8 +16,8 @@ def with_head_of(teacher: PreTrainedModel, source: str | os.PathLike) -> PreTrai
         source: Name or folder of the student.
 
     Returns:
-        The student with its own head if it is of this kind, or else with a copy of the teacher's, and of its pooler,
-        which fine-tuning changes too: both read the same hidden states.
+        The student with its own head if it is of this kind, or else with a copy of the teacher's,
+        and of its pooler, which fine-tuning changes too: both read the same hidden states.
 
     Raises:
         TypeError: If the teacher has no head, or of a kind that transformers does not load by name.

@@ -314,8 +314,24 @@ def read_task(name: str, split: str, data: Path | None = None) -> Table | Questi
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(task.splits)}.")
     if data is None:
         return _from_hub(task, split)
-    path = _find(task, split, Path(data))
-    return read_squad(path) if task.kind == "span" else _from_file(task, path)
+    return read_file(task, _find(task, split, Path(data)))
+
+
+def read_file(task: Task, path: Path) -> Table | Questions:
+    """All rows of a file of the task, whatever its name.
+
+    Args:
+        task: The task.
+        path: In a format of :func:`read_task`, plain or compressed (``.gz``).
+
+    Returns:
+        As :func:`read_task`.
+
+    Raises:
+        ValueError: If the rows break the format, have no labels or labels that are not the task's.
+        OSError: If the file cannot be read.
+    """
+    return read_squad(path) if task.kind == "span" else _read_rows(task, path)
 
 
 def match_labels(task: Task, table: Table, config: PreTrainedConfig) -> Table:
@@ -463,7 +479,7 @@ def _find(task: Task, split: str, folder: Path) -> Path:
     )
 
 
-def _from_file(task: Task, path: Path) -> Table:
+def _read_rows(task: Task, path: Path) -> Table:
     rows = [line.split("\t") for line in read_lines(path)]
     columns = task.file_columns or task.columns
     header = rows[0]

@@ -293,7 +293,8 @@ def test_recipes_are_listed_and_run(tmp_path, monkeypatch):
     for name in ("kronecker-bert-8", "kronecker-bert-21", "minilm-minutes"):
         assert name in told
     calls = []
-    monkeypatch.setattr("kroneckerbert.recipe.run", lambda *arguments: calls.append(arguments))
+    run = "kroneckerbert.reproduction.run"
+    monkeypatch.setattr(run, lambda *arguments: calls.append(arguments))
     options = ["--task", "rte", "--task", "sst2", "--seed", 3, "--set", "stage2.max_length=64"]
     succeeds("reproduce", "kronecker-bert-8", *options, "--data", tmp_path)
     recipe, *others = calls[0]

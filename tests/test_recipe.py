@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForPreTraining, BertTokenizer, TrainingArguments
 
-from kroneckerbert import DistillationConfig, curves, recipe
+from kroneckerbert import DistillationConfig, curves, recipe, reproduction
 
 WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 GLUE = {"mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte"}
@@ -100,7 +100,7 @@ def files(folder: Path) -> dict[Path, int]:
 def finished(sources, tmp_path_factory) -> Path:
     """The output of the tiny recipe, run without interruption."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    recipe.run(recipe.parse(given.__wrapped__(sources)), output, sources / "data")
+    reproduction.run(recipe.parse(given.__wrapped__(sources)), output, sources / "data")
     return output
 
 
@@ -239,14 +239,14 @@ def test_a_second_run_does_nothing_and_a_new_seed_only_its_own(
 ):
     before = files(finished)
     capsys.readouterr()
-    recipe.run(recipe.parse(given), finished, sources / "data")
+    reproduction.run(recipe.parse(given), finished, sources / "data")
     told = capsys.readouterr().out
     assert files(finished) == before
     assert not [line for line in told.splitlines() if line.startswith("- ")]
     # The teacher's score is told before its student's, and the processes before everything.
     assert told.index("process(es)") < told.index("sst2, stage 2: 4 rows a step = 1 device(s) x 4")
     assert told.index("accuracy, teacher") < told.index("accuracy, student")
-    recipe.run(recipe.parse(given), finished, sources / "data", seeds=[5])
+    reproduction.run(recipe.parse(given), finished, sources / "data", seeds=[5])
     new = files(finished).keys() - before.keys()
     assert new == {finished / "stage2/sst2/seed-5/model.safetensors"}
 
@@ -254,7 +254,7 @@ def test_a_second_run_does_nothing_and_a_new_seed_only_its_own(
 def test_a_changed_recipe_is_told_what_changed_and_what_to_delete(finished, sources, given):
     given["stage1"]["arguments"]["learning_rate"] = 0.5
     with pytest.raises(ValueError) as caught:
-        recipe.run(recipe.parse(given), finished, sources / "data")
+        reproduction.run(recipe.parse(given), finished, sources / "data")
     message = str(caught.value)
     assert "stage1.arguments.learning_rate was not set and is 0.5" in message
     assert f"Delete {finished / 'stage1'}" in message
@@ -264,7 +264,7 @@ def test_other_evaluations_are_done_again(finished, sources, given):
     before = files(finished)
     given["evaluation"] = {}
     given["stage1"]["arguments"]["logging_steps"] = 3  # no weight depends on it
-    results = recipe.run(recipe.parse(given), finished, sources / "data")
+    results = reproduction.run(recipe.parse(given), finished, sources / "data")
     assert {score["task"] for score in results["scores"]} == {"sst2"}
     assert files(finished) == before
 
@@ -279,7 +279,7 @@ def test_regressions_spans_own_teachers_caches_and_no_stage_1(finished, sources,
         "stsb": {"stage2": {"cache_teacher": True}},
         "squad": {"stage2": {"max_length": 32}, "fine_tuning": {"max_length": 32}},
     }
-    results = recipe.run(recipe.parse(given), tmp_path / "out", sources / "data")
+    results = reproduction.run(recipe.parse(given), tmp_path / "out", sources / "data")
     assert results["latency"] is None
     assert {s["task"] for s in results["scores"]} == {"sst2", "stsb", "squad"}
     assert (tmp_path / "out/cache/stsb/about.json").exists()
@@ -294,7 +294,7 @@ def test_missing_things_are_told_before_any_work(sources, given, tmp_path):
 
     def message(data=sources / "data", **changes) -> str:
         with pytest.raises((ValueError, OSError, ImportError)) as caught:
-            recipe.run(recipe.parse(given | changes), output, data)
+            reproduction.run(recipe.parse(given | changes), output, data)
         assert not (output / "start").exists()
         return str(caught.value)
 
@@ -318,12 +318,12 @@ def test_missing_things_are_told_before_any_work(sources, given, tmp_path):
 def test_heads_that_the_teacher_lacks_are_refused(finished, sources, given, tmp_path):
     given["teacher"] = str(finished / "teacher/sst2")
     with pytest.raises(ValueError, match=r"has not the .* tensors of stage1\.heads"):
-        recipe.run(recipe.parse(given), tmp_path / "out", sources / "data")
+        reproduction.run(recipe.parse(given), tmp_path / "out", sources / "data")
 
 
 KILLED = """
     import os, signal, sys
-    from kroneckerbert import recipe
+    from kroneckerbert import reproduction
     from transformers import Trainer
     name, output, data, training, step = sys.argv[1:]
     take = Trainer.training_step
@@ -332,7 +332,7 @@ KILLED = """
             os.kill(os.getpid(), signal.SIGKILL)
         return take(self, *args, **kwargs)
     Trainer.training_step = last_step
-    recipe.run(name, output, data)
+    reproduction.run(name, output, data)
 """
 
 
@@ -350,7 +350,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(finished, sources, given, tmp_
         )
         assert process.returncode == -9, process.stderr
         assert list((output / "training").rglob("checkpoint-2")), process.stdout
-    recipe.run(recipe.load(path), output, sources / "data")
+    reproduction.run(recipe.load(path), output, sources / "data")
     for name in ("stage1", "teacher/sst2", "stage2/sst2/seed-0", "stage2/sst2/seed-1"):
         assert same(output / name, finished / name), name
 
@@ -361,7 +361,7 @@ def test_two_processes_share_a_step(finished, sources, given, tmp_path):
     given["stage1"]["heads"] = []
     given["tasks"] = {"sst2": {"fine_tuning": {"model": str(finished / "teacher/sst2")}}}
     given["seeds"] = [0]
-    recipe.run(recipe.parse(given), tmp_path / "one", sources / "data")
+    reproduction.run(recipe.parse(given), tmp_path / "one", sources / "data")
     path, output = tmp_path / "own.yaml", tmp_path / "two"
     path.write_text(yaml.safe_dump(given))
     launch = [
