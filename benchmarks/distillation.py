@@ -6,9 +6,11 @@
 
 The teacher is all-MiniLM-L6-v2, fine-tuned on each task. A student is made of the pre-trained
 teacher, distilled on plain text (stage 1) and then on the task with the fine-tuned teacher (stage
-2), by one trainer with one set of arguments (distillation.yaml); only the form differs, not the
-number of parameters. Work is cut into jobs, in folders that later jobs read: a job that is done is
-not done again, one that was killed is, and several of these commands share the work.
+2), by one trainer with one set of arguments (distillation.yaml). Students of one size differ in
+form, and in their start where it is named; that with low-rank words starts data-aware, too.
+
+Work is cut into jobs, in folders that later jobs read: a job that is done is not done again, one
+that was killed is, and several of these commands share the work.
 """
 
 from __future__ import annotations
@@ -125,6 +127,7 @@ STUDENTS: dict[str, Callable[[PreTrainedModel, list[str]], PreTrainedModel]] = {
     "Kronecker 8x, low-rank words": lambda model, texts: data_aware(model, mixed(model), texts),
     "one dense layer 8x": lambda model, texts: shallow(model),
     "Kronecker 8x, random start": lambda model, texts: random_start(model, 8),
+    "SVD 8x, data-aware start": lambda model, texts: data_aware(model, low_rank(47, 48, 19), texts),
     "Kronecker 21x": lambda model, texts: kronecker(model, 21),
     "SVD 21x": lambda model, texts: compress(model, low_rank(23, 6, 9)),
 }
@@ -144,7 +147,7 @@ Job = tuple[str, Callable[[Path, Path, Path], dict], list[str]]
 
 def jobs() -> Iterator[Job]:
     """In the order of their worth: name, what to run, names that must be done before."""
-    first, second, third, fourth, shallow, random_8x, *of_21x = STUDENTS
+    first, second, third, fourth, shallow, random_8x, aware, *of_21x = STUDENTS
     others = [task for task in TASKS if task != "sst2"]
     yield _teacher("sst2")
     for name in (first, second, third, fourth, shallow):
@@ -155,6 +158,8 @@ def jobs() -> Iterator[Job]:
     yield from (_stage1(of_21x[0]), _stage2("sst2", of_21x[0]))
     yield from _on("mrpc", (first, second, fourth))
     yield from _on("cola", (first, second, fourth))
+    yield _stage1(aware)
+    yield from (_stage2(task, aware) for task in TASKS)
     yield from _on("squad", (first, second))
     yield from (_stage1(random_8x), _stage2("sst2", random_8x))
     yield from (_stage1(of_21x[1]), _stage2("sst2", of_21x[1]))
@@ -206,6 +211,8 @@ def run(data: Path, work: Path, threads: int) -> None:
             with lock(out / "lock") as mine:
                 if not mine:
                     waiting = True
+                    continue
+                if (out / "scores.json").exists():  # finished since
                     continue
                 begin = time.monotonic()
                 scores = job(out, data, work)

@@ -37,10 +37,12 @@ def with_head_of(teacher: PreTrainedModel, source: str | os.PathLike) -> PreTrai
         setattr(student_config, name, getattr(teacher.config, name))
     student = auto.from_pretrained(source, config=student_config, ignore_mismatched_sizes=True)
     prefix = f"{teacher.base_model_prefix}."
+    words = teacher.get_input_embeddings().weight.data_ptr()  # a tied decoder is no head's own
     state = {
         name: tensor
         for name, tensor in teacher.state_dict().items()
-        if not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")
+        if (not name.startswith(prefix) or name.startswith(f"{prefix}pooler."))
+        and tensor.data_ptr() != words
     }
     student.load_state_dict(state, strict=False)
     return student

@@ -54,6 +54,14 @@ def test_a_headless_student_gets_its_teachers_head_and_keeps_its_body(tmp_path, 
             torch.testing.assert_close(student(IDS).logits, teacher.classifier(pooled))
 
 
+def test_a_tied_decoder_does_not_bring_the_teachers_words(tmp_path):
+    body = compress(bert(BertModel), {"query": {"a_shape": [4, 4]}})  # words stay dense
+    body.save_pretrained(tmp_path)
+    student = with_head_of(bert(BertForMaskedLM), tmp_path)
+    words = body.embeddings.word_embeddings.weight
+    torch.testing.assert_close(student.bert.embeddings.word_embeddings.weight, words)
+
+
 def test_a_student_keeps_a_head_of_its_own(tmp_path):
     own = compress(bert(BertForSequenceClassification, num_labels=3), FACTORS)
     own.save_pretrained(tmp_path)

@@ -11,13 +11,14 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from kroneckerbert.files import replace_folder
@@ -109,7 +110,7 @@ class TeacherCache:
 def write(
     folder: Path,
     about: dict,
-    lengths: list[int],
+    rows: Dataset,
     batches: Iterable[Mapping[str, Tensor]],
     teach: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
 ) -> None:
@@ -117,15 +118,16 @@ def write(
 
     Args:
         folder: New, or one that an earlier call wrote; complete or untouched, whatever happens.
-        about: What the outputs depend on, by name, see :func:`fits`.
-        lengths: Tokens of every row.
-        batches: The rows in the order of :func:`by_length`, padded on the right.
+        about: What :func:`described` says of the data, and what else the outputs depend on.
+        rows: The data set.
+        batches: Its rows in the order of :func:`by_length`, padded on the right.
         teach: The teacher's tensors for a batch, as :func:`captured` gives them.
 
     Raises:
         OSError: If the disk has no room for it.
-        ValueError: If an output does not fit float16.
+        ValueError: If batches are not padded so, or an output does not fit float16.
     """
+    lengths = about["lengths"]
     order, shapes, files = iter(by_length(lengths)), {}, {}
     with replace_folder(folder) as new:
         with ExitStack() as stack:
@@ -135,7 +137,16 @@ def write(
                     shapes = {name: _shape(name, value) for name, value in outputs.items()}
                     _check_room(folder, shapes, torch.tensor(lengths))
                     files = {n: stack.enter_context(open(new / f"{n}.bin", "wb")) for n in shapes}
-                taken = [lengths[next(order)] for _ in batch[_IDS]]
+                numbers = [next(order) for _ in batch[_IDS]]
+                taken = [lengths[number] for number in numbers]
+                for ids, number in zip(batch[_IDS].cpu(), numbers, strict=True):
+                    given = torch.as_tensor(rows[number][_IDS])
+                    if not torch.equal(ids[: len(given)].long(), given.long()):
+                        raise ValueError(
+                            "the batch's tokens are not the row's, from its first on: pad on the "
+                            "right, and leave truncation and masks to the data; or unset "
+                            "teacher_cache."
+                        )
                 for name, value in outputs.items():
                     if name != _IDS:
                         value = value.to(_DTYPE)
@@ -149,8 +160,7 @@ def write(
                         ends = [length if n is None else n for n in shapes[name]]
                         part = row[tuple(slice(end) for end in ends)].contiguous()
                         files[name].write(part.numpy().data)
-        about = about | {"lengths": lengths, "shapes": shapes}
-        (new / "about.json").write_text(json.dumps(about))
+        (new / "about.json").write_text(json.dumps(about | {"shapes": shapes}))
 
 
 def fits(folder: Path, about: dict, wanted: Mapping[str, bool]) -> bool:
@@ -173,23 +183,30 @@ def fits(folder: Path, about: dict, wanted: Mapping[str, bool]) -> bool:
     return True
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Changes with any parameter or buffer of a model."""
+def fingerprint(model: PreTrainedModel) -> str:
+    """Changes with any parameter, saved buffer or setting of a model."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    settings = model.config.to_dict()
+    for name in ("_name_or_path", "_attn_implementation", "transformers_version", "dtype"):
+        settings.pop(name, None)
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
-def lengths_and_digest(rows: Dataset) -> tuple[list[int], str]:
-    """Tokens of every row, and a hash of them all."""
+def described(rows: Dataset, without: Collection[str]) -> dict[str, str | list[int]]:
+    """The lengths of all rows, and a hash of all they hold but the columns ``without``."""
     digest, lengths = hashlib.sha256(), []
     for i in range(len(rows)):
-        ids = torch.as_tensor(rows[i][_IDS], dtype=torch.int32)
-        digest.update(ids.numpy().data)
-        lengths.append(len(ids))
-    return lengths, digest.hexdigest()
+        row = rows[i]
+        for name in sorted(row.keys() - without):
+            value = row[name]
+            value = value.tolist() if hasattr(value, "tolist") else value
+            digest.update(f"{name} {value!r}".encode())
+        lengths.append(len(row[_IDS]))
+    return {"data": digest.hexdigest(), "lengths": lengths}
 
 
 def by_length(lengths: list[int]) -> list[int]:

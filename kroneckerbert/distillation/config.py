@@ -61,7 +61,8 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Folder for what the teacher says of the training data, computed once, in "
-            "float16, and read afterwards, by later runs too. For data that is not masked anew."
+            "float16, and read afterwards, by later runs too. For data that is padded on the right "
+            "and not masked anew; other processes wait for it, at most ddp_timeout."
         },
     )
     student_dropout: bool = field(

@@ -4,7 +4,7 @@
     attention   Σ_l MSE(O_l_S, O_l_T)     scores O = QKᵀ/√d, before the mask and the softmax (Eq. 9)
     hidden      Σ_l MSE(H_l_S, H_l_T)     output of layer l
     logits      KL(T ‖ S) · T²            the paper gives no formula; MSE for a regression
-    labels      the student's own supervised loss
+    labels      the student's supervised loss; of token heads, their cross-entropy
 
 after Tahaei et al., NAACL 2022, Eq. 14. Each is a mean over the positions that are real, so that
 padding takes no part in it.

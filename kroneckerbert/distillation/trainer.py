@@ -81,8 +81,12 @@ class DistillationTrainer(Trainer):
         dtype = getattr(torch, args.teacher_dtype) if args.teacher_dtype else None
         self.teacher = teacher.to(args.device, dtype).eval()
         self._not_for_teacher = {*self.label_names, *find_labels(type(teacher)), cache.ROW}
-        name = type(self.model).__name__
-        self._token_labels = name.endswith(_TOKEN_LABELS) and not name.endswith(DETECTOR)
+        name, module = type(self.model).__name__, type(self.model).__module__
+        self._token_labels = (
+            name.endswith(_TOKEN_LABELS)
+            and not name.endswith(DETECTOR)
+            and module.startswith(("transformers.", "kroneckerbert."))  # others have their own loss
+        )
         self._train_means, self._eval_means = _TermMeans(), _TermMeans()
         self._first_batch = True
         self._cache: cache.TeacherCache | None = None
@@ -176,7 +180,9 @@ class DistillationTrainer(Trainer):
         if self._first_batch:
             _let_record(self.model)
         shares = self._shares(inputs, num_items_in_batch)
-        own = self._token_labels and "labels" in inputs and weights["labels"] != 0
+        given = self._not_for_teacher & inputs.keys()
+        own = self._token_labels and weights["labels"] != 0 and "labels" in given
+        own = own and given <= {"labels", "next_sentence_label", cache.ROW}
         with self._scores():
             if own or weights["labels"] == 0:
                 student = model(**features, **capture)
@@ -307,7 +313,9 @@ class DistillationTrainer(Trainer):
                 (unfinished / name).rename(folder / name)
                 unfinished.rmdir()
                 best = self.state.best_model_checkpoint
-                rotate_checkpoints(str(folder), self.args.save_total_limit, best)
+                # By time: a folder may hold later steps of an earlier run.
+                limit = self.args.save_total_limit
+                rotate_checkpoints(str(folder), limit, best, use_mtime=True)
         except (OSError, RuntimeError, SafetensorError) as error:  # as each library tells it
             rmtree(unfinished, ignore_errors=True)
             last = get_last_checkpoint(str(folder))
@@ -319,6 +327,12 @@ class DistillationTrainer(Trainer):
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:  # uploads go on behind, and the folder is about to be renamed
+            super()._push_from_checkpoint(checkpoint_folder)
 
     # The cached teacher
 
@@ -345,8 +359,9 @@ class DistillationTrainer(Trainer):
                 f"teacher_cache needs training data with numbered rows, got {type(rows).__name__}; "
                 "unset it for a stream."
             )
-        lengths, digest = cache.lengths_and_digest(rows)
-        about = {"teacher": cache.fingerprint(self.teacher), "data": digest}
+        about = cache.described(rows, without=self._not_for_teacher)
+        about["teacher"] = cache.fingerprint(self.teacher)
+        about["precision"] = self.accelerator.mixed_precision
         weights = self.args.weights
         wanted = {
             "output_hidden_states": weights["embedding"] != 0 or weights["hidden"] != 0,
@@ -354,7 +369,7 @@ class DistillationTrainer(Trainer):
         }
         collate = self._get_collator_with_removed_columns(self.data_collator)
         batches = DataLoader(
-            Subset(rows, cache.by_length(lengths)),
+            Subset(rows, cache.by_length(about["lengths"])),
             self.args.per_device_eval_batch_size,
             collate_fn=collate,
         )
@@ -366,9 +381,10 @@ class DistillationTrainer(Trainer):
                 output = self.teacher(**self._prepare_inputs(batch), **wanted, return_dict=True)
             return cache.captured(output)
 
-        with self.args.main_process_first(desc="computing the teacher's outputs"):
+        # Of all machines: they may share the disk.
+        with self.args.main_process_first(local=False, desc="computing the teacher's outputs"):
             if not cache.fits(folder, about, wanted):
-                cache.write(folder, about, lengths, batches, teach)
+                cache.write(folder, about, rows, batches, teach)
         self._cache = cache.TeacherCache(folder, self.args.device)
         self.train_dataset = cache.NumberedRows(rows)
 
@@ -403,11 +419,12 @@ class DistillationTrainer(Trainer):
                 "all terms are 0: the student already computes what its teacher computes. Was it "
                 "compressed?"
             )
-        # Of sharded parameters this process has a part only, which may well not move.
+        # Of sharded parameters this process has a part only, which may well not move; and reentrant
+        # checkpointing allows no torch.autograd.grad.
         whole = self.accelerator.distributed_type not in (
             DistributedType.FSDP,
             DistributedType.DEEPSPEED,
-        )
+        ) and not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for name, term in terms.items():
             if term.item() == 0:  # kept at 0 where the student's part is a copy of the teacher's
@@ -488,23 +505,28 @@ class _TermMeans:
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    before = [layer.p for layer in layers]
+    rates = [(module, "p") for module in model.modules() if isinstance(module, nn.Dropout)]
+    # ModernBERT and Llama have that of their attention in a number.
+    name = "attention_dropout"
+    rates += [(m, name) for m in model.modules() if isinstance(getattr(m, name, None), float)]
+    before = [getattr(module, name) for module, name in rates]
     try:
-        for layer in layers:
-            layer.p = 0.0
+        for module, name in rates:
+            setattr(module, name, 0.0)
         yield
     finally:
-        for layer, p in zip(layers, before, strict=True):
-            layer.p = p
+        for (module, name), rate in zip(rates, before, strict=True):
+            setattr(module, name, rate)
 
 
 def _let_record(model: PreTrainedModel) -> None:
     """FSDP2 gives what it shards classes of its own, of which transformers records no outputs."""
     for module in model.modules():
         recorded = getattr(module, "_can_record_outputs", None)
-        if isinstance(module, PreTrainedModel) and not _CAN_RECORD_REGISTRY.get(module):
-            _CAN_RECORD_REGISTRY[module] = recorded
+        # A plain dict in older versions of transformers, by the name of the class.
+        key = str(type(module)) if type(_CAN_RECORD_REGISTRY) is dict else module
+        if isinstance(module, PreTrainedModel) and not _CAN_RECORD_REGISTRY.get(key):
+            _CAN_RECORD_REGISTRY[key] = recorded
 
 
 def _not_finite(model: nn.Module) -> list[str]:
