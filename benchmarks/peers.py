@@ -1,7 +1,9 @@
-"""Who takes part in bench_kron_matmul.py: dense, ours, plain PyTorch, and other libraries.
+"""Who takes part in the layers' benchmark: dense, ours, plain PyTorch, and other libraries.
 
-    pip install lycoris-lora linear_operator cola-ml
-    pip install --no-deps pyfastkron  # what it requires would replace torch by a CUDA build
+The extra ``bench`` brings the libraries, but for FastKron, which would replace torch by a CUDA
+build:
+
+    pip install --no-deps pyfastkron
 
 A contender takes ``x (T, n)`` and factors ``(m_i, n_i)``, does beforehand what a user would, and
 returns the call to time, which gives a contiguous ``(T, m)``, or None where it does not apply.
@@ -13,17 +15,16 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from functools import reduce
+from functools import cache, reduce
 from math import prod
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from eager_forms import others
 from torch import Tensor
 
-import kron_kernels
-from kron_kernels import dispatch, kron_matmul
+from benchmarks.eager_forms import others
+from kron_kernels import dispatch, kron_feed_forward, kron_matmul
 from kron_kernels.backends.eager import merge_small
 from kron_kernels.checks import check_factors
 from kron_kernels.reference import materialize
@@ -231,10 +232,10 @@ def forward(
         wide = [t.float() for t in (x, *factors)]
         calls["float32"] = lambda: kron_matmul(*wide)
     sample = torch.linspace(0, tokens - 1, min(tokens, 64)).long()
-    expected = einsum(x[sample].double(), *(f.double() for f in factors))
 
     def check(name: str, y: Tensor) -> None:
         assert len(y) == tokens, f"{len(y)} rows"
+        expected = einsum(x[sample].double(), *(f.double() for f in factors))
         assert_close("y", y[sample], expected, x.shape[1])
 
     return calls, check
@@ -257,20 +258,23 @@ def training(sides: Sides, tokens: int, libraries: list[Library], left_out: Left
     def gradients(y: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
         return y.detach(), *torch.autograd.grad(y, leaves, dy.double())
 
-    wide, w, *fs = (t.detach().double().requires_grad_() for t in (x, weight, *factors))
-    expected = dict.fromkeys(calls, gradients(einsum(wide, *fs), wide, *fs))
-    expected["dense"] = gradients(F.linear(wide, w), wide, w)
+    @cache
+    def expected(is_dense: bool) -> tuple[Tensor, ...]:
+        wide, w, *fs = (t.detach().double().requires_grad_() for t in (x, weight, *factors))
+        if is_dense:
+            return gradients(F.linear(wide, w), wide, w)
+        return gradients(einsum(wide, *fs), wide, *fs)
 
     def check(name: str, result: tuple[Tensor, ...]) -> None:
         kinds = ("y", "dx", "dW") if name == "dense" else ("y", "dx", "da", "db")
-        for kind, got, want in zip(kinds, result, expected[name], strict=True):
+        for kind, got, want in zip(kinds, result, expected(name == "dense"), strict=True):
             times = 1 if kind in ("y", "dx") else tokens
             assert_close(kind, got.detach(), want, max(weight.shape) * times)
 
     return {name: lambda name=name: step(name) for name in calls}, check
 
 
-def feed_forward(up: Sides, down: Sides, tokens: int, left_out: LeftOut) -> Problem:
+def feed_forward(up: Sides, down: Sides, tokens: int) -> Problem:
     """Linear, GELU, Linear, with biases."""
     x, (a1, b1) = operands(up, tokens, torch.float32)
     _, (a2, b2) = operands(down, tokens, torch.float32)
@@ -286,11 +290,12 @@ def feed_forward(up: Sides, down: Sides, tokens: int, left_out: LeftOut) -> Prob
         )
 
     calls = {"dense": lambda: dense(x, w1, bias1, w2, bias2), "two calls": two_calls}
-    if fused := getattr(kron_kernels, "kron_feed_forward", None):
-        calls["feed_forward"] = lambda: fused(
-            x, (a1, b1, bias1), (a2, b2, bias2), activation="gelu", residual=None
-        )
-    else:
-        left_out["feed_forward"] = "this version has no kron_feed_forward"
-    expected = dense(*(t.double() for t in (x, w1, bias1, w2, bias2)))
-    return calls, lambda name, y: assert_close("y", y, expected, len(w1) + len(w2))
+    calls["feed_forward"] = lambda: kron_feed_forward(
+        x, (a1, b1, bias1), (a2, b2, bias2), activation="gelu"
+    )
+
+    def check(name: str, y: Tensor) -> None:
+        expected = dense(*(t.double() for t in (x, w1, bias1, w2, bias2)))
+        assert_close("y", y, expected, len(w1) + len(w2))
+
+    return calls, check

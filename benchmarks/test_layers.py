@@ -1,41 +1,44 @@
-"""KroneckerBERT's layers against the dense ones they replace, to compare between commits.
+"""KroneckerBERT's layers beside the dense ones they replace, to compare with earlier commits.
 
-    pytest benchmarks --benchmark-autosave
-    pytest benchmarks --benchmark-compare
+    pytest benchmarks -n0 --benchmark-autosave
+    pytest benchmarks -n0 --benchmark-compare
 
-For a claim about speed use benchmarks/eager_forms.py, whose candidates take turns.
+One contender after the other: for a claim about speed use ``python -m benchmarks layers``, where
+they take turns.
 """
 
 import pytest
 import torch
 
+from benchmarks.layers import PRESETS, Cell, rotate
 from kron_kernels import KroneckerLinear
+from kron_kernels.testing import assert_close
 
-LAYERS = {  # in_features, out_features, a_shape
-    "8x attention": (768, 768, (384, 384)),
-    "8x W1": (768, 3072, (8, 2)),
-    "8x W2": (3072, 768, (2, 8)),
-    "21x attention": (768, 768, (384, 48)),
-    "21x W1": (768, 3072, (16, 2)),
-    "21x W2": (3072, 768, (2, 16)),
-}
+LAYERS = {shapes: Cell("presets", shapes, 1).sides[0] for shapes in PRESETS}
+SETS = 4  # layers in rotation: their weights leave the caches, as in a model
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("tokens", [1, 128, 4096])
 @pytest.mark.parametrize("kind", ["dense", "kronecker"])
-@pytest.mark.parametrize("name", LAYERS)
-def test_layer(benchmark, name, kind, tokens, mode):
-    n, m, a_shape = LAYERS[name]
-    layer = torch.nn.Linear(n, m) if kind == "dense" else KroneckerLinear(n, m, a_shape)
-    x = torch.randn(tokens, n, requires_grad=mode == "training")
-    benchmark.group = f"{name}, {tokens} tokens, {mode}, {torch.get_num_threads()} threads"
+@pytest.mark.parametrize("shapes", LAYERS)
+def test_layer(benchmark, shapes, kind, tokens, mode):
+    (m1, n1), (m2, n2) = LAYERS[shapes]
+    layers = [KroneckerLinear(n1 * n2, m1 * m2, (m1, n1)) for _ in range(SETS)]
+    x = torch.randn(tokens, n1 * n2, requires_grad=mode == "training")
+    dense = layers[0].to_linear().double()
+    with torch.no_grad():
+        assert_close("y", layers[0](x), dense(x.double()), n1 + n2)
+    if kind == "dense":
+        layers = [layer.to_linear() for layer in layers]
 
-    def train():
+    def train(layer):
         layer(x).sum().backward()
 
-    if mode == "training":
-        benchmark(train)
-    else:
+    def infer(layer):
         with torch.inference_mode():
-            benchmark(layer, x)
+            layer(x)
+
+    step = train if mode == "training" else infer
+    benchmark.group = f"{shapes}, {tokens} tokens, {mode}, {torch.get_num_threads()} threads"
+    benchmark(rotate([lambda layer=layer: step(layer) for layer in layers]))
