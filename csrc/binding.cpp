@@ -1,6 +1,6 @@
 // The only file that knows Python, by its limited API: one binary for Python 3.11 and later, and,
 // knowing nothing of torch, for any torch. Arguments are integers: addresses, sizes, strides, in
-// the order of kron.h; kron_kernels/backends/native.py, the only caller, answers for them.
+// the order of kron.h; the only callers, kron_kernels/backends/native.py and cuda.py, answer for them.
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+Layer = tuple[Tensor, Tensor, Tensor | None]  # a, b, bias
 
 
 def check_factors(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kron_kernels.shapes import KronShape
+from kron_kernels.shapes import KronShape, check_rank
 
 # Elements of W converted to float64 at a time. 2**22 are 32 MB: 30522 x 768 peaks below 0.3 GB.
 _CHUNK = 2**22
@@ -90,7 +90,7 @@ def nearest_kronecker_sum(
 
     Args:
         weight: W of shape ``(m, n)``, real floating point, any precision.
-        parts: ``(a_shape, rank)`` each, as for :func:`nearest_kronecker`, fitted in this order.
+        parts: ``(a_shape, rank)`` each, as for ``nearest_kronecker``, fitted in this order.
         second_moment: C of shape ``(n, n)``: nearest in the outputs, as there.
         shrinkage: As there.
         rescale: Multiply by one number, so that W's norm survives.
@@ -102,11 +102,11 @@ def nearest_kronecker_sum(
         dtype and device, their terms in descending order and of equal norms.
 
     Raises:
-        ValueError: If there is no part, or for what :func:`nearest_kronecker` refuses.
+        ValueError: If there is no part, or for what ``nearest_kronecker`` refuses.
     """
     if not parts:
         raise ValueError("parts is empty, but a sum needs at least one (a_shape, rank).")
-    shapes = [_check(weight, tuple(a_shape), rank, second_moment) for a_shape, rank in parts]
+    shapes = [_check(weight, a_shape, rank, second_moment) for a_shape, rank in parts]
     # Squares are summed below, which entries of 1e200 would overflow.
     peak = weight.detach().abs().max().double()
     peak = peak.where(peak > 0, 1.0)
@@ -183,20 +183,15 @@ def _check(
             f"weight must be a real floating-point matrix, got {weight.dtype} of shape "
             f"{tuple(weight.shape)}; factorise real and imaginary parts, or slices, one by one."
         )
-    s = KronShape.split(*weight.shape, a_shape, rank)
-    most = min(s.m1 * s.n1, s.m2 * s.n2)
-    if rank > most:
-        raise ValueError(
-            f"rank = {rank}, but A {s.m1}x{s.n1} and B {s.m2}x{s.n2} already represent every "
-            f"weight with {most} terms; use rank <= {most}."
-        )
+    m, n = weight.shape
+    s = KronShape.split(m, n, a_shape, rank)
+    check_rank(s)
     if weight.is_meta:
         raise ValueError("weight is on the meta device and has no values; load it first.")
     if not torch.isfinite(weight).all():
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(f"weight has {bad} entries that are NaN or infinite; repair it first.")
     if second_moment is not None:
-        n = s.in_features
         if second_moment.shape != (n, n):
             raise ValueError(
                 f"second_moment must be E[x xᵀ] of shape ({n}, {n}), the weight's columns, "
@@ -290,7 +285,7 @@ def _truncated(w: Tensor, s: KronShape, c: Tensor) -> tuple[Tensor, Tensor]:
     return _balance(a.reshape(s.rank, s.m1, s.n1), b.reshape(s.rank, s.m2, s.n2))
 
 
-def root(c: Tensor) -> Tensor:
+def cholesky(c: Tensor) -> Tensor:
     """Lower triangular L with ``L Lᵀ = C``, in float64; C has been shrunk."""
     return torch.linalg.cholesky_ex(c.double())[0]
 
@@ -300,7 +295,7 @@ def separable_roots(c: Tensor, n1: int) -> tuple[Tensor, Tensor]:
     blocks = c.view(n1, len(c) // n1, n1, len(c) // n1)
     c1, c2 = torch.einsum("aibi->ab", blocks), torch.einsum("iaib->ab", blocks)
     # The scale of a metric changes nothing that is the nearest in it.
-    return root(c1 / c1.diagonal().mean()), root(c2 / c2.diagonal().mean())
+    return cholesky(c1 / c1.diagonal().mean()), cholesky(c2 / c2.diagonal().mean())
 
 
 def whitened(w: Tensor, root1: Tensor, root2: Tensor) -> Tensor:

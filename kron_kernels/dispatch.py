@@ -15,9 +15,9 @@ from kron_kernels.shapes import KronShape
 Backend = Literal["auto", "eager", "native", "triton", "cuda"]
 
 # Whom "auto" asks on a GPU, in this order. The reasons are lower bounds and counts by an
-# uncalibrated model (benchmarks/gpu_side_by_side.py), and no device's times; `python -m
+# uncalibrated model (benchmarks/gpu/side_by_side), and no device's times; `python -m
 # benchmarks.gpu` takes those, and they are what should stand here.
-GPU_ORDER = {
+GPU_ORDER: dict[str, tuple[Backend, ...]] = {
     # For one token the busiest warp executes 366 to 436 instructions of CUDA's kernel on 24 to 48
     # multiprocessors, 587 to 1962 of Triton's on 3. For 16 they are 2336 to 3917 and 587 to 1962.
     "up to 4 tokens": ("cuda", "triton"),
@@ -46,7 +46,7 @@ def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
     return f"there is no such backend; there are {', '.join(get_args(Backend))}"
 
 
-def choose(backend: str, x: Tensor, *products: Sequence[Tensor]) -> str:
+def choose(backend: Backend, x: Tensor, *products: Sequence[Tensor]) -> Backend:
     """The backend to run, for all products of a call, each given by its factors.
 
     One asked for by name is granted or refused, never replaced. ``"auto"`` is eager if one of the
@@ -72,7 +72,7 @@ def explain_backends(x: Tensor, *factors: Tensor) -> str:
     """One line a backend: what it does for these operands, or why it cannot serve them.
 
     Args:
-        x: The input of :func:`kron_kernels.kron_matmul`, ``(…, n)``.
+        x: The input of ``kron_matmul``, ``(…, n)``.
         *factors: Its factors.
 
     Raises:
@@ -84,11 +84,11 @@ def explain_backends(x: Tensor, *factors: Tensor) -> str:
     compiled = why_not("native", x, *factors) or f"ready: {native.instruction_set()}"
     return (
         f"cuda    {compiled_cuda}\ntriton  {triton}\nnative  {compiled}\n"
-        f"eager   ready: {_eager_plan(*factors)}"
+        f"eager   ready: {_eager_plan(factors)}"
     )
 
 
-def _order(x: Tensor, *factors: Tensor) -> tuple[str, ...]:
+def _order(x: Tensor, *factors: Tensor) -> tuple[Backend, ...]:
     if x.device.type == "cpu":
         return ("native",)
     sides = [f.shape[1:] for f in factors]
@@ -109,7 +109,7 @@ def is_low_rank(*factors: Tensor) -> bool:
     return KronShape.of(*factors).is_low_rank
 
 
-def _eager_plan(*factors: Tensor) -> str:
+def _eager_plan(factors: Sequence[Tensor]) -> str:
     if len(factors) > 2:
         factors = eager.merge_small(factors)
     if len(factors) != 2:

@@ -76,7 +76,8 @@ def kron_cross_entropy(
 
     Args:
         h: Hidden states ``(…, d)``.
-        a, b: The table's factors, ``(r, rows, d / n)`` and ``(r, 1, n)``.
+        a: The table's left factor, ``(r, rows, d / n)``.
+        b: The right one, ``(r, 1, n)``.
         labels: Rows, ``(…)``; those of ``ignore_index`` do not count.
         bias: Shape ``(rows,)``.
         ignore_index: Marks tokens without a label.

@@ -42,7 +42,7 @@ def kron_matmul(
         backend: ``"eager"`` is PyTorch on any device, ``"native"`` compiled code on CPUs,
             ``"triton"`` and ``"cuda"`` Triton's and CUDA C++ kernels on GPUs; ``"auto"`` takes one
             of the last three where they can serve the call. One asked for by name is never
-            replaced; :func:`kron_kernels.explain_backends` says which can serve and why others
+            replaced; ``explain_backends`` says which can serve and why others
             cannot.
 
     Returns:
@@ -54,11 +54,15 @@ def kron_matmul(
     """
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
-        x, bias, *factors = _lowered(device, x, bias, *factors)
+        dtype = torch.get_autocast_dtype(device)
         # Within, the products would be cast once more, those of float32 sums included.
         with torch.autocast(device, enabled=False):
             return kron_matmul(
-                x, *factors, bias=bias, activation=activation, residual=residual, backend=backend
+                *[_lowered(t, dtype) for t in (x, *factors)],
+                bias=None if bias is None else _lowered(bias, dtype),
+                activation=activation,
+                residual=residual,
+                backend=backend,
             )
     factors = check_factors(x, factors)
     check_epilogue(x, factors, bias, activation, residual)
@@ -69,18 +73,19 @@ def kron_matmul(
         return eager.epilogue(y, activation, residual)
     rows = as_rows(x)
     if with_grads:
-        y = apply(rows, *factors, bias, backend)
+        a, b = factors
+        y = apply(rows, a, b, bias, backend)
         y = y.view(*x.shape[:-1], y.shape[-1])
         return eager.epilogue(y, activation, residual)
-    fused = residual is not None and residual.dtype == x.dtype
-    epilogue = bias, activation, as_rows(residual) if fused else None
+    last = None if residual is None or residual.dtype != x.dtype else as_rows(residual)
+    epilogue = bias, activation, last
     if backend == "eager" or observed(rows):
         y = ops.kron_matmul(rows, *factors, *epilogue, backend)
     else:
         y = COMPILED[backend].kron_matmul(rows, factors, *epilogue)
     if x.ndim != 2:
         y = y.view(*x.shape[:-1], y.shape[-1])
-    return y if fused or residual is None else y + residual
+    return y if last is not None or residual is None else y + residual
 
 
 def as_rows(t: Tensor) -> Tensor:
@@ -207,12 +212,6 @@ def _differentiable_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, backen
     return dx, da, db
 
 
-def _lowered(device: str, *operands: Tensor | None) -> list[Tensor | None]:
+def _lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast as ``F.linear`` does: under autocast every real dtype but float64 becomes the lower."""
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(t: Tensor | None) -> Tensor | None:
-        keep = t is None or not t.is_floating_point() or t.dtype == torch.float64
-        return t if keep else t.to(dtype)
-
-    return [cast(t) for t in operands]
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kron_kernels import dispatch, ops
 from kron_kernels.backends import COMPILED, eager
-from kron_kernels.checks import Activation, check_epilogue, check_factors
+from kron_kernels.checks import Activation, Layer, check_epilogue, check_factors
 from kron_kernels.dispatch import Backend
 from kron_kernels.functional import (
     apply,
@@ -20,8 +20,6 @@ from kron_kernels.functional import (
     transformed,
 )
 
-Layer = tuple[Tensor, Tensor, Tensor | None]  # a, b, bias
-
 
 def kron_qkv(
     x: Tensor, query: Layer, key: Layer, value: Layer, *, backend: Backend = "auto"
@@ -30,28 +28,30 @@ def kron_qkv(
 
     Args:
         x: Shape ``(…, n)``.
-        query, key, value: ``(a, b, bias)`` each: factors ``(m1, n1)`` and ``(m2, n2)``, or
-            ``(r, …)`` for a sum of r products, and a bias ``(m1 * m2,)`` or None.
-        backend: As for :func:`kron_matmul`.
+        query: ``(a, b, bias)``: factors ``(m1, n1)`` and ``(m2, n2)``, or ``(r, …)`` for a sum of r
+            products, and a bias ``(m1 * m2,)`` or None.
+        key: The same of the second product.
+        value: And of the third.
+        backend: As for ``kron_matmul``.
 
     Returns:
-        What three calls of :func:`kron_matmul` return; gradients and transforms are theirs.
+        What three calls of ``kron_matmul`` return; gradients and transforms are theirs.
 
     Raises:
-        ValueError: As :func:`kron_matmul`.
+        ValueError: As ``kron_matmul``.
     """
     layers = query, key, value
     grads = differentiable(x, *(t for layer in layers for t in layer))
     if grads or _stepwise(x, backend, layers):
         q, k, v = (kron_matmul(x, a, b, bias=c, backend=backend) for a, b, c in layers)
         return q, k, v
-    layers = [_checked_layer(x, layer) for layer in layers]
-    backend = dispatch.choose(backend, x, *(layer[:2] for layer in layers))
+    checked = [_checked_layer(x, layer) for layer in layers]
+    backend = dispatch.choose(backend, x, *(layer[:2] for layer in checked))
     if backend == "eager" or observed(x):
-        a, b, biases = zip(*layers, strict=True)
+        a, b, biases = zip(*checked, strict=True)
         ys = ops.kron_qkv(as_rows(x), a, b, biases, backend)
     else:
-        ys = COMPILED[backend].kron_qkv(as_rows(x), layers)
+        ys = COMPILED[backend].kron_qkv(as_rows(x), checked)
     q, k, v = (y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
     return q, k, v
 
@@ -75,17 +75,18 @@ def kron_feed_forward(
 
     Args:
         x: Shape ``(…, n)``.
-        up, down: ``(a, b, bias)`` each: factors ``(m1, n1)`` and ``(m2, n2)``, or ``(r, …)`` for a
-            sum of r products, and a bias ``(m1 * m2,)`` or None.
-        activation: Between the two, as for :func:`kron_matmul`.
+        up: ``(a, b, bias)``: factors ``(m1, n1)`` and ``(m2, n2)``, or ``(r, …)`` for a sum of r
+            products, and a bias ``(m1 * m2,)`` or None.
+        down: The same of the second layer, whose inputs are up's outputs.
+        activation: Between the two, as for ``kron_matmul``.
         residual: Of the output's shape, added last.
-        backend: As for :func:`kron_matmul`.
+        backend: As for ``kron_matmul``.
 
     Returns:
         Shape ``(…, m)``, of x's dtype (promoted with residual's).
 
     Raises:
-        ValueError: As :func:`kron_matmul`, or if ``down`` does not take what ``up`` gives.
+        ValueError: As ``kron_matmul``, or if ``down`` does not take what ``up`` gives.
     """
     with_grads = differentiable(x, *up, *down, residual)
     stepwise = _stepwise(x, backend, (up, down))
@@ -102,16 +103,17 @@ def kron_feed_forward(
         return kron_matmul(hidden, a, b, bias=bias, residual=residual, backend=backend)
 
     rows = as_rows(x)
-    in_kernel = residual is not None and residual.dtype == x.dtype and not with_grads
-    more = as_rows(residual) if in_kernel else None
+    last = None  # the residual, if the kernel adds it
+    if residual is not None and residual.dtype == x.dtype and not with_grads:
+        last = as_rows(residual)
     if with_grads:
         y = FeedForward.apply(rows, *up, activation, *down, backend)
     elif backend == "eager" or observed(x):
-        y = ops.kron_feed_forward(rows, *up, activation, *down, more, backend)
+        y = ops.kron_feed_forward(rows, *up, activation, *down, last, backend)
     else:
-        y = COMPILED[backend].kron_feed_forward(rows, up, activation, down, more)
+        y = COMPILED[backend].kron_feed_forward(rows, up, activation, down, last)
     y = y.view(*x.shape[:-1], y.shape[-1])
-    return y if in_kernel or residual is None else y + residual
+    return y if last is not None or residual is None else y + residual
 
 
 def _checked_layer(
@@ -150,7 +152,7 @@ class FeedForward(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, a1, b1, bias1, a2, b2, bias2 = ctx.saved_tensors
         operands = {0: x, 1: a1, 2: b1, 3: bias1, 5: a2, 6: b2}
-        grads = [None] * 9
+        grads: list[Tensor | None] = [None] * 9
         if ctx.needs_input_grad[7]:
             grads[7] = dy.sum(0)
         if torch.is_grad_enabled():  # for double backward, through the products

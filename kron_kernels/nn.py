@@ -1,22 +1,23 @@
-"""Modules whose weight is a sum of Kronecker products, and the way to them from dense ones."""
+"""Modules whose weight is a sum of Kronecker products, made of dense ones and back."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kron_kernels.checks import Activation
 from kron_kernels.decompose import dense_weight, nearest_kronecker, nearest_kronecker_sum
+from kron_kernels.dispatch import Backend
 from kron_kernels.embedding import kron_cross_entropy, kron_embedding
-from kron_kernels.functional import Backend, kron_matmul
+from kron_kernels.functional import kron_matmul
 from kron_kernels.fused import kron_feed_forward
 from kron_kernels.shapes import KronShape
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class KroneckerLinear(nn.Module):
@@ -30,7 +31,7 @@ class KroneckerLinear(nn.Module):
         a_shape: ``(m1, n1)``, the shape of the left factor; the right one follows.
         rank: Kronecker rank, the number of terms in the sum.
         bias: Whether to learn an additive bias of shape ``(out_features,)``.
-        backend: Passed to :func:`kron_kernels.kron_matmul`.
+        backend: Passed to ``kron_matmul``.
 
     Raises:
         ValueError: If ``a_shape`` does not divide ``(out_features, in_features)``.
@@ -52,7 +53,7 @@ class KroneckerLinear(nn.Module):
         s = KronShape.split(out_features, in_features, a_shape, rank)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.backend = backend
-        new = {"device": device, "dtype": dtype}
+        new: dict[str, Any] = {"device": device, "dtype": dtype}
         self.a = nn.Parameter(torch.empty(rank, s.m1, s.n1, **new))
         self.b = nn.Parameter(torch.empty(rank, s.m2, s.n2, **new))
         self.bias = nn.Parameter(torch.empty(out_features, **new)) if bias else None
@@ -86,7 +87,7 @@ class KroneckerLinear(nn.Module):
         second_moment: Tensor | None = None,
         rescale: bool = False,
         backend: Backend = "auto",
-    ) -> KroneckerLinear:
+    ) -> Self:
         """The layer nearest to ``linear``, on its device and in its dtype, with its bias.
 
         Args:
@@ -95,8 +96,8 @@ class KroneckerLinear(nn.Module):
             rank: Kronecker rank.
             second_moment: ``E[x xᵀ]`` of the layer's inputs, ``(in_features, in_features)``: the
                 layer nearest in its outputs instead of in its weights.
-            rescale: Keep the weight's norm, see :func:`kron_kernels.nearest_kronecker`.
-            backend: Passed to :func:`kron_kernels.kron_matmul`.
+            rescale: Keep the weight's norm, see ``nearest_kronecker``.
+            backend: Passed to ``kron_matmul``.
         """
         weight = linear.weight
         a, b = nearest_kronecker(
@@ -113,7 +114,7 @@ class KroneckerLinear(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        return _filled(layer, like=linear, a=a, b=b, bias=linear.bias)
+        return filled(layer, like=linear, a=a, b=b, bias=linear.bias)
 
     def to_linear(self) -> nn.Linear:
         """The dense layer of the same function: an escape hatch for export and merging."""
@@ -125,9 +126,10 @@ class KroneckerLinear(nn.Module):
             device=self.a.device,
             dtype=self.a.dtype,
         )
-        return _filled(linear, like=self, weight=dense_weight(self.a, self.b), bias=self.bias)
+        return filled(linear, like=self, weight=dense_weight(self.a, self.b), bias=self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x (…, in_features)`` to ``y (…, out_features)``."""
         return kron_matmul(x, self.a, self.b, bias=self.bias, backend=self.backend)
 
     def extra_repr(self) -> str:
@@ -139,16 +141,16 @@ class KroneckerLinear(nn.Module):
 
 
 class KroneckerSum(nn.Module):
-    """``y = x (Σ_p W_p)ᵀ + bias``, W_p the weight of a :class:`KroneckerLinear` of its own shape.
+    """``y = x (Σ_p W_p)ᵀ + bias``, W_p the weight of a ``KroneckerLinear`` of its own shape.
 
     Such as one Kronecker product and a low-rank part, ``a_shape = (out_features, 1)``.
 
     Args:
         in_features: Size of x's last dimension.
         out_features: Size of y's last dimension.
-        parts: ``(a_shape, rank)`` of each part, as for :class:`KroneckerLinear`; one or more.
+        parts: ``(a_shape, rank)`` of each part, as for ``KroneckerLinear``; one or more.
         bias: Whether to learn an additive bias of shape ``(out_features,)``.
-        backend: Passed to :func:`kron_kernels.kron_matmul`.
+        backend: Passed to ``kron_matmul``.
 
     Raises:
         ValueError: If there is no part, or an ``a_shape`` does not divide the weight.
@@ -169,8 +171,8 @@ class KroneckerSum(nn.Module):
         if not parts:
             raise ValueError("parts is empty, but a sum needs at least one (a_shape, rank).")
         self.in_features, self.out_features = in_features, out_features
-        new = {"device": device, "dtype": dtype}
-        self.parts = nn.ModuleList(
+        new: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.parts: Sequence[KroneckerLinear] = nn.ModuleList(  # type: ignore[assignment]
             KroneckerLinear(in_features, out_features, shape, rank, False, backend=backend, **new)
             for shape, rank in parts
         )
@@ -203,7 +205,7 @@ class KroneckerSum(nn.Module):
         second_moment: Tensor | None = None,
         rescale: bool = False,
         backend: Backend = "auto",
-    ) -> KroneckerSum:
+    ) -> Self:
         """The sum near ``linear``, on its device and in its dtype, with its bias.
 
         Args:
@@ -211,8 +213,8 @@ class KroneckerSum(nn.Module):
             parts: ``(a_shape, rank)`` of each part, fitted in this order.
             second_moment: ``E[x xᵀ]`` of the layer's inputs, ``(in_features, in_features)``: near
                 in its outputs instead of in its weights.
-            rescale: Keep the weight's norm, see :func:`kron_kernels.nearest_kronecker_sum`.
-            backend: Passed to :func:`kron_kernels.kron_matmul`.
+            rescale: Keep the weight's norm, see ``nearest_kronecker_sum``.
+            backend: Passed to ``kron_matmul``.
         """
         weight = linear.weight
         fitted = nearest_kronecker_sum(weight, parts, second_moment=second_moment, rescale=rescale)
@@ -227,8 +229,8 @@ class KroneckerSum(nn.Module):
             dtype=weight.dtype,
         )
         for part, (a, b) in zip(layer.parts, fitted, strict=True):
-            _filled(part, like=linear, a=a, b=b)
-        return _filled(layer, like=linear, bias=linear.bias)
+            filled(part, like=linear, a=a, b=b)
+        return filled(layer, like=linear, bias=linear.bias)
 
     def to_linear(self) -> nn.Linear:
         """The dense layer of the same function: an escape hatch for export and merging."""
@@ -242,9 +244,10 @@ class KroneckerSum(nn.Module):
             dtype=first.a.dtype,
         )
         weight = sum((dense_weight(p.a, p.b) for p in others), dense_weight(first.a, first.b))
-        return _filled(linear, like=self, weight=weight, bias=self.bias)
+        return filled(linear, like=self, weight=weight, bias=self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x (…, in_features)`` to ``y (…, out_features)``."""
         # Each part adds the sum of those before it. A compiled kernel does so while it holds y, the
         # two GEMMs of a low-rank part in a pass of its own: those come first.
         *first, last = sorted(self.parts, key=lambda part: not part.shape.is_low_rank)
@@ -261,13 +264,13 @@ class KroneckerSum(nn.Module):
 
 
 class KroneckerFeedForward(nn.Module):
-    """``down(act(up(x)))`` without storing the hidden vector, see :func:`kron_feed_forward`.
+    """``down(act(up(x)))`` without storing the hidden vector, see ``kron_feed_forward``.
 
     Args:
         up: From the model's width to the hidden one.
         down: And back; its ``in_features`` are up's ``out_features``.
-        activation: Between the two, as for :func:`kron_kernels.kron_matmul`.
-        backend: Passed to :func:`kron_kernels.kron_feed_forward`.
+        activation: Between the two, as for ``kron_matmul``.
+        backend: Passed to ``kron_feed_forward``.
 
     Raises:
         ValueError: If the layers do not fit one another.
@@ -290,6 +293,7 @@ class KroneckerFeedForward(nn.Module):
         self.up, self.down, self.activation, self.backend = up, down, activation, backend
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x (…, up.in_features)`` and y's residual to ``y (…, down.out_features)``."""
         return kron_feed_forward(
             x,
             (self.up.a, self.up.b, self.up.bias),
@@ -307,8 +311,8 @@ class KroneckerEmbedding(nn.Module):
     """Row i of ``E = Σ_k A_k ⊗ b_k`` is ``Σ_k A_k[i] ⊗ b_k``: a lookup that never forms E.
 
     The factors are the parameters ``a (rank, num_embeddings, embedding_dim / b_size)`` and
-    ``b (rank, 1, b_size)``, the shapes of a :class:`KroneckerLinear` of weight E, so that a tied
-    decoder shares them (KroneckerBERT section 3.3; :meth:`decode`).
+    ``b (rank, 1, b_size)``, the shapes of a ``KroneckerLinear`` of weight E, so that a tied
+    decoder shares them (KroneckerBERT section 3.3; ``decode``).
 
     Args:
         num_embeddings: Rows of E.
@@ -350,7 +354,7 @@ class KroneckerEmbedding(nn.Module):
             )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.rank, self.padding_idx = rank, padding_idx
-        new = {"device": device, "dtype": dtype}
+        new: dict[str, Any] = {"device": device, "dtype": dtype}
         self.a = nn.Parameter(torch.empty(rank, num_embeddings, embedding_dim // b_size, **new))
         self.b = nn.Parameter(torch.empty(rank, 1, b_size, **new))
         self.reset_parameters()
@@ -366,7 +370,7 @@ class KroneckerEmbedding(nn.Module):
     @classmethod
     def from_embedding(
         cls, embedding: nn.Embedding, b_size: int, rank: int = 1, *, rescale: bool = False
-    ) -> KroneckerEmbedding:
+    ) -> Self:
         """The table nearest to ``embedding`` in the Frobenius norm, on its device, in its dtype.
 
         Raises:
@@ -392,7 +396,7 @@ class KroneckerEmbedding(nn.Module):
             dtype=weight.dtype,
         )
         a, b = nearest_kronecker(weight, (rows, dim // b_size), rank, rescale=rescale)
-        return _filled(table, like=embedding, a=a, b=b)
+        return filled(table, like=embedding, a=a, b=b)
 
     def to_embedding(self) -> nn.Embedding:
         """The dense table of the same rows."""
@@ -404,7 +408,7 @@ class KroneckerEmbedding(nn.Module):
             device=self.a.device,
             dtype=self.a.dtype,
         )
-        return _filled(embedding, like=self, weight=dense_weight(self.a, self.b))
+        return filled(embedding, like=self, weight=dense_weight(self.a, self.b))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of E: ids ``(…)`` to ``(…, embedding_dim)``."""
@@ -425,7 +429,7 @@ class KroneckerEmbedding(nn.Module):
     def cross_entropy(self, h: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
         """``F.cross_entropy(decode(h, bias), labels)`` without all logits at once.
 
-        See :func:`kron_kernels.embedding.kron_cross_entropy`.
+        See ``kron_kernels.embedding.kron_cross_entropy``.
         """
         return kron_cross_entropy(h, self.a, self.b, labels, bias=bias)
 
@@ -435,258 +439,8 @@ class KroneckerEmbedding(nn.Module):
         return f"{rows}, {columns}*{self.b.shape[-1]}, rank={self.rank}{padding}"
 
 
-# --- layers of other people's modules
-
-# The terms of a layer's weight, {"a_shape": [m1, n1], "rank": r} each; None is a dense layer.
-Entry = list[dict[str, Any]]
-Terms = tuple[tuple[tuple[int, int], int], ...]  # the same, ((m1, n1), rank) each; () is dense
-Dense = nn.Linear | nn.Embedding  # or transformers' Conv1D
-
-
-def factorise_(
-    module: nn.Module,
-    factors: Mapping[str, Entry | dict[str, Any] | None],
-    *,
-    second_moments: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
-    """Replace dense layers of a module by the nearest factorised ones, in place.
-
-    ``nn.Linear`` and transformers' ``Conv1D`` become :class:`KroneckerLinear`, or
-    :class:`KroneckerSum` of several terms, ``nn.Embedding`` becomes :class:`KroneckerEmbedding`. A
-    layer that stands in several places is replaced in all of them. Hooks on a layer are lost.
-
-    Args:
-        module: Any module, or such a layer itself.
-        factors: From a layer's path, ``""`` for ``module`` itself, to its terms,
-            ``[{"a_shape": [m1, n1], "rank": r}, …]`` (a single one needs no list), or to None,
-            which leaves it dense; such as :attr:`kron_kernels.plan.Plan.factors`.
-        second_moments: ``E[x xᵀ]`` of a layer's inputs by its path: nearest in its outputs.
-
-    Returns:
-        ``module``, or the layer that stands for it.
-
-    Raises:
-        ValueError: If a path leads to no layer that can be replaced, or its terms do not fit.
-    """
-    moments = second_moments or {}
-    return swap_(module, factors, lambda path, *what: _nearest_layer(*what, moments.get(path)))
-
-
-def densify_(module: nn.Module) -> nn.Module:
-    """Replace factorised layers of a module by the dense ones of the same function, in place.
-
-    Args:
-        module: Any module, or such a layer itself.
-
-    Returns:
-        ``module``, or the dense layer that stands for it.
-
-    Raises:
-        ValueError: If it has a :class:`KroneckerFeedForward`, which needs its layers' factors.
-    """
-    found = {}
-
-    def visit(path: str, m: nn.Module) -> None:
-        if isinstance(m, KroneckerLinear | KroneckerSum | KroneckerEmbedding):
-            found[path] = m
-            return
-        if isinstance(m, KroneckerFeedForward):
-            raise ValueError(
-                f"{path or 'the module'} is a KroneckerFeedForward, which reads the factors of its "
-                "layers; replace it by its up, activation and down first."
-            )
-        for name, child in m.named_children():
-            visit(f"{path}.{name}" if path else name, child)
-
-    visit("", module)
-    for m in found.values():
-        table = isinstance(m, KroneckerEmbedding)
-        module = _replaced(module, m, m.to_embedding() if table else m.to_linear())
-    return module
-
-
-def factorisable(
-    module: nn.Module, allow_tied: bool = False
-) -> dict[str, tuple[Dense, str | None]]:
-    """The dense layers by their first path, and why one cannot be replaced, or None if it can."""
-    owners = defaultdict(list)
-    for path, m in module.named_modules():
-        for p in m._parameters.values():
-            owners[id(p)].append(path)
-    layers = {}
-    for path, m in module.named_modules():
-        if isinstance(m, nn.Linear | nn.Embedding) or is_conv1d(m):
-            parent = module.get_submodule(path.rpartition(".")[0]) if path else None
-            others = [o for o in owners[id(m._parameters.get("weight"))] if o != path]
-            layers[path] = m, _why_not(m, parent, [] if allow_tied else others)
-    return layers
-
-
-def _why_not(m: Dense, parent: nn.Module | None, tied: list[str]) -> str | None:
-    options = [o for o in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(m, o, None)]
-    plain = (
-        next((c for c in (nn.Linear, nn.Embedding) if isinstance(m, c)), type(m)).forward
-        is type(m).forward
-    )
-    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-        return f"nn.{type(parent).__name__} takes its weight without calling it"
-    if not plain:
-        return f"its class, {type(m).__name__}, has a forward of its own"
-    if not isinstance(m._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed by a parametrization"
-    if not m.weight.is_floating_point():
-        return f"its weight is {m.weight.dtype}, not floating point"
-    if tied:
-        return f"its weight is tied to that of {', '.join(tied)}"
-    if options:
-        return f"it has {options[0]}, which a Kronecker embedding does not do"
-    return None
-
-
-def is_conv1d(m: nn.Module) -> bool:
-    """Whether it is transformers' ``Conv1D``, a linear layer whose weight is ``(in, out)``."""
-    return type(m).__name__ == "Conv1D" and getattr(m, "weight", torch.empty(0)).ndim == 2
-
-
-def dense_of(layer: Dense) -> Tensor:
-    """The weight as ``(out_features, in_features)`` or ``(num_embeddings, embedding_dim)``."""
-    return layer.weight.mT if is_conv1d(layer) else layer.weight
-
-
-def terms_of(entry: Entry | Mapping[str, Any] | None, what: str = "an entry") -> Terms:
-    """An entry's terms, ``()`` for a dense layer.
-
-    Raises:
-        ValueError: If it is no such entry.
-    """
-    if entry is None:
-        return ()
-    terms = []
-    for term in [entry] if isinstance(entry, Mapping) else entry:
-        shape = term.get("a_shape") if isinstance(term, Mapping) else None
-        if (
-            not isinstance(shape, list | tuple)
-            or len(shape) != 2
-            or not term.keys() <= {"a_shape", "rank"}
-            or any(type(value) is not int for value in (*shape, term.get("rank", 1)))
-        ):
-            raise ValueError(
-                f'{what} = {entry!r} must look like {{"a_shape": [16, 2], "rank": 1}}, be a list '
-                "of such, or None for a dense layer."
-            )
-        terms.append(((shape[0], shape[1]), term.get("rank", 1)))
-    if not terms:
-        raise ValueError(f"{what} is an empty list; write None for a dense layer.")
-    return tuple(terms)
-
-
-def shapes_of(layer: Dense, terms: Terms, what: str) -> list[KronShape]:
-    """The shapes of the terms of this layer's weight.
-
-    Raises:
-        ValueError: If they do not fit it; ``what`` begins the message.
-    """
-    rows, columns = dense_of(layer).shape
-    try:
-        shapes = [KronShape.split(rows, columns, a_shape, rank) for a_shape, rank in terms]
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
-    for s in shapes:
-        most = min(s.m1 * s.n1, s.m2 * s.n2)
-        if s.rank > most:
-            raise ValueError(
-                f"{what}: rank = {s.rank}, but A {s.m1}x{s.n1} and B {s.m2}x{s.n2} already "
-                f"represent every weight with {most} terms; use rank <= {most}."
-            )
-    if isinstance(layer, nn.Embedding) and (len(shapes) > 1 or shapes[0].m2 != 1):
-        raise ValueError(
-            f"{what}: an embedding is one A ⊗ b with a row of A for each of its {rows} rows; use "
-            f"a_shape = [{rows}, {columns} / b_size]."
-        )
-    return shapes
-
-
-def swap_(
-    module: nn.Module,
-    factors: Mapping[str, Entry | dict[str, Any] | None],
-    make: Callable[[str, Dense, Terms], nn.Module],
-) -> nn.Module:
-    """``factorise_`` with layers from ``make(path, layer, terms)``."""
-    layers, new = factorisable(module), {}
-    for path, entry in factors.items():
-        terms = terms_of(entry, f"factors[{path!r}]")
-        if not terms:
-            continue
-        if path not in layers:
-            raise ValueError(f"factors has {path!r}, {no_such_layer(path, layers)}")
-        layer, reason = layers[path]
-        if reason:
-            raise ValueError(f"{path!r} cannot be factorised: {reason}; leave it out.")
-        shapes_of(layer, terms, f"factors[{path!r}]")
-        new[path] = layer, make(path, layer, terms)
-    for layer, other in new.values():
-        module = _replaced(module, layer, other)
-    return module
-
-
-def no_such_layer(name: str, paths: Mapping[str, Any]) -> str:
-    """The end of a sentence about a name that fits no layer."""
-    nearest = difflib.get_close_matches(name, [*paths], n=3, cutoff=0.3) or [*paths][:3]
-    return (
-        "which is no layer that could be factorised; "
-        f"the nearest are {', '.join(nearest) or 'none: it has no nn.Linear or nn.Embedding'}."
-    )
-
-
-def random_layer(path: str, layer: Dense, terms: Terms) -> nn.Module:
-    """A factorised layer of the sizes, dtype and device of ``layer``, with random factors."""
-    weight = layer.weight
-    new = {"device": weight.device, "dtype": weight.dtype}
-    if isinstance(layer, nn.Embedding):
-        ((_, columns), rank), *_ = terms
-        rows, dim = weight.shape
-        return KroneckerEmbedding(rows, dim, dim // columns, rank, layer.padding_idx, **new)
-    (rows, columns), bias = dense_of(layer).shape, layer.bias is not None
-    if len(terms) == 1:
-        return KroneckerLinear(columns, rows, *terms[0], bias, **new)
-    return KroneckerSum(columns, rows, terms, bias, **new)
-
-
-def _nearest_layer(layer: Dense, terms: Terms, second_moment: Tensor | None) -> nn.Module:
-    if isinstance(layer, nn.Embedding):
-        ((_, columns), rank), *_ = terms
-        return KroneckerEmbedding.from_embedding(layer, layer.embedding_dim // columns, rank)
-    if is_conv1d(layer):
-        layer = _as_linear(layer)
-    if len(terms) == 1:
-        return KroneckerLinear.from_linear(layer, *terms[0], second_moment=second_moment)
-    return KroneckerSum.from_linear(layer, terms, second_moment=second_moment)
-
-
-def _as_linear(conv: nn.Module) -> nn.Linear:
-    weight, bias = dense_of(conv), conv.bias
-    rows, columns = weight.shape
-    new = {"device": weight.device, "dtype": weight.dtype}
-    linear = nn.utils.skip_init(nn.Linear, columns, rows, bias is not None, **new)
-    return _filled(linear, like=conv, weight=weight, bias=bias)
-
-
-def _replaced(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """The module with ``new`` wherever ``old`` was."""
-    for parent, name in [*_places(module, old)]:
-        parent._modules[name] = new
-    return new if module is old else module
-
-
-def _places(module: nn.Module, child: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for parent in module.modules():
-        for name, m in parent._modules.items():
-            if m is child:
-                yield parent, name
-
-
 @torch.no_grad()
-def _filled(module: nn.Module, like: nn.Module, **values: Tensor | None) -> nn.Module:
+def filled(module: Module, like: nn.Module, **values: Tensor | None) -> Module:
     """The module with these parameters, in the mode and as trainable as ``like``."""
     for name, value in values.items():
         if value is not None:

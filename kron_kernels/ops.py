@@ -66,7 +66,7 @@ def _backward(
 ) -> Grads:
     if backend in COMPILED:
         return COMPILED[backend].kron_matmul_backward(dy, x, a, b, needed)
-    return eager.backward(dy, x, a, b, tuple(needed))
+    return eager.backward(dy, x, a, b, needed)
 
 
 def _qkv(
@@ -211,4 +211,5 @@ def _feed_forward_backward_flops(
 
 
 def _shape(a_shape, b_shape) -> KronShape:
-    return KronShape(*a_shape[1:], *b_shape[1:], a_shape[0])
+    (rank, m1, n1), (_, m2, n2) = a_shape, b_shape
+    return KronShape(m1, n1, m2, n2, rank)

@@ -26,10 +26,11 @@ def kron_matmul(
 ) -> Tensor:
     """``act(x Wᵀ + bias) + residual`` in float64 (complex128), with W formed."""
 
-    def wide(t: Tensor | None) -> Tensor | None:
-        return t if t is None else t.to(torch.complex128 if t.is_complex() else torch.float64)
+    def wide(t: Tensor) -> Tensor:
+        return t.to(torch.complex128 if t.is_complex() else torch.float64)
 
-    y = F.linear(wide(x), materialize(*map(wide, factors)), wide(bias))
+    w = materialize(*map(wide, factors))
+    y = F.linear(wide(x), w, None if bias is None else wide(bias))
     match activation:
         case "gelu":
             y = F.gelu(y)

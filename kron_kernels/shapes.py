@@ -22,8 +22,8 @@ class KronShape(NamedTuple):
     @classmethod
     def of(cls, a: Tensor, b: Tensor) -> KronShape:
         """The shape of factors ``a (r, m1, n1)`` and ``b (r, m2, n2)``; 2-D factors mean r = 1."""
-        rank = a.shape[0] if a.ndim == 3 else 1
-        return cls(*a.shape[-2:], *b.shape[-2:], rank)
+        (m1, n1), (m2, n2) = a.shape[-2:], b.shape[-2:]
+        return cls(m1, n1, m2, n2, a.shape[0] if a.ndim == 3 else 1)
 
     @classmethod
     def split(
@@ -114,3 +114,13 @@ def check_divides(side: str, size: int, factor: int, axis: int) -> None:
         f"weight's {size} {side} are not divisible by a_shape[{axis}] = {factor}; "
         f"nearest {are} {' and '.join(nearest)}."
     )
+
+
+def check_rank(s: KronShape) -> None:
+    """Raise if fewer terms of these factors represent every weight."""
+    most = min(s.m1 * s.n1, s.m2 * s.n2)
+    if s.rank > most:
+        raise ValueError(
+            f"rank = {s.rank}, but A {s.m1}x{s.n1} and B {s.m2}x{s.n2} already represent every "
+            f"weight with {most} terms; use rank <= {most}."
+        )

@@ -25,6 +25,23 @@ X, *FACTORS = OPERANDS
 # --- backends
 
 
+def test_without_the_compiled_module_the_reason_is_that():
+    program = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name == "kron_kernels._native":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch, kron_kernels
+print(kron_kernels.explain_backends(torch.ones(2), torch.ones(1, 2)))
+"""
+    printed = python("-c", program)
+    assert "the compiled module is missing (No module named 'kron_kernels._native')" in printed
+
+
 def test_eager_serves_every_call():
     for s in SHAPES:
         for dtype in (torch.float64, torch.float16, torch.complex64):

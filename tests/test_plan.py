@@ -22,7 +22,7 @@ from kron_kernels import (
     nearest_kronecker_sum,
 )
 from kron_kernels.decompose import dense_weight, shrunk
-from kron_kernels.nn import random_layer
+from kron_kernels.factorise import random_layer
 from kron_kernels.plan import LayerPlan, Plan, plan, planner, result, solver
 from kron_kernels.plan import clock as clocks
 from kron_kernels.plan.calibration import second_moments

@@ -126,7 +126,7 @@ KRON_BOTH int stage_bytes(int columns, int along, int item) {
 }
 
 // A piece of 16 rows and 64 columns of a warp, in its own place: rows 72 floats apart, so that the
-// lanes of math.h write to different banks.
+// lanes of arithmetic.h write to different banks.
 enum { SLAB_PITCH = WARP_COLUMNS + 8, SLAB_BYTES = 16 * SLAB_PITCH * 4 };
 
 // Floats between rows of a mix: outputs padded with zeros, to be read in packets.

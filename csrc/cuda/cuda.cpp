@@ -245,10 +245,9 @@ struct FeedForwardBackward {
       s = plan_dot_gradient(problem, left.length, right.length, 1, left.vectors, 0);
       g.warps_along = s.warps_along, g.shares = s.splits;
     };
-    const bool all_aligned = pointers_aligned;
     const int64_t n = a.up.columns;
-    gradient(layout(a.in.vectors, n, false, call.item, all_aligned), a.in, up, up_shape);
-    gradient(a.out, layout(a.out.vectors, n, false, call.item, all_aligned), down, down_shape);
+    gradient(layout(a.in.vectors, n, false, call.item, pointers_aligned), a.in, up, up_shape);
+    gradient(a.out, layout(a.out.vectors, n, false, call.item, pointers_aligned), down, down_shape);
     const int64_t h = a.hidden;
     size = 0;
     const auto take = [&](int64_t bytes) {

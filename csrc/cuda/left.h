@@ -4,8 +4,8 @@
 
 namespace kron {
 
-// A token's vectors, 16 at most, lie in one piece of 16 rows (math.h), as many tokens in a piece as
-// there is room for: what comes of a token is in the hands of one warp.
+// A token's vectors, 16 at most, lie in one piece of 16 rows (arithmetic.h), as many tokens in a
+// piece as there is room for: what comes of a token is in the hands of one warp.
 struct Rows {
   int vectors, tokens, spare; // of a token; in a piece; rows of a piece without a token
   KRON_DEVICE explicit Rows(int vectors)

@@ -41,7 +41,7 @@ template <class Shared> int highest(int along, const Device &device, Shared shar
 const char *find_geometry(const kron_product &p, Geometry &g) {
   if (p.n_factors != 2) return "it multiplies by two factors";
   for (const kron_factor *f = p.factors; f < p.factors + 2; f++) {
-    // int64_t enough for the extent: sides and rank are checked before.
+    // int64_t is wide enough: sides and rank are checked before.
     const int64_t extent = (p.rank - 1) * f->rank_stride + (f->rows - 1) * f->row_stride +
                            (f->cols - 1) * f->col_stride;
     if (extent >= int64_t(1) << 31) return "a factor's entries are 2^31 or more apart";

@@ -1,8 +1,8 @@
 // The product of a left operand, which is in shared memory, with a large factor, which passes through
 // it a step at a time.
 #pragma once
+#include "arithmetic.h"
 #include "left.h"
-#include "math.h"
 
 namespace kron {
 
@@ -96,7 +96,7 @@ private:
   }
 };
 
-// Sums of a warp's rows and columns: piece of 16 rows, piece of 8 columns, math.h's four.
+// Sums of a warp's rows and columns: piece of 16 rows, piece of 8 columns, a lane's four.
 using Sums = float[WARP_ROWS / 16][WARP_COLUMNS / 8][4];
 
 KRON_DEVICE void clear(Sums &sums) {

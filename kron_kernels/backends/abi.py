@@ -12,7 +12,7 @@ from kron_kernels.checks import Activation
 from kron_kernels.shapes import contraction_order
 
 try:
-    from kron_kernels import _native as module
+    import kron_kernels._native as module
 except ImportError as error:
     module = None
     missing = str(error)

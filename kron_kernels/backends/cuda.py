@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,7 @@ from torch import Tensor
 from kron_kernels.backends import abi
 from kron_kernels.backends.abi import product
 from kron_kernels.backends.gpu import DTYPES, constant, precision
-from kron_kernels.checks import Activation
-
-Layer = tuple[Tensor, Tensor, Tensor | None]  # a, b, bias
+from kron_kernels.checks import Activation, Layer
 
 _native = abi.module
 simulating = False  # tests set it: CPU tensors stand for those of GPU 0
@@ -27,7 +26,7 @@ simulating = False  # tests set it: CPU tensors stand for those of GPU 0
 # sooner than what one block of a fused feed-forward makes.
 FEW_TOKENS = 16
 
-_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def why_not(x: Tensor, *factors: Tensor) -> str | None:

@@ -60,15 +60,15 @@ def epilogue(y: Tensor, activation: Activation | None, residual: Tensor | None) 
 
 def kron_matmul(x: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x Wᵀ + bias`` of ``x (…, n)``, factors ``(r, m_i, n_i)``, ``bias (m,)``; differentiable."""
-    operands = [_compute(t) for t in (x, *factors)]
-    wide, factors = operands[0], operands[1:]
-    if len(factors) > 2:
-        factors = merge_small(factors)
+    operands: Sequence[Tensor] = [_compute(t) for t in (x, *factors)]
+    wide, fs = operands[0], operands[1:]
+    if len(fs) > 2:
+        fs = merge_small(fs)
     # Not a match statement: the compiler of torch 2.10 does not know it.
-    if len(factors) == 1:
-        y = F.linear(wide, factors[0].sum(0))
-    elif len(factors) == 2:
-        a, b = factors
+    if len(fs) == 1:
+        y = F.linear(wide, fs[0].sum(0))
+    elif len(fs) == 2:
+        a, b = fs
         s = KronShape.of(a, b)
         contract = _CONTRACT[choose_form(s)]
         if x.ndim == 2:
@@ -77,7 +77,7 @@ def kron_matmul(x: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Tens
             rows = wide.flatten(0, -2) if x.ndim > 1 else wide[None]
             y = contract(rows, a, b, s).view(*x.shape[:-1], s.out_features)
     else:
-        terms = zip(*(f.unbind() for f in factors), strict=True)
+        terms = zip(*(f.unbind() for f in fs), strict=True)
         first, *others = (_one_term(wide, term) for term in terms)
         y = sum(others, first)
     if bias is not None:
@@ -209,6 +209,7 @@ def _b_batched(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None
         return y.view(t, s.out_features)
     z = z.view(t, s.n1, s.rank, s.m2)
     y = torch.bmm(a[0].expand(t, s.m1, s.n1), z[:, :, 0], out=out)
+    # Here and below not in place unless there is an `out`, for vmap's sake.
     for k in range(1, s.rank):
         y = torch.baddbmm(y, a[k].expand(t, s.m1, s.n1), z[:, :, k], out=out)
     return y.view(t, s.out_features)
@@ -218,10 +219,13 @@ def _a_batched(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None
     t = x.shape[0]
     x = x.view(t, s.n1, s.n2)
     out = out if out is None else out.view(t * s.m1, s.m2)
-    y = None
-    for k in range(s.rank):
-        z = torch.bmm(a[k].expand(t, s.m1, s.n1), x).view(t * s.m1, s.n2)
-        y = _add_mm(y, z, b[k].mT, out)
+
+    def mixed(k: int) -> Tensor:
+        return torch.bmm(a[k].expand(t, s.m1, s.n1), x).view(t * s.m1, s.n2)
+
+    y = torch.mm(mixed(0), b[0].mT, out=out)
+    for k in range(1, s.rank):
+        y = torch.addmm(y, mixed(k), b[k].mT, out=out)
     return y.view(t, s.out_features)
 
 
@@ -243,10 +247,13 @@ def _a_planes(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None 
     t = x.shape[0]
     x = _planes(x, s.n1, s.n2)
     out = out if out is None else out.view(t * s.m1, s.m2)
-    y = None
-    for k in range(s.rank):
-        z = torch.mm(x, a[k].mT).view(s.n2, t * s.m1).mT
-        y = _add_mm(y, z, b[k].mT, out)
+
+    def mixed(k: int) -> Tensor:
+        return torch.mm(x, a[k].mT).view(s.n2, t * s.m1).mT
+
+    y = torch.mm(mixed(0), b[0].mT, out=out)
+    for k in range(1, s.rank):
+        y = torch.addmm(y, mixed(k), b[k].mT, out=out)
     return y.view(t, s.out_features)
 
 
@@ -266,19 +273,12 @@ _CONTRACT = {
 }
 
 
-def _add_mm(y: Tensor | None, left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
-    """``y + left @ right``, in ``out`` if given; not in place without it, for vmap's sake."""
-    if y is None:
-        return torch.mm(left, right, out=out)
-    return torch.addmm(y, left, right, out=out)
-
-
 def _planes(x: Tensor, p: int, q: int) -> Tensor:
     """``(t, p * q)`` with the first of the two axes last: ``(q * t, p)``."""
     return x.view(-1, p, q).permute(2, 0, 1).reshape(-1, p)
 
 
-Needed = tuple[bool, bool, bool]  # of the gradients of x, a and b
+Needed = Sequence[bool]  # of the gradients of x, a and b
 
 
 def backward(
@@ -301,13 +301,15 @@ def backward(
     wide_a, wide_b = _compute(a), _compute(b)
     rows = (dy.contiguous(), x.contiguous(), *((dx,) if needed[0] else ()))
     for dy_part, x_part, *dx_part in _chunks(s, *rows):
-        grads = differentiate(_compute(dy_part), _compute(x_part), wide_a, wide_b, needed, s)
-        if needed[0]:
-            dx_part[0].view(grads[0].shape).copy_(grads[0])
-        if needed[1]:
-            da += grads[1]
-        if needed[2]:
-            db += grads[2]
+        of_x, of_a, of_b = differentiate(
+            _compute(dy_part), _compute(x_part), wide_a, wide_b, needed, s
+        )
+        if of_x is not None:
+            dx_part[0].view(of_x.shape).copy_(of_x)
+        if of_a is not None:
+            da += of_a
+        if of_b is not None:
+            db += of_b
     return dx, da.to(a.dtype), db.to(b.dtype)
 
 
@@ -394,7 +396,8 @@ def _b_low_rank_grads(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Needed, s: KronShape
 ) -> Grads:
     up, down = a.view(s.rank, s.m1), b.view(s.rank, s.n2)
-    v = dy @ up.mT if needed[0] or needed[2] else None
+    if needed[0] or needed[2]:
+        v = dy @ up.mT
     dx = v @ down if needed[0] else None
     da = ((x @ down.mT).mT @ dy).view_as(a) if needed[1] else None
     db = (v.mT @ x).view_as(b) if needed[2] else None

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def constant(function: Callable) -> Callable:
+def constant(function: Function) -> Function:
     """Compilers take its result for given: of a device and of the shapes of parameters.
 
     What torch.compiler.assume_constant_result does, without importing the compiler.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kron_kernels.backends import abi
 from kron_kernels.backends.abi import product
-from kron_kernels.checks import Activation
+from kron_kernels.checks import Activation, Layer
 from kron_kernels.shapes import KronShape
 
 _native = abi.module
@@ -34,8 +35,8 @@ def _thread_pool() -> int:
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         library = Path(torch.__file__).parent / "lib" / name
         if library.exists():
-            function = getattr(ctypes.CDLL(str(library)), "torch_parallel_for", None)
-            return ctypes.cast(function, ctypes.c_void_p).value if function else 0
+            function: Any = getattr(ctypes.CDLL(str(library)), "torch_parallel_for", None)
+            return ctypes.cast(function, ctypes.c_void_p).value or 0
     return 0
 
 
@@ -112,8 +113,8 @@ def _kron_matmul_in_passes(
     """
     dtype = x.dtype
     if dtype in (torch.bfloat16, torch.float16):  # one rounding, at the end
-        x, bias, residual = (t if t is None else t.float() for t in (x, bias, residual))
-        factors = [f.float() for f in factors]
+        x, factors = x.float(), [f.float() for f in factors]
+        bias, residual = (t if t is None else t.float() for t in (bias, residual))
     y, done, stop = x.contiguous(), 1, len(factors)
     bias, residual = (t if t is None else t.contiguous() for t in (bias, residual))
     for start in _groups(tuple([f.shape for f in factors])):
@@ -145,7 +146,7 @@ def _groups(shapes: tuple[torch.Size, ...]) -> list[int]:
     return [*starts[1:], 0]
 
 
-def kron_qkv(x: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> list[Tensor]:
+def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     """``x Wᵀ + bias`` of each ``(a, b, bias)``, up to four; x ``(T, n)`` is read once."""
     x = x.contiguous()
     ys, arguments, kept = [], [], []
@@ -159,9 +160,9 @@ def kron_qkv(x: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor | None]]) 
 
 def kron_feed_forward(
     x: Tensor,
-    up: tuple[Tensor, Tensor, Tensor | None],
+    up: Layer,
     activation: Activation,
-    down: tuple[Tensor, Tensor, Tensor | None],
+    down: Layer,
     residual: Tensor | None,
 ) -> Tensor:
     """``down(act(up(x))) + residual`` of ``(a, b, bias)`` each, x ``(T, n)``."""
@@ -212,15 +213,15 @@ def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
 def kron_feed_forward_backward(
     dy: Tensor,
     x: Tensor,
-    up: tuple[Tensor, Tensor, Tensor | None],
+    up: Layer,
     activation: Activation,
-    down: tuple[Tensor, Tensor, Tensor | None],
+    down: Layer,
     needed: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of x, up's a, b and bias, down's a and b; empty where not needed."""
     dy, x = dy.contiguous(), x.contiguous()
     bias = None if up[2] is None else up[2].contiguous()
-    operands = x, up[0], up[1], bias, down[0], down[1]
+    operands: tuple[Any, ...] = x, up[0], up[1], bias, down[0], down[1]
     sums = torch.float64 if x.dtype == torch.float64 else torch.float32
     needed = [n and t is not None for n, t in zip(needed, operands, strict=True)]
     grads = [

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,8 @@ from torch import Tensor
 from kron_kernels.backends import triton_launch
 from kron_kernels.backends.gpu import DTYPES, constant, precision
 from kron_kernels.backends.triton_launch import Geometry, Tile, device_of, geometry, power_of_two
-from kron_kernels.checks import Activation
+from kron_kernels.checks import Activation, Layer
 from kron_kernels.shapes import KronShape
-
-Layer = tuple[Tensor, Tensor, Tensor | None]  # a, b, bias
 
 _INT32 = 2**31  # factors are addressed in 32 bits, tokens in 64
 
@@ -106,8 +105,7 @@ def sizes(g: Geometry) -> dict[str, int | bool]:
 
 def plan(x: Tensor, a: Tensor, b: Tensor) -> str:
     """What the kernel would do, in words."""
-    s = KronShape.of(a, b)
-    g = geometry(s)
+    g = _geometry(KronShape.of(a, b))
     t = triton_launch.tile(
         g, prod(x.shape[:-1]), x.dtype, precision(x.dtype) == "ieee", device_of(x)
     )
@@ -117,6 +115,13 @@ def plan(x: Tensor, a: Tensor, b: Tensor) -> str:
     if not g.mix_first:
         first, then = then, first
     return f"{first}, then {then}; {t.tokens} tokens a program, {t.warps} warps"
+
+
+def _geometry(s: KronShape) -> Geometry:
+    """The geometry of a product that ``why_not`` does not refuse."""
+    g = geometry(s)
+    assert g is not None
+    return g
 
 
 def kron_matmul(
@@ -164,11 +169,11 @@ def _products(
     ys = tuple(x.new_empty(tokens, s.out_features) for _ in layers)
     if tokens == 0:
         return list(ys)
-    g = geometry(s)
+    g = _geometry(s)
     side = 1 if g.inner else 0
-    mixes = tuple(layer[side] for layer in layers)
-    dots = tuple(layer[1 - side] for layer in layers)
-    biases = tuple(None if layer[2] is None else layer[2].contiguous() for layer in layers)
+    mixes = tuple(layer[:2][side] for layer in layers)
+    dots = tuple(layer[:2][1 - side] for layer in layers)
+    biases = tuple(None if bias is None else bias.contiguous() for *_, bias in layers)
     residual = None if residual is None else residual.contiguous()
     how = precision(x.dtype)
     t = triton_launch.tile(g, tokens, x.dtype, how == "ieee", device_of(x), len(layers))
@@ -190,11 +195,10 @@ def kron_matmul_backward(
     """Gradients of x, a and b, an empty tensor for one that is not needed."""
     dy, x = dy.contiguous(), x.contiguous()
     dx = kron_matmul(dy, (a.mT, b.mT)) if needed[0] else x.new_empty(0)
-    da, db = a.new_empty(0), b.new_empty(0)
+    da = db = None
     if needed[1] or needed[2]:
-        some = factor_gradients(dy, x, a, b, needed[1], needed[2])
-        da, db = (new if n else old for new, n, old in zip(some, needed[1:], (da, db), strict=True))
-    return dx, da, db
+        da, db = factor_gradients(dy, x, a, b, needed[1], needed[2])
+    return dx, a.new_empty(0) if da is None else da, b.new_empty(0) if db is None else db
 
 
 def factor_gradients(
@@ -202,8 +206,8 @@ def factor_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the factors, deterministic; None for one that is not needed."""
     if x.shape[0] == 0:
-        return torch.zeros_like(a), torch.zeros_like(b)
-    g = geometry(KronShape.of(a, b))
+        return torch.zeros_like(a) if need_a else None, torch.zeros_like(b) if need_b else None
+    g = _geometry(KronShape.of(a, b))
     flipped = not g.mix_first
     if flipped:
         g, x, dy, a, b = g.transposed, dy, x, a.mT, b.mT
@@ -250,7 +254,7 @@ def _gradients_of_small_mix(
     z = x.new_empty(g.rank, tokens * g.O, g.K) if need_dot else None
     t, group, shares = triton_launch.mix_gradient_tile(g, tokens, device_of(x))
     tiles = -(-g.K // t.depth)
-    wide = {"device": x.device, "dtype": torch.float32}
+    wide: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
     d_mix = torch.empty(shares * tiles, g.rank, g.O, g.U, **wide) if need_mix else None
     with on_device(x):
         mix_gradients_kernel[tiles, g.rank * -(-g.O // group), shares](
@@ -258,8 +262,7 @@ def _gradients_of_small_mix(
             O=g.O, U=g.U, K=g.K, U_=power_of_two(g.U), INNER=g.inner,
             GROUP=group, BT=t.tokens, BC=t.depth, num_warps=t.warps,
         )  # fmt: skip
-    d_mix = d_mix.sum(0).to(mix.dtype) if need_mix else None
-    return d_mix, torch.matmul(rows.mT, z) if need_dot else None
+    return _summed(d_mix, mix.dtype), None if z is None else torch.matmul(rows.mT, z)
 
 
 def _gradients_by_dot(
@@ -271,7 +274,7 @@ def _gradients_by_dot(
     how = precision(x.dtype)
     t, shares = triton_launch.factor_gradient_tile(g, tokens, x.dtype, how == "ieee", device_of(x))
     tiles = -(-g.N // t.columns) * -(-g.K // t.depth)
-    wide = {"device": x.device, "dtype": torch.float32}
+    wide: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
     d_dot = torch.empty(shares, g.rank, g.N, g.K, **wide) if need_dot else None
     d_mix = torch.empty(shares * tiles, g.rank, g.O, g.U, **wide) if need_mix else None
     constants = sizes(g)
@@ -283,8 +286,12 @@ def _gradients_by_dot(
             **constants, PRECISION=how,
             BT=t.tokens, BC=t.depth, BN=t.columns, STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
-    d_mix = d_mix.sum(0).to(mix.dtype) if need_mix else None
-    return d_mix, d_dot.sum(0).to(dot.dtype) if need_dot else None
+    return _summed(d_mix, mix.dtype), _summed(d_dot, dot.dtype)
+
+
+def _summed(parts: Tensor | None, dtype: torch.dtype, over: int = 0) -> Tensor | None:
+    """What each program summed, added up in a fixed order; None where it was not asked for."""
+    return None if parts is None else parts.sum(over).to(dtype)
 
 
 def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
@@ -348,7 +355,7 @@ def kron_feed_forward_backward(
 
     dy, x = dy.contiguous(), x.contiguous()
     (a1, b1, bias1), (a2, b2, _) = up, down
-    operands = x, a1, b1, bias1, a2, b2
+    operands: tuple[Any, ...] = x, a1, b1, bias1, a2, b2
     needed = [n and t is not None for n, t in zip(needed, operands, strict=True)]
     tokens = x.shape[0]
     if tokens == 0:
@@ -360,7 +367,7 @@ def kron_feed_forward_backward(
     (r1, h, u), (_, n, k), (r2, p, _), (_, m, _) = a1.shape, b1.shape, a2.shape, b2.shape
     constants, t, depth = _feed_forward_constants(x, a1, b1, a2, b2, activation, backward=True)
     grid = -(-tokens // t.tokens), -(-n // t.columns)
-    wide = {"device": x.device, "dtype": torch.float32}
+    wide: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
     v, dz = x.new_empty(r2, tokens, p, n), x.new_empty(r1, tokens, u, n)
     d_a1 = torch.empty(r1, grid[0] * grid[1], h, u, **wide) if needed[1] else None
     d_bias1 = torch.empty(grid[0], h * n, **wide) if needed[3] else None
@@ -375,21 +382,21 @@ def kron_feed_forward_backward(
     # Plain matrix products of all tokens' rows, which PyTorch's library does best.
     v, dz = v.view(r2, tokens * p, n), dz.view(r1, tokens * u, n)
     x_rows, dy_rows = x.view(tokens * u, k), dy.view(tokens * p, m)
-    empty = x.new_empty(0)
-    dx = empty
+    dx = None
     if needed[0]:
         dx = dz[0] @ b1[0]
         for i in range(1, r1):
-            dx = dx.addmm_(dz[i], b1[i])
+            dx.addmm_(dz[i], b1[i])
         dx = dx.view(tokens, u * k)
-    return (
+    grads = (
         dx,
-        d_a1.sum(1).to(x.dtype) if needed[1] else empty,
-        dz.mT @ x_rows if needed[2] else empty,
-        d_bias1.sum(0).to(x.dtype) if needed[3] else empty,
-        d_a2.sum(1).to(x.dtype) if needed[4] else empty,
-        dy_rows.mT @ v if needed[5] else empty,
+        _summed(d_a1, x.dtype, 1),
+        dz.mT @ x_rows if needed[2] else None,
+        _summed(d_bias1, x.dtype),
+        _summed(d_a2, x.dtype, 1),
+        dy_rows.mT @ v if needed[5] else None,
     )
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
 def _feed_forward_constants(

@@ -137,9 +137,9 @@ def split_rows(rows, U_: tl.constexpr):
 
 @triton.jit
 def normal_tail(x, gauss):
-    """The normal distribution at ``-|x|``, given ``gauss = exp(-x²/2)``: benchmarks/fit_gelu.py.
+    """The normal distribution at ``-|x|``, given ``gauss = exp(-x²/2)``.
 
-    Relative error 1.5e-7 for ``|x| <= 14``: the same polynomial as in csrc/cpu/activation.h.
+    Relative error 1.5e-7 for ``|x| <= 14``: the same polynomial as in csrc/cuda/activation.h.
     """
     t = 1.0 / (1.0 + 0.3 * tl.abs(x))
     p = 0.035674778773789155 * t - 0.1572031018997223

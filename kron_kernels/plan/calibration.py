@@ -21,8 +21,9 @@ def second_moments(
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
         def add(target: Target, x: Tensor, mask: Tensor | None = mask) -> None:
-            real = mask is not None and mask.shape == x.shape[:-1]
-            x = (x[mask.bool()] if real else x.flatten(0, -2)).float()
+            if mask is not None and mask.shape == x.shape[:-1]:
+                x = x[mask.bool()]
+            x = x.flatten(0, -2).float()
             if len(x):
                 moment = found.setdefault(target.path, x.new_zeros(x.shape[1], x.shape[1]))
                 moment.addmm_(x.mT, x)

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from kron_kernels.decompose import (
     alternate,
+    cholesky,
     dense_weight,
     nearest_kronecker,
     nearest_kronecker_sum,
-    root,
     separable,
     separable_roots,
     shrunk,
     whitened,
 )
-from kron_kernels.nn import Terms, dense_of
+from kron_kernels.factorise import Terms, dense_of
 from kron_kernels.plan.layers import Candidate, Target, dense_candidate
 from kron_kernels.plan.spectra import divisors, dropped, spectra
 from kron_kernels.shapes import KronShape
@@ -86,7 +86,7 @@ def _thinned(candidates: Iterable[Candidate]) -> list[Candidate]:
 def _table_errors(w: Tensor) -> Errors:
     """Of an embedding ``w (v, d)`` as ``(v, d / b_size) ⊗ (1, b_size)``, rank 1."""
     rows, dim = w.shape
-    errors = {}
+    errors: Errors = {}
     for (_, b), spectrum in spectra(w, "right", [1], divisors(dim, _B_SIZES)):
         errors[((rows, dim // b), 1),] = dropped(spectrum, 1)
     return errors
@@ -98,7 +98,7 @@ def _linear_errors(w: Tensor, moment: Tensor | None, mix: bool) -> list[Errors]:
     c = None if moment is None else shrunk(moment, _SHRINKAGE)
     if c is not None:
         c /= c.diagonal().mean()
-    half = None if c is None else root(c).float()  # (n, n), half @ half.mT = C
+    half = None if c is None else cholesky(c).float()  # (n, n), half @ half.mT = C
     left, right = (_product_errors(w, side, c) for side in ("left", "right"))
     factors: dict[Terms, Factors] = {}
     if c is not None:
@@ -138,7 +138,7 @@ def _low_rank_errors(w: Tensor, m: int, n: int) -> Errors:
     gram = w @ w.mT if m <= n else w.mT @ w
     spectrum = torch.linalg.eigvalsh(gram.double() if len(gram) <= 256 else gram).flip(0)
     full = m * n / (m + n)  # the rank that has as many parameters as the dense layer
-    errors = {}
+    errors: Errors = {}
     for compression in _COMPRESSIONS:
         rank = int(full / compression)
         rank -= rank % 8 if rank > 16 else 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kron_kernels.nn import Terms, random_layer
+from kron_kernels.factorise import Terms, random_layer
 from kron_kernels.plan.forward import call
 from kron_kernels.plan.layers import Candidate, Target
 from kron_kernels.timing import interleaved
@@ -17,7 +18,7 @@ from kron_kernels.timing import interleaved
 LAYER_SECONDS, MODULE_SECONDS = 0.05, 2.0  # of timing one candidate, and the whole
 
 
-def milliseconds(calls: Mapping[str, Callable], seconds: float) -> dict[str, float]:
+def milliseconds(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """Medians of calls that take turns."""
     return {name: t.median for name, t in interleaved(calls, seconds=seconds).items()}
 
@@ -25,7 +26,7 @@ def milliseconds(calls: Mapping[str, Callable], seconds: float) -> dict[str, flo
 class Clock:
     """Milliseconds of layers by kind and terms, measured when asked for."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.known: dict[str, dict[Terms, float]] = defaultdict(dict)
         self.rate = 0.0  # FLOPs per millisecond, the best that was seen
 

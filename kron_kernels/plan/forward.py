@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from kron_kernels.nn import Entry, random_layer, swap_
+from kron_kernels.factorise import Entry, random_layer, swap_
 from kron_kernels.plan.layers import Target
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from kron_kernels.nn import (
+from kron_kernels.factorise import (
     Dense,
     Entry,
     Terms,
@@ -74,30 +74,32 @@ def find_targets(
     allow_tied: bool,
 ) -> list[Target]:
     plain, named = factorisable(module), factorisable(module, allow_tied)
+
+    def fitting(name: str, argument: str) -> list[str]:
+        paths = [path for path in named if _fits(name, path)]
+        if not paths:
+            raise ValueError(f"{argument} has {name!r}, {no_such_layer(name, named)}")
+        return paths
+
     chosen = {p for p, (m, why) in plain.items() if not why and not isinstance(m, nn.Embedding)}
     if names is not None:
-        chosen, names = set(), [names] if isinstance(names, str) else list(names)
-        for name in names:
-            fitting = [path for path in named if _fits(name, path)]
-            if not fitting:
-                raise ValueError(f"names has {name!r}, {no_such_layer(name, named)}")
-            chosen.update(fitting)
+        names = [names] if isinstance(names, str) else names
+        chosen = {path for name in names for path in fitting(name, "names")}
     decisions = {name: terms_of(e, f"layers[{name!r}]") for name, e in decided.items()}
     for name, terms in decisions.items():
-        fitting = [path for path in named if _fits(name, path)]
-        if not fitting:
-            raise ValueError(f"layers has {name!r}, {no_such_layer(name, named)}")
-        chosen.update(path for path in fitting if terms)
+        paths = fitting(name, "layers")
+        chosen.update(paths if terms else ())
     targets = []
     for path, (layer, reason) in named.items():
-        name = max((n for n in decisions if _fits(n, path)), key=len, default=None)
+        decision = max((n for n in decisions if _fits(n, path)), key=len, default=None)
         if path not in chosen:
             continue
         if reason:
             raise ValueError(f"{path!r} cannot be factorised: {reason}; leave it out.")
-        target = Target(path, layer, name is not None, decisions.get(name, ()))
-        if target.terms:
-            _check_decision(target, f"layers[{name!r}], for {path or 'the module'}")
+        terms = () if decision is None else decisions[decision]
+        target = Target(path, layer, decision is not None, terms)
+        if terms:
+            _check_decision(target, f"layers[{decision!r}], for {path or 'the module'}")
         targets.append(target)
     if not targets:
         raise ValueError(

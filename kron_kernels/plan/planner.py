@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
 
-from kron_kernels.nn import Entry, Terms
+from kron_kernels.factorise import Entry, Terms
 from kron_kernels.plan.budget import KEYS, check_arguments, limits_of
 from kron_kernels.plan.calibration import second_moments
 from kron_kernels.plan.candidates import candidates_of
@@ -76,6 +76,9 @@ def plan(
             anything: what is built and measured. By default a copy of ``module`` with its layers
             replaced.
         progress: Say on the standard error what is being done.
+
+    Returns:
+        What becomes of each layer, and what the whole then takes, measured.
 
     Raises:
         ValueError: If the budget cannot be met, with what could be; or for an argument that does
@@ -205,7 +208,7 @@ class Planner:
             slower = [self._loss(t, c) for c in t.candidates if self._loss(t, c) > 0]
             if slower and not t.decided:
                 loss[t.kind] = min(slower)
-        kinds = sorted(loss, key=loss.get)
+        kinds = sorted(loss, key=loss.__getitem__)
         chosen = self._solve(allowed, kinds)
         if chosen is not None or not kinds:
             return chosen
@@ -226,8 +229,9 @@ class Planner:
         """Milliseconds that it is slower than dense, 0 if that is not known."""
         dense = self.clock.known_of(target, ())
         known = self.clock.known_of(target, c.terms)
-        unknown = dense is None or known is None or not c.terms
-        return 0.0 if unknown else max(known - dense, 0.0)
+        if dense is None or known is None or not c.terms:
+            return 0.0
+        return max(known - dense, 0.0)
 
     def _solve(
         self, allowed: Mapping[str, float], dense_kinds: Iterable[str], objective: str = ""
@@ -285,6 +289,7 @@ class Planner:
         while True:
             goal = {"parameters": "size"}.get(key, key)
             chosen = self._solve(others, (), goal) or self._solve({}, (), goal)
+            assert chosen is not None  # without limits there is a choice
             wanted = self._untimed(chosen)
             if not wanted:
                 return chosen
@@ -301,7 +306,8 @@ class Planner:
     ) -> dict[str, float]:
         self.say("building and measuring the whole")
         picked = [(t, t.candidates[j]) for t, j in zip(self.targets, chosen, strict=True)]
-        trial = build({t.path: entry_of(c.terms) for t, c in picked if c.terms}).eval()
+        entries = {t.path: entry for t, c in picked if (entry := entry_of(c.terms))}
+        trial = build(entries).eval()
         actual = totals_of(trial, inputs)
         calls = {"dense": partial(call, module, inputs), "planned": partial(call, trial, inputs)}
         times = milliseconds(calls, MODULE_SECONDS)
@@ -310,7 +316,7 @@ class Planner:
         actual["latency"] = self.dense["latency"] * ratio
         return actual | {"error": self._predicted(chosen)["error"]}
 
-    def _refuse(self, tried: Mapping[tuple, Mapping[str, float]], budget: Mapping) -> None:
+    def _refuse(self, tried: Mapping[tuple, Mapping[str, float]], budget: Mapping) -> NoReturn:
         def excess(actual: Mapping[str, float]) -> float:
             return max(actual[k] / max(limit, 1e-30) for k, limit in self.limits.items())
 

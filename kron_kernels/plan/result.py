@@ -8,11 +8,11 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kron_kernels.nn import Entry, Terms, terms_of
+from kron_kernels.factorise import Entry, Terms, terms_of
 from kron_kernels.shapes import KronShape
 
 
@@ -44,9 +44,9 @@ class Plan:
     """Terms of each layer, what they cost, and where that was measured; all values plain JSON.
 
     Attributes:
-        factors: From each layer's path to its terms, or None for a dense one: what
-            :func:`kron_kernels.factorise_` takes.
-        layers: One :class:`LayerPlan` a layer.
+        factors: From each layer's path to its terms, or None for a dense one: what ``factorise_``
+            takes.
+        layers: One ``LayerPlan`` a layer.
         totals: Of the whole module, ``{"dense": …, "planned": …}`` each, measured on a module so
             built: ``parameters``, ``bytes`` of them, ``flops`` and ``latency`` (milliseconds) of a
             forward pass, the latter with ``"predicted"`` where layers were timed; and ``error``,
@@ -62,10 +62,10 @@ class Plan:
     setting: dict[str, Any]
     budget: dict[str, float | str]
     objective: str
-    version: int = field(default=1)
+    version: int = 1
 
     def to_json(self) -> str:
-        """The plan as JSON, which :meth:`from_json` reads."""
+        """The plan as JSON, which ``from_json`` reads."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
     @classmethod
@@ -99,7 +99,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Plan:
-        """Read what :meth:`save` wrote."""
+        """Read what ``save`` wrote."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def __str__(self) -> str:
@@ -164,8 +164,8 @@ def _table(plan: Plan) -> str:
     for key in ("parameters", "bytes", "flops", "latency"):
         total = plan.totals[key]
         dense, planned = (quantity(key, total[k]) for k in ("dense", "planned"))
-        times = total["dense"] / total["planned"] if total["planned"] else 1.0
-        line = f"{key:11}{dense:>10} -> {planned:>10}  ({times:.2f}x less)"
+        less = total["dense"] / total["planned"] if total["planned"] else 1.0
+        line = f"{key:11}{dense:>10} -> {planned:>10}  ({less:.2f}x less)"
         if total.get("predicted") is not None:
             line += f", {quantity(key, total['predicted'])} predicted"
         text.append(line)

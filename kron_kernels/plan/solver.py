@@ -48,8 +48,8 @@ def solve(
         return None
     search = _Search(goal, cost, limit)
     best, least = None, torch.inf
-    for choice in search.starts():
-        choice = search.repaired(choice)
+    for start in search.starts():
+        choice = search.repaired(start)
         if choice is not None:
             choice = search.improved(choice, pairs=False)
             if (total := search.total_goal(choice)) < least - 1e-15:
@@ -106,9 +106,9 @@ class _Search:
             for step in range(200):
                 over = visit(weights)
                 weights = weights * torch.exp((2.0 / (1 + step / 10)) * over.clamp(-1, 1))
-        feasible = sorted((g, key) for key, (over, g, _) in seen.items() if over == 0)[:6]
+        feasible = sorted((over, g, key) for key, (over, g, _) in seen.items() if over == 0)[:6]
         nearest = sorted((over, g, key) for key, (over, g, _) in seen.items() if over > 0)[:6]
-        return [seen[key][2] for *_, key in [*feasible, *nearest]]
+        return [seen[key][2] for _, _, key in [*feasible, *nearest]]
 
     def repaired(self, choice: Tensor) -> Tensor | None:
         """Exchanges that lower the violation most for what they cost in the goal, until it is 0."""
@@ -162,7 +162,7 @@ class _Search:
             both = torch.where((after <= self.limit).all(-1), second + change[i, j], torch.inf)
             both[i] = torch.inf
             if both.min() < least:
-                least, to = both.min().item(), both.argmin().item()
+                least, to = both.min().item(), int(both.argmin())
                 best = other.clone()
                 best[to // columns] = to % columns
         return best
@@ -176,8 +176,8 @@ class _Search:
     def any_choice(self) -> Tensor | None:
         """Some choice within the limits, by depth first."""
         least = self.cost.masked_fill(~self.goal.isfinite()[..., None], torch.inf).amin(1)
-        ahead = least.flip(0).cumsum(0).flip(0)  # (L, K), of the layers from here on
-        ahead = torch.cat([ahead, torch.zeros_like(ahead[:1])]).tolist()
+        ahead = least.flip(0).cumsum(0).flip(0).tolist()  # (L, K), of the layers from here on
+        ahead.append([0.0] * len(self.limit))
         cost, limit = self.cost.tolist(), self.limit.tolist()
         counts = self.goal.isfinite().sum(1).tolist()
         path, spent, steps = [0], [[0.0] * len(limit)], 0

@@ -54,6 +54,6 @@ def divisors(n: int, most: int) -> list[int]:
     return [d for d in range(1, min(n, most) + 1) if n % d == 0]
 
 
-def _tops(divisors: Sequence[int]) -> list[int]:
+def _tops(sizes: Sequence[int]) -> list[int]:
     """Those that divide no other."""
-    return [d for d in divisors if not any(e > d and e % d == 0 for e in divisors)]
+    return [d for d in sizes if not any(e > d and e % d == 0 for e in sizes)]

@@ -1,0 +1,133 @@
+"""Factorised layers in place of other modules' dense ones, and back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kron_kernels import (
+    KroneckerEmbedding,
+    KroneckerFeedForward,
+    KroneckerLinear,
+    KroneckerSum,
+    densify_,
+    factorise_,
+    nearest_kronecker,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class Conv1D(nn.Module):
+    """As transformers': ``x @ weight + bias`` with ``weight (in, out)``."""
+
+    def __init__(self, out_features: int, in_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(in_features, out_features))
+        self.bias = nn.Parameter(torch.randn(out_features))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+ONE, TWO = {"a_shape": [2, 3], "rank": 6}, {"a_shape": [8, 1], "rank": 1}
+
+
+def test_layers_are_replaced_by_the_nearest_and_come_back():
+    shared = nn.Linear(12, 12)
+    net = nn.Sequential(nn.Embedding(9, 12), shared, Conv1D(8, 12), nn.Sequential(shared)).eval()
+    net[3] = nn.Sequential(nn.Linear(8, 12), shared).eval()
+    dense, x = copy.deepcopy(net), torch.arange(9)
+    c = torch.diag(torch.logspace(0, -3, 12))
+    factors = {
+        "0": [{"a_shape": [9, 12]}],
+        "1": [{"a_shape": [3, 4], "rank": 12}],
+        "2": [ONE | {"rank": 2}, TWO],
+        "3.0": None,
+    }
+    assert factorise_(net, factors, second_moments={"2": c}) is net
+    table, linear, both, (kept, again) = net
+    assert isinstance(table, KroneckerEmbedding) and isinstance(linear, KroneckerLinear)
+    assert isinstance(both, KroneckerSum) and isinstance(kept, nn.Linear) and again is linear
+    assert not any(m.training for m in net.modules())
+    weight = dense[2].weight.mT
+
+    def output_error(layer):
+        return ((layer.to_linear().weight - weight) @ c.sqrt()).norm()
+
+    parts = [((2, 3), 2), ((8, 1), 1)]
+    same = nn.Linear(12, 8)
+    same.load_state_dict({"weight": weight, "bias": dense[2].bias})
+    plain = KroneckerSum.from_linear(same, parts)
+    assert output_error(both) < output_error(plain)
+    # The others are of full rank: with the sum out of the way nothing is lost.
+    net[2] = dense[2]
+    torch.testing.assert_close(net(x), dense(x), rtol=1e-4, atol=1e-4)
+    net[2] = both
+    expected = net(x)
+    assert densify_(net) is net
+    assert [type(m) for m in net[:3]] == [nn.Embedding, nn.Linear, nn.Linear]
+    assert net[3][1] is net[1]
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_module_itself_may_be_the_layer():
+    dense = nn.Linear(12, 8)
+    layer = factorise_(dense, {"": ONE})
+    assert isinstance(layer, KroneckerLinear) and isinstance(dense, nn.Linear)
+    a, b = nearest_kronecker(dense.weight, (2, 3), 6)
+    assert torch.equal(layer.a, a) and torch.equal(layer.b, b)
+    back = densify_(layer)
+    torch.testing.assert_close(back(torch.ones(2, 12)), layer(torch.ones(2, 12)))
+    assert densify_(dense) is dense and factorise_(dense, {"": None}) is dense
+
+
+class Attention(nn.Module):
+    """What takes a layer's weight without calling it, or ties or computes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(12, 2)
+        self.encoder = nn.TransformerEncoderLayer(12, 2, 24)
+        self.words, self.decoder = nn.Embedding(9, 12), nn.Linear(12, 9)
+        self.decoder.weight = self.words.weight
+        self.sparse = nn.Embedding(9, 12, sparse=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(12, 12))
+        self.own = type("Own", (nn.Linear,), {"forward": lambda self, x: x})(12, 12)
+        self.linear = nn.Linear(12, 12)
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"mha.out_proj": ONE}, "nn.MultiheadAttention takes its weight without calling it"),
+        ({"encoder.linear1": ONE}, "nn.TransformerEncoderLayer takes its weight without"),
+        ({"decoder": ONE}, "'decoder' cannot be factorised: its weight is tied to that of words;"),
+        ({"words": ONE}, "tied to that of decoder"),
+        ({"sparse": {"a_shape": [9, 6]}}, "it has sparse, which a Kronecker embedding does not"),
+        ({"normed": ONE}, "its weight is computed by a parametrization"),
+        ({"own": ONE}, "its class, Own, has a forward of its own"),
+        ({"linaer": ONE}, "factors has 'linaer', which is no layer .* nearest are linear"),
+        ({"linear": {"a_shape": [5, 1]}}, r"factors\['linear'\]: weight's 12 rows are not div"),
+        ({"linear": {"shape": [3, 1]}}, r"factors\['linear'\] = .* must look like"),
+        ({"linear": [ONE, {"a_shape": [2, 2], "rank": 5}]}, "use rank <= 4"),
+        ({"linear": ONE, "linaer": ONE}, "linaer"),
+    ],
+    ids=lambda v: None if isinstance(v, str) else next(iter(v)),
+)
+def test_a_layer_that_cannot_be_replaced_is_refused_and_nothing_changed(factors, message):
+    net = Attention()
+    before = [*net.modules()]
+    with pytest.raises(ValueError, match=message):
+        factorise_(net, factors)
+    assert [*net.modules()] == before
+
+
+def test_a_fused_block_is_not_taken_apart():
+    block = KroneckerFeedForward(KroneckerLinear(8, 16, (2, 2)), KroneckerLinear(16, 8, (2, 2)))
+    with pytest.raises(ValueError, match="0 is a KroneckerFeedForward, which reads the factors"):
+        densify_(nn.Sequential(block))
