@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,9 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 To = Annotated[Path, typer.Option(help="Folder of the results.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of every contender.")]
+VERBS = ("layers", "model", "training", "memory")
 HERE = RESULTS / "here"
+DOCS = RESULTS.parents[1] / "docs/assets"
 
 
 @app.command()
@@ -114,19 +117,21 @@ def everything(threads: Threads = 1, to: To = HERE) -> None:
         sys.exit(1)
 
 
-VERBS = ("layers", "model", "training", "memory")
-
-
 @app.command(name="report")
-def tables_and_pictures(folder: Annotated[Path, typer.Argument()] = RESULTS) -> None:
+def tables_and_pictures(
+    folder: Annotated[Path, typer.Argument(help="With results as JSON.")] = RESULTS,
+    pictures: Annotated[Path, typer.Option(help="Folder for the pictures.")] = DOCS,
+) -> None:
     """The tables and pictures of results that are there; nothing is measured."""
-    report(folder, VERBS)
+    report(folder, VERBS, pictures)
 
 
-def report(folder: Path, verbs) -> None:
+def report(folder: Path, verbs: Iterable[str], pictures: Path | None = None) -> None:
+    """Print the verbs' tables; draw all pictures that the folder's results allow."""
     from benchmarks import layer_tables, memory, model, plots, training
 
     console = Console(width=150, highlight=False)
+    modules = {"model": model, "training": training, "memory": memory}
     for verb in verbs:
         path = folder / f"{verb}.json"
         if not path.exists():
@@ -135,10 +140,9 @@ def report(folder: Path, verbs) -> None:
         if verb == "layers":
             print(layer_tables.report(results))
             continue
-        module = {"model": model, "training": training, "memory": memory}[verb]
-        for table in module.tables(results):
+        for table in modules[verb].tables(results):
             console.print(table)
-    for picture in plots.draw_all(folder):
+    for picture in plots.draw_all(folder, pictures or folder):
         print(picture)
 
 

@@ -48,8 +48,8 @@ plt.rcParams |= {
 }
 
 
-def draw_all(folder: Path) -> list[Path]:
-    """Every picture whose results are there; their paths."""
+def draw_all(folder: Path, into: Path) -> list[Path]:
+    """Every picture whose results are in the folder; their paths."""
     pictures: list[tuple[Callable, tuple[str, ...], set[str]]] = [
         (speed, ("layers", "model"), {"tokens"}),
         (scaling, ("layers",), {"tokens", "width", "compression"}),
@@ -67,7 +67,7 @@ def draw_all(folder: Path) -> list[Path]:
         first, *more = (json.loads(file.read_text()) for file in files)
         if groups <= {row["group"] for row in first.get("rows", [])}:
             figure = draw(first, *more)
-            drawn.append(folder / f"{draw.__name__}.png")
+            drawn.append(into / f"{draw.__name__}.png")
             figure.savefig(drawn[-1])
             plt.close(figure)
     return drawn
@@ -310,8 +310,13 @@ def training(steps: dict, memory: dict):
 def quality(record: dict):
     """What each student keeps of its teacher's score, by task."""
     scores = record["scores"]
-    metrics = {"sst2": "accuracy", "trec": "accuracy", "mrpc": "accuracy"}
-    metrics |= {"stsb": "spearman", "cola": "matthews"}
+    tasks = {
+        "sst2": ("SST-2", "accuracy"),
+        "trec": ("TREC", "accuracy"),
+        "mrpc": ("MRPC", "accuracy"),
+        "stsb": ("STS-B", "spearman"),
+        "cola": ("CoLA", "matthews"),
+    }
     students = {
         "Kronecker 8x": EIGHT,
         "Kronecker 8x, low-rank words": "#2a9d6f",
@@ -319,29 +324,27 @@ def quality(record: dict):
         "Kronecker 21x": TWENTY_ONE,
         "one dense layer 8x": OTHER_COLOR,
     }
-    titles = {"sst2": "SST-2", "trec": "TREC", "mrpc": "MRPC", "stsb": "STS-B", "cola": "CoLA"}
-    figure, axes = plt.subplots(figsize=(9, 3.6))
-    wide = 0.84 / len(students)
-    tasks = [task for task in metrics if f"stage2/{task}/Kronecker 8x/0" in scores]
-    for i, (name, color) in enumerate(students.items()):
-        for j, task in enumerate(tasks):
-            found = [
-                row[metrics[task]]
-                for key, row in scores.items()
-                if key.startswith(f"stage2/{task}/{name}/")
-            ]
-            if found:
-                kept = 100 * sum(found) / len(found) / scores[f"teacher/{task}"][metrics[task]]
-                place = j + (i - len(students) / 2 + 0.5) * wide
-                axes.bar(place, kept, wide * 0.92, color=color)
-                axes.text(place, kept + 0.8, f"{kept:.0f}", ha="center", fontsize=7, color=INK)
-        axes.bar([0], [0], color=color, label=name)
+    figure, axes = plt.subplots(figsize=(9.5, 3.6))
+    left, ticks = 0.0, {}
+    for task, (name, metric) in tasks.items():
+        kept = {}
+        for student in students:
+            runs = [k for k in scores if k.startswith(f"stage2/{task}/{student}/")]
+            if runs:
+                mean = sum(scores[run][metric] for run in runs) / len(runs)
+                kept[student] = 100 * mean / scores[f"teacher/{task}"][metric]
+        for i, (student, value) in enumerate(kept.items()):
+            axes.bar(left + i, value, 0.92, color=students[student])
+            axes.text(left + i, value - 6, f"{value:.0f}", ha="center", color="white", fontsize=8)
+        if not kept:
+            continue
+        teacher = 100 * scores[f"teacher/{task}"][metric]
+        ticks[left + (len(kept) - 1) / 2] = f"{name}\n{metric} {teacher:.1f}"
+        left += len(kept) + 1
+    for student, color in students.items():
+        axes.bar([0], [0], color=color, label=student)
     axes.axhline(100, color=INK, lw=1)
-    ticks = [
-        f"{titles[task]}\n{metrics[task]} {100 * scores[f'teacher/{task}'][metrics[task]]:.1f}"
-        for task in tasks
-    ]
-    axes.set_xticks(range(len(tasks)), ticks)
+    axes.set_xticks([*ticks], [*ticks.values()])
     axes.set(ylim=(0, 108), ylabel="% of the teacher's score")
     axes.set_title("Students of MiniLM after minutes of distillation")
     axes.grid(axis="x", visible=False)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.gpu.checks import arithmetic
+
 
 @pytest.fixture(autouse=True)
 def _unwritten_memory_is_nan():
@@ -36,7 +38,5 @@ def generator() -> torch.Generator:
 @pytest.fixture
 def dtype(request):
     """A dtype, or float32 multiplied in tf32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
-    yield torch.float32 if request.param == "tf32" else getattr(torch, request.param)
-    torch.set_float32_matmul_precision(before)
+    with arithmetic(request.param) as found:
+        yield found

@@ -11,20 +11,21 @@ from pathlib import Path
 import emulator
 import pytest
 import torch
-from operands import SHAPES, draw, name
-from products import (
-    ACTIVATIONS,
-    MIXED,
-    PRESETS,
-    SUMS,
-    check,
-    check_feed_forward,
-    check_forward,
-    check_gradients,
-    terms,
-)
 from torch._dynamo.backends.common import aot_autograd
+from turns import in_turns
 
+from benchmarks.gpu.cases import (
+    ACTIVATIONS,
+    DTYPES,
+    MIXED,
+    PAIRS,
+    PRESETS,
+    SHAPES,
+    SUMS,
+    draw,
+    name,
+)
+from benchmarks.gpu.checks import check_feed_forward, check_forward, check_gradients, hold, terms
 from kron_kernels import (
     KronShape,
     dispatch,
@@ -38,7 +39,7 @@ from kron_kernels.backends import abi, cuda
 
 pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=str(emulator.why_not()))
 
-DTYPES = ("float16", "bfloat16", "tf32", "float32")
+LAYERS = [PRESETS[layer] for layer in ("8x attention", "21x attention", "21x up")]
 SMALL = 101376  # bytes of shared memory that a block may have on sm_86, 89 and 120
 LARGE = 232448  # on sm_90 and 100
 
@@ -84,7 +85,7 @@ def test_forward_in_every_order_dtype_and_epilogue(s, tokens, dtype, request):
 
 
 @every_dtype
-@pytest.mark.parametrize("s", [*PRESETS, *SUMS], ids=name)
+@pytest.mark.parametrize("s", [*PRESETS.values(), *SUMS], ids=name)
 def test_forward_of_the_presets(s, dtype, request):
     turn = sum(map(ord, request.node.name))
     check_forward(s, (3, 16, 45)[turn % 3], dtype, "cuda", turn)
@@ -110,7 +111,11 @@ def test_drawn_products_and_their_gradients(seed, gpu):
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
-@pytest.mark.parametrize("s", [*PRESETS[:2], PRESETS[4], SHAPES[3], SHAPES[8]], ids=name)
+@pytest.mark.parametrize(
+    "s",
+    [*LAYERS, SHAPES[3], SHAPES[8]],
+    ids=name,
+)
 @pytest.mark.parametrize("what", ["x", "a", "b", "bias", "residual", "dy"])
 def test_operands_that_are_not_aligned(what, s, tokens):
     """A storage offset of one number: no 16 bytes can be read together."""
@@ -125,22 +130,22 @@ def test_operands_that_are_not_aligned(what, s, tokens):
     residual = moved("residual", torch.randn(tokens, s.out_features).half())
     y = kron_matmul(x, a, b, bias=bias, residual=residual, backend="cuda")
     expected = reference.kron_matmul(x, a, b, bias=bias, residual=residual)
-    check("y", y, expected, terms(s), torch.float16)
+    hold("y", y, expected, terms(s), torch.float16)
     dy = moved("dy", torch.randn(tokens, s.out_features).half())
     grads = cuda.kron_matmul_backward(dy, x, a, b, [True] * 3)
     wide = [t.double().requires_grad_() for t in (x, a, b)]
     others = torch.autograd.grad(reference.kron_matmul(*wide), wide, dy.double())
     for grad, other in zip(grads, others, strict=True):
-        check("gradient", grad, other, tokens * (terms(s) + s.m1 + s.m2), torch.float16)
+        hold("gradient", grad, other, tokens * (terms(s) + s.m1 + s.m2), torch.float16)
 
 
-@pytest.mark.parametrize("s", [SHAPES[2], PRESETS[1]], ids=name)
+@pytest.mark.parametrize("s", [SHAPES[2], PRESETS["21x attention"]], ids=name)
 def test_rows_that_are_not_contiguous(s):
     x, a, b = draw(s, 40, torch.float16)
     wide = torch.cat([x, x], 1)
     for rows in (wide[:, : s.in_features], x.T.contiguous().T, x[:1].expand(5, -1), x.flip(0)):
         y = kron_matmul(rows, a, b, backend="cuda")
-        check("y", y, reference.kron_matmul(rows, a, b), terms(s), torch.float16)
+        hold("y", y, reference.kron_matmul(rows, a, b), terms(s), torch.float16)
 
 
 def test_no_tokens_is_no_launch(gpu):
@@ -163,7 +168,7 @@ def test_a_nan_stays_in_its_token(s, tokens):
 
 
 @pytest.mark.parametrize("tokens", [2, 19])
-@pytest.mark.parametrize("s", [PRESETS[1], SHAPES[7]], ids=name)
+@pytest.mark.parametrize("s", [PRESETS["21x attention"], SHAPES[7]], ids=name)
 def test_three_products_of_one_x_in_one_launch(s, tokens, gpu):
     x, _, _ = draw(s, tokens, torch.float16)
     layers = []
@@ -174,7 +179,7 @@ def test_three_products_of_one_x_in_one_launch(s, tokens, gpu):
     assert len(launched(gpu, lambda: kron_qkv(x, *layers, backend="cuda"))) == 1
     ys = kron_qkv(x, *layers, backend="cuda")
     for y, (a, b, bias) in zip(ys, layers, strict=True):
-        check("y", y, reference.kron_matmul(x, a, b, bias=bias), terms(s), torch.float16)
+        hold("y", y, reference.kron_matmul(x, a, b, bias=bias), terms(s), torch.float16)
 
 
 def test_products_that_differ_take_a_launch_each(gpu):
@@ -184,7 +189,7 @@ def test_products_that_differ_take_a_launch_each(gpu):
     layers = (a, b, None), (c, d, None), (c.mT.contiguous().mT, d, None)
     assert len(launched(gpu, lambda: kron_qkv(x, *layers, backend="cuda"))) == 3
     for y, (p, q, _) in zip(kron_qkv(x, *layers, backend="cuda"), layers, strict=True):
-        check("y", y, reference.kron_matmul(x, p, q), terms(first), torch.float32)
+        hold("y", y, reference.kron_matmul(x, p, q), terms(first), torch.float32)
 
 
 # --- gradients
@@ -197,8 +202,14 @@ def test_gradients_in_every_order_and_dtype(s, dtype, request):
     check_gradients(s, (1, 21, 170)[turn % 3], dtype, "cuda")
 
 
-@every_dtype
-@pytest.mark.parametrize("s", [*PRESETS, *SUMS], ids=name)
+DTYPE = [(dtype,) for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "s"),
+    [*in_turns(DTYPE, PRESETS.values(), each=len(DTYPE)), *in_turns(DTYPE, SUMS)],
+    indirect=["dtype"],
+)
 def test_gradients_of_the_presets(s, dtype):
     check_gradients(s, 45, dtype, "cuda")
 
@@ -244,13 +255,13 @@ def test_a_compiler_keeps_the_kernels_in_one_graph(training):
     y = torch.compile(call, fullgraph=True, backend=compiler)(*operands)
     wide = [t.detach().double().requires_grad_() for t in operands]
     expected = reference.kron_matmul(*wide, activation="gelu")
-    check("y", y, expected, terms(s), torch.float32)
+    hold("y", y, expected, terms(s), torch.float32)
     assert len(graphs) == 1 and "kron_kernels.kron_matmul" in graphs[0]
     if training:
         grads = torch.autograd.grad(y.sum(), operands)
         assert "kron_kernels.kron_matmul_backward" in graphs[1]
         for grad, other in zip(grads, torch.autograd.grad(expected.sum(), wide), strict=True):
-            check("gradient", grad, other, 5 * terms(s) * s.m1 * s.m2, torch.float32)
+            hold("gradient", grad, other, 5 * terms(s) * s.m1 * s.m2, torch.float32)
 
 
 # --- feed-forward
@@ -259,8 +270,8 @@ FEED_FORWARDS = {
     "plain": (KronShape(4, 2, 12, 24), KronShape(2, 4, 24, 12)),
     "odd": (KronShape(5, 2, 7, 9), KronShape(1, 5, 11, 7)),
     "wide": (KronShape(7, 1, 130, 72), KronShape(2, 7, 200, 130)),
-    "8x": PRESETS[2:4],
-    "21x": PRESETS[4:],
+    "8x": PAIRS["8x"],
+    "21x": PAIRS["21x"],
 }
 
 
@@ -276,12 +287,12 @@ def test_feed_forward_and_its_gradients(shapes, dtype, request):
 @pytest.mark.parametrize("shared", [SMALL, LARGE])
 def test_feed_forward_on_gpus_of_little_and_much_shared_memory(shared, gpu):
     gpu.device(2, shared)
-    check_feed_forward(*PRESETS[2:4], 70, torch.float16, "gelu", "cuda")
+    check_feed_forward(*PAIRS["8x"], 70, torch.float16, "gelu", "cuda")
 
 
 def test_a_few_tokens_go_through_the_block_in_two_launches(gpu):
     """Each spread over the GPU; fused, one block would do it all."""
-    (up, down), few = PRESETS[4:], cuda.FEW_TOKENS
+    (up, down), few = PAIRS["21x"], cuda.FEW_TOKENS
     for tokens, count in ((few, 2), (few + 1, 1)):
         x, a1, b1 = draw(up, tokens, torch.float16)
         _, a2, b2 = draw(down, 1, torch.float16)
@@ -290,7 +301,7 @@ def test_a_few_tokens_go_through_the_block_in_two_launches(gpu):
         assert len(launched(gpu, call)) == count
         hidden = reference.kron_matmul(x, a1, b1, activation="gelu")
         expected = reference.kron_matmul(hidden, a2, b2)
-        check("y", call(), expected, terms(up) + terms(down), torch.float16)
+        hold("y", call(), expected, terms(up) + terms(down), torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +318,7 @@ def test_a_feed_forward_that_does_not_meet_goes_in_two_launches(up, down):
     assert not cuda.meet(a1, b1, a2, b2)
     y = kron_feed_forward(x, (a1, b1, None), (a2, b2, None), backend="cuda")
     hidden = reference.kron_matmul(x, a1, b1, activation="gelu")
-    check("y", y, reference.kron_matmul(hidden, a2, b2), terms(up) + terms(down), torch.float32)
+    hold("y", y, reference.kron_matmul(hidden, a2, b2), terms(up) + terms(down), torch.float32)
 
 
 # --- launches
@@ -315,12 +326,12 @@ def test_a_feed_forward_that_does_not_meet_goes_in_two_launches(up, down):
 
 @pytest.mark.parametrize("tokens", [17, 300])
 @pytest.mark.parametrize("shape", [(1, SMALL // 2), (2, SMALL), (500, LARGE)], ids=str)
-@pytest.mark.parametrize("s", [PRESETS[0], PRESETS[4], SUMS[1]], ids=name)
+@pytest.mark.parametrize("s", [PRESETS["8x attention"], PRESETS["21x up"], SUMS[1]], ids=name)
 def test_tiles_follow_the_gpu(s, shape, tokens, gpu):
     gpu.device(*shape)
     x, a, b = draw(s, tokens, torch.float32)
     y = kron_matmul(x, a, b, backend="cuda")
-    check("y", y, reference.kron_matmul(x, a, b), terms(s), torch.float32)
+    hold("y", y, reference.kron_matmul(x, a, b), terms(s), torch.float32)
 
 
 def test_every_kernel_that_is_compiled_is_launched(gpu):
@@ -351,10 +362,10 @@ def test_every_kernel_that_is_compiled_is_launched(gpu):
 @pytest.mark.parametrize(
     ("tokens", "s", "row"),
     [
-        (4, PRESETS[0], "up to 4 tokens"),
+        (4, PRESETS["8x attention"], "up to 4 tokens"),
         (5, KronShape(16, 16, 48, 48), "both factors over 8 on a side"),
-        (5, PRESETS[1], "16 interleaved vectors"),
-        *((5, s, "anything else") for s in (PRESETS[0], *PRESETS[2:])),
+        (5, PRESETS["21x attention"], "16 interleaved vectors"),
+        *((5, s, "anything else") for layer, s in PRESETS.items() if layer != "21x attention"),
     ],
 )
 def test_the_order_of_engines_on_a_gpu(tokens, s, row):
@@ -398,7 +409,7 @@ def test_without_memory_nothing_is_launched_and_the_next_call_is_right(tokens, g
     assert launched(gpu, refused) == []
     full[0] = False
     y = kron_matmul(x, a, b, backend="cuda")
-    check("y", y, reference.kron_matmul(x, a, b), terms(SHAPES[2]), torch.float16)
+    hold("y", y, reference.kron_matmul(x, a, b), terms(SHAPES[2]), torch.float16)
 
 
 def test_a_launch_that_fails_says_why(gpu):

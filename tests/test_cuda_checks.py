@@ -10,9 +10,9 @@ from pathlib import Path
 import emulator
 import pytest
 import torch
-from operands import draw
 from simulator.cuda import KERNELS, CudaDevice, serving, why_not
 
+from benchmarks.gpu.cases import draw
 from kron_kernels import KronShape, kron_feed_forward, kron_matmul, reference
 from kron_kernels.backends import cuda as backend
 from kron_kernels.testing import assert_close
@@ -109,7 +109,7 @@ def mutants(call: Callable[[], None], kernel: str, bug: Bug, most: int) -> Itera
                 lines[place - 1] = re.sub(*bug, lines[place - 1], count=1)
             return "\n".join(lines)
 
-        with CudaDevice(80, edit, multiprocessors=1):
+        with CudaDevice(80, edit, multiprocessors=1, statistics=False):
             try:
                 call()
             except (RuntimeError, AssertionError):
@@ -155,10 +155,17 @@ TRANSPOSING = [
 PLANTED = [
     *((call, kernel, "a barrier is dropped", BARRIER, 99, n) for call, kernel, n in BARRIERS),
     *((call, kernel, "a wait for copies is dropped", WAIT, 99, 0) for call, kernel in TENSOR),
-    *((call, kernel, "left fragments are turned", LEFT, 4, 0) for call, kernel in TENSOR),
-    *((call, kernel, "right fragments are turned", RIGHT, 4, 0) for call, kernel in TENSOR),
+    *((call, kernel, "left fragments are turned", LEFT, 2, 0) for call, kernel in TENSOR),
     *(
-        (call, kernel, "a transposition is dropped", TRANSPOSITION, 4, 0)
+        (call, kernel, "a transposition is dropped", TRANSPOSITION, 2, 0)
+        for call, kernel in TRANSPOSING
+    ),
+]
+MORE = [
+    *((call, kernel, "left fragments are turned", LEFT, 8, 0) for call, kernel in TENSOR),
+    *((call, kernel, "right fragments are turned", RIGHT, 8, 0) for call, kernel in TENSOR),
+    *(
+        (call, kernel, "a transposition is dropped", TRANSPOSITION, 8, 0)
         for call, kernel in TRANSPOSING
     ),
 ]
@@ -169,11 +176,12 @@ PLANTED = [
     ("call", "kernel", "bug", "most", "unseen"),
     [
         pytest.param(
-            *(call, kernel, *rest),
-            id=f"{call}, {kernel}: {text}",
-            marks=[pytest.mark.slow] if rest[0] == RIGHT else [],
+            *(call, kernel, bug, most, unseen),
+            id=f"{call}, {kernel}: {text}, {most} places at most",
+            marks=marks,
         )
-        for call, kernel, text, *rest in PLANTED
+        for planted, marks in ((PLANTED, ()), (MORE, pytest.mark.slow))
+        for call, kernel, text, bug, most, unseen in planted
     ],
 )
 def test_a_bug_planted_in_the_machine_code_is_found(call, kernel, bug, most, unseen):

@@ -2,35 +2,31 @@
 
 import pytest
 import torch
-from operands import SHAPES, draw, name
-from products import (
+from simulator.cuda import CudaDevice, why_not
+from turns import in_turns, slow
+
+from benchmarks.gpu.cases import (
     ACTIVATIONS,
+    MIXED,
+    PAIRS,
     PRESETS,
     SUMS,
-    check,
+    draw,
+    name,
+)
+from benchmarks.gpu.checks import (
     check_feed_forward,
     check_forward,
     check_gradients,
+    check_qkv,
+    hold,
     terms,
 )
-from simulator.cuda import CudaDevice, why_not
-
-from kron_kernels import KronShape, kron_matmul, kron_qkv, reference
+from kron_kernels import KronShape, kron_matmul, reference
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
 
-# Both orders, either factor as the mix, whatever is odd, and a rank in each.
-MIXED = [
-    *SHAPES,
-    KronShape(16, 16, 24, 24),
-    KronShape(20, 33, 7, 17),
-    KronShape(3, 20, 34, 40),
-    KronShape(70, 66, 8, 2, 2),
-]
-
-
-def slow(cases):
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+SQUARES = [KronShape(16, 16, 24, 24), KronShape(20, 33, 7, 17)]
 
 
 # Every dtype and architecture has a compilation of its own, of half a minute.
@@ -40,6 +36,8 @@ MACHINES += slow(
     + [(80, dtype) for dtype in ("bfloat16", "tf32", "float32")]
     + [(120, "tf32")]
 )
+
+LAYERS = [*PRESETS.values(), SUMS[1], *slow(zip(SUMS[::2]))]
 
 
 @pytest.fixture
@@ -52,14 +50,14 @@ machines = pytest.mark.parametrize(("gpu", "dtype"), MACHINES, indirect=True)
 
 
 @machines
-@pytest.mark.parametrize("s", [*PRESETS, SUMS[1], *slow([(s,) for s in SUMS[::2]])], ids=name)
+@pytest.mark.parametrize("s", LAYERS, ids=name)
 def test_forward_of_the_presets(s, dtype, gpu):
     check_forward(s, 35, dtype, "cuda", 1)
     assert gpu.launches
 
 
 @machines
-@pytest.mark.parametrize("s", MIXED, ids=name)
+@pytest.mark.parametrize("s", [*MIXED, *SQUARES], ids=name)
 def test_forward_of_any_shape(s, dtype, gpu):
     turn = sum(s)
     check_forward(s, (1, 5, 19, 40)[turn % 4], dtype, "cuda", turn)
@@ -68,41 +66,32 @@ def test_forward_of_any_shape(s, dtype, gpu):
 @machines
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_forward_of_few_tokens(tokens, dtype, gpu):
-    check_forward(PRESETS[1], tokens, dtype, "cuda", 1)
-    check_forward(PRESETS[4], tokens, dtype, "cuda", 2)
+    check_forward(PRESETS["21x attention"], tokens, dtype, "cuda", 1)
+    check_forward(PRESETS["21x up"], tokens, dtype, "cuda", 2)
 
 
 @machines
 def test_three_products_of_one_x(dtype, gpu):
-    s = PRESETS[1]
-    x, _, _ = draw(s, 19, dtype)
-    layers = []
-    for i in range(3):
-        _, a, b = draw(s, 1, dtype)
-        bias = torch.randn(s.out_features).to(dtype) if i != 1 else None
-        layers.append((a.roll(i, 1), b.roll(i, 2), bias))
-    ys = kron_qkv(x, *layers, backend="cuda")
-    for y, (a, b, bias) in zip(ys, layers, strict=True):
-        check("y", y, reference.kron_matmul(x, a, b, bias=bias), terms(s), dtype)
+    s = PRESETS["21x attention"]
+    check_qkv(s, 19, dtype, "cuda")
     assert len(gpu.launches) == 1
 
 
 # How a launch is cut depends on the GPU: columns divided among many multiprocessors, and a part of
 # the left operand at a time where shared memory is short.
+CUT = [PRESETS["8x attention"], PRESETS["8x down"], PRESETS["21x up"], SUMS[1]]
 GPUS = [{"multiprocessors": 132}, {"shared": 49152}, {"multiprocessors": 40, "shared": 40000}]
 
 
-@pytest.mark.parametrize("more", GPUS, ids=str)
-@pytest.mark.parametrize("dtype", ["float16"], indirect=True)
-@pytest.mark.parametrize("s", [PRESETS[0], PRESETS[3], PRESETS[4], SUMS[1]], ids=name)
-def test_on_another_gpu(s, dtype, more):
+@pytest.mark.parametrize(("more", "s"), in_turns([(more,) for more in GPUS], CUT))
+def test_on_another_gpu(s, more):
     with CudaDevice(80, **more):
-        check_forward(s, 35, dtype, "cuda", 1)
-        check_gradients(s, 19, dtype, "cuda")
+        check_forward(s, 35, torch.float16, "cuda", 1)
+        check_gradients(s, 19, torch.float16, "cuda")
 
 
 @pytest.mark.parametrize("dtype", ["float16"], indirect=True)
-@pytest.mark.parametrize("s", [PRESETS[1], PRESETS[4]], ids=name)
+@pytest.mark.parametrize("s", [PRESETS["21x attention"], PRESETS["21x up"]], ids=name)
 def test_operands_that_are_not_aligned(s, dtype):
     """16 bytes at a time would be a misaligned access."""
 
@@ -117,23 +106,23 @@ def test_operands_that_are_not_aligned(s, dtype):
         with CudaDevice(80):
             y = kron_matmul(x, a, b, bias=bias, residual=residual, backend="cuda")
         expected = reference.kron_matmul(x, a, b, bias=bias, residual=residual)
-        check("y", y, expected, terms(s), dtype)
+        hold("y", y, expected, terms(s), dtype)
 
 
 @machines
-@pytest.mark.parametrize("s", [*PRESETS, *slow([(s,) for s in SUMS])], ids=name)
+@pytest.mark.parametrize("s", [*PRESETS.values(), *slow(zip(SUMS))], ids=name)
 def test_gradients_of_the_presets(s, dtype, gpu):
     check_gradients(s, 35, dtype, "cuda")
 
 
 @machines
-@pytest.mark.parametrize("s", MIXED, ids=name)
+@pytest.mark.parametrize("s", [*MIXED, *SQUARES], ids=name)
 def test_gradients_of_any_shape(s, dtype, gpu):
     check_gradients(s, (1, 21, 70)[sum(s) % 3], dtype, "cuda")
 
 
 @machines
-@pytest.mark.parametrize(("up", "down"), [PRESETS[2:4], PRESETS[4:]], ids=["8x", "21x"])
+@pytest.mark.parametrize(("up", "down"), PAIRS.values(), ids=PAIRS)
 def test_feed_forward_of_the_presets(up, down, gpu, dtype):
     check_feed_forward(up, down, 35, dtype, "gelu", "cuda")
     assert any("feed_forward_backward" in launch.name for launch in gpu.launches)

@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import emulator
@@ -12,9 +13,23 @@ import torch
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # `benchmarks` belongs to no installed package
 
-from benchmarks import gpu, tune  # noqa: E402
+from benchmarks.gpu import (  # noqa: E402
+    __main__,
+    clocks,
+    contenders,
+    correctness,
+    simulated,
+    tune,
+)
+from benchmarks.gpu.blocks import unknown_ids  # noqa: E402
+from benchmarks.gpu.contenders import Cell  # noqa: E402
+from benchmarks.gpu.correctness import of_engine  # noqa: E402
+from benchmarks.gpu.jobs import ENGINES, Job, Place, attempt  # noqa: E402
+from benchmarks.gpu.processes import in_processes, read_lines  # noqa: E402
+from benchmarks.gpu.products import forward, strides  # noqa: E402
+from benchmarks.gpu.report import not_done, order_table, timing_tables  # noqa: E402
+from benchmarks.gpu.timing import time_cell  # noqa: E402
 from kron_kernels import KronShape, dispatch  # noqa: E402
 from kron_kernels.backends import cuda, triton_gpu, triton_launch  # noqa: E402
 from kron_kernels.backends.triton_launch import Tile  # noqa: E402
@@ -38,7 +53,7 @@ def report_of(folder):
 # --- the command
 
 
-@pytest.mark.parametrize("module", [gpu, tune])
+@pytest.mark.parametrize("module", [__main__, tune])
 def test_without_a_gpu_it_says_so(module, tmp_path, capsys):
     assert module.main(["--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().out
@@ -47,7 +62,7 @@ def test_without_a_gpu_it_says_so(module, tmp_path, capsys):
 
 
 def test_a_simulated_quick_run_reports_what_was_not_done(tmp_path):
-    assert gpu.main(["--simulate", "--quick", "--out", str(tmp_path)]) == 0
+    assert __main__.main(["--simulate", "--quick", "--out", str(tmp_path)]) == 0
     report, text = report_of(tmp_path)
     assert report["simulated"] and "failed" not in report["counts"]
     states = {(r["section"], r["state"]) for r in report["results"]}
@@ -72,13 +87,13 @@ def test_a_wrong_kernel_is_a_failure(tmp_path, monkeypatch, capsys):
         return right(*operands) + 1
 
     monkeypatch.setattr(triton_gpu, "kron_matmul", wrong)
-    monkeypatch.setattr(gpu, "_shape_jobs", lambda place: [])
-    monkeypatch.setattr(gpu, "_few_jobs", lambda: some)
-    monkeypatch.setattr(gpu, "_simulated_cuda_jobs", lambda: [])
-    some.append(gpu.Job("forward", "strides", gpu.strides))
-    some.append(gpu.Job("tables", "ids that are no rows", gpu.unknown_ids))
+    monkeypatch.setattr(correctness, "_shape_jobs", lambda place: [])
+    monkeypatch.setattr(correctness, "_few_jobs", lambda: some)
+    monkeypatch.setattr(correctness, "_simulated_cuda_jobs", lambda: [])
+    some.append(Job("forward", "strides", strides))
+    some.append(Job("tables", "ids that are no rows", unknown_ids))
     arguments = ["--simulate", "--quick", "--only", "correctness", "--out", str(tmp_path)]
-    assert gpu.main(arguments) == 1
+    assert __main__.main(arguments) == 1
     report, text = report_of(tmp_path)
     assert report["counts"] == {"failed": 1, "passed": 1}
     (failed,) = (r for r in report["results"] if r["state"] == "failed")
@@ -104,17 +119,17 @@ def test_each_engine_is_checked_by_its_own_kernels(tmp_path, monkeypatch):
     """CUDA's are wrong here, the emulator standing for its simulator."""
     right, up = cuda.kron_matmul, KronShape(32, 32, 24, 24)  # which CUDA's kernels do not serve
     monkeypatch.setattr(cuda, "kron_matmul", lambda *operands: right(*operands) + 1)
-    monkeypatch.setattr(gpu, "simulated_cuda", emulated_cuda)
-    large = gpu.partial(gpu.forward, s=up, name="float16", tokens=2, turn=0)
+    monkeypatch.setattr(simulated, "cuda", emulated_cuda)
+    large = partial(forward, s=up, name="float16", tokens=2, turn=0)
     some = [
-        gpu.Job("forward", "strides", gpu.strides),
-        gpu.Job("forward", "large", large),
-        gpu.Job("tables", "ids that are no rows", gpu.unknown_ids),
+        Job("forward", "strides", strides),
+        Job("forward", "large", large),
+        Job("tables", "ids that are no rows", unknown_ids),
     ]
-    jobs = [job for engine in gpu.ENGINES for job in gpu.of_engine(engine, some)]
-    place = gpu.Place("cpu", True, tmp_path, None)
-    with gpu.tune.simulator(tmp_path / "tuned"):
-        results = [gpu.attempt("correctness", job, place) for job in jobs]
+    jobs = [job for engine in ENGINES for job in of_engine(engine, some)]
+    place = Place("cpu", True, tmp_path, None)
+    with simulated.clock(tmp_path / "tuned"):
+        results = [attempt("correctness", job, place) for job in jobs]
     assert {r["name"]: r["state"] for r in results} == {
         "triton: strides": "passed",
         "triton: large": "passed",
@@ -122,23 +137,23 @@ def test_each_engine_is_checked_by_its_own_kernels(tmp_path, monkeypatch):
         "cuda: strides": "failed",
         "cuda: large": "not done",
     }
-    assert "sides of 64 at most" in "\n".join(gpu.not_done(results))
+    assert "sides of 64 at most" in "\n".join(not_done(results))
 
 
 def test_a_missing_engine_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda *operands: "there are no such kernels")
-    monkeypatch.setattr(gpu, "simulated_cuda", lambda: gpu.contextlib.nullcontext())
-    jobs = gpu.of_engine("cuda", gpu._few_jobs())
-    place = gpu.Place("cpu", True, tmp_path, None)
-    results = [gpu.attempt("correctness", job, place) for job in jobs]
+    monkeypatch.setattr(simulated, "cuda", nullcontext)
+    jobs = of_engine("cuda", correctness._few_jobs())
+    place = Place("cpu", True, tmp_path, None)
+    results = [attempt("correctness", job, place) for job in jobs]
     assert {r["state"] for r in results} == {"not done"} and len(results) > 5
-    (line,) = gpu.not_done(results)
+    (line,) = not_done(results)
     assert "cuda: strides" in line and line.endswith("there are no such kernels")
 
 
 def test_a_command_that_dies_or_hangs_costs_one_job(tmp_path):
     """What stands for a section's process: job 1 crashes, job 3 hangs, job 4 loses the GPU."""
-    jobs = [gpu.Job("group", f"job {i}", lambda place: None) for i in range(6)]
+    jobs = [Job("group", f"job {i}", lambda place: None) for i in range(6)]
     lines = tmp_path / "lines"
     child = """
 import json, os, sys, time
@@ -152,24 +167,24 @@ for i in range(first, 6):
     if i == 4: sys.exit(3)
 """
     start = [sys.executable, "-c", child, str(lines)]
-    gpu.in_processes("timing", jobs, lines, lambda first: [*start, str(first)], patience=2)
-    results = gpu.read_lines(lines)
+    in_processes("timing", jobs, lines, lambda first: [*start, str(first)], patience=2)
+    results = read_lines(lines)
     assert [r["name"] for r in results] == [job.name for job in jobs]
     assert [r["state"] == "passed" for r in results] == [True, False, True, False, False, True]
     assert "exit status" in results[1]["message"] and "no result for 2 s" in results[3]["message"]
 
 
 def test_processes_that_end_at_once_are_not_started_for_ever(tmp_path):
-    jobs = [gpu.Job("group", f"job {i}", lambda place: None) for i in range(50)]
+    jobs = [Job("group", f"job {i}", lambda place: None) for i in range(50)]
     lines, starts = tmp_path / "lines", []
 
     def command(first):
         starts.append(first)
         return [sys.executable, "-c", "raise SystemExit(1)"]
 
-    gpu.in_processes("timing", jobs, lines, command)
+    in_processes("timing", jobs, lines, command)
     assert len(starts) == 2
-    states = [r["state"] for r in gpu.read_lines(lines)]
+    states = [r["state"] for r in read_lines(lines)]
     assert states == ["failed"] * 2 + ["not done"] * 48
 
 
@@ -177,7 +192,7 @@ def test_a_section_in_a_process_of_its_own(tmp_path):
     """The child's side of it, by the simulator."""
     flags = ["--simulate", "--quick", "--out", str(tmp_path), "--child", "environment", "0"]
     subprocess.run([sys.executable, "-m", "benchmarks.gpu", *flags], cwd=ROOT, check=True)
-    (result,) = gpu.read_lines(tmp_path / "jobs-environment.jsonl")
+    (result,) = read_lines(tmp_path / "jobs-environment.jsonl")
     assert result["state"] == "passed" and result["data"]["torch"] == torch.__version__
 
 
@@ -196,15 +211,15 @@ def pretended(monkeypatch, tmp_path):
     def captured(calls, pool=None):
         return lambda: [call() for call in calls]
 
-    monkeypatch.setattr(tune, "by_events", by_events)
-    monkeypatch.setattr(tune, "captured", captured)
-    monkeypatch.setattr(tune, "rotation", lambda each: 2)
-    monkeypatch.setattr(tune, "cache_size", lambda: 1000)
+    monkeypatch.setattr(clocks, "by_events", by_events)
+    monkeypatch.setattr(clocks, "captured", captured)
+    monkeypatch.setattr(clocks, "rotation", lambda each: 2)
+    monkeypatch.setattr(clocks, "cache_size", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(gpu.Place, "needs_gpu", lambda self, why: None)
-    with tune.simulator(tmp_path / "tuned") as clock:
-        yield gpu.Place("cpu", True, tmp_path, clock)
+    monkeypatch.setattr(Place, "needs_gpu", lambda self, why: None)
+    with simulated.clock(tmp_path / "tuned") as clock:
+        yield Place("cpu", True, tmp_path, clock)
 
 
 UP, DOWN = KronShape(4, 2, 12, 24), KronShape(2, 4, 24, 12)
@@ -221,13 +236,13 @@ UP, DOWN = KronShape(4, 2, 12, 24), KronShape(2, 4, 24, 12)
 )
 def test_a_timing_cell_checks_and_times_everyone(kind, shapes, names, pretended):
     dtype = "float32" if kind == "training" else "float16"
-    cell = gpu.Cell(kind, "a label", shapes, 5, dtype)
-    job = gpu.Job(kind, str(cell), lambda place: gpu.time_cell(place, cell))
-    result = gpu.attempt("timing", job, pretended)
+    cell = Cell(kind, "a label", shapes, 5, dtype)
+    job = Job(kind, str(cell), lambda place: time_cell(place, cell))
+    result = attempt("timing", job, pretended)
     assert result["state"] == "passed", result
     data = json.loads(json.dumps(result))["data"]
     assert set(data["loop"]) == set(data["graph"]) >= names
-    assert "a label" in "\n".join(gpu.timing_tables([result]))
+    assert "a label" in "\n".join(timing_tables([result]))
 
 
 BOTH = [
@@ -242,16 +257,16 @@ BOTH = [
 def test_both_engines_are_timed_and_compared_by_the_order(kind, shapes, names, pretended):
     results = []
     for tokens in (1, 19):
-        cell = gpu.Cell(kind, "a label", shapes, tokens, "float16")
-        job = gpu.Job(kind, str(cell), gpu.partial(gpu.time_cell, cell=cell))
+        cell = Cell(kind, "a label", shapes, tokens, "float16")
+        job = Job(kind, str(cell), partial(time_cell, cell=cell))
         with emulated_cuda():
-            results.append(gpu.attempt("timing", job, pretended))
+            results.append(attempt("timing", job, pretended))
     assert [r["state"] for r in results] == ["passed"] * 2, results
     assert all(set(r["data"]["loop"]) == set(r["data"]["graph"]) >= names for r in results)
-    header = next(line for line in gpu.timing_tables(results) if "tokens" in line)
+    header = next(line for line in timing_tables(results) if "tokens" in line)
     assert " cuda |" in header and " cuda, graph |" in header
     # The pretended clock gives the first contender, Triton's, one unit, and CUDA's more.
-    table = gpu.order_table(results)
+    table = order_table(results)
     (few,) = (line for line in table if "| up to 4 tokens |" in line)
     assert f"| cuda, triton | {kind.split()[-1]} | up to 4 | 1 | 0 | 0 | 0." in few
     (more,) = (line for line in table if "| more |" in line)
@@ -260,13 +275,13 @@ def test_both_engines_are_timed_and_compared_by_the_order(kind, shapes, names, p
 
 
 def test_a_wrong_contender_is_left_out_and_one_of_ours_fails(pretended, monkeypatch):
-    cell = gpu.Cell("forward", "a label", (UP,), 5, "float16")
-    monkeypatch.setattr(gpu, "dense_call", lambda cell, x, layers: x.new_zeros(5, 48))
-    assert "dense" in gpu.time_cell(pretended, cell)["left_out"]
+    cell = Cell("forward", "a label", (UP,), 5, "float16")
+    monkeypatch.setattr(contenders, "dense_call", lambda cell, x, layers: x.new_zeros(5, 48))
+    assert "dense" in time_cell(pretended, cell)["left_out"]
     right = triton_gpu.kron_matmul
     monkeypatch.setattr(triton_gpu, "kron_matmul", lambda *o, **more: right(*o, **more) + 1)
     with pytest.raises(AssertionError, match="in units of"):
-        gpu.time_cell(pretended, cell)
+        time_cell(pretended, cell)
 
 
 # --- the tuner
@@ -277,7 +292,7 @@ def bench(tmp_path, monkeypatch):
     """With a rule that is easily beaten."""
     bad = Tile(tokens=8, depth=16, columns=16, tiles=1, warps=8, stages=2)
     monkeypatch.setattr(triton_launch, "rule", lambda *case: bad)
-    with tune.simulator(tmp_path / "tuned") as clock:
+    with simulated.clock(tmp_path / "tuned") as clock:
         yield tune.Bench("cpu", clock, rounds=1)
 
 

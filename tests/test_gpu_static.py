@@ -3,7 +3,6 @@
 import functools
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,22 +10,16 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` belongs to no installed package
 
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from benchmarks import gpu_static  # noqa: E402
-from benchmarks.gpu_devices import MULTIPROCESSORS  # noqa: E402
-from benchmarks.gpu_static import (  # noqa: E402
-    DEVICES,
-    Static,
-    check_budget,
-    lower_bound,
-    occupancy,
-    static_report,
-)
+from benchmarks.gpu import static  # noqa: E402
+from benchmarks.gpu.bounds import lower_bound  # noqa: E402
+from benchmarks.gpu.budget import check_budget  # noqa: E402
+from benchmarks.gpu.devices import DEVICES, MULTIPROCESSORS  # noqa: E402
+from benchmarks.gpu.static import Static, occupancy, static_report  # noqa: E402
 
 NVIDIA = [80, 90, 100, 120]
 AMD = "gfx942"
@@ -209,7 +202,7 @@ def test_widths_of_nvidia_instructions(line, field, width):
 .L_x_1:
         /*0020*/                   NOP;
 """
-    got = gpu_static._nvidia_census(sass)
+    got = static._nvidia_census(sass)
 
     assert getattr(got, field) == {width: 1}
     assert got.instructions == 1

@@ -6,20 +6,32 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from operands import SHAPES, draw, name
-from products import (
-    ACTIVATIONS,
-    PRESETS,
-    SUMS,
-    check,
-    check_feed_forward,
-    check_gradients,
-    epilogue_of,
-    terms,
-)
 from torch._dynamo.backends.common import aot_autograd
 from torch.func import vmap
+from turns import in_turns
 
+from benchmarks.gpu.cases import (
+    ACTIVATIONS,
+    DTYPES,
+    FEED_FORWARDS,
+    MIXED,
+    PAIRS,
+    PRESETS,
+    SHAPES,
+    SQUARES,
+    SUMS,
+    draw,
+    name,
+)
+from benchmarks.gpu.checks import (
+    check_feed_forward,
+    check_forward,
+    check_gradients,
+    check_qkv,
+    epilogue_of,
+    hold,
+    terms,
+)
 from kron_kernels import (
     KroneckerEmbedding,
     KronShape,
@@ -35,29 +47,25 @@ from simulator import Device
 
 from kron_kernels.backends import triton_forward
 
-# Both orders, either factor as the mix, in registers and on tensor cores, and a rank in each.
-MIXED = [
-    *SHAPES,
-    KronShape(32, 32, 24, 24),
-    KronShape(20, 33, 70, 17),
-    KronShape(3, 20, 34, 40),
-    KronShape(70, 66, 8, 2, 2),
-]
-DTYPES = ("float16", "bfloat16", "tf32", "float32")
-
-
-def slow(machines):
-    return [pytest.param(*machine, marks=pytest.mark.slow) for machine in machines]
-
+EVERY_SHAPE = [*MIXED, SQUARES[0], KronShape(20, 33, 70, 17)]
 
 # Architecture and dtype. sm_90 has its own tensor-core instructions, for 16 bits most of all.
 EVERY = [*((80, d) for d in DTYPES), (90, "float16"), (120, "float16")]
-EVERY += slow([*((90, d) for d in DTYPES[1:]), (120, "tf32")])
+REST = [*((90, d) for d in DTYPES[1:]), (120, "tf32")]
 SOME = [(80, "float16"), (80, "float32"), (90, "float16")]
-SOME += slow(
-    [machine for machine in ((a, d) for a in (80, 90) for d in DTYPES) if machine not in SOME]
-)
-BOTH = [(80, "float16"), (90, "bfloat16"), *slow([(80, "bfloat16"), (90, "float16")])]
+OTHERS = [machine for machine in ((a, d) for a in (80, 90) for d in DTYPES) if machine not in SOME]
+BOTH = [(80, "float16"), (90, "bfloat16")]
+SWAPPED = [(80, "bfloat16"), (90, "float16")]
+ARCHS = [("sm_80",), ("sm_90",)]
+
+
+def machines(what, cases):
+    return pytest.mark.parametrize(("gpu", "dtype", *what), cases, indirect=["gpu", "dtype"])
+
+
+def archs(shapes, **more):
+    cases = in_turns(ARCHS, shapes, **more)
+    return pytest.mark.parametrize(("gpu", "s"), cases, indirect=["gpu"])
 
 
 @pytest.fixture(autouse=True)
@@ -67,35 +75,27 @@ def _simulating(monkeypatch):
     monkeypatch.setattr(triton_launch, "simulating", True)
 
 
-@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+@pytest.fixture(params=["sm_80", "sm_90"])
 def gpu(request):
-    with Device(request.param) as device:
+    with Device(int(str(request.param).removeprefix("sm_"))) as device:
         yield device
 
 
 # --- forward
 
 
-@pytest.mark.parametrize(("gpu", "dtype"), EVERY, indirect=True)
-@pytest.mark.parametrize("s", MIXED, ids=name)
+@machines(["s"], in_turns(EVERY, EVERY_SHAPE, each=2, rest=REST))
 def test_forward_in_every_order_dtype_and_epilogue(s, dtype, gpu, request):
     turn = sum(map(ord, request.node.name)) + sum(s)
-    tokens = (1, 5, 19)[turn % 3]
-    x, a, b = draw(s, tokens, dtype)
-    if turn % 2:  # transposed factors, as a gradient has them
-        a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
-    more = epilogue_of(s, tokens, dtype, turn)
-    y = kron_matmul(x, a, b, **more, backend="triton")
-    check("y", y, reference.kron_matmul(x, a, b, **more), terms(s), dtype)
+    check_forward(s, (1, 5, 19)[turn % 3], dtype, "triton", turn)
 
 
-@pytest.mark.parametrize(("gpu", "dtype"), BOTH, indirect=True)
-@pytest.mark.parametrize("s", [*PRESETS, SUMS[1], *slow([(s,) for s in SUMS[::2]])], ids=name)
+@machines(["s"], in_turns(BOTH, [*PRESETS.values(), *SUMS], rest=SWAPPED))
 def test_forward_of_the_presets(s, dtype, gpu):
     x, a, b = draw(s, 35, dtype)
     more = epilogue_of(s, 35, dtype, 1)
     y = kron_matmul(x, a, b, **more, backend="triton")
-    check("y", y, reference.kron_matmul(x, a, b, **more), terms(s), dtype)
+    hold("y", y, reference.kron_matmul(x, a, b, **more), terms(s), dtype)
 
 
 @pytest.mark.slow
@@ -109,19 +109,12 @@ def test_drawn_products_and_their_gradients(seed, monkeypatch):
     dense = draws.choice([True, False])
     monkeypatch.setattr(triton_launch.Geometry, "dense_gradient_pays", lambda *_: dense)
     with Device(draws.choice([80, 90, 120])):
-        x, a, b = draw(s, tokens, dtype)
-        more = epilogue_of(s, tokens, dtype, seed)
-        y = kron_matmul(x, a, b, **more, backend="triton")
-        expected = reference.kron_matmul(x, a, b, **more)
-        # The sum may be a single number near zero, and the factors' rounding is that of its terms.
-        size = reference.kron_matmul(x.abs(), a.abs(), b.abs()) / (s.rank * s.n1 * s.n2) ** 0.5
-        scale = max(expected.square().mean().item(), size.square().mean().item()) ** 0.5
-        check("y", y, expected, terms(s), dtype, scale=scale)
+        check_forward(s, tokens, dtype, "triton", seed)
         check_gradients(s, tokens, dtype, "triton")
 
 
 def test_no_tokens_is_no_launch(gpu):
-    for s in MIXED[:4]:
+    for s in SHAPES[:4]:
         x, a, b = draw(s, 0, torch.float16)
         assert kron_matmul(x, a, b, backend="triton").shape == (0, s.out_features)
         grads = triton_gpu.kron_matmul_backward(x.new_empty(0, s.out_features), x, a, b, [True] * 3)
@@ -131,7 +124,7 @@ def test_no_tokens_is_no_launch(gpu):
     assert not gpu.launches
 
 
-@pytest.mark.parametrize("s", MIXED[:10], ids=name)
+@archs(SHAPES)
 def test_a_nan_stays_in_its_token(s, gpu):
     x, a, b = draw(s, 5, torch.float16)
     x[2] = torch.nan
@@ -163,29 +156,19 @@ def test_the_last_rows_of_more_than_32_bits_of_numbers(dtype, monkeypatch):
     with Device(80, edit=last):
         y = kron_matmul(x, a, b, backend="triton")
     assert y.numel() > 2**31
-    check("y", y[-3:], reference.kron_matmul(rows, a, b), terms(s), dtype)
+    hold("y", y[-3:], reference.kron_matmul(rows, a, b), terms(s), dtype)
 
 
-@pytest.mark.parametrize("s", [PRESETS[1], SHAPES[7]], ids=name)
-@pytest.mark.parametrize(("gpu", "dtype"), BOTH, indirect=True)
+@machines(["s"], in_turns(BOTH, [PRESETS["21x attention"], SHAPES[7]], rest=SWAPPED))
 def test_three_products_of_one_x(s, dtype, gpu):
-    x, _, _ = draw(s, 19, dtype)
-    layers = []
-    for i in range(3):
-        _, a, b = draw(s, 1, dtype)
-        bias = torch.randn(s.out_features).to(dtype) if i != 1 else None
-        layers.append((a.roll(i, 1), b.roll(i, 2), bias))
-    ys = kron_qkv(x, *layers, backend="triton")
-    for y, (a, b, bias) in zip(ys, layers, strict=True):
-        check("y", y, reference.kron_matmul(x, a, b, bias=bias), terms(s), dtype)
+    check_qkv(s, 19, dtype, "triton")
     assert len(gpu.launches) == 1
 
 
 # --- gradients
 
 
-@pytest.mark.parametrize(("gpu", "dtype"), SOME, indirect=True)
-@pytest.mark.parametrize("s", MIXED, ids=name)
+@machines(["s"], in_turns(SOME, EVERY_SHAPE, rest=OTHERS))
 def test_gradients_in_every_order_and_dtype(s, dtype, gpu, request, monkeypatch):
     turn = sum(map(ord, request.node.name))
     # Either way to the gradients of a small mix, whichever would pay.
@@ -194,10 +177,7 @@ def test_gradients_in_every_order_and_dtype(s, dtype, gpu, request, monkeypatch)
     check_gradients(s, tokens, dtype, "triton")
 
 
-@pytest.mark.parametrize(("gpu", "dtype"), BOTH, indirect=True)
-@pytest.mark.parametrize(
-    "s", [*PRESETS[:2], PRESETS[4], *slow([(s,) for s in (*PRESETS[2:4], PRESETS[5])])], ids=name
-)
+@machines(["s"], in_turns(BOTH, PRESETS.values(), rest=SWAPPED))
 def test_gradients_of_the_presets(s, gpu, dtype):
     check_gradients(s, 35, dtype, "triton")
 
@@ -210,7 +190,7 @@ def test_gradients_are_the_same_bits_every_time(gpu):
 
 
 @pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["dx", "da", "db"])
-@pytest.mark.parametrize("s", [SHAPES[2], SHAPES[5]], ids=name)
+@archs([SHAPES[2], SHAPES[5]])
 def test_only_the_gradients_that_are_needed(s, needed, gpu):
     operands = draw(s, 9, torch.float32)
     for t, n in zip(operands, needed, strict=True):
@@ -255,37 +235,32 @@ def test_a_compiler_keeps_the_kernels_in_one_graph(training, gpu):
     y = torch.compile(call, fullgraph=True, backend=compiler)(*operands)
     wide = [t.detach().double().requires_grad_() for t in operands]
     expected = reference.kron_matmul(*wide, activation="gelu")
-    check("y", y, expected, terms(s), torch.float32)
+    hold("y", y, expected, terms(s), torch.float32)
     assert len(graphs) == 1 and "kron_kernels.kron_matmul" in graphs[0]
     if training:
         grads = torch.autograd.grad(y.sum(), operands)
         assert "kron_kernels.kron_matmul_backward" in graphs[1]
         for grad, other in zip(grads, torch.autograd.grad(expected.sum(), wide), strict=True):
-            check("gradient", grad, other, 5 * terms(s) * s.m1 * s.m2, torch.float32)
+            hold("gradient", grad, other, 5 * terms(s) * s.m1 * s.m2, torch.float32)
 
 
 # --- feed-forward
 
 
-FEED_FORWARDS = [
-    (KronShape(4, 2, 12, 24), KronShape(2, 4, 24, 12)),
-    (KronShape(5, 3, 7, 9), KronShape(3, 5, 11, 7)),
-    (KronShape(4, 2, 12, 24, 2), KronShape(1, 4, 24, 12, 3)),
-]
+def names(shapes: tuple[KronShape, ...]) -> str:
+    return "-".join(map(name, shapes))
 
 
-@pytest.mark.parametrize(("gpu", "dtype"), SOME, indirect=True)
-@pytest.mark.parametrize("shapes", FEED_FORWARDS, ids=["plain", "odd", "sums"])
+@machines(["shapes"], in_turns(SOME, FEED_FORWARDS, rest=OTHERS, label=names))
 def test_feed_forward_and_its_gradients(shapes, dtype, gpu, request):
     turn = sum(map(ord, request.node.name))
     activation = ACTIVATIONS[1 + turn % 4]
     check_feed_forward(*shapes, (1, 5, 19)[turn % 3], dtype, activation, "triton", bool(turn % 3))
 
 
-@pytest.mark.parametrize(("gpu", "dtype"), BOTH, indirect=True)
-@pytest.mark.parametrize(("up", "down"), [PRESETS[2:4], PRESETS[4:]], ids=["8x", "21x"])
-def test_feed_forward_of_the_presets(up, down, gpu, dtype):
-    check_feed_forward(up, down, 35, dtype, "gelu", "triton")
+@machines(["shapes"], in_turns(BOTH, PAIRS.values(), rest=SWAPPED, label=names))
+def test_feed_forward_of_the_presets(shapes, gpu, dtype):
+    check_feed_forward(*shapes, 35, dtype, "gelu", "triton")
 
 
 def test_a_feed_forward_that_does_not_meet_goes_in_two_launches(gpu):
@@ -295,16 +270,16 @@ def test_a_feed_forward_that_does_not_meet_goes_in_two_launches(gpu):
     assert not triton_gpu.meet(a1, b1, a2, b2)
     y = kron_feed_forward(x, (a1, b1, None), (a2, b2, None), backend="triton")
     hidden = reference.kron_matmul(x, a1, b1, activation="gelu")
-    check("y", y, reference.kron_matmul(hidden, a2, b2), terms(up) + terms(down), torch.float32)
+    hold("y", y, reference.kron_matmul(hidden, a2, b2), terms(up) + terms(down), torch.float32)
     assert len(gpu.launches) == 2
 
 
 # --- embedding
 
 
-@pytest.mark.parametrize(("rank", "size"), [(1, 8), (2, 5), (1, 1)])
-@pytest.mark.parametrize(("gpu", "dtype"), [(80, "float32"), *BOTH], indirect=True)
-def test_embedding_lookup_and_its_gradients(rank, size, dtype, gpu):
+@machines(["table"], in_turns([(80, "float32"), *BOTH], [(1, 8), (2, 5), (1, 1)], label=str))
+def test_embedding_lookup_and_its_gradients(table, dtype, gpu):
+    rank, size = table
     table = KroneckerEmbedding(41, 6 * size, size, rank, padding_idx=3, dtype=dtype)
     ids = torch.randint(0, 41, (3, 7))
     ids[0, 0] = 3
@@ -313,13 +288,13 @@ def test_embedding_lookup_and_its_gradients(rank, size, dtype, gpu):
     wide = [p.detach().double().requires_grad_() for p in (table.a, table.b)]
     dense = reference.materialize(*wide)
     expected = F.embedding(ids, dense)
-    check("rows", out, expected, rank, dtype)
+    hold("rows", out, expected, rank, dtype)
     dy = torch.randn_like(out)
     out.backward(dy)
     others = torch.autograd.grad(expected, wide, dy.double())
     others[0][:, 3] = 0
     for label, grad, other in zip("ab", (table.a.grad, table.b.grad), others, strict=True):
-        check(label, grad, other, ids.numel() * 6 * size, dtype)
+        hold(label, grad, other, ids.numel() * 6 * size, dtype)
 
 
 def test_an_id_that_is_no_row_gives_nan_and_reads_nothing(gpu):
@@ -332,7 +307,7 @@ def test_an_id_that_is_no_row_gives_nan_and_reads_nothing(gpu):
 def test_the_tied_decoder(gpu):
     s = KronShape(1000, 12, 1, 8)
     h, a, b = draw(s, 3, torch.float16)
-    check(
+    hold(
         "logits",
         kron_matmul(h, a, b, backend="triton"),
         reference.kron_matmul(h, a, b),
@@ -354,7 +329,7 @@ def layer_of(s: KronShape, tokens: int):
     return x, (a, b, torch.zeros(s.out_features, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("s", PRESETS, ids=name)
+@archs(PRESETS.values())
 def test_a_product_moves_what_it_must(s, gpu):
     """x and y once, the factors and the bias once for a program."""
     x, (a, b, bias) = layer_of(s, 64)
@@ -366,7 +341,7 @@ def test_a_product_moves_what_it_must(s, gpu):
 
 
 def test_three_products_of_one_x_move_what_they_must(gpu):
-    s = PRESETS[1]
+    s = PRESETS["21x attention"]
     x, layer = layer_of(s, 64)
     kron_qkv(x, layer, layer, layer, backend="triton")
     (launch,) = gpu.launches
@@ -377,10 +352,9 @@ def test_three_products_of_one_x_move_what_they_must(gpu):
 
 
 # The bias of the wider hidden vector is read by each of eight warps, from the L1 cache.
-@pytest.mark.parametrize(
-    ("up", "down", "most"), [(*PRESETS[2:4], 1.1), (*PRESETS[4:], 1.2)], ids=["8x", "21x"]
-)
-def test_a_feed_forward_block_moves_what_it_must(up, down, most, gpu):
+@pytest.mark.parametrize(("gpu", "size"), in_turns(ARCHS, PAIRS, label=str), indirect=["gpu"])
+def test_a_feed_forward_block_moves_what_it_must(size, gpu):
+    (up, down), most = PAIRS[size], {"8x": 1.1, "21x": 1.2}[size]
     x, first = layer_of(up, 64)
     kron_feed_forward(x, first, layer_of(down, 1)[1], backend="triton")
     (launch,) = gpu.launches

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from operands import draw
 
+from benchmarks.gpu.cases import draw
 from kron_kernels import KronShape, kron_feed_forward, kron_matmul, reference
 from kron_kernels.backends import triton_gpu, triton_launch
 from kron_kernels.testing import assert_close

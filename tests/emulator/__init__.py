@@ -78,10 +78,16 @@ EMULATOR = Unit(HERE / "emulator.cpp", "-O3", watched=False)
 MATH = ["float16", "bfloat16", "tf32", "float32"]
 
 
-def project() -> list[Unit]:
-    """What makes the module: the binding, the CPU kernels that it names, and the CUDA sources."""
+def project(watched: Sequence[str] = MATH) -> list[Unit]:
+    """What makes the module: the binding, the CPU kernels that it names, and the CUDA sources.
+
+    ``watched`` is the math whose kernels a sanitizer watches, and is compiled with it, for a while.
+    """
     csrc = ROOT / "csrc"
-    kernels = [Unit(csrc / "cuda/kernels.cu", f"-x c++ -DKRON_MATH={math}") for math in MATH]
+    kernels = [
+        Unit(csrc / "cuda/kernels.cu", f"-x c++ -DKRON_MATH={math}", math in watched)
+        for math in MATH
+    ]
     launches = sorted(set((csrc / "cuda").glob("*.cpp")) - {csrc / "cuda/runtime.cpp"})
     include = sysconfig.get_path("include")
     return [
@@ -235,7 +241,10 @@ class Emulator:
 @functools.cache
 def load(units: tuple[Unit, ...] | None = None) -> Emulator:
     """Builds and loads the module, with the sanitizer that the process was started for."""
-    return Emulator(build(os.environ.get("KRON_EMULATOR") or None, units))
+    sanitizer = os.environ.get("KRON_EMULATOR") or None
+    if sanitizer and units is None:
+        units = project(os.environ.get("KRON_EMULATOR_MATH", " ".join(MATH)).split())
+    return Emulator(build(sanitizer, units))
 
 
 # ---- sanitizers in Python
@@ -248,10 +257,11 @@ def runtime(sanitizer: Sanitizer) -> str | None:
     return path if Path(path).is_absolute() else None
 
 
-def environment(sanitizer: Sanitizer) -> dict[str, str]:
+def environment(sanitizer: Sanitizer, watched: Sequence[str] = MATH) -> dict[str, str]:
     """What a process of Python needs to load a module built with a sanitizer."""
     return os.environ | {
         "KRON_EMULATOR": sanitizer,
+        "KRON_EMULATOR_MATH": " ".join(watched),
         "LD_PRELOAD": runtime(sanitizer),
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
         "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -260,11 +270,13 @@ def environment(sanitizer: Sanitizer) -> dict[str, str]:
     }
 
 
-def run_sanitized(sanitizer: Sanitizer, pytest_args: Sequence[str]) -> subprocess.CompletedProcess:
+def run_sanitized(
+    sanitizer: Sanitizer, pytest_args: Sequence[str], watched: Sequence[str] = MATH
+) -> subprocess.CompletedProcess:
     """Runs pytest again, with load() giving a sanitized module. 66 is ThreadSanitizer's or
     AddressSanitizer's exit status; the first finding ends the process."""
     options = ["-p", "no:cacheprovider", "-n", "0", "-s"]  # a report must not stay captured
     command = [sys.executable, "-m", "pytest", *options, *pytest_args]
     return subprocess.run(
-        command, env=environment(sanitizer), cwd=ROOT, capture_output=True, text=True
+        command, env=environment(sanitizer, watched), cwd=ROOT, capture_output=True, text=True
     )

@@ -67,7 +67,7 @@ class Machine:
         self.executed = [0] * len(kernel.instructions)
         self.copies = copies.Copies(self)
         self.products = wgmma.Products(self)
-        self.steps = [self._prepare(one) for one in kernel.instructions]
+        self.steps = [self._at_first(i, one) for i, one in enumerate(kernel.instructions)]
 
     # ---- what instructions ask of the machine
 
@@ -149,11 +149,23 @@ class Machine:
         define("%lanemask_gt", 0x1_0000_0000 - 2 * bit)
         define("%lanemask_ge", 0x1_0000_0000 - bit)
 
-    def _prepare(self, instruction: Instruction) -> Step | None:
-        """The function that executes an instruction; control flow is the scheduler's."""
+    def _at_first(self, index: int, instruction: Instruction) -> Step | None:
+        """Prepares an instruction when it is reached: most of a kernel may not be.
+
+        None for control flow, which is the scheduler's.
+        """
+        if instruction.opcode in CONTROL:
+            return None
+
+        def first(mask: Mask) -> None:
+            step = self.steps[index] = self._prepare(instruction)
+            step(mask)
+
+        return first
+
+    def _prepare(self, instruction: Instruction) -> Step:
+        """The function that executes an instruction."""
         try:
-            if instruction.opcode in CONTROL:
-                return None
             binder = BINDERS.get(instruction.opcode)
             if binder is None:
                 raise Unsupported(f"opcode {instruction.opcode}")

@@ -1,8 +1,8 @@
 """What the hardware offers: published limits of GPUs and of their multiprocessors.
 
 ``MULTIPROCESSORS`` says how many blocks fit on one multiprocessor (SM; CU at AMD), ``DEVICES`` how
-fast whole cards are at most. ``benchmarks.gpu_static`` reads both. Peak rates only: no number here
-was measured, and a real kernel reaches none of them.
+fast whole cards are at most; ``static`` reads the former, ``bounds`` the latter. Peak rates only:
+no number here was measured, and a real kernel reaches none of them.
 """
 
 from __future__ import annotations

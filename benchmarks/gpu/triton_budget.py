@@ -1,46 +1,33 @@
 """What the compiled Triton kernels cost, for every GPU generation; needs no GPU.
 
-    python benchmarks/gpu_budget.py [--match TEXT] [--arch 80 90 …] [--write]
+    python -m benchmarks.gpu.triton_budget [--match TEXT] [--arch 80 90 …] [--write]
 
 Compiles KroneckerBERT's layers as a large batch would run them and prints registers, spills, shared
-memory, occupancy and tensor-core instructions. ``gpu_budget.json`` says what is allowed; --write
+memory, occupancy and tensor-core instructions. ``triton_budget.json`` says what is allowed; --write
 makes it from what is seen, with a little room. The tests hold the kernels to it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from simulator import Device
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from benchmarks.gpu.budget import command
+from benchmarks.gpu.cases import PRESETS, SQUARES
+from benchmarks.gpu.static import Static, static_report
+from kron_kernels import KroneckerEmbedding, KronShape, kron_feed_forward, kron_matmul, kron_qkv
+from kron_kernels.backends import triton_gpu, triton_launch
 
-from simulator import Device  # noqa: E402
-
-from benchmarks.gpu_static import Static, static_report  # noqa: E402
-from kron_kernels import KroneckerEmbedding, KronShape, kron_feed_forward, kron_matmul, kron_qkv  # noqa: E402
-from kron_kernels.backends import triton_gpu, triton_launch  # noqa: E402
-
-BUDGET = Path(__file__).with_name("gpu_budget.json")
+BUDGET = Path(__file__).with_name("triton_budget.json")
 ARCHS = (80, 86, 89, 90, 100, 120, "gfx942")
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
 TOKENS = 256  # enough for the tiles of a large batch on the stand-in's two multiprocessors
 
-LAYERS = {
-    "8x attention": KronShape(384, 384, 2, 2),
-    "21x attention": KronShape(384, 48, 2, 16),
-    "8x up": KronShape(8, 2, 384, 384),
-    "8x down": KronShape(2, 8, 384, 384),
-    "21x up": KronShape(16, 2, 192, 384),
-    "21x down": KronShape(2, 16, 384, 192),
-    "square": KronShape(32, 32, 24, 24),
-}
+LAYERS = PRESETS | {"square": SQUARES[0]}
 
 
 def operands(s: KronShape, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -144,29 +131,14 @@ def entry(row: dict[str, object]) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--match", default="", help="only cases whose name contains this")
-    parser.add_argument("--arch", nargs="*", default=[str(arch) for arch in ARCHS])
-    parser.add_argument("--write", action="store_true", help=f"write {BUDGET.name}")
-    arguments = parser.parse_args()
-    archs = tuple(int(arch) if arch.isdigit() else arch for arch in arguments.arch)
-    seen = []
-    for row in rows(arguments.match, archs):
-        seen.append(row)
-        print(
-            f"{row['kernel']:22} {row['arch']!s:7} registers {row['registers']:3}  "
-            f"spills {row['spill_loads']}/{row['spill_stores']}  shared {row['shared']:6}  "
-            f"{row['warps']} warps x {row['blocks_per_sm']:2} blocks  "
-            f"tensor {row['tensor'].total():3}  loads by bits {dict(row['global_loads'])}",
-            flush=True,
-        )
-    if arguments.write:
-        new = [entry(row) for row in seen]
-        old = json.loads(BUDGET.read_text()) if BUDGET.exists() else []
-        kept = [e for e in old if e["match"] not in [n["match"] for n in new]]
-        BUDGET.write_text(json.dumps([*kept, *new], indent=1) + "\n")
+def show(row: dict[str, object]) -> str:
+    return (
+        f"{row['kernel']:22} {row['arch']!s:7} registers {row['registers']:3}  "
+        f"spills {row['spill_loads']}/{row['spill_stores']}  shared {row['shared']:6}  "
+        f"{row['warps']} warps x {row['blocks_per_sm']:2} blocks  "
+        f"tensor {row['tensor'].total():3}  loads by bits {dict(row['global_loads'])}"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, BUDGET, ARCHS, rows, show, entry)

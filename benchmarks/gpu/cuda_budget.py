@@ -1,6 +1,6 @@
 """What the compiled CUDA C++ kernels cost, for every GPU generation; needs no GPU.
 
-    python benchmarks/cuda_budget.py [--match TEXT] [--arch 80 90 …] [--write]
+    python -m benchmarks.gpu.cuda_budget [--match TEXT] [--arch 80 90 …] [--write]
 
 Reads the machine code in the installed module or, where that has no kernels for a generation, has
 nvcc compile what is missing. Prints what each kernel takes and holds, and how many of its blocks a
@@ -10,11 +10,8 @@ multiprocessor has when KroneckerBERT's layers launch it. ``cuda_budget.json`` s
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +21,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from simulator import cuda
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from simulator import cuda  # noqa: E402
-
-from benchmarks.gpu_budget import LAYERS  # noqa: E402
-from benchmarks.gpu_devices import DEVICES  # noqa: E402
-from benchmarks.gpu_static import nvidia_kernels, nvidia_tool, occupancy, run  # noqa: E402
-from kron_kernels import KronShape, kron_feed_forward, kron_matmul, kron_qkv  # noqa: E402
-from kron_kernels.backends import cuda as backend  # noqa: E402
+from benchmarks.gpu.budget import command
+from benchmarks.gpu.devices import DEVICES
+from benchmarks.gpu.static import nvidia_kernels, nvidia_tool, occupancy, run
+from benchmarks.gpu.triton_budget import LAYERS
+from kron_kernels import KronShape, kron_feed_forward, kron_matmul, kron_qkv
+from kron_kernels.backends import cuda as backend
 
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -207,22 +201,5 @@ def show(row: dict[str, object]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--match", default="", help="only kernels whose name contains this")
-    parser.add_argument("--arch", nargs="*", type=int, default=ARCHS)
-    parser.add_argument("--write", action="store_true", help=f"write {BUDGET.name}")
-    arguments = parser.parse_args()
-    seen = []
-    for row in rows(arguments.match, arguments.arch):
-        seen.append(row)
-        print(show(row), flush=True)
-    if arguments.write:
-        new = [entry(row) for row in seen]
-        old = json.loads(BUDGET.read_text()) if BUDGET.exists() else []
-        kept = [e for e in old if e["match"] not in [n["match"] for n in new]]
-        BUDGET.write_text(json.dumps([*kept, *new], indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, BUDGET, ARCHS, rows, show, entry)

@@ -1,0 +1,66 @@
+"""What the machine has."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import subprocess
+import time
+from typing import Any
+
+import torch
+
+import kron_kernels
+from benchmarks.gpu import ROOT
+from benchmarks.gpu.jobs import ENGINES, Job, Place, missing
+from kron_kernels.backends import cuda
+
+
+def environment(place: Place) -> dict[str, Any]:
+    facts = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "kron_kernels": kron_kernels.__version__,
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    for package in ("triton", "lycoris-lora", "pyfastkron"):
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = None
+    facts["GPUs that CUDA's kernels are compiled for"] = cuda.archs() or None
+    if place.simulated:
+        return facts | {"gpu": "none: simulated, sm_80"}
+    p = torch.cuda.get_device_properties(0)
+    query = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
+    query += ("power.limit", "temperature.gpu", "persistence_mode", "mig.mode.current")
+    which = f"GPU-{p.uuid}" if hasattr(p, "uuid") else "0"
+    columns = f"--query-gpu={','.join(query)}"
+    line = _output("nvidia-smi", columns, "--format=csv,noheader", "-i", which)
+    values = line.split(", ") if line else []
+    return facts | {
+        "gpu": p.name,
+        "gpus": torch.cuda.device_count(),
+        "capability": f"{p.major}.{p.minor}",
+        "multiprocessors": p.multi_processor_count,
+        "memory_GB": round(p.total_memory / 1e9, 1),
+        "L2_MB": round(getattr(p, "L2_cache_size", 0) / 1e6, 1),
+        "shared_memory": getattr(p, "shared_memory_per_block_optin", None),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        **{f"engine {e}": missing(place.device, e) or "serves" for e in ENGINES},
+        **dict(zip(query, values, strict=False)),
+    }
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def environment_jobs(place: Place) -> list[Job]:
+    return [Job("environment", "environment", environment)]
