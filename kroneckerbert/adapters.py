@@ -90,6 +90,10 @@ class LoraKroneckerLinear(LoraLinear):
     refused, because there is none.
     """
 
+    base_layer: KroneckerLinear | KroneckerSum
+    merged_adapters: list[str]
+    _unmerged: tuple[KroneckerLinear | KroneckerSum]
+
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
         return {(): None}
@@ -140,7 +144,7 @@ class LoraKroneckerLinear(LoraLinear):
     def _sum(self, layer: KroneckerLinear | KroneckerSum, names: list[str]) -> KroneckerSum:
         """The layer, whose factors it shares, plus one low-rank part for all adapters."""
         old = list(layer.parts) if isinstance(layer, KroneckerSum) else [layer]
-        like = {"device": old[0].a.device, "dtype": old[0].a.dtype}
+        like: dict[str, Any] = {"device": old[0].a.device, "dtype": old[0].a.dtype}
         columns = [self.scaling[n] * self.lora_B[n].weight.mT for n in names]  # (r, out)
         rows = [self.lora_A[n].weight for n in names]  # (r, in)
         a = torch.cat(columns)[:, :, None].to(**like)
@@ -167,10 +171,12 @@ class LoraKroneckerLinear(LoraLinear):
         return new.train(layer.training)
 
     # What peft asks of a layer by its class or its `weight`, of which a Kronecker layer has none.
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device, torch.dtype]:
         parameter = next(base_layer.parameters())
         return parameter.device, parameter.dtype
 

@@ -19,6 +19,7 @@ from kron_kernels import (
     nearest_kronecker_sum,
 )
 from kroneckerbert.configuration_kroneckerbert import linear_weight
+from kroneckerbert.modeling_kroneckerbert import evaluating
 
 Batch = Mapping[str, Tensor]
 
@@ -43,13 +44,12 @@ def second_moments(
     Raises:
         ValueError: If there is no token to average over, or a layer is never called.
     """
-    encoder, batches = model.base_model, list(batches)
-    _check_batches(batches)
+    encoder, batches = model.base_model, checked_batches(batches)
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     groups = input_groups(encoder, names, batches[0])
     sources = [group[0] for group in groups]
-    with _evaluation(encoder):
+    with evaluating(encoder):
         for batch in batches:
             for source, inputs in layer_inputs(encoder, batch, sources).items():
                 for x in (x.float() for x in inputs):
@@ -79,7 +79,7 @@ def input_groups(encoder: PreTrainedModel, names: Iterable[str], batch: Batch) -
 
         return hook
 
-    with _evaluation(encoder), _hooks(encoder, {name: record(name) for name in seen}):
+    with evaluating(encoder), _hooks(encoder, {name: record(name) for name in seen}):
         encoder(**_known(encoder, batch))
     if silent := [name for name, ids in seen.items() if not ids]:
         raise ValueError(
@@ -115,15 +115,14 @@ def refit(
         batches: Model inputs, kept in memory.
         progress: Show a bar over the groups of layers.
     """
-    batches = list(batches)
-    _check_batches(batches)
+    batches = checked_batches(batches)
     student, teacher = student.base_model, teacher.base_model
     names = [
         path
         for path in student.config.kronecker_shapes()
         if not isinstance(student.get_submodule(path), KroneckerEmbedding)
     ]
-    with _evaluation(student), _evaluation(teacher):
+    with evaluating(student, teacher):
         groups = input_groups(student, names, batches[0])
         widths = [linear_weight(teacher.get_submodule(group[0])).shape[1] for group in groups]
         bar = tqdm(total=len(groups), desc="refitting", disable=not progress)
@@ -152,7 +151,8 @@ def _parts_that_fit(
     groups: Sequence[list[str]], widths: Sequence[int], batches: Sequence[Batch]
 ) -> Iterator[list[list[str]]]:
     tokens = sum(_tokens(batch) for batch in batches)
-    part, size = [], 0
+    part: list[list[str]] = []
+    size = 0
     for group, width in zip(groups, widths, strict=True):
         if part and size + 4 * width * tokens > _MEMORY:
             yield part
@@ -188,7 +188,7 @@ class _Moments:
 _SHRINKAGE = 0.01
 
 
-def _refit_layer(layer: nn.Module, dense: nn.Module, moments: _Moments) -> None:
+def _refit_layer(layer: Any, dense: Any, moments: _Moments) -> None:
     weight = linear_weight(dense).double().cpu()
     mean_s, mean_t = moments.means()
     ss, ts = moments.ss / moments.tokens, moments.ts / moments.tokens
@@ -245,7 +245,7 @@ def layer_inputs(
 @torch.no_grad()
 def tokens_of(encoder: PreTrainedModel, batch: Batch, names: Iterable[str]) -> dict[str, int]:
     """How many rows each layer multiplies in a forward pass of this batch."""
-    with _evaluation(encoder):
+    with evaluating(encoder):
         found = layer_inputs(encoder, batch, list(names))
     return {name: sum(map(len, inputs)) for name, inputs in found.items()}
 
@@ -255,7 +255,7 @@ class _Stop(Exception):
 
 
 @contextmanager
-def _hooks(encoder: nn.Module, hooks: Mapping[str, Any]):
+def _hooks(encoder: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
     handles = [
         encoder.get_submodule(name).register_forward_pre_hook(h) for name, h in hooks.items()
     ]
@@ -266,28 +266,21 @@ def _hooks(encoder: nn.Module, hooks: Mapping[str, Any]):
             handle.remove()
 
 
-@contextmanager
-def _evaluation(encoder: nn.Module):
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        yield
-    finally:
-        encoder.train(was_training)
-
-
 def _known(encoder: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
     """The part of a batch that the model without its head takes, on its device."""
     taken = inspect.signature(encoder.forward).parameters
     return {k: v.to(encoder.device) for k, v in batch.items() if k in taken and v is not None}
 
 
-def _check_batches(batches: Sequence[Batch]) -> None:
+def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """All batches; an error if they have nothing to average over."""
+    batches = list(batches)
     if not any(map(_tokens, batches)):
         raise ValueError(
             "calibration has no batch with a token that is not padding; pass some tens of batches "
             "of tokenised text (a generator that was read once is empty)."
         )
+    return batches
 
 
 def _tokens(batch: Batch) -> int:

@@ -109,7 +109,12 @@ def model_card(
         license=about.get("license"),
         language=about.get("language"),
         tags=["kronecker", "compression", "distillation"],
-        eval_results=[_eval_result(score, seed) for score in scores if seed in score.seeds] or None,
+        eval_results=[
+            _eval_result(score, score.seeds[seed])
+            for score in scores
+            if seed is not None and seed in score.seeds
+        ]
+        or None,
     )
     sections = {
         f"# {name}": (
@@ -144,7 +149,7 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-def _eval_result(score: Score, seed: int) -> EvalResult:
+def _eval_result(score: Score, value: float) -> EvalResult:
     task = TASKS[score.task]
     return EvalResult(
         task_type="question-answering" if task.kind == "span" else "text-classification",
@@ -154,7 +159,7 @@ def _eval_result(score: Score, seed: int) -> EvalResult:
         dataset_split=task.splits[score.split],
         metric_type=_METRICS.get(score.metric, score.metric),
         metric_name=score.metric,
-        metric_value=round(score.seeds[seed], 4),
+        metric_value=round(value, 4),
     )
 
 
@@ -231,10 +236,10 @@ def _hyper_parameters(recipe: Mapping[str, Any], tasks: set[str]) -> str:
     stages = {"stage 1": recipe.get("stage1") or {}}
     for task in [name for name in recipe.get("tasks", {}) if name in tasks]:
         own = recipe["tasks"][task] or {}
-        for key, told in (("fine_tuning", "teacher"), ("stage2", "stage 2")):
+        for key, name in (("fine_tuning", "teacher"), ("stage2", "stage 2")):
             shared, special = recipe.get(key) or {}, own.get(key) or {}
             arguments = {**shared.get("arguments", {}), **special.get("arguments", {})}
-            stages[f"{told}, {task}"] = {**shared, **special, "arguments": arguments}
+            stages[f"{name}, {task}"] = {**shared, **special, "arguments": arguments}
     rows = []
     for name, stage in stages.items():
         plain = {k: v for k, v in stage.items() if k not in ("arguments", "corpus")}

@@ -44,7 +44,7 @@ errors = Console(markup=False, highlight=False, stderr=True)
 class _OneLineErrors(TyperGroup):
     """What a user can put right ends as one line and exit code 1; ``--debug`` shows where."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (ValueError, TypeError, OSError, ImportError) as error:
@@ -69,83 +69,77 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DataFile = Annotated[
-    Path,
-    typer.Option(
-        "--data",
-        help="Plain text, one a line, or a table label<TAB>text[<TAB>second text]; may be .gz.",
-        exists=True,
-        dir_okay=False,
-    ),
-]
-
-
-@app.callback()
-def main(
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
-) -> None:
-    """Compress BERTs by Kronecker products, and teach the results what the originals knew.
-
-    A model is a folder that save_pretrained wrote, or a name on the Hugging Face hub.
-    """
-
-
 Calibration = Annotated[
     Path | None,
     typer.Option(
-        help="Text, one a line, or a table: errors are those of the layers' outputs on it.",
+        help="Text, one a line, or a table; may be .gz. Layers are then compared by their outputs "
+        "on it, not by their weights.",
         exists=True,
         dir_okay=False,
     ),
 ]
 Batch = Annotated[int, typer.Option(help="Sequences in the pass that is timed.", min=1)]
-Tokens = Annotated[int, typer.Option(help="Tokens in each of them.", min=1)]
+Tokens = Annotated[int, typer.Option(help="Tokens in each sequence.", min=1)]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads; PyTorch's choice unless given.", min=1)
 ]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the numbers here, too.", dir_okay=False)
+]
 
 
-@app.command()
+@app.callback(epilog="To see it all at work, on a real model, in some minutes: kroneckerbert demo")
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compress BERTs by Kronecker products, and teach the results what the originals knew.
+
+    A model is a folder that save_pretrained wrote, or a name on the Hugging Face hub. The way from
+    one to its small student: compress TEACHER STUDENT, then distill TEACHER STUDENT OUT --data
+    TEXTS, then evaluate and benchmark.
+    """
+
+
+@app.command(epilog="Example: kroneckerbert plan TEACHER plan.json --budget latency=2x")
 def plan(
     teacher: Annotated[str, typer.Argument(help="The dense model.")],
     out: Annotated[Path, typer.Argument(help="The plan's file (JSON), for compress --plan.")],
     budget: Annotated[
         list[str],
         typer.Option(
-            help="parameters, bytes, flops, latency (ms) or error, as a number, 8x less or a "
-            "share: latency=2x, bytes=12e6, parameters=12%. May be repeated; all are met.",
+            help="What the student may take: parameters, bytes, flops or latency (ms), or the "
+            "layers' mean relative squared error. As a number (bytes=12e6), as times less than "
+            "the teacher (latency=2x) or as a share of it (parameters=12%). May be repeated; all "
+            "are met.",
         ),
     ],
     objective: Annotated[
-        str, typer.Option(help="What is minimised within it: error, size or latency.")
+        str,
+        typer.Option(help="What is least within the budget: error, size (parameters) or latency."),
     ] = "error",
     batch: Batch = 1,
     tokens: Tokens = 128,
     threads: Threads = None,
     calibration: Calibration = None,
-    words: Annotated[bool, typer.Option(help="Whether the words may be factorised.")] = True,
-    mix: Annotated[bool, typer.Option(help="Allow a product plus a low-rank part.")] = True,
+    words: Annotated[bool, typer.Option(help="Allow factors of the word embeddings.")] = True,
+    mix: Annotated[
+        bool, typer.Option(help="Allow layers of a Kronecker product plus a low-rank part.")
+    ] = True,
 ) -> None:
     """Choose shapes layer by layer for a budget, measured on this machine."""
-    import torch
-
     from kroneckerbert.planning import plan as plan_model
 
     limits = dict(_limit(text) for text in budget)
-    texts = None if calibration is None else _texts(calibration)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    texts = _texts(calibration)
+    _use(threads)
     model = _on_gpu(_model(teacher))
-    batches = (
-        None if texts is None else list(_calibration_batches(texts, model, _tokenizer(teacher)))
-    )
     chosen = plan_model(
         model,
         limits,
-        objective=objective,
+        objective=objective,  # type: ignore[arg-type]  # refused there if there is none
         batch=batch,
         tokens=tokens,
-        calibration=batches,
+        calibration=_batches(texts, model, teacher),
         words=words,
         mix=mix,
         progress=errors.is_terminal,
@@ -155,25 +149,22 @@ def plan(
     console.print(f"Next: kroneckerbert compress {teacher} OUT --plan {out}", soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: kroneckerbert compress TEACHER STUDENT --preset kronecker-bert-21")
 def compress(
     teacher: Annotated[str, typer.Argument(help="The dense model, with or without a head.")],
     out: Annotated[Path, typer.Argument(help="New folder for the compressed model.")],
     preset: Annotated[
-        str, typer.Option(help="kronecker-bert-5, -8, -19 or -21: about so many times smaller.")
+        str,
+        typer.Option(
+            help="Shapes of the paper: kronecker-bert-5, -8, -19 or -21, so many times smaller "
+            "than BERT_BASE."
+        ),
     ] = "kronecker-bert-8",
     plan: Annotated[
         Path | None,
         typer.Option(help="What 'plan' wrote, instead of a preset.", exists=True, dir_okay=False),
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text, one a line: layers start nearest in their outputs on it.",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
+    calibration: Calibration = None,
     sequential: Annotated[
         bool,
         typer.Option(
@@ -188,23 +179,20 @@ def compress(
     """Replace a dense model's weights by the nearest Kronecker products. Distil the result."""
     from kron_kernels.plan import Plan
     from kroneckerbert import compress as compress_model
-    from kroneckerbert.files import replace_folder, writable_folder
+    from kroneckerbert.files import writable_folder
 
     out = writable_folder(out)
-    texts = None if calibration is None else _texts(calibration)
+    texts = _texts(calibration)
     model, tokenizer = _model(teacher), _tokenizer(teacher)
-    batches = None if texts is None else _calibration_batches(texts, model, tokenizer)
-    student = compress_model(
+    student: Any = compress_model(
         model,
         preset if plan is None else Plan.load(plan),
-        calibration=batches,
+        calibration=_batches(texts, model, teacher),
         sequential=sequential,
         rescale=rescale,
         progress=errors.is_terminal,
     )
-    with replace_folder(out) as folder:
-        student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    _save(out, student, tokenizer)
 
     table = Table(_names("model"), *map(_right, ("parameters", "smaller")))
     for name, size in ((teacher, model.num_parameters()), (str(out), student.num_parameters())):
@@ -213,36 +201,32 @@ def compress(
     console.print(f"Next: kroneckerbert distill {teacher} {out} OUT --data TEXTS", soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: kroneckerbert report STUDENT --teacher TEACHER --threads 1")
 def report(
     model: Annotated[str, typer.Argument(help="A compressed model.")],
     teacher: Annotated[
-        str | None, typer.Option(help="The dense model that it is from: errors need it.")
+        str | None,
+        typer.Option(help="The dense model that it is from, with which errors are measured."),
     ] = None,
     batch: Batch = 1,
     tokens: Tokens = 128,
     threads: Threads = None,
     calibration: Calibration = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here, too.", dir_okay=False)
-    ] = None,
+    json_file: JsonFile = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw them here: .png, .svg or .pdf.", dir_okay=False)
+        Path | None, typer.Option(help="Draw them here, as .png, .svg or .pdf.", dir_okay=False)
     ] = None,
 ) -> None:
     """Measure each layer: its shapes, parameters, FLOPs, time and error against the dense one's."""
-    import torch
-
     from kroneckerbert.planning import report as measured
 
-    texts = None if calibration is None else _texts(calibration)
+    texts = _texts(calibration)
     if picture is not None:
         import matplotlib  # noqa: F401  missing after the measurement would be a pity
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _use(threads)
     compressed = _on_gpu(_model(model))
     dense = None if teacher is None else _on_gpu(_model(teacher))
-    batches = None if texts is None else _calibration_batches(texts, compressed, _tokenizer(model))
+    batches = _batches(texts, compressed, model)
     result = measured(compressed, dense, batch=batch, tokens=tokens, calibration=batches)
     if json_file is not None:
         result.save(json_file)
@@ -256,19 +240,17 @@ def decompress(
     model: Annotated[str, typer.Argument(help="A compressed model.")],
     out: Annotated[Path, typer.Argument(help="New folder for the dense one.")],
 ) -> None:
-    """Write the stock dense model of the same function, for tools that know only that."""
+    """Write the stock dense model that computes the same, for tools that know only that."""
     from kroneckerbert import decompress as decompress_model
-    from kroneckerbert.files import replace_folder, writable_folder
+    from kroneckerbert.files import writable_folder
 
     out = writable_folder(out)
     tokenizer, dense = _tokenizer(model), decompress_model(_model(model))
-    with replace_folder(out) as folder:
-        dense.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    _save(out, dense, tokenizer)
     console.print(f"Saved a {type(dense).__name__} to {out}.", soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: kroneckerbert export STUDENT PROGRAM --format onnx --int8")
 def export(
     model: Annotated[str, typer.Argument(help="A model, compressed or dense.")],
     out: Annotated[Path, typer.Argument(help="New folder for the program.")],
@@ -276,13 +258,23 @@ def export(
         str, typer.Option(help="onnx, openvino, torch_export or aoti (compiled for this machine).")
     ] = "onnx",
     int8: Annotated[
-        bool, typer.Option("--int8", help="Weights and products in 8 bits (ONNX).")
+        bool,
+        typer.Option(
+            "--int8", help="Weights and products in 8 bits, for onnx; differences are only told."
+        ),
     ] = False,
     static: Annotated[
-        bool, typer.Option("--static", help="For inputs of one shape only, 2 x 16 tokens.")
+        bool,
+        typer.Option(
+            "--static", help="For inputs of one shape only: 2 sequences of 24 tokens each."
+        ),
     ] = False,
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest difference from PyTorch, of the largest output.")
+        float | None,
+        typer.Option(
+            help="Largest accepted difference from PyTorch, as a share of the largest output; "
+            "1.2e-4 unless given."
+        ),
     ] = None,
 ) -> None:
     """Write a program that runs without this package, and check it against PyTorch."""
@@ -293,7 +285,7 @@ def export(
     result = export_model(
         _model(model),
         out,
-        format=format,
+        format=format,  # type: ignore[arg-type]  # refused there if there is none
         dynamic=not static,
         quantize="int8-dynamic" if int8 else None,
         tolerance=tolerance,
@@ -302,36 +294,56 @@ def export(
     console.print(str(result), soft_wrap=True)
 
 
-@app.command()
+@app.command(
+    epilog="Example: kroneckerbert distill TEACHER STUDENT OUT --data texts.txt.gz --minutes 60"
+)
 def distill(
-    teacher: Annotated[str, typer.Argument(help="The dense BERT; fine-tuned, for a table.")],
+    teacher: Annotated[
+        str, typer.Argument(help="The dense model; for a table, fine-tuned on its task.")
+    ],
     student: Annotated[str, typer.Argument(help="What 'compress' or 'distill' wrote.")],
     out: Annotated[Path, typer.Argument(help="New folder for the trained student.")],
-    data: DataFile,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Plain text, one a line, or a table label<TAB>text[<TAB>second text]; may be .gz.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
     minutes: Annotated[
         float | None,
-        typer.Option(
-            help=f"Stop after this long; {_DEFAULT_MINUTES:g} if there is no other limit."
-        ),
+        typer.Option(help=f"Stop after so many; {_DEFAULT_MINUTES:g} if no limit is given."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Stop after so many steps.", min=1)] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Stop after so many passes over the data.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per step.", min=1)] = 32,
     learning_rate: Annotated[
-        float | None, typer.Option(help="1e-3 on plain text, 1e-4 on a table, unless given.")
+        float | None,
+        typer.Option(help="Its highest value; 1e-3 on plain text, 1e-4 on a table, unless given."),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens kept of each text; at most 128 unless given.", min=3)
+        int | None, typer.Option(help="Tokens kept of each text; 128 unless given.", min=3)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
-    embedding_weight: Annotated[float, typer.Option(help="Of the embeddings' error.")] = 1.0,
-    attention_weight: Annotated[float, typer.Option(help="Of the attention scores' error.")] = 1.0,
-    hidden_weight: Annotated[float, typer.Option(help="Of the layers' error.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Draws the order of the texts.")] = 0,
+    embedding_weight: Annotated[
+        float, typer.Option(help="Share in the loss of the embeddings' squared error.")
+    ] = 1.0,
+    attention_weight: Annotated[
+        float, typer.Option(help="Of the attention scores' squared error.")
+    ] = 1.0,
+    hidden_weight: Annotated[
+        float, typer.Option(help="Of the squared error of the layers' outputs.")
+    ] = 1.0,
     logits_weight: Annotated[
-        float | None, typer.Option(help="Of the logits' divergence; 1 where both have logits.")
+        float | None,
+        typer.Option(help="Of the logits' divergence; unless given, 1 where both have logits."),
     ] = None,
     labels_weight: Annotated[
-        float | None, typer.Option(help="Of the student's own loss; 1 where there are labels.")
+        float | None,
+        typer.Option(help="Of the task's own loss; unless given, 1 where there are labels."),
     ] = None,
 ) -> None:
     """Train a student to compute what its teacher computes, layer by layer.
@@ -423,25 +435,35 @@ def distill(
     console.print(f"Saved to {out} after {elapsed / 60:.1f} minutes.", soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: kroneckerbert evaluate STUDENT --teacher TEACHER --data texts.txt")
 def evaluate(
     model: Annotated[str, typer.Argument(help="The model to evaluate.")],
     data: Annotated[
         Path | None,
         typer.Option(
             help="Plain text, one a line, or a table label<TAB>text[<TAB>second text]; may be .gz. "
-            "With --task its file, or a folder that has it; without, the Hugging Face hub's.",
+            "With --task, the task's file or a folder that has it; if it is not given, the task "
+            "comes from the Hugging Face hub.",
             exists=True,
         ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="sst2, stsb, squad, ...: its labels, metrics and paper.")
+        str | None,
+        typer.Option(
+            help="A task by name (sst2, stsb, squad, …): its labels and metrics, beside the "
+            "paper's results."
+        ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Of the task; its validation set unless given.")
+        str | None,
+        typer.Option(help="Of the task: train, validation (unless given) or test."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Its teacher: the yardstick, and all that plain text needs.")
+        str | None,
+        typer.Option(
+            help="The model's teacher: a column of its own or, on plain text, what the model is "
+            "compared with."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per forward pass.", min=1)] = 32,
 ) -> None:
@@ -462,13 +484,13 @@ def evaluate(
             f"{data} is plain text, on which a model can only be compared with its teacher: add "
             "--teacher, or give a table label<TAB>text."
         )
-    rows = read_table(data) if labelled else read_lines(data)
+    rows: Any = read_table(data) if labelled else read_lines(data)
     tokenizer = _tokenizer(model)
     models = [_on_gpu(_model(name)) for name in names]
     if labelled:
         columns = [evaluate_model(m, tokenizer, rows, batch_size) for m in models]
     else:
-        columns = [similarity(*models, tokenizer, rows)]
+        columns = [similarity(models[0], models[1], tokenizer, rows)]
         names = [f"{model} to {teacher}"]
     table = Table(f"{len(rows):,} texts", *map(_right, names))
     for metric in columns[0]:
@@ -480,14 +502,14 @@ def _evaluate_task(
     names: list[str], name: str, split: str | None, data: Path | None, batch_size: int
 ) -> None:
     """The task's metrics of each model, and what the paper reports, in per cent."""
-    from kroneckerbert.tasks import TASKS, compare, evaluate_task, read_file, read_task
+    from kroneckerbert.tasks import compare, evaluate_task, find_task, read_file, read_task
 
-    task = TASKS.get(name)
-    split = split or (task.evaluation if task else "validation")
-    if task is None or data is None or data.is_dir():
-        rows = read_task(name, split, data)
-    else:
+    task = find_task(name)
+    split = split or task.evaluation
+    if data is not None and data.is_file():
         rows = read_file(task, data)
+    else:
+        rows = read_task(name, split, data)
     tokenizer = _tokenizer(names[0])
     columns = []
     for source in names:
@@ -504,7 +526,9 @@ def _evaluate_task(
     console.print(table)
 
 
-@app.command()
+@app.command(
+    epilog="Example: kroneckerbert reproduce kronecker-bert-8 --task sst2 --data GLUE --output kb8"
+)
 def reproduce(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a name: see 'recipes'.")],
     output: Annotated[
@@ -520,14 +544,20 @@ def reproduce(
         ),
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="Of the recipe's; may be repeated. All unless given.")
+        list[str] | None,
+        typer.Option(help="One of the recipe's tasks; may be repeated. All unless given."),
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option(help="In place of the recipe's; may be repeated.")
+        list[int] | None,
+        typer.Option(help="In place of the recipe's seeds of stage 2; may be repeated."),
     ] = None,
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", help="stage1.arguments.learning_rate=1e-4; may be repeated."),
+        typer.Option(
+            "--set",
+            help="Another value for a key of the recipe: stage1.arguments.learning_rate=1e-4. May "
+            "be repeated.",
+        ),
     ] = None,
 ) -> None:
     """Run a recipe, or what is left of it: start, stage 1, teachers, stage 2, scores and cards.
@@ -554,25 +584,21 @@ def recipes() -> None:
     console.print("Next: kroneckerbert reproduce RECIPE --data DIR", soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: kroneckerbert benchmark TEACHER STUDENT --batch 1 --threads 1")
 def benchmark(
     models: Annotated[list[str], typer.Argument(help="Models; the first is the reference.")],
     batch: Annotated[
         list[int] | None,
         typer.Option(help="Sequences per pass; may be repeated. 1 and 32 unless given.", min=1),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens per sequence.", min=1)] = 128,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads; PyTorch's choice unless given.", min=1)
-    ] = None,
+    tokens: Tokens = 128,
+    threads: Threads = None,
     seconds: Annotated[
         float, typer.Option(help="To measure for, for each batch size, all models together.")
     ] = 5.0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here, too.", dir_okay=False)
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
-    """Compare sizes, FLOPs and latencies. Each cell has the ratio to the first model."""
+    """Compare models' parameters, bytes, FLOPs and latencies, with ratios to the first."""
     import torch
 
     from kroneckerbert.measure import bytes_on_disk, flops, latency, parameters
@@ -584,15 +610,14 @@ def benchmark(
     if json_file is not None:  # not after the measurement
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.touch()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _use(threads)
     loaded = {name: _on_gpu(_model(name)) for name in models}
     for name, model in loaded.items():
         if (longest := positions(model)) < tokens:
             raise ValueError(f"--tokens {tokens} exceeds the {longest} positions of {name}.")
 
     timings = {size: latency(loaded, size, tokens, seconds) for size in batch}
-    numbers = {
+    numbers: dict[str, dict[str, Any]] = {
         name: {
             "parameters": parameters(model),
             "bytes": bytes_on_disk(_folder(name)),
@@ -636,10 +661,10 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for models, numbers and pictures.")] = Path(
         "kroneckerbert-demo"
     ),
-    minutes: Annotated[float, typer.Option(help="Of training, for each student.")] = 4.0,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Of training, for each of two students.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Draws whatever is random.")] = 0,
 ) -> None:
-    """Compress, distil, evaluate and benchmark a real teacher, with all that it takes on board."""
+    """Compress, distil, evaluate and benchmark a real teacher; it and its texts are installed."""
     from kroneckerbert import demo as demonstration
 
     demonstration.run(output, minutes, seed)
@@ -718,21 +743,41 @@ def _folder(source: str) -> Path:
     return Path(cached_file(source, "config.json")).parent
 
 
-def _texts(path: Path) -> list[str]:
+def _use(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _save(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    from kroneckerbert.files import replace_folder
+
+    with replace_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _texts(path: Path | None) -> list[str] | None:
+    """What a file of calibration text has; read before models are, which takes longer."""
     from kroneckerbert.data import is_table, read_lines, read_table
 
+    if path is None:
+        return None
     return read_table(path).texts if is_table(path) else read_lines(path)
 
 
-def _calibration_batches(
-    texts: list[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Any:
+def _batches(texts: list[str] | None, model: PreTrainedModel, source: str) -> Any:
+    """Calibration text as inputs of a model, by the tokenizer at ``source``."""
     from torch.utils.data import DataLoader
     from transformers import DataCollatorWithPadding
 
     from kroneckerbert.data import TextDataset
     from kroneckerbert.modeling_kroneckerbert import max_tokens
 
+    if texts is None:
+        return None
+    tokenizer = _tokenizer(source)
     # From the whole file: neighbours are often about the same thing.
     texts = texts[:: max(1, len(texts) // _CALIBRATION_TEXTS)][:_CALIBRATION_TEXTS]
     dataset = TextDataset(tokenizer, texts, max_length=min(128, max_tokens(model, tokenizer)))

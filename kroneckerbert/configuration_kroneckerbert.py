@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import field
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -86,13 +86,20 @@ PRESETS = {
 }
 
 
-class KroneckerConfig:
+# A dense class follows in the bases of every subclass, and brings what a configuration has.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as _Base
+else:
+    _Base = object
+
+
+class KroneckerConfig(_Base):
     """What every configuration of a Kronecker model has beside its dense model's fields.
 
     Its subclasses are made by :func:`kronecker_config`: ``KroneckerBertConfig``,
     ``KroneckerRobertaConfig``, …
 
-    Args:
+    Attributes:
         kronecker_factors: From a module's name to ``{"a_shape": [m1, n1], "rank": r}`` (``rank`` is
             1 when left out), to a list of such terms of different shapes, which are summed, or to
             None, which keeps the module dense. A name is the end of the module's path, cut at a
@@ -111,6 +118,8 @@ class KroneckerConfig:
     """
 
     dense_class: type[PreTrainedConfig]  # the configuration that this one extends
+    kronecker_factors: dict[str, Any]
+    kronecker_plan: dict[str, Any] | None
 
     def __post_init__(self, **kwargs: Any):
         found = kwargs.get("model_type", self.model_type)
@@ -148,19 +157,18 @@ class KroneckerConfig:
                 raise ValueError(_no_such_module(name, list(layout.sizes)))
         shapes = {}
         for path, (rows, columns) in layout.sizes.items():
-            name = layout.longest(self.kronecker_factors, path)
-            entry = _checked_entry(name, self.kronecker_factors[name]) if name else None
-            if entry is None:
+            key = layout.longest(self.kronecker_factors, path)
+            if key is None or (entry := _checked_entry(key, self.kronecker_factors[key])) is None:
                 continue
             try:
                 shapes[path] = [
                     KronShape.split(rows, columns, tuple(term["a_shape"]), term["rank"])
-                    for term in terms_of(entry)
+                    for term in (entry if isinstance(entry, list) else [entry])
                 ]
             except ValueError as error:
-                raise ValueError(f"kronecker_factors[{name!r}], for {path}: {error}") from error
+                raise ValueError(f"kronecker_factors[{key!r}], for {path}: {error}") from error
             if path == layout.table:
-                _check_table(name, shapes[path], rows)
+                _check_table(key, shapes[path], rows)
         return shapes
 
     def entry_of(self, path: str) -> str | None:
@@ -274,7 +282,8 @@ class KroneckerConfig:
 
     def _layout(self) -> "_Layout":
         fields = {k: v for k, v in self.to_dict().items() if k not in _NO_STRUCTURE}
-        return _layout(self.dense_class, json.dumps(fields, sort_keys=True))
+        # mypy has it that a class is not hashable.
+        return _layout(self.dense_class, json.dumps(fields, sort_keys=True))  # type: ignore[arg-type]
 
 
 _OF_THE_FILE = ("model_type", "transformers_version", "architectures", "_name_or_path", "auto_map")
@@ -303,7 +312,8 @@ def _layout(dense_class: type[PreTrainedConfig], fields: str) -> _Layout:
         model = AutoModel.from_config(dense_class(**json.loads(fields)))
     modules = dict(factorisable(model))
     table = next((path for path, m in modules.items() if isinstance(m, nn.Embedding)), None)
-    sizes = {path: tuple(linear_weight(module).shape) for path, module in modules.items()}
+    weights = {path: linear_weight(module) for path, module in modules.items()}
+    sizes = {path: (weight.shape[0], weight.shape[1]) for path, weight in weights.items()}
     return _Layout(model.base_model_prefix, sizes, table)
 
 
@@ -320,7 +330,7 @@ def factorisable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def linear_weight(module: nn.Module) -> Tensor:
+def linear_weight(module: Any) -> Tensor:
     """The weight as ``nn.Linear`` has it, ``(rows, columns)``; ``Conv1D`` has the transpose."""
     return module.weight.mT if isinstance(module, Conv1D) else module.weight
 
@@ -341,11 +351,6 @@ def kronecker_config(dense_class: type[PreTrainedConfig]) -> type[KroneckerConfi
     }
     name = f"Kronecker{dense_class.__name__}"
     return strict(type(name, (KroneckerConfig, dense_class), namespace))
-
-
-def terms_of(entry: dict | list[dict]) -> list[dict]:
-    """The terms of an entry; one that stands alone is a list of one."""
-    return [entry] if isinstance(entry, dict) else entry
 
 
 def _checked_entry(name: str, entry: Any) -> dict | list[dict] | None:

@@ -109,14 +109,14 @@ def compress(
         if isinstance(encoder.get_submodule(path), Conv1D):
             weight = weight.mT
         parts = [((s.m1, s.n1), s.rank) for s in terms]
-        how = {"second_moment": moments.get(path), "rescale": rescale}
+        how: dict[str, Any] = {"second_moment": moments.get(path), "rescale": rescale}
         if len(parts) == 1:
             state[f"{name}.a"], state[f"{name}.b"] = nearest_kronecker(weight, *parts[0], **how)
             continue
         for i, (a, b) in enumerate(nearest_kronecker_sum(weight, parts, **how)):
             state[f"{name}.parts.{i}.a"], state[f"{name}.parts.{i}.b"] = a, b
     student = _rebuild(student_class, config, state, like=model)
-    if sequential:
+    if sequential and batches is not None:
         refit(student, model, batches, progress)
     return student
 
@@ -200,7 +200,8 @@ def _student_config(
     student_class: type[KroneckerPreTrainedModel],
     model: PreTrainedModel,
 ) -> KroneckerConfig:
-    teacher, config_class = model.config, student_class.config_class
+    teacher = model.config
+    config_class: type[KroneckerConfig] = student_class.config_class
     if isinstance(config, str):
         return config_class.preset(config, teacher)
     if isinstance(config, Plan):

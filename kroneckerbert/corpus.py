@@ -62,6 +62,7 @@ def read_corpus(
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}.")
+    texts: Iterator[str]
     if files := _text_files(source):
         texts = (line.strip() for path in files for _, line in numbered_lines(path))
     else:
@@ -309,7 +310,8 @@ class MaskedCollator(DataCollatorForLanguageModeling):
         self, inputs: Tensor, special_tokens_mask=None, offset_mapping=None
     ) -> tuple[Tensor, Tensor]:
         digest = hashlib.blake2b(b"%d " % self.seed + inputs.numpy().tobytes(), digest_size=8)
-        self.generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()))
+        self.generator: torch.Generator | None = torch.Generator()
+        self.generator.manual_seed(int.from_bytes(digest.digest()))
         special = torch.isin(inputs, torch.tensor(self.tokenizer.all_special_ids))
         inputs, labels = super().torch_mask_tokens(inputs, special, offset_mapping)
         if (labels == -100).all() and not special.all():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch.utils.data import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,20 @@ class TextDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, list[int] | int | float]:
         return {name: column[index] for name, column in self.columns.items()}
+
+
+def by_length(lengths: Sequence[int]) -> list[int]:
+    """Rows from the longest to the shortest: next to others as long, so that little is padding."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+
+
+def batches_by_length(
+    dataset: Dataset, lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> tuple[DataLoader, list[int]]:
+    """Padded batches of rows alike in length, and the rows in the order in which they come."""
+    order = by_length(lengths)
+    collate = DataCollatorWithPadding(tokenizer)
+    return DataLoader(Subset(dataset, order), batch_size, collate_fn=collate), order
 
 
 def read_lines(path: Path) -> list[str]:
@@ -166,19 +181,18 @@ def label_targets(
                 "(num_labels = 1), which needs numbers."
             )
         return [float(label) for label in labels]
+    known: Collection[Any] = ()  # classes are not counted in fractions
     if kind is int:
         known = range(config.num_labels)
     elif kind is str:
         known = config.label2id
-    else:
-        known = ()  # classes are not counted in fractions
     if unknown := sorted({label for label in labels if label not in known}):
         names = ", ".join(map(str, config.label2id))
         raise ValueError(
             f"the model has no label {unknown[0]!r}; labels must be integers from 0 to "
             f"{config.num_labels - 1} or the words of config.label2id: {names}."
         )
-    return [config.label2id[label] for label in labels] if kind is str else labels
+    return [config.label2id[label] if kind is str else int(label) for label in labels]
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -206,11 +220,12 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 def _labels(
     path: Path, numbers: Sequence[int], fields: Sequence[str]
 ) -> list[int] | list[float] | list[str]:
-    values = [_number(field) for field in fields]
-    if all(value is None for value in values):
+    found = [_number(field) for field in fields]
+    values = [value for value in found if value is not None]
+    if not values:
         return list(fields)
-    is_word = [value is None for value in values]
-    if any(is_word):
+    if len(values) < len(fields):
+        is_word = [value is None for value in found]
         odd = is_word.index(not is_word[0])
         raise ValueError(
             f"{path}, line {numbers[odd]}: label {fields[odd]!r} is "
@@ -220,7 +235,8 @@ def _labels(
     for number, field, value in zip(numbers, fields, values, strict=True):
         if not math.isfinite(value):
             raise ValueError(f"{path}, line {number}: label {field!r} must be a finite number.")
-    return values if all(isinstance(value, int) for value in values) else list(map(float, values))
+    whole = [value for value in values if isinstance(value, int)]
+    return whole if len(whole) == len(values) else [float(value) for value in values]
 
 
 def _number(field: str) -> int | float | None:

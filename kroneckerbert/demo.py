@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 import random
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -225,16 +224,16 @@ def _table(results: list[Result], setting: dict) -> Table:
     for r in results:
         table.add_column(r.name, justify="right", no_wrap=True)
 
-    def row(heading: str, value: Callable[[Result], float], digits: int) -> None:
-        first = value(results[0])
-        cells = (f"{value(r):.{digits}f} ({first / value(r):4.1f}x)" for r in results[1:])
+    def row(heading: str, values: list[float], digits: int) -> None:
+        first, *others = values
+        cells = (f"{value:.{digits}f} ({first / value:4.1f}x)" for value in others)
         table.add_row(heading, f"{first:.{digits}f}", *cells)
 
-    row("parameters, millions", lambda r: r.parameters / 1e6, 2)
-    row("MB on disk", lambda r: r.bytes_on_disk / 1e6, 1)
-    row("GFLOPs, batch 1", lambda r: r.gflops, 2)
+    row("parameters, millions", [r.parameters / 1e6 for r in results], 2)
+    row("MB on disk", [r.bytes_on_disk / 1e6 for r in results], 1)
+    row("GFLOPs, batch 1", [r.gflops for r in results], 2)
     for batch in BATCHES:
-        row(f"ms, batch {batch}", lambda r, batch=batch: r.latency_ms[batch].median, 1)
+        row(f"ms, batch {batch}", [r.latency_ms[batch].median for r in results], 1)
     table.add_section()
     for score, heading in (("cosine", "cosine to teacher"), ("ranking", "ranking as teacher")):
         table.add_row(f"{heading}, start", *(f"{r.before[score]:.3f}" for r in results))

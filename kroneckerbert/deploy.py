@@ -42,6 +42,7 @@ except ImportError as error:
     ) from error
 
 from kroneckerbert.files import replace_folder
+from kroneckerbert.modeling_kroneckerbert import evaluating
 
 Format = Literal["onnx", "openvino", "torch_export", "aoti"]
 
@@ -212,23 +213,18 @@ def export(
         others = [_resized(sample, 1, max(tokens // 2, 1)), _resized(sample, batch + 1, tokens)]
     inputs = [_padded(x) for x in (sample, *others)]
 
-    was_training = model.training
-    model.eval()
-    try:
-        with replace_folder(Path(path)) as folder:
-            with _quiet():
-                exported = _exported(model, traced, format, dynamic)
-                if quantize is not None:
-                    _quantize(exported, traced)
-                exported.save_pretrained(folder)
-            size = sum(f.stat().st_size for f in folder.iterdir() if f.suffix != ".json")
-            differences = _differences(model, folder, inputs)
-            if quantize is None:
-                _judge(differences, tolerance, format)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-    finally:
-        model.train(was_training)
+    with evaluating(model), replace_folder(Path(path)) as folder:
+        with _quiet():
+            exported = _exported(model, traced, format, dynamic)
+            if quantize is not None:
+                _quantize(exported, traced)
+            exported.save_pretrained(folder)
+        size = sum(f.stat().st_size for f in folder.iterdir() if f.suffix != ".json")
+        differences = _differences(model, folder, inputs)
+        if quantize is None:
+            _judge(differences, tolerance, format)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     shapes = [_shape(x) for x in inputs]
     return ExportResult(Path(path), format, quantize, size, shapes, differences)
 

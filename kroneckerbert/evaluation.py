@@ -6,21 +6,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from torchmetrics.functional.classification import (
     binary_f1_score,
     multiclass_f1_score,
     multiclass_matthews_corrcoef,
 )
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kroneckerbert.data import Table, TextDataset, label_targets
-from kroneckerbert.modeling_kroneckerbert import embed, max_tokens
+from kroneckerbert.data import Table, TextDataset, batches_by_length, label_targets
+from kroneckerbert.modeling_kroneckerbert import embed, evaluating, max_tokens
 
 _PAIRS = 4000  # the standard error of a Spearman correlation is then below 0.02
 
@@ -138,16 +133,10 @@ def _logits(
     """Shape ``(rows, num_labels)``, float32, on the CPU, in the table's order."""
     longest = max_tokens(model, tokenizer)
     dataset = TextDataset(tokenizer, table.texts, table.texts_b, max_length=longest)
-    order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]), reverse=True)
-    batches = DataLoader(
-        Subset(dataset, order), batch_size, collate_fn=DataCollatorWithPadding(tokenizer)
-    )
-    was_training = model.training
-    model.eval()
-    try:
+    lengths = [len(ids) for ids in dataset.columns["input_ids"]]
+    batches, order = batches_by_length(dataset, lengths, tokenizer, batch_size)
+    with evaluating(model):
         rows = [model(**batch.to(model.device)).logits.float().cpu() for batch in batches]
-    finally:
-        model.train(was_training)
     return torch.cat(rows)[torch.tensor(order).argsort()]
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 from kron_kernels import KroneckerLinear, kron_feed_forward, kron_qkv
+from kron_kernels.checks import Activation
 
 # What transformers calls by name in hidden_act, as kron_feed_forward knows it.
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[type, Activation] = {
     GELUActivation: "gelu",
     GELUTanh: "gelu_tanh",
     NewGELUActivation: "gelu_tanh",
@@ -40,7 +42,8 @@ def fuse(model: nn.Module) -> None:
     They decide at every call: adapters may have replaced a layer, and hooks expect to be called.
     Modules, names and results stay as they are. Gated blocks (ModernBERT, Llama) are not fused.
     """
-    for module in list(model.modules()):
+    modules: list[Any] = list(model.modules())  # which are told apart by what they have
+    for module in modules:
         for names in _PROJECTIONS:
             layers = [getattr(module, name, None) for name in names]
             is_cross = "Cross" in type(module).__name__
@@ -48,16 +51,16 @@ def fuse(model: nn.Module) -> None:
                 _share_input(module, names)
         if type(module).__name__ in _WHOLE_BLOCKS:
             module.parts = _WHOLE_BLOCKS[type(module).__name__]
-            module.__class__ = _subclass_of(_Block, type(module))
+            module.__class__ = _subclass_of(_Block, module.__class__)
         elif _is_split(module):
             for half, mixin in ((module.intermediate, _Intermediate), (module.output, _Output)):
-                half.__class__ = _subclass_of(mixin, type(half))
+                half.__class__ = _subclass_of(mixin, half.__class__)
             # Of the two halves either must know whether both are as they were. A tuple: a module
             # would be registered as a child.
             module.intermediate.halves = module.output.halves = module.intermediate, module.output
 
 
-def _share_input(attention: nn.Module, names: tuple[str, str, str]) -> None:
+def _share_input(attention: nn.Module, names: tuple[str, ...]) -> None:
     first, *others = (getattr(attention, name) for name in names)
     first.__class__ = KroneckerQuery
     first.siblings = (attention,), names  # in a tuple, or it would be a child of its child
@@ -68,6 +71,8 @@ def _share_input(attention: nn.Module, names: tuple[str, str, str]) -> None:
 
 class KroneckerQuery(KroneckerLinear):
     """The first of three layers of one input: in inference it computes the others', too."""
+
+    siblings: tuple[tuple[nn.Module], tuple[str, ...]]  # what has all three, and their names there
 
     def forward(self, x: Tensor) -> Tensor:
         (attention,), names = self.siblings
@@ -84,6 +89,8 @@ class KroneckerQuery(KroneckerLinear):
 class KroneckerKeyOrValue(KroneckerLinear):
     """One of the others, which hands out what is ready for this very input."""
 
+    ahead: tuple[Tensor, Tensor] | None  # the input, and the output for it
+
     def forward(self, x: Tensor) -> Tensor:
         ahead, self.ahead = self.ahead, None
         return ahead[1] if ahead is not None and ahead[0] is x else super().forward(x)
@@ -97,15 +104,19 @@ def _is_split(module: nn.Module) -> bool:
     )
 
 
-class _Intermediate:
+class _Intermediate(nn.Module):
     """The first half, which hands its input on if the second half does the work of both."""
+
+    halves: tuple[Any, Any]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states if _fused_activation(self) else super().forward(hidden_states)
 
 
-class _Output:
+class _Output(nn.Module):
     """The second half: ``LayerNorm(dropout(down(act(up(x)))) + residual)``."""
+
+    halves: tuple[Any, Any]
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         activation = _fused_activation(self)
@@ -118,8 +129,10 @@ class _Output:
         return self.LayerNorm(_feed_forward(hidden_states, up, down, activation, input_tensor))
 
 
-class _Block:
+class _Block(nn.Module):
     """A block that is one module: ``dropout(down(act(up(x))))``."""
+
+    parts: tuple[str, str, str]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         up, act, down = (getattr(self, name) for name in self.parts)
@@ -134,7 +147,7 @@ def _subclass_of(mixin: type, base: type) -> type:
     return type(f"Kronecker{base.__name__}", (mixin, base), {"__module__": __name__})
 
 
-def _fused_activation(half: nn.Module) -> str | None:
+def _fused_activation(half: _Intermediate | _Output) -> Activation | None:
     intermediate, output = half.halves
     if intermediate._forward_hooks or intermediate._forward_pre_hooks:
         return None
@@ -143,7 +156,7 @@ def _fused_activation(half: nn.Module) -> str | None:
     return _activation(intermediate.dense, intermediate.intermediate_act_fn, output.dense)
 
 
-def _activation(up: nn.Module, act: nn.Module, down: nn.Module) -> str | None:
+def _activation(up: nn.Module, act: nn.Module, down: nn.Module) -> Activation | None:
     """The activation's name if the block can be fused, else None."""
     stock = type(up) is type(down) is KroneckerLinear and not any(
         part._forward_hooks or part._forward_pre_hooks for part in (up, act, down)
@@ -155,7 +168,7 @@ def _feed_forward(
     x: Tensor,
     up: KroneckerLinear,
     down: KroneckerLinear,
-    activation: str,
+    activation: Activation,
     residual: Tensor | None = None,
 ) -> Tensor:
     layers = (up.a, up.b, up.bias), (down.a, down.b, down.bias)

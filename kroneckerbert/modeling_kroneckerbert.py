@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,15 @@ _AUTO_CLASSES = (
 _classes: dict[type, type] = {}  # of dense models and configurations to ours
 
 
-class KroneckerPreTrainedModel:
+# Not so when it runs: transformers would take the first PreTrainedModel of the bases for the class
+# that knows how to initialise, and that is the dense one.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Base
+else:
+    _Base = object
+
+
+class KroneckerPreTrainedModel(_Base):
     """What every Kronecker model has beside its dense class, which follows in its bases.
 
     The stock constructors end in ``post_init``, which draws the weights and ties them. Modules are
@@ -74,6 +83,7 @@ class KroneckerPreTrainedModel:
 
     config: KroneckerConfig
     dense_class: type[PreTrainedModel]
+    _tied_weights_keys: dict[str, str] | None
 
     def post_init(self) -> None:
         if self.base_model is self:
@@ -216,8 +226,8 @@ class KroneckerPreTrainedModel:
             )
         entry = {"a_shape": list(table.a.shape[1:]), "rank": table.rank}
         path = next(name for name, m in self.base_model.named_modules() if m is table)
-        name = self.config.entry_of(path)
-        self.config.kronecker_factors = {**self.config.kronecker_factors, name: entry}
+        key = self.config.entry_of(path) or path
+        self.config.kronecker_factors = {**self.config.kronecker_factors, key: entry}
         self.config.vocab_size = self.vocab_size = rows
         self.tie_weights()
         return table
@@ -288,9 +298,9 @@ def _replace(model: nn.Module, path: str, shapes: list[KronShape]) -> None:
     setattr(model.get_submodule(parent), child, _factorised(model.get_submodule(path), shapes))
 
 
-def _factorised(dense: nn.Module, shapes: list[KronShape]) -> nn.Module:
+def _factorised(dense: Any, shapes: list[KronShape]) -> nn.Module:
     """A Kronecker module in place of ``dense``: of its sizes, device and dtype, newly drawn."""
-    new = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+    new: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     s = shapes[0]
     if isinstance(dense, nn.Embedding):
         return KroneckerEmbedding(
@@ -316,6 +326,19 @@ def positions(model: PreTrainedModel) -> int:
 def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The longest sequence that both a model and its tokenizer take."""
     return min(tokenizer.model_max_length, positions(model))
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Within, models are in evaluation mode; then each in the mode in which it was."""
+    before = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, was_training in zip(models, before, strict=True):
+            model.train(was_training)
 
 
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
@@ -363,9 +386,7 @@ def embed(
     longest = max_tokens(encoder, tokenizer)
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]), reverse=True)
 
-    was_training = encoder.training
-    encoder.eval()
-    try:
+    with evaluating(encoder):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = tokenizer(
@@ -377,8 +398,6 @@ def embed(
             ).to(encoder.device)
             hidden = encoder(**batch).last_hidden_state
             rows[chosen] = mean_pooling(hidden.float(), batch["attention_mask"])
-    finally:
-        encoder.train(was_training)
     return F.normalize(rows, dim=-1) if normalize else rows
 
 

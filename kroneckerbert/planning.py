@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +23,16 @@ from kron_kernels import KroneckerEmbedding, KronShape
 from kron_kernels.plan import Plan
 from kron_kernels.timing import interleaved
 from kroneckerbert import measure
-from kroneckerbert.calibration import layer_inputs, tokens_of
+from kroneckerbert.calibration import Batch, checked_batches, layer_inputs, tokens_of
 from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
 from kroneckerbert.modeling_kroneckerbert import (
     KroneckerPreTrainedModel,
+    evaluating,
     kronecker_class,
     positions,
 )
 
-Batch = Mapping[str, Tensor]
+_LAYER_SECONDS, _MODEL_SECONDS = 0.2, 5.0  # of timing a kind of layer, and the whole, both forms
 
 
 def plan(
@@ -84,20 +86,20 @@ def plan(
             f"cannot plan a {type(model).__name__}; it must be a dense transformer. For other "
             "modules there is kron_kernels.plan.plan(module, budget, inputs)."
         )
-    encoder = model.base_model
+    encoder: Any = model.base_model
     prefix = "" if encoder is model else f"{model.base_model_prefix}."
     table = encoder.get_input_embeddings()
     names = [f"{prefix}{path}" for path, m in factorisable(encoder) if words or m is not table]
 
     def build(factors: dict[str, Any]) -> PreTrainedModel:
         config = student_class.config_class.from_dense(model.config, factors)
-        return student_class(config).to(model.device, model.dtype).eval()
+        return student_class(config).to(encoder.device, encoder.dtype).eval()
 
     ids = _ids(model, batch, tokens)
     if calibration is not None:
         known = ("input_ids", "attention_mask", "token_type_ids")
         calibration = [
-            {name: b[name].to(model.device) for name in known if name in b} for b in calibration
+            {name: b[name].to(encoder.device) for name in known if name in b} for b in calibration
         ]
     return engine.plan(
         model,
@@ -199,32 +201,28 @@ def report(
             f"teacher, a {type(teacher).__name__}, has no dense {lacking[0]}; give the model that "
             f"this {type(model).__name__} was compressed from."
         )
-    was_training = model.training
-    model.eval()
-    batches = None if calibration is None else list(calibration)
+    models: dict[str, PreTrainedModel] = {} if teacher is None else {"dense": teacher}
+    models["compressed"] = model
     ids = _ids(model, batch, tokens)
     linears = [p for p in paths if not isinstance(encoder.get_submodule(p), KroneckerEmbedding)]
-    output_errors = {} if batches is None else _output_errors(encoder, teacher, linears, batches)
-    counts = tokens_of(encoder, {"input_ids": ids}, linears)
-    clock: dict[tuple, tuple[float, float]] = {}
-    rows = []
-    for path in paths:
-        layer = encoder.get_submodule(path)
-        source = None if dense is None else dense[path]
-        rows.append(_layer(path, layer, source, counts.get(path), ids, clock, output_errors))
-
-    calls = {"compressed": lambda: model(input_ids=ids)}
-    if teacher is not None:
-        teacher.eval()
-        calls["dense"] = lambda: teacher(input_ids=ids)
-    times = interleaved(calls, seconds=5.0)
-    models = {"compressed": model} if teacher is None else {"dense": teacher, "compressed": model}
-    totals = {
+    with evaluating(*models.values()):
+        output_errors = {}
+        if calibration is not None and teacher is not None:
+            output_errors = _output_errors(encoder, teacher.base_model, linears, calibration)
+        counts = tokens_of(encoder, {"input_ids": ids}, linears)
+        clock: dict[tuple, tuple[float, float]] = {}
+        rows = []
+        for path in paths:
+            layer = encoder.get_submodule(path)
+            source = None if dense is None else dense[path]
+            rows.append(_layer(path, layer, source, counts.get(path, 0), ids, clock, output_errors))
+        calls = {name: partial(m, input_ids=ids) for name, m in models.items()}
+        times = interleaved(calls, _MODEL_SECONDS)
+    totals: dict[str, dict[str, float]] = {
         "parameters": {name: measure.parameters(m) for name, m in models.items()},
         "flops": {name: measure.flops(m, batch, tokens) for name, m in models.items()},
         "ms": {name: times[name].median for name in models},
     }
-    model.train(was_training)
     setting = {
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -248,7 +246,7 @@ def _layer(
     path: str,
     layer: nn.Module,
     source: nn.Module | None,
-    tokens: int | None,
+    tokens: int,
     ids: Tensor,
     clock: dict[tuple, tuple[float, float]],
     output_errors: Mapping[str, float],
@@ -260,7 +258,7 @@ def _layer(
     key = (type(layer), rows, columns, tuple(shapes), tokens)
     if key not in clock:  # layers alike are timed once
         x = ids if is_table else torch.randn(tokens, columns).to(stock.weight)
-        times = interleaved({"dense": lambda: stock(x), "ours": lambda: layer(x)}, seconds=0.2)
+        times = interleaved({"dense": lambda: stock(x), "ours": lambda: layer(x)}, _LAYER_SECONDS)
         clock[key] = times["dense"].median, times["ours"].median
     weight = None if source is None else linear_weight(source)
     error = None
@@ -283,12 +281,11 @@ def _layer(
 
 
 def _output_errors(
-    encoder: nn.Module, teacher: PreTrainedModel, paths: list[str], batches: list[Batch]
+    encoder: nn.Module, dense: PreTrainedModel, paths: list[str], calibration: Iterable[Batch]
 ) -> dict[str, float]:
     """Relative squared errors of the layers' outputs on the dense model's own inputs of them."""
     wrong, whole = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0.0)
-    dense = teacher.base_model
-    for batch in batches:
+    for batch in checked_batches(calibration):
         for path, inputs in layer_inputs(dense, batch, paths).items():
             for x in inputs:
                 target = dense.get_submodule(path)(x)
@@ -325,10 +322,7 @@ def _table(report: Report) -> Table:
     for (name, terms), rows in groups.items():
         n = len(rows)
 
-        def total(field: str, rows: list[LayerReport] = rows) -> float:
-            return sum(getattr(row, field) for row in rows)
-
-        dense, here = total("ms_dense"), total("ms")
+        dense, here = sum(r.ms_dense for r in rows), sum(r.ms for r in rows)
         table.add_row(
             name if n == 1 else f"{name} ({n})",
             terms,
@@ -341,10 +335,8 @@ def _table(report: Report) -> Table:
             f"{dense:.2f}",
             f"{here:.2f}",
             f"{dense / here:.1f}" if dense >= here else f"{dense / here:.2f} slower here",
-            *(
-                "" if any(e is None for e in errors) else f"{sum(errors) / n:.3f}"
-                for errors in ([r.weight_error for r in rows], [r.output_error for r in rows])
-            ),
+            _mean([r.weight_error for r in rows]),
+            _mean([r.output_error for r in rows]),
         )
     table.add_section()
     totals = [report.totals[key] for key in ("parameters", "flops", "ms")]
@@ -361,6 +353,11 @@ def _table(report: Report) -> Table:
         "",
     )
     return table
+
+
+def _mean(errors: list[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    return f"{sum(known) / len(known):.3f}" if len(known) == len(errors) else ""
 
 
 def _less(dense: float | None, here: float, form: str) -> str:

@@ -154,6 +154,8 @@ class Recipe:
         evaluation: See :class:`Evaluation`.
         latency: See :class:`Latency`; without it nothing is timed.
         card: See :class:`Card`.
+
+    Attributes:
         given: The mapping that this was made of.
     """
 
@@ -304,7 +306,7 @@ def _build(cls: type, given: Any, where: str = "") -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    inner = next((part for part in (hint, *typing.get_args(hint)) if is_dataclass(part)), None)
+    inner: Any = next((part for part in (hint, *typing.get_args(hint)) if is_dataclass(part)), None)
     if inner is not None and typing.get_origin(hint) is not dict:
         return _build(inner, value, f"{where}.")
     if not _fits(value, dict if inner else hint):
@@ -361,7 +363,8 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"stage1.heads must be [], [mlm] or [mlm, nsp]; got {stage1.heads}.")
         _check_stage(stage1, "stage1")
     # What tasks share comes first: an error in it is not one of each.
-    for where, task in ("", recipe), *((f"tasks.{n}.", t) for n, t in recipe.tasks.items()):
+    parts: dict[str, Recipe | TaskRecipe] = {f"tasks.{n}.": t for n, t in recipe.tasks.items()}
+    for where, task in {"": recipe, **parts}.items():
         _check_stage(task.fine_tuning, f"{where}fine_tuning")
         _check_stage(task.stage2, f"{where}stage2")
     if latency is not None and not (latency.seconds > 0 and min(latency.batch, default=0) > 0):

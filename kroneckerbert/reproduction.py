@@ -56,7 +56,7 @@ from kroneckerbert.distillation import DistillationTrainer
 from kroneckerbert.files import replace_folder, writable_folder
 from kroneckerbert.heads import with_head_of
 from kroneckerbert.modeling_kroneckerbert import max_tokens
-from kroneckerbert.recipe import Recipe, Stage, load, select
+from kroneckerbert.recipe import Latency, Recipe, Stage, Stage1, load, select
 from kroneckerbert.squad import Questions, SpanDataset
 from kroneckerbert.tasks import TASKS, Task, compare, evaluate_task, match_labels, read_task
 
@@ -66,8 +66,10 @@ _MODELS = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForPreTraining")
 _MADE_OF = "made_of.json"
 _HISTORY = "trainer_state.json"
 # Beginnings of the arguments that no weight depends on.
-_INDIFFERENT = ("dataloader_num_workers", "dataloader_pin_memory", "disable_tqdm")
-_INDIFFERENT += ("logging_", "report_to", "run_name", "save_")
+_INDIFFERENT = (
+    *("dataloader_num_workers", "dataloader_pin_memory", "disable_tqdm"),
+    *("logging_", "report_to", "run_name", "save_"),
+)
 _Metrics = dict[str, dict[str, float]]  # by name of the set, and of the metric
 _Work = Callable[[Path, Path], None]
 _FAR = timedelta(days=7)  # one process prepares, evaluates and measures while the others wait
@@ -127,14 +129,14 @@ class _Run:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.dense)
 
     def run(self) -> dict[str, Any]:
-        recipe = self.recipe
+        recipe, stage1 = self.recipe, self.recipe.stage1
         self._check()
         # What is missing is said now, not after the hours of stage 1.
         with self.state.main_process_first():  # it downloads for the others, too
             self.rows = {name: self._digests(name) for name in recipe.tasks}
-        text = self._corpus() if recipe.stage1 else None
+        text = self._corpus(stage1) if stage1 else ""
         start = self._start(text)
-        student = self._stage1(start, text) if recipe.stage1 else start
+        student = self._stage1(stage1, start, text) if stage1 else start
         scores: list[Score] = []
         students: list[tuple[str, int, Path]] = []
         for name in recipe.tasks:
@@ -149,7 +151,7 @@ class _Run:
             compared = _compared(told, ours)
             self._tell(compared, "student")
             scores += compared
-        latency = self._latency(student) if recipe.latency else None
+        latency = self._latency(recipe.latency, student) if recipe.latency else None
         if self.is_main:
             self._summarise(student, students, scores, latency)
         self.wait()
@@ -258,9 +260,9 @@ class _Run:
         self.wait()
         return folder
 
-    def _corpus(self) -> str:
+    def _corpus(self, stage: Stage1) -> str:
         """What the tokens are of, once they are there."""
-        how = asdict(self.recipe.stage1.corpus)
+        how = asdict(stage.corpus)
         source, folder = _located(how.pop("source")), self.output / "corpus"
         what = corpus.describe_corpus(source, **how)
         if self.is_main:
@@ -271,30 +273,29 @@ class _Run:
         self.wait()
         return what
 
-    def _texts(self, **options: Any) -> corpus.Corpus:
-        length = self.recipe.stage1.max_length
-        return corpus.Corpus(self.output / "corpus", self.tokenizer, length, **options)
+    def _texts(self, stage: Stage1, **options: Any) -> corpus.Corpus:
+        return corpus.Corpus(self.output / "corpus", self.tokenizer, stage.max_length, **options)
 
-    def _start(self, text: str | None) -> Path:
+    def _start(self, text: str) -> Path:
         told, stage1 = self.recipe.student, self.recipe.stage1
-        shapes = Plan.load(told.plan) if told.plan else told.preset or told.factors
-        made_of = {
+        shapes: Any = Plan.load(told.plan) if told.plan else told.preset or told.factors
+        made_of: dict[str, Any] = {
             "teacher": _identity(self.dense),
             "model": self.kind,
             "student": asdict(told) | {"plan": told.plan and shapes.factors},
         }
-        if told.calibration:
+        if stage1 and told.calibration:
             made_of |= {"corpus": text, "max_length": stage1.max_length}
 
         def work(folder: Path, _: Path) -> None:
-            how = {"sequential": told.sequential, "rescale": told.rescale}
-            if told.calibration:
-                texts = self._texts()
+            how: dict[str, Any] = {"sequential": told.sequential, "rescale": told.rescale}
+            if stage1 and told.calibration:
+                texts = self._texts(stage1)
                 # From all of it: neighbours are often about the same thing.
                 chosen = range(0, len(texts), max(1, len(texts) // told.calibration))
+                rows = Subset(texts, chosen[: told.calibration])
                 collate = transformers.DataCollatorWithPadding(self.tokenizer)
-                texts = Subset(texts, chosen[: told.calibration])
-                how["calibration"] = DataLoader(texts, batch_size=32, collate_fn=collate)
+                how["calibration"] = DataLoader(rows, batch_size=32, collate_fn=collate)
             compress(self._dense_model(), shapes, **how).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
@@ -314,8 +315,7 @@ class _Run:
             )
         return model.eval()
 
-    def _stage1(self, start: Path, text: str) -> Path:
-        stage = self.recipe.stage1
+    def _stage1(self, stage: Stage1, start: Path, text: str) -> Path:
         told = _settings(stage)
         del told["corpus"]
         made_of = {"start": _identity(start), "corpus": text, "stage1": told}
@@ -326,7 +326,7 @@ class _Run:
                 teacher = teacher.base_model
             mask = corpus.MaskedCollator(self.tokenizer, seed=args.seed) if stage.heads else None
             student = self.auto.from_pretrained(start)
-            texts = self._texts(pairs="nsp" in stage.heads, pack=stage.pack)
+            texts = self._texts(stage, pairs="nsp" in stage.heads, pack=stage.pack)
             how = {"train_dataset": texts, "processing_class": self.tokenizer}
             trainer = DistillationTrainer(student, teacher, args, data_collator=mask, **how)
             self._train(trainer, folder)
@@ -346,7 +346,7 @@ class _Run:
         def work(folder: Path, training: Path) -> None:
             args = self._arguments(tuning, training)
             transformers.set_seed(args.seed)  # draws the head
-            kind = {"num_labels": 1} if task.kind == "regression" else {}
+            kind: dict[str, Any] = {"num_labels": 1} if task.kind == "regression" else {}
             if task.kind == "classification":
                 names = dict(enumerate(task.labels))
                 kind = {"id2label": names, "label2id": {label: i for i, label in names.items()}}
@@ -380,7 +380,7 @@ class _Run:
 
     def _dataset(self, name: str, model: PreTrainedModel, max_length: int) -> Dataset:
         task, rows = TASKS[name], self._read(name, "train")
-        if task.kind == "span":
+        if not isinstance(rows, Table):
             return SpanDataset(self.tokenizer, rows, max_length, min(128, max_length // 3))
         rows = match_labels(task, rows, model.config)
         labels = label_targets(rows.labels, model.config)
@@ -409,9 +409,7 @@ class _Run:
         folder = self._step(f"scores/{name}/{who}", made_of, work, alone=True, renew=True)
         return json.loads((folder / "scores.json").read_text())
 
-    def _latency(self, student: Path) -> dict[str, Any]:
-        told = self.recipe.latency
-
+    def _latency(self, told: Latency, student: Path) -> dict[str, Any]:
         def work(folder: Path, _: Path) -> None:
             models = {
                 name: AutoModel.from_pretrained(source, dtype=torch.float32).to(self.state.device)

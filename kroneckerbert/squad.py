@@ -12,15 +12,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kroneckerbert.modeling_kroneckerbert import max_tokens
+from kroneckerbert.data import batches_by_length
+from kroneckerbert.modeling_kroneckerbert import evaluating, max_tokens
 
 # In tokens, as in BERT's own run_squad.py.
 _LONGEST_QUESTION = 64
@@ -142,7 +144,7 @@ class SpanDataset(Dataset):
                 f"{stride} tokens it shares; lower stride or raise max_length."
             )
         has_segments = "token_type_ids" in tokenizer.model_input_names
-        self.columns: dict[str, list[np.ndarray] | list[int]] = {"input_ids": []}
+        self.columns: dict[str, list[Any]] = {"input_ids": []}
         if has_segments:
             self.columns["token_type_ids"] = []
         if train:
@@ -318,22 +320,15 @@ def _window_logits(
 ) -> Iterator[tuple[_Window, Tensor, Tensor]]:
     """Each window with the logits of its tokens as start and as end, float32, on the CPU."""
     lengths = [len(ids) for ids in dataset.columns["input_ids"]]
-    order = sorted(range(len(dataset)), key=lengths.__getitem__, reverse=True)
-    batches = DataLoader(
-        Subset(dataset, order), batch_size, collate_fn=DataCollatorWithPadding(tokenizer)
-    )
+    batches, order = batches_by_length(dataset, lengths, tokenizer, batch_size)
     windows = iter([dataset.windows[i] for i in order])
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             is_token = batch["attention_mask"].bool()
             output = model(**batch.to(model.device))
             logits = output.start_logits.float().cpu(), output.end_logits.float().cpu()
             for mask, starts, ends in zip(is_token, *logits, strict=True):
                 yield next(windows), starts[mask], ends[mask]
-    finally:
-        model.train(was_training)
 
 
 def _best_span(starts: Tensor, ends: Tensor) -> tuple[float, int, int]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -284,7 +284,18 @@ _TASKS = (
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
 
-def read_task(name: str, split: str, data: Path | None = None) -> Table | Questions:
+def find_task(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def read_task(name: str, split: str, data: str | Path | None = None) -> Table | Questions:
     """The rows of one split of a task.
 
     Args:
@@ -307,9 +318,7 @@ def read_task(name: str, split: str, data: Path | None = None) -> Table | Questi
         ImportError: If ``datasets`` is needed and missing.
         OSError: If a file cannot be read, or the Hub not be reached.
     """
-    if name not in TASKS:
-        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}.")
-    task = TASKS[name]
+    task = find_task(name)
     if split not in task.splits:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(task.splits)}.")
     if data is None:
@@ -389,7 +398,7 @@ def evaluate_task(
     Raises:
         ValueError: If the model has no such head, or other labels than the task.
     """
-    if task.kind == "span":
+    if not isinstance(rows, Table):
         answers = predict_spans(model, tokenizer, rows, batch_size, task.null_threshold)
         scores = squad_metrics(answers, rows)
     else:
@@ -482,7 +491,7 @@ def _find(task: Task, split: str, folder: Path) -> Path:
 def _read_rows(task: Task, path: Path) -> Table:
     rows = [line.split("\t") for line in read_lines(path)]
     columns = task.file_columns or task.columns
-    header = rows[0]
+    header: Sequence[str] = rows[0]
     if header[0] in ("index", "id") and columns[-1] not in header:
         raise ValueError(_without_labels(path))
     if set(columns) <= set(header):
@@ -521,7 +530,7 @@ def _targets(task: Task, labels: Sequence, source: Path | str) -> list[int] | li
     ids = {str(i): i for i in range(len(task.labels))}
     for names in (task.labels, task.file_labels):
         ids |= {name: i for i, name in enumerate(names)}
-    targets = [
+    targets: list[Any] = [
         _finite(label) if task.kind == "regression" else ids.get(str(label)) for label in labels
     ]
     for number, (label, target) in enumerate(zip(labels, targets, strict=True), 1):

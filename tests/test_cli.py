@@ -30,10 +30,6 @@ WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at import
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(*arguments) -> tuple[int, str]:
@@ -74,6 +70,15 @@ def save(folder: Path, cls=BertModel, with_tokenizer: bool = True, seed: int = 0
 @pytest.fixture
 def teacher(tmp_path) -> Path:
     return save(tmp_path / "teacher")
+
+
+@pytest.fixture
+def quickly_timed(monkeypatch):
+    """No choice depends on a time: what is timed is timed a few times only."""
+    for name in ("plan.clock.LAYER_SECONDS", "plan.planner.MODULE_SECONDS"):
+        monkeypatch.setattr(f"kron_kernels.{name}", 0.0)
+    for name in ("_LAYER_SECONDS", "_MODEL_SECONDS"):
+        monkeypatch.setattr(f"kroneckerbert.planning.{name}", 0.0)
 
 
 @pytest.fixture
@@ -136,7 +141,7 @@ def test_calibration_and_rescaling_change_the_start(tmp_path, teacher, texts):
     assert not torch.allclose(states["plain"], states["norms"])
 
 
-def test_a_plan_is_made_shown_and_followed(tmp_path, teacher, texts):
+def test_a_plan_is_made_shown_and_followed(tmp_path, teacher, texts, quickly_timed):
     file = tmp_path / "plan.json"
     told = succeeds(
         *("plan", teacher, file, "--budget", "parameters=1.5x", "--budget", "flops=100%"),
@@ -165,7 +170,7 @@ def test_sequential_refits_on_the_texts(tmp_path, teacher, texts):
     assert "calibration" in fails("compress", teacher, tmp_path / "none", "--sequential")
 
 
-def test_a_report_says_and_draws_what_compressing_did(tmp_path, teacher, texts):
+def test_a_report_says_and_draws_what_compressing_did(tmp_path, teacher, texts, quickly_timed):
     student = student_of(teacher)
     numbers, picture = tmp_path / "report.json", tmp_path / "report.png"
     told = succeeds(
@@ -190,13 +195,23 @@ def test_decompress_writes_a_stock_model(tmp_path, teacher):
     assert "cannot decompress" in fails("decompress", teacher, tmp_path / "none")
 
 
-def test_export_writes_a_program_and_says_how_near_it_is(tmp_path, teacher):
-    pytest.importorskip("onnxruntime")
-    student, out = student_of(teacher), tmp_path / "onnx"
-    told = succeeds("export", student, out)
-    assert "run against PyTorch" in told and list(out.rglob("*.onnx"))
+def test_export_writes_a_program_and_says_how_near_it_is(tmp_path, teacher, monkeypatch):
+    pytest.importorskip("transformers.exporters")
+    student, out = student_of(teacher), tmp_path / "program"
+    told = succeeds("export", student, out, "--format", "torch_export", "--static")
+    assert "run against PyTorch on batches of 2x16 tokens" in told and list(out.rglob("*.pt2"))
     assert "exists" in fails("export", student, out)
     assert "format" in fails("export", student, tmp_path / "none", "--format", "onyx")
+    calls = []
+    monkeypatch.setattr("kroneckerbert.deploy.export", lambda *_, **options: calls.append(options))
+    succeeds("export", student, tmp_path / "onnx", "--int8", "--tolerance", 0.1)
+    kept = {name: calls[0][name] for name in ("format", "dynamic", "quantize", "tolerance")}
+    assert kept == {
+        "format": "onnx",
+        "dynamic": True,
+        "quantize": "int8-dynamic",
+        "tolerance": 0.1,
+    }
 
 
 def test_distilling_on_text_brings_the_student_nearer(tmp_path, teacher, texts):

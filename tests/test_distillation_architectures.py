@@ -107,10 +107,10 @@ def trainer(tmp_path, student, teacher, **options) -> DistillationTrainer:
 @each_architecture
 def test_all_terms_are_finite_and_the_loss_falls(name, tmp_path):
     teacher = dense(name, AutoModelForSequenceClassification)
-    run = trainer(tmp_path, factorised(teacher), teacher, max_steps=15, learning_rate=1e-2)
+    run = trainer(tmp_path, factorised(teacher), teacher, max_steps=8, learning_rate=1e-2)
     run.train()  # which checks at the first step that every term moves a parameter
     logs = [log for log in run.state.log_history if "loss" in log]
-    assert len(logs) == 15
+    assert len(logs) == 8
     for log in logs:
         assert all(math.isfinite(log[f"loss_{term}"]) for term in TERMS), log
     assert logs[0]["loss_attention"] > 1e-4
@@ -121,9 +121,9 @@ def test_all_terms_are_finite_and_the_loss_falls(name, tmp_path):
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_presets_train_too(name, tmp_path):
     teacher = dense(name, AutoModelForSequenceClassification)
-    run = trainer(tmp_path, compress(teacher, "kronecker-bert-8"), teacher)
+    run = trainer(tmp_path, compress(teacher, "kronecker-bert-8"), teacher, max_steps=1)
     run.train()
-    assert all(math.isfinite(run.state.log_history[1][f"loss_{term}"]) for term in TERMS)
+    assert all(math.isfinite(run.state.log_history[0][f"loss_{term}"]) for term in TERMS)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mpnet"])  # it cannot

@@ -33,12 +33,12 @@ TOKENS = {"batch": 2, "tokens": 16}
 
 
 @pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _quickly_timed(monkeypatch):
+    """No choice here depends on a time: what is timed is timed a few times only."""
+    monkeypatch.setattr("kron_kernels.plan.clock.LAYER_SECONDS", 0.0)
+    monkeypatch.setattr("kron_kernels.plan.planner.MODULE_SECONDS", 0.0)
+    monkeypatch.setattr("kroneckerbert.planning._LAYER_SECONDS", 0.0)
+    monkeypatch.setattr("kroneckerbert.planning._MODEL_SECONDS", 0.0)
 
 
 def teachers():
@@ -198,6 +198,18 @@ def test_a_report_without_the_dense_model_has_no_errors():
         report(teachers()[0])
     with pytest.raises(ValueError, match="has no dense"):
         report(student, teachers()[3])
+
+
+def test_a_report_leaves_the_modes_and_measures_a_teacher_without_its_dropout():
+    model = teachers()[0]
+    student = compress(model, {"intermediate.dense": {"a_shape": [4, 2]}}).eval()
+    inputs = batches(2)
+    without = report(student, model.eval(), **TOKENS, calibration=inputs)
+    told = report(student, model.train(), **TOKENS, calibration=inputs)
+    assert [r.output_error for r in told.layers] == [r.output_error for r in without.layers]
+    assert model.training and not student.training
+    with pytest.raises(ValueError, match="calibration has no batch"):
+        report(student, model, **TOKENS, calibration=[])
 
 
 def test_a_plain_module_is_compressed_in_place():

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import IO, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from kroneckerbert.data import by_length
 from kroneckerbert.files import replace_folder
 
 ROW = "teacher_row"
@@ -31,10 +33,19 @@ _ALONG = {_IDS: (1,), "hidden_states": (2,), "attentions": (3, 4)}
 _ALONG |= dict.fromkeys(("start_logits", "end_logits"), (1,))
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """A data set that is no stream."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 class NumberedRows(Dataset):
     """A data set whose rows know their number, by which the cache finds them."""
 
-    def __init__(self, rows: Dataset):
+    def __init__(self, rows: Rows):
         self.rows = rows
 
     def __len__(self) -> int:
@@ -88,7 +99,9 @@ class TeacherCache:
                 "that is masked, cropped or augmented anew in each epoch cannot be cached; unset "
                 "teacher_cache."
             )
-        outputs = {name: value.to(self.device, non_blocking=True) for name, value in read.items()}
+        outputs: dict[str, Any] = {
+            name: value.to(self.device, non_blocking=True) for name, value in read.items()
+        }
         for name in ("hidden_states", "attentions"):
             if name in outputs:  # (batch, layers, …)
                 outputs[name] = outputs[name].unbind(1)
@@ -110,7 +123,7 @@ class TeacherCache:
 def write(
     folder: Path,
     about: dict,
-    rows: Dataset,
+    rows: Rows,
     batches: Iterable[Mapping[str, Tensor]],
     teach: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
 ) -> None:
@@ -120,7 +133,7 @@ def write(
         folder: New, or one that an earlier call wrote; complete or untouched, whatever happens.
         about: What :func:`described` says of the data, and what else the outputs depend on.
         rows: The data set.
-        batches: Its rows in the order of :func:`by_length`, padded on the right.
+        batches: Its rows in the order of :func:`kroneckerbert.data.by_length`, padded on the right.
         teach: The teacher's tensors for a batch, as :func:`captured` gives them.
 
     Raises:
@@ -128,7 +141,9 @@ def write(
         ValueError: If batches are not padded so, or an output does not fit float16.
     """
     lengths = about["lengths"]
-    order, shapes, files = iter(by_length(lengths)), {}, {}
+    order = iter(by_length(lengths))
+    shapes: dict[str, list[int | None]] = {}
+    files: dict[str, IO[bytes]] = {}
     with replace_folder(folder) as new:
         with ExitStack() as stack:
             for batch in batches:
@@ -196,7 +211,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def described(rows: Dataset, without: Collection[str]) -> dict[str, str | list[int]]:
+def described(rows: Rows, without: Collection[str]) -> dict[str, Any]:
     """The lengths of all rows, and a hash of all they hold but the columns ``without``."""
     digest, lengths = hashlib.sha256(), []
     for i in range(len(rows)):
@@ -207,11 +222,6 @@ def described(rows: Dataset, without: Collection[str]) -> dict[str, str | list[i
             digest.update(f"{name} {value!r}".encode())
         lengths.append(len(row[_IDS]))
     return {"data": digest.hexdigest(), "lengths": lengths}
-
-
-def by_length(lengths: list[int]) -> list[int]:
-    """Rows in the order in which they are computed and kept: next to others as long, for speed."""
-    return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
 
 def captured(output: ModelOutput) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """A training that ends by the clock."""
 
+from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast
@@ -42,10 +44,11 @@ class Deadline(TrainerCallback):
                 f"max_minutes needs a schedule that is a function of the step, got "
                 f"{type(scheduler).__name__}; use lr_scheduler_type='linear' or 'cosine'."
             )
-        scheduler.lr_lambdas = [
-            lambda step, rate=rate: rate(max(step, self.share * steps))
-            for rate in scheduler.lr_lambdas
-        ]
+
+        def ahead(rate: Callable[[Any], float]) -> Callable[[float], float]:
+            return lambda step: rate(max(step, self.share * steps))
+
+        scheduler.lr_lambdas = [ahead(rate) for rate in scheduler.lr_lambdas]
 
 
 class TimeBar(ProgressCallback):

@@ -100,7 +100,8 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.layer_map, str) and self.layer_map[:1].isdigit():
-            self.layer_map = [int(layer) for layer in self.layer_map.split(",")]
+            # A field of two types would be none for transformers' HfArgumentParser.
+            self.layer_map = [int(layer) for layer in self.layer_map.split(",")]  # type: ignore[assignment]
         for name, weight in self.weights.items():
             if weight is not None and not weight >= 0:
                 raise ValueError(f"{name}_weight must be >= 0, got {weight}.")

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -67,18 +67,18 @@ class _Projections(NamedTuple):
     scores: Callable[..., Tensor]  # of the module and what those layers return
 
 
-def _mpnet_scores(module: nn.Module, query: Tensor, key: Tensor) -> Tensor:
+def _mpnet_scores(module: Any, query: Tensor, key: Tensor) -> Tensor:
     query, key = (_heads(x, module.num_attention_heads) for x in (query, key))
     return (query * query.shape[-1] ** -0.5) @ key.mT
 
 
-def _deberta_v2_scores(module: nn.Module, query: Tensor, key: Tensor) -> Tensor:
+def _deberta_v2_scores(module: Any, query: Tensor, key: Tensor) -> Tensor:
     query, key = (_heads(x, module.num_attention_heads) for x in (query, key))
     parts = 1 + sum(part in module.pos_att_type for part in ("c2p", "p2c"))
     return (query / math.sqrt(query.shape[-1] * parts)) @ key.mT
 
 
-def _deberta_scores(module: nn.Module, projected: Tensor) -> Tensor:
+def _deberta_scores(module: Any, projected: Tensor) -> Tensor:
     query, key, _ = _heads(projected, module.num_attention_heads).chunk(3, dim=-1)
     query = query + _heads(module.q_bias[None, None], module.num_attention_heads)
     return (query / math.sqrt(query.shape[-1] * (1 + len(module.pos_att_type)))) @ key.mT

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import find_labels
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from kroneckerbert.data import by_length
 from kroneckerbert.distillation import cache
 from kroneckerbert.distillation.clock import Deadline, TimeBar
 from kroneckerbert.distillation.config import DistillationConfig
@@ -60,12 +62,15 @@ class DistillationTrainer(Trainer):
     # by the accumulation steps. It is not: gradients would be that many times too large.
     loss_is_scaled_for_ga = False
 
+    args: DistillationConfig
+    train_dataset: Any
+
     def __init__(
         self,
         model: PreTrainedModel,
         teacher: PreTrainedModel,
         args: DistillationConfig | None = None,
-        **trainer_kwargs,
+        **trainer_kwargs: Any,
     ):
         args = args or DistillationConfig()
         if not isinstance(args, DistillationConfig):
@@ -98,7 +103,7 @@ class DistillationTrainer(Trainer):
                 self.remove_callback(ProgressCallback)
                 self.add_callback(TimeBar(self._deadline))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, from the beginning or from a checkpoint.
 
         Args:
@@ -312,10 +317,9 @@ class DistillationTrainer(Trainer):
                     rmtree(folder / name)
                 (unfinished / name).rename(folder / name)
                 unfinished.rmdir()
-                best = self.state.best_model_checkpoint
                 # By time: a folder may hold later steps of an earlier run.
-                limit = self.args.save_total_limit
-                rotate_checkpoints(str(folder), limit, best, use_mtime=True)
+                kept = self.args.save_total_limit, self.state.best_model_checkpoint
+                rotate_checkpoints(str(folder), *kept, use_mtime=True)
         except (OSError, RuntimeError, SafetensorError) as error:  # as each library tells it
             rmtree(unfinished, ignore_errors=True)
             last = get_last_checkpoint(str(folder))
@@ -354,7 +358,7 @@ class DistillationTrainer(Trainer):
         if self.args.teacher_cache is None or self._cache is not None:
             return
         folder, rows = Path(self.args.teacher_cache), self.train_dataset
-        if not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
+        if not isinstance(rows, cache.Rows):
             raise TypeError(
                 f"teacher_cache needs training data with numbered rows, got {type(rows).__name__}; "
                 "unset it for a stream."
@@ -369,7 +373,7 @@ class DistillationTrainer(Trainer):
         }
         collate = self._get_collator_with_removed_columns(self.data_collator)
         batches = DataLoader(
-            Subset(rows, cache.by_length(about["lengths"])),
+            Subset(self.train_dataset, by_length(about["lengths"])),
             self.args.per_device_eval_batch_size,
             collate_fn=collate,
         )
@@ -505,7 +509,8 @@ class _TermMeans:
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    rates = [(module, "p") for module in model.modules() if isinstance(module, nn.Dropout)]
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    rates: list[tuple[nn.Module, str]] = [(module, "p") for module in dropouts]
     # ModernBERT and Llama have that of their attention in a number.
     name = "attention_dropout"
     rates += [(m, name) for m in model.modules() if isinstance(getattr(m, name, None), float)]
@@ -554,6 +559,6 @@ def _token_loss(
     return loss
 
 
-def _alone(values: tuple) -> object:
+def _alone(values: tuple) -> Any:
     """As Trainer hands on predictions: None, the only one, or a tuple of several."""
     return values if len(values) > 1 else next(iter(values), None)
