@@ -46,7 +46,7 @@ def peak(name: str, batch: int, threads: int) -> dict[str, float]:
     before = psutil.Process().memory_info().rss
     model = training.model(training.DENSE if name == CHECKPOINTED else name).train()
     if name == CHECKPOINTED:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(2):  # the optimizer makes its averages in the first
         training.step(model, optimizer, training.batch_of(batch, TOKENS))

@@ -68,7 +68,7 @@ def merge_and_unload(model: PeftModel, **options: Any) -> PreTrainedModel:
     ``save_pretrained`` and ``from_pretrained`` work. The model inside ``model`` is changed.
 
     Args:
-        model: From ``peft.get_peft_model`` or :func:`load_adapter`.
+        model: From ``peft.get_peft_model`` or ``load_adapter``.
         **options: As for ``PeftModel.merge_and_unload``.
     """
     merged = model.merge_and_unload(**options)

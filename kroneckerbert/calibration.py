@@ -110,7 +110,7 @@ def refit(
     layers that read the same tensor, four in a BERT layer, and for each batch.
 
     Args:
-        student: Of :func:`kroneckerbert.compress`; changed in place.
+        student: Of ``kroneckerbert.compress``; changed in place.
         teacher: The dense model that it is from.
         batches: Model inputs, kept in memory.
         progress: Show a bar over the groups of layers.

@@ -34,7 +34,7 @@ class Score:
     """One metric of a student, for every seed, beside its teacher's and the paper's, in per cent.
 
     Args:
-        task: Name of the set that it was evaluated on, in :data:`kroneckerbert.tasks.TASKS`.
+        task: Name of the set that it was evaluated on, in ``kroneckerbert.tasks.TASKS``.
         split: Of that set.
         metric: As in the task's ``metrics``.
         teacher: The teacher's.
@@ -83,7 +83,7 @@ def model_card(
         model: The student.
         name: What it is called.
         dense_parameters: Those of its teacher, with the same head.
-        recipe: What it was made by, see :mod:`kroneckerbert.recipe`: the card has it whole, of
+        recipe: What it was made by, see ``kroneckerbert.recipe``: the card has it whole, of
             paths only the last part. Licence, language and data are in its ``card``.
         scores: In the order of the table.
         seed: The student's own, of those in ``scores``; its scores are the metadata's.

@@ -96,7 +96,7 @@ else:
 class KroneckerConfig(_Base):
     """What every configuration of a Kronecker model has beside its dense model's fields.
 
-    Its subclasses are made by :func:`kronecker_config`: ``KroneckerBertConfig``,
+    Its subclasses are made by ``kronecker_config``: ``KroneckerBertConfig``,
     ``KroneckerRobertaConfig``, …
 
     Attributes:
@@ -110,7 +110,7 @@ class KroneckerConfig(_Base):
             is the vocabulary's size. Mind that ``"output.dense"`` also fits
             ``"attention.output.dense"`` unless that has an entry of its own.
 
-        kronecker_plan: The plan that chose the factors, if one did, see :attr:`plan`.
+        kronecker_plan: The plan that chose the factors, if one did, see ``plan``.
 
     Raises:
         ValueError: If an entry is malformed, fits no module or does not divide its weight. It is
@@ -183,7 +183,7 @@ class KroneckerConfig(_Base):
 
         Args:
             base: A dense (or another Kronecker) model's configuration; left as it is.
-            kronecker_factors: See :class:`KroneckerConfig`.
+            kronecker_factors: See ``KroneckerConfig``.
             **overrides: Fields that shall differ from ``base``.
 
         Raises:
@@ -220,16 +220,14 @@ class KroneckerConfig(_Base):
 
         The small factor keeps its shape and the large one takes the rest. At BERT_BASE's widths:
 
-        ================= ================= ===================== =========== ==========
-        name              attention (A, B)  W1 (A, B)             embedding B parameters
-        ================= ================= ===================== =========== ==========
-        kronecker-bert-8  384x384, 2x2      8x2, 384x384          1x8         14,063,624
-        kronecker-bert-21 384x48, 2x16      16x2, 192x384         1x16        4,637,680
-        kronecker-bert-5  384x48, 2x16 (*)  384x384, 8x2 (*)      1x12        20,171,916
-        kronecker-bert-19 384x48, 2x16      8x2, 384x384          1x32        5,674,256
-        ================= ================= ===================== =========== ==========
+        | name              | attention (A, B) | W1 (A, B)        | embedding B | parameters |
+        | ----------------- | ---------------- | ---------------- | ----------- | ---------- |
+        | kronecker-bert-8  | 384x384, 2x2     | 8x2, 384x384     | 1x8         | 14,063,624 |
+        | kronecker-bert-21 | 384x48, 2x16     | 16x2, 192x384    | 1x16        | 4,637,680  |
+        | kronecker-bert-5  | 384x48, 2x16 (¹) | 384x384, 8x2 (¹) | 1x12        | 20,171,916 |
+        | kronecker-bert-19 | 384x48, 2x16     | 8x2, 384x384     | 1x32        | 5,674,256  |
 
-        (*) a sum of four. Parameters are those without the pooler, which has 590,592 more.
+        (¹) a sum of four. Parameters are those without the pooler, which has 590,592 more.
         W2 has W1's shapes transposed. 8 and 21 are KroneckerBERT (NAACL 2022), table 1, as printed.
         5 is table 1 corrected: the attention shape printed there, 384x384, would give 45.5 M
         parameters instead of the stated 20 M; with 384x48 the stated size and FLOPs come out.
@@ -339,7 +337,7 @@ def kronecker_config(dense_class: type[PreTrainedConfig]) -> type[KroneckerConfi
     """The class ``Kronecker<X>Config`` that adds our fields to ``<X>Config``."""
     namespace = {
         "__module__": __name__,
-        "__doc__": f":class:`{dense_class.__name__}` and two fields, see :class:`KroneckerConfig`.",
+        "__doc__": f"``{dense_class.__name__}`` and two fields, see ``KroneckerConfig``.",
         "__annotations__": {
             "kronecker_factors": dict[str, Any],
             "kronecker_plan": dict[str, Any] | None,

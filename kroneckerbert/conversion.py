@@ -56,15 +56,15 @@ def compress(
 
     Args:
         model: The dense model, or the name or folder of one of transformers.
-        config: A preset's name, scaled to the model's widths; what :func:`kroneckerbert.plan`
-            returned, or a mapping like :attr:`KroneckerConfig.kronecker_factors`; or a
+        config: A preset's name, scaled to the model's widths; what ``kroneckerbert.plan``
+            returned, or a mapping like ``KroneckerConfig.kronecker_factors``; or a
             configuration whose sizes are the model's. The labels are the model's.
         calibration: Batches of model inputs (``input_ids``, ``attention_mask``, …). The linear
             layers then start nearest in their outputs on these inputs, see
-            :func:`second_moments`; word embeddings, which are looked up, do not.
+            ``second_moments``; word embeddings, which are looked up, do not.
         sequential: Refit layer by layer on the calibration inputs, as they come out of the layers
-            before, biases included, see :func:`kroneckerbert.calibration.refit`.
-        rescale: Give each product its weight's norm, see :func:`kron_kernels.nearest_kronecker`.
+            before, biases included, see ``kroneckerbert.calibration.refit``.
+        rescale: Give each product its weight's norm, see ``kron_kernels.nearest_kronecker``.
         progress: Show a bar over the factorised modules.
 
     Raises:

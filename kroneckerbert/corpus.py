@@ -74,7 +74,7 @@ def read_corpus(
 def describe_corpus(
     source: str | Path, config: str | None = None, *, share: float = 1.0, seed: int = 0
 ) -> str:
-    """What :func:`read_corpus` reads with these arguments, as ``source`` of tokenise_corpus.
+    """What ``read_corpus`` reads with these arguments, as ``source`` of tokenise_corpus.
 
     Files are known by name and size, so that a folder may move but not change.
     """
@@ -97,7 +97,7 @@ def tokenise_corpus(
         texts: The documents; those without a token are left out.
         tokenizer: What looks like a special token in a text is tokenised as text.
         folder: A new or empty folder, or one that an earlier call filled.
-        source: What the texts are, in words; see :func:`describe_corpus`.
+        source: What the texts are, in words; see ``describe_corpus``.
 
     Returns:
         What ``corpus.json`` says: source, tokenizer, dtype, numbers of documents and tokens.
@@ -171,7 +171,7 @@ class Corpus(Dataset):
     worker processes share them, and memory holds 8 bytes a document.
 
     Args:
-        folder: As :func:`tokenise_corpus` wrote it.
+        folder: As ``tokenise_corpus`` wrote it.
         tokenizer: The one that it was written with.
         max_length: Tokens of a sequence at most, at least 8; the paper's stage 1 has 512.
         pairs: Whether to make pairs.

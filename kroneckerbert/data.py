@@ -109,7 +109,7 @@ def is_table(path: Path) -> bool:
     """Whether a file is a labelled table: its first line that is not blank has a tab.
 
     Raises:
-        ValueError, OSError: As :func:`read_lines`.
+        ValueError, OSError: As ``read_lines``.
     """
     return any("\t" in line for _, line in [next(numbered_lines(path), (0, ""))])
 
@@ -164,7 +164,7 @@ def label_targets(
     """Labels as a model with this configuration is trained on them.
 
     Args:
-        labels: As in a :class:`Table`.
+        labels: As in a ``Table``.
         config: Of a model for sequence classification; one label means a regression.
 
     Returns:

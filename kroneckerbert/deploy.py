@@ -77,7 +77,7 @@ class ExportResult:
     """What was written, and how near it is to the model.
 
     Attributes:
-        folder: Where it is, for :func:`load_exported`.
+        folder: Where it is, for ``load_exported``.
         format: As asked for.
         quantize: As asked for.
         bytes: Size of graph and weights.
@@ -152,7 +152,7 @@ def export(
 
     The new folder holds the program (``model.onnx`` and its weights ``model.onnx.data``,
     ``openvino_model.xml`` and ``.bin``, or ``model.pt2``), ``config.json`` and ``export.json``;
-    :func:`load_exported` runs it, and so does the bare runtime. A decoder is exported without its
+    ``load_exported`` runs it, and so does the bare runtime. A decoder is exported without its
     cache: it computes all logits of a sequence, for scoring, and generates slowly.
 
     Each time the folder's program is loaded and run on three batches: of the sample's size, of one
@@ -230,7 +230,7 @@ def export(
 
 
 def load_exported(path: str | os.PathLike, **options: Any) -> ExportedModel:
-    """What :func:`export` wrote, ready to run: called as the model it came from, with tensors.
+    """What ``export`` wrote, ready to run: called as the model it came from, with tensors.
 
     Args:
         path: Its folder.

@@ -32,7 +32,7 @@ def evaluate(
         model: Any transformer, dense or Kronecker. One for sequence classification predicts with
             its head; any other by the cosine similarity of the mean-pooled embeddings of two texts.
         tokenizer: Its tokenizer; longer rows are truncated to what both can take.
-        table: The rows, see :func:`kroneckerbert.data.read_table`.
+        table: The rows, see ``kroneckerbert.data.read_table``.
         batch_size: Rows per forward pass; they are batched by length.
 
     Returns:

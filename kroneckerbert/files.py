@@ -15,7 +15,7 @@ def writable_folder(folder: Path) -> Path:
 
     Raises:
         FileExistsError: If it is a file or a folder that is not empty.
-        OSError: If it cannot be created, see :func:`replace_folder`.
+        OSError: If it cannot be created, see ``replace_folder``.
     """
     folder = Path(folder).resolve()
     if folder.is_dir() and any(folder.iterdir()):

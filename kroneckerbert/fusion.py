@@ -37,7 +37,7 @@ _PROJECTIONS = (
 
 
 def fuse(model: nn.Module) -> None:
-    """Let :func:`kron_kernels.kron_feed_forward` and ``kron_qkv`` compute a model, in place.
+    """Let ``kron_kernels.kron_feed_forward`` and ``kron_qkv`` compute a model, in place.
 
     They decide at every call: adapters may have replaced a layer, and hooks expect to be called.
     Modules, names and results stay as they are. Gated blocks (ModernBERT, Llama) are not fused.

@@ -1,6 +1,6 @@
 """Transformers with Kronecker-factorised layers: stock classes, their modules swapped at birth.
 
-:func:`register` makes the classes of an architecture, ``Kronecker<X>Config`` and a
+``register`` makes the classes of an architecture, ``Kronecker<X>Config`` and a
 ``Kronecker<X>For…`` for each of its heads, and tells transformers' ``Auto`` classes of them.
 """
 
@@ -163,7 +163,7 @@ class KroneckerPreTrainedModel(_Base):
 
         Raises:
             ValueError: If a tensor of the model without its head is missing, of another shape or in
-                surplus, see :func:`kroneckerbert.checkpoints.check_loaded`, a factor is NaN or
+                surplus, see ``kroneckerbert.checkpoints.check_loaded``, a factor is NaN or
                 infinite, or the checkpoint is a dense model.
             OSError: If the file of weights is damaged.
         """
@@ -237,7 +237,7 @@ def register(dense_config: type[PreTrainedConfig]) -> type[KroneckerConfig]:
     """Make and announce the Kronecker classes of an architecture, one for each of its heads.
 
     Importing this package does it for BERT, RoBERTa, DistilBERT, MPNet, ELECTRA, DeBERTa-v2,
-    ModernBERT, GPT-2 and Llama; :func:`kroneckerbert.compress` for the model that it is given. A
+    ModernBERT, GPT-2 and Llama; ``kroneckerbert.compress`` for the model that it is given. A
     process that only loads a model of yet another architecture must call it first.
 
     Args:

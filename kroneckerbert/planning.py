@@ -1,6 +1,6 @@
 """Which layers of a transformer, in which shapes: what is chosen, and what came of it.
 
-:func:`plan` decides before, :func:`report` measures after.
+``plan`` decides before, ``report`` measures after.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def plan(
     Args:
         model: A dense transformer or SentenceTransformer, on the device, in the dtype and with the
             threads that it will run with; it is left as it is. For other modules there is
-            :func:`kron_kernels.plan.plan`.
+            ``kron_kernels.plan.plan``.
         budget: What the compressed model may take: ``"parameters"``, ``"bytes"``, ``"flops"``,
             ``"latency"`` (milliseconds), ``"error"`` (the layers' mean relative squared error); as
             a number, or ``"8x"`` less than the dense model, or ``"50%"`` of it. All are met
@@ -64,7 +64,7 @@ def plan(
         tokens: Tokens in each of them.
         calibration: Batches of model inputs: errors are those of the layers' outputs on them,
             instead of the weights'.
-        layers: Decisions already made, like :attr:`KroneckerConfig.kronecker_factors`.
+        layers: Decisions already made, like ``KroneckerConfig.kronecker_factors``.
         words: Whether the word embeddings may be factorised.
         mix: Whether a layer may be a Kronecker product plus a low-rank part.
         keep_dense_if_slower: Keep a layer dense where its factors take longer here, if the budget
@@ -72,7 +72,7 @@ def plan(
         progress: Tell what is being done on the standard error.
 
     Returns:
-        What :func:`kroneckerbert.compress` takes in place of a preset. It prints as a table.
+        What ``kroneckerbert.compress`` takes in place of a preset. It prints as a table.
 
     Raises:
         TypeError: If the model is no dense transformer.
@@ -176,7 +176,7 @@ def report(
     """Measure each factorised layer of a model against the dense one, here and now.
 
     Args:
-        model: What :func:`kroneckerbert.compress` or training made.
+        model: What ``kroneckerbert.compress`` or training made.
         teacher: The dense model that it is from, of the same architecture; errors need it, and the
             whole dense model's latency.
         batch: Sequences in the timed passes.

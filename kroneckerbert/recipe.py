@@ -1,8 +1,8 @@
-"""A recipe: one YAML file that says all of what :func:`kroneckerbert.reproduction.run` does.
+"""A recipe: one YAML file that says all of what ``kroneckerbert.reproduction.run`` does.
 
     recipe = load("kronecker-bert-8", ["stage1.corpus.source=texts.txt.gz"])
 
-It is a mapping with the fields of :class:`Recipe`; those in ``kroneckerbert/recipes`` say what the
+It is a mapping with the fields of ``Recipe``; those in ``kroneckerbert/recipes`` say what the
 paper does.
 """
 
@@ -40,7 +40,7 @@ _hints = cache(typing.get_type_hints)  # which takes a while of a class as large
 
 @dataclass(frozen=True)
 class CorpusSource:
-    """Arguments of :func:`kroneckerbert.corpus.read_corpus`."""
+    """Arguments of ``kroneckerbert.corpus.read_corpus``."""
 
     source: str
     config: str | None = None
@@ -53,7 +53,7 @@ class Student:
     """What the teacher is compressed to: exactly one of preset, plan (its file) and factors.
 
     ``calibration`` is a number of the corpus's sequences, on which the layers' outputs start
-    nearest; the rest is as of :func:`kroneckerbert.compress`.
+    nearest; the rest is as of ``kroneckerbert.compress``.
     """
 
     preset: str | None = None
@@ -144,16 +144,16 @@ class Recipe:
     Args:
         description: In one line.
         teacher: Name or folder of a dense model; also ``package:NAME/PATH``, in a Python package.
-        student: See :class:`Student`.
-        stage1: See :class:`Stage1`; without it, tasks begin at the compressed model.
-        fine_tuning: Of every task, see :class:`FineTuning`.
-        stage2: Of every task, see :class:`Stage2`; its arguments, as stage 1's, are the fields of
+        student: See ``Student``.
+        stage1: See ``Stage1``; without it, tasks begin at the compressed model.
+        fine_tuning: Of every task, see ``FineTuning``.
+        stage2: Of every task, see ``Stage2``; its arguments, as stage 1's, are the fields of
             ``DistillationConfig``.
-        tasks: By name, see :class:`TaskRecipe`.
+        tasks: By name, see ``TaskRecipe``.
         seeds: Each has a student of its own in stage 2.
-        evaluation: See :class:`Evaluation`.
-        latency: See :class:`Latency`; without it nothing is timed.
-        card: See :class:`Card`.
+        evaluation: See ``Evaluation``.
+        latency: See ``Latency``; without it nothing is timed.
+        card: See ``Card``.
 
     Attributes:
         given: The mapping that this was made of.
@@ -216,7 +216,7 @@ def parse(given: Mapping[str, Any]) -> Recipe:
     """The recipe that a mapping describes, checked.
 
     Raises:
-        ValueError, TypeError: As :func:`load`.
+        ValueError, TypeError: As ``load``.
     """
     given = {key: value for key, value in given.items() if value is not None}
     _build(Recipe, given)  # before tasks are merged, so that an error names the right place

@@ -87,16 +87,16 @@ def run(
     Under ``torchrun`` or ``accelerate launch`` every process calls it.
 
     Args:
-        recipe: Or what :func:`kroneckerbert.recipe.load` takes.
+        recipe: Or what ``kroneckerbert.recipe.load`` takes.
         output: Folder for everything.
-        data: Folder with the tasks' files, see :func:`kroneckerbert.tasks.read_task`; None
+        data: Folder with the tasks' files, see ``kroneckerbert.tasks.read_task``; None
             downloads them from the Hugging Face Hub.
         tasks: Those of the recipe to do; None is all.
         seeds: In place of the recipe's.
 
     Returns:
         What ``results.json`` says: ``parameters`` of ``teacher`` and ``student``; ``scores``, the
-        fields of a :class:`kroneckerbert.card.Score` each; ``latency``, None if it is not measured.
+        fields of a ``kroneckerbert.card.Score`` each; ``latency``, None if it is not measured.
 
     Raises:
         ValueError: If the recipe is wrong, does not fit the models, the data or the number of

@@ -25,7 +25,7 @@ class Task:
     Args:
         name: As on the command line.
         kind: Classes, a number, or a span of a text.
-        labels: The classes in GLUE's order, that of the integers in a :class:`Table`.
+        labels: The classes in GLUE's order, that of the integers in a ``Table``.
         metrics: What is reported, the headline first.
         hub: Where ``datasets.load_dataset`` finds it.
         columns: There, the one or two texts and, last, the label.
@@ -35,7 +35,7 @@ class Task:
         file_labels: As `labels`, in files whose words differ.
         header: The columns of files that do not name them.
         evaluated_on: Sets on which its models are evaluated besides, by name.
-        null_threshold: See :func:`kroneckerbert.squad.predict_spans`.
+        null_threshold: See ``kroneckerbert.squad.predict_spans``.
         paper: By split and metric what the paper reports of BERT_BASE, KroneckerBERT_8 and
             KroneckerBERT_21, in per cent; None where it does not.
     """
@@ -299,9 +299,9 @@ def read_task(name: str, split: str, data: str | Path | None = None) -> Table | 
     """The rows of one split of a task.
 
     Args:
-        name: In :data:`TASKS`.
+        name: In ``TASKS``.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        data: A folder with ``<name>_<split>.tsv``, see :func:`kroneckerbert.data.read_table`, or
+        data: A folder with ``<name>_<split>.tsv``, see ``kroneckerbert.data.read_table``, or
             with the task's official files: the unpacked archive of GLUE (``SST-2/train.tsv``),
             SQuAD's ``train-v1.1.json``, ``PAWS/test.tsv``, ``heuristics_evaluation_set.txt``.
             All may be compressed (``.gz``), and ``dev`` and ``val`` are ``validation``. None
@@ -331,10 +331,10 @@ def read_file(task: Task, path: Path) -> Table | Questions:
 
     Args:
         task: The task.
-        path: In a format of :func:`read_task`, plain or compressed (``.gz``).
+        path: In a format of ``read_task``, plain or compressed (``.gz``).
 
     Returns:
-        As :func:`read_task`.
+        As ``read_task``.
 
     Raises:
         ValueError: If the rows break the format, have no labels or labels that are not the task's.
@@ -351,7 +351,7 @@ def match_labels(task: Task, table: Table, config: PreTrainedConfig) -> Table:
 
     Args:
         task: Of classification or regression.
-        table: Of :func:`read_task`.
+        table: Of ``read_task``.
         config: Of a model for sequence classification.
 
     Raises:
@@ -385,15 +385,15 @@ def evaluate_task(
     Args:
         model: Any transformer, dense or Kronecker, with the head of this kind of task; a
             regression of pairs also takes one without, see
-            :func:`kroneckerbert.evaluation.evaluate`.
+            ``kroneckerbert.evaluation.evaluate``.
         tokenizer: Its tokenizer.
         task: The task.
-        rows: Of :func:`read_task`.
+        rows: Of ``read_task``.
         batch_size: Rows per forward pass; they are batched by length.
 
     Returns:
-        As :func:`kroneckerbert.evaluation.evaluate`, of spans in per cent as
-        :func:`kroneckerbert.squad.squad_metrics`.
+        As ``kroneckerbert.evaluation.evaluate``, of spans in per cent as
+        ``kroneckerbert.squad.squad_metrics``.
 
     Raises:
         ValueError: If the model has no such head, or other labels than the task.
@@ -420,7 +420,7 @@ def compare(
 
     Args:
         task: The task.
-        scores: Of :func:`evaluate_task`.
+        scores: Of ``evaluate_task``.
         split: That of the scores; None is the one the task is evaluated on.
 
     Returns:

@@ -59,7 +59,7 @@ class TeacherCache:
     """The teacher's outputs for the rows of one data set, mapped from files.
 
     Args:
-        folder: What :func:`write` filled.
+        folder: What ``write`` filled.
         device: Where outputs are wanted.
 
     Calling it with row numbers and the batch's ``input_ids`` gives the teacher's output, padded
@@ -131,10 +131,10 @@ def write(
 
     Args:
         folder: New, or one that an earlier call wrote; complete or untouched, whatever happens.
-        about: What :func:`described` says of the data, and what else the outputs depend on.
+        about: What ``described`` says of the data, and what else the outputs depend on.
         rows: The data set.
-        batches: Its rows in the order of :func:`kroneckerbert.data.by_length`, padded on the right.
-        teach: The teacher's tensors for a batch, as :func:`captured` gives them.
+        batches: Its rows in the order of ``kroneckerbert.data.by_length``, padded on the right.
+        teach: The teacher's tensors for a batch, as ``captured`` gives them.
 
     Raises:
         OSError: If the disk has no room for it.

@@ -47,7 +47,7 @@ def distillation_terms(
             ``(batch, choices, sequence)`` is flattened as the model flattens it.
         weights: Weight of every name in ``TERMS``. A term of weight 0 is not computed; ``None``
             asks for it only where the outputs have what it needs.
-        layer_map: Which of the teacher's layers teach the student's, see :func:`layer_pairs`.
+        layer_map: Which of the teacher's layers teach the student's, see ``layer_pairs``.
         temperature: T, by which logits are divided; their KL divergence is scaled by T².
         problem_type: As in the config: ``"regression"`` compares logits by MSE (so does a single
             logit), ``"multi_label_classification"`` label by label.

