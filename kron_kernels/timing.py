@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -23,9 +24,10 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Wall time of each call, in rounds, so that what slows the machine slows all alike.
 
-    A call that takes less than a millisecond is repeated within its turn, and averaged. One of less
-    than 10 ms is called once before, untimed, or it would pay for what its predecessor left in the
-    caches. CUDA work is waited for.
+    Each round has an order of its own: in a fixed one a call would always find the caches as the
+    same other leaves them. A call that takes less than a millisecond is repeated within its turn,
+    and averaged. One of less than 10 ms is called once before, untimed, or it would pay for what
+    its predecessor left in the caches. CUDA work is waited for.
 
     Args:
         calls: By name; each is called twice before it is timed.
@@ -39,9 +41,11 @@ def interleaved(
         call()
         once[name] = max(_time(call, 1), 1e-7)
     rounds: list[dict[str, float]] = []
+    shuffle = random.Random(0)  # of its own: who times draws no numbers of the caller's
     end = time.perf_counter() + seconds
     while len(rounds) < max(at_least, 2) or time.perf_counter() < end:
-        rounds.append({name: _turn(call, once[name]) for name, call in calls.items()})
+        order = shuffle.sample(list(calls), len(calls))
+        rounds.append({name: _turn(calls[name], once[name]) for name in order})
     return {name: _summary([r[name] for r in rounds]) for name in calls}
 
 
