@@ -29,7 +29,6 @@ NAMES = dict(
         strict=True,
     )
 )
-STYLES = {"attention": ":", "up": "-", "down": "--"}
 
 plt.rcParams |= {
     "font.size": 9,
@@ -82,7 +81,7 @@ def speed(layer: dict, whole: dict):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9), width_ratios=(1.25, 1))
     over_tokens(left, rows_of(layer, "tokens"))
     threads = f"{layer['machine']['threads']} thread"
-    left.set_title(f"One layer: times faster than dense ({threads}, float32)")
+    left.set_title(f"Layers: times faster than dense ({threads}, float32)")
     cell = min(whole["cells"], key=lambda c: (c["batch"], abs(c["tokens"] - 128)))
     bars(right, {name: ms[0] for name, ms in cell["ms"].items()})
     threads = f"{whole['machine']['threads']} thread"
@@ -91,25 +90,21 @@ def speed(layer: dict, whole: dict):
 
 
 def over_tokens(axes, rows: list[Row]) -> None:
-    lines = defaultdict(list)
-    for row in rows:
-        lines[row.cell.layers].append(row)
-    for shape, members in lines.items():
-        times, layer = NAMES[shape].split()
-        color = EIGHT if times == "8x" else TWENTY_ONE
-        x = [row.cell.tokens for row in members]
-        style = {"color": color, "ls": STYLES[layer]}
-        axes.plot(x, [row.speed("dense") for row in members], label=NAMES[shape], lw=1.8, **style)
+    """Geometric means over a model's three layers: ours, and the line that most would write."""
     plain = "torch: a @ (x @ bᵀ)"
-    members = lines[PRESETS[4]]  # the 21x student's up: what most people would write for it
-    y = [row.speed("dense", plain) for row in members]
-    label = "21x up, a @ (x @ bᵀ)"
-    axes.plot([row.cell.tokens for row in members], y, color=OTHER_COLOR, lw=1.4, label=label)
+    for times, shapes, color in (("8x", PRESETS[:3], EIGHT), ("21x", PRESETS[3:], TWENTY_ONE)):
+        cells = defaultdict(list)
+        for row in rows:
+            if row.cell.layers in shapes:
+                cells[row.cell.tokens].append(row)
+        for name, ls, label in (("auto", "-", "kron_matmul"), (plain, "--", "a @ (x @ bᵀ)")):
+            y = [geometric_mean([row.speed("dense", name) for row in c]) for c in cells.values()]
+            axes.plot([*cells], y, color=color, ls=ls, lw=2, label=f"{times}, {label}")
     axes.axhline(1, color=DENSE_COLOR, lw=1.2)
     axes.set(xscale="log", yscale="log", xlabel="tokens")
     powers_axis(axes.xaxis, 4)
     times_axis(axes)
-    axes.legend(fontsize=8, ncols=2, loc="lower right")
+    axes.legend(fontsize=8)
 
 
 def bars(axes, values: dict[str, float]) -> None:
@@ -301,7 +296,7 @@ def training(steps: dict, memory: dict):
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set(yscale="log", ylabel=unit)
         axes.grid(axis="x", visible=False)
-        axes.legend(fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     left.set_title("A step of training BERT_BASE: time")
     right.set_title("Peak memory of that step")
     return signed(figure, steps["machine"])
