@@ -53,6 +53,7 @@ GROUPS = {
         for form in (f"{d // 2}x{d // 2} 2x2", f"{d // 2}x{d // 16} 2x16", square(d))
     ],
     "compression": [*itertools.product(LADDER, (128, 1024))],
+    "equal_size": [*itertools.product(PRESETS, TOKENS)],
     "training": [*itertools.product(PRESETS, (128, 1024))],
     "bf16": [*itertools.product([*PRESETS, "32x32 24x24"], TOKENS[1:])],
     "fastkron": [  # the shapes that FastKron is made for, while x has at most 2^26 elements
@@ -61,7 +62,7 @@ GROUPS = {
         if t * p**n <= 2**26
     ],
 }
-DEFAULT = ("presets", "feed_forward", "forward", "tokens", "width", "compression")
+DEFAULT = ("presets", "feed_forward", "forward", "tokens", "width", "compression", "equal_size")
 SWEEPS = ("tokens", "width", "compression")
 SWEPT = ("dense", "auto", "kron", "torch: a @ (x @ bᵀ)")  # who takes part in them
 
@@ -138,6 +139,8 @@ def prepare(cell: Cell, libraries: list[peers.Library], left_out: peers.LeftOut)
             return peers.training(*cell.sides, cell.tokens, libraries, left_out)
         case "feed_forward":
             return peers.feed_forward(*cell.sides, cell.tokens)
+        case "equal_size":
+            return peers.equal_size(*cell.sides, cell.tokens)
     dtype = torch.bfloat16 if cell.group == "bf16" else torch.float32
     return peers.forward(*cell.sides, cell.tokens, dtype, libraries, left_out)
 

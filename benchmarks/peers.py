@@ -241,6 +241,26 @@ def forward(
     return calls, check
 
 
+def equal_size(sides: Sides, tokens: int) -> Problem:
+    """Ours, dense, and a product of low rank with no more parameters: another function, as fast?"""
+    x, factors = operands(sides, tokens, torch.float32)
+    weight = materialize(*factors)
+    m, n = weight.shape
+    rank = sum(f.numel() for f in factors) // (m + n)
+    up, down = torch.randn(m, rank) / rank**0.5, torch.randn(rank, n) / n**0.5
+    calls: Calls = {
+        "dense": lambda: F.linear(x, weight),
+        "auto": lambda: kron_matmul(x, *factors),
+        "low rank": lambda: F.linear(F.linear(x, down), up),
+    }
+
+    def check(name: str, y: Tensor) -> None:
+        wide = up.double() @ down.double() if name == "low rank" else weight.double()
+        assert_close("y", y, x.double() @ wide.T, n + rank)
+
+    return calls, check
+
+
 def training(sides: Sides, tokens: int, libraries: list[Library], left_out: LeftOut) -> Problem:
     """y, and the gradients of ``sum(y * dy)`` with regard to x and the factors, or to x and W."""
     x, factors = operands(sides, tokens, torch.float32)

@@ -74,7 +74,7 @@ def test_a_library_that_is_missing_is_skipped_with_a_word(monkeypatch):
     assert found == [] and "pip install not-there" in words[0]
 
 
-@pytest.mark.parametrize("group", ["training", "feed_forward", "bf16"])
+@pytest.mark.parametrize("group", ["training", "feed_forward", "bf16", "equal_size"])
 def test_every_kind_of_cell_is_checked_and_measured(group):
     shapes = "4x2 6x6, 2x4 6x6" if group == "feed_forward" else "4x2 6x6"
     row = layers.measure(layers.Cell(group, shapes, 7), [], 0.001)
