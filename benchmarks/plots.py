@@ -30,7 +30,7 @@ NAMES = dict(
     )
 )
 
-plt.rcParams |= {
+LOOKS = {
     "font.size": 9,
     "axes.edgecolor": GRID,
     "axes.labelcolor": INK,
@@ -65,10 +65,11 @@ def draw_all(folder: Path, into: Path) -> list[Path]:
             continue
         first, *more = (json.loads(file.read_text()) for file in files)
         if groups <= {row["group"] for row in first.get("rows", [])}:
-            figure = draw(first, *more)
             drawn.append(into / f"{draw.__name__}.png")
-            figure.savefig(drawn[-1])
-            plt.close(figure)
+            with plt.rc_context(LOOKS):
+                figure = draw(first, *more)
+                figure.savefig(drawn[-1])
+                plt.close(figure)
     return drawn
 
 
