@@ -1,7 +1,7 @@
 """Does distillation bring a Kronecker student back, and further than its equals?
 
     python benchmarks/distillation.py run --data DIR --work DIR     # as often as there are cores
-    python benchmarks/distillation.py collect --work DIR   # to benchmarks/results/distillation.*
+    python benchmarks/distillation.py collect --work DIR   # scores to benchmarks/results
     python benchmarks/distillation.py table
 
 The teacher is all-MiniLM-L6-v2, fine-tuned on each task. A student is made of the pre-trained
@@ -56,6 +56,7 @@ from kroneckerbert.squad import SpanDataset, predict_spans, read_squad, squad_me
 HERE = Path(__file__).parent
 SETTINGS = yaml.safe_load((HERE / "distillation.yaml").read_text())
 RESULTS = HERE / "results/distillation.json"
+CURVES = HERE.parent / "docs/assets/distillation.png"
 TOKENIZER = AutoTokenizer.from_pretrained(get_model_path())
 
 # Files of the task, tokens kept, what is reported.
@@ -375,7 +376,7 @@ def collect(work: Path) -> None:
         for name in STUDENTS
         if (work / "stage1" / name / "log.json").exists()
     }
-    curves.save(logs, RESULTS.with_suffix(".png"))
+    curves.save(logs, CURVES)
 
 
 def table() -> None:

@@ -77,7 +77,9 @@ def save(log_histories: Mapping[str, Sequence[Mapping[str, float]]], path: str |
     figure.supxlabel("step")
     if len(log_histories) > 1:
         strong = panels[0].lines[1::3]
-        figure.legend(strong, list(log_histories), loc="outside upper center", ncols=5)
+        characters = 6 + max(map(len, log_histories))  # of an entry; an inch has about 12
+        fitting = max(1, min(5, int(12 * 3.6 * columns / characters)))
+        figure.legend(strong, list(log_histories), loc="outside upper center", ncols=fitting)
     figure.savefig(path, dpi=150)
 
 
