@@ -142,3 +142,45 @@ def test_every_picture_is_drawn_from_the_committed_results(tmp_path):
     drawn = {path.stem for path in plots.draw_all(COMMITTED, tmp_path)}
     assert {"speed", "scaling", "roofline", "layers", "model", "training", "quality"} == drawn
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in drawn)
+
+
+README = (COMMITTED.parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_table_of_layers_is_that_of_the_results():
+    rows = map(layer_tables.Row, json.loads((COMMITTED / "layers.json").read_text())["rows"])
+    told = {}
+    for row in rows:
+        if row.cell.group in ("presets", "feed_forward"):
+            best = row.families().get("torch")
+            cell = f"{row.speed('dense'):.1f}"
+            told.setdefault(row.cell.layers, []).append(
+                f"{cell} ({row.speed('dense', best):.1f})" if best else cell
+            )
+    assert len(told) == 8
+    for cells in told.values():
+        assert f"| {' | '.join(cells)} |" in README
+
+
+def test_the_readmes_tables_of_models_are_those_of_the_results():
+    cells = json.loads((COMMITTED / "model.json").read_text())["cells"]
+    shown = {(1, 16), (1, 128), (1, 512), (8, 128)}
+    for name in ("dense eager", "dense torch.compile", "8x", "21x", "dense onnxruntime int8"):
+        times = [
+            (cell["ms"][name][0], cell["ms"]["dense eager"][0] / cell["ms"][name][0])
+            for cell in cells
+            if (cell["batch"], cell["tokens"]) in shown
+        ]
+        told = (f"{ms:.{1 if ms < 100 else 0}f} ({ratio:.1f})" for ms, ratio in times)
+        assert f"| {' | '.join(told)} |" in README
+    steps = json.loads((COMMITTED / "training.json").read_text())["cells"]
+    peaks = json.loads((COMMITTED / "memory.json").read_text())["cells"]
+    peak = next(cell["mb"] for cell in peaks if cell["batch"] == 8)
+    for name in training.CONTENDERS:
+        ratios = [cell["ms"]["dense eager"][0] / cell["ms"][name][0] for cell in steps]
+        told = [
+            f"{cell['ms'][name][0]:.0f} ms ({r:.1f})" for cell, r in zip(steps, ratios, strict=True)
+        ]
+        less = peak["dense eager"]["peak"] / peak[name]["peak"]
+        told.append(f"{peak[name]['peak']} MB ({less:.1f})")
+        assert f"| {' | '.join(told)} |" in README
