@@ -1,6 +1,7 @@
 // The only file that knows Python, by its limited API: one binary for Python 3.11 and later, and,
 // knowing nothing of torch, for any torch. Arguments are integers: addresses, sizes, strides, in
-// the order of kron.h; the only callers, kron_kernels/backends/native.py and cuda.py, answer for them.
+// the order of kron.h; the only callers, kron_kernels/backends/native.py and cuda.py, answer for them:
+// that memory is as large as the sizes say can be checked nowhere else.
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -267,6 +268,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "csrc/kron.h for Python"
 
 PyMODINIT_FUNC PyInit__native() {
   PyObject *m = PyModule_Create(&module);
+  if (m && PyModule_AddIntConstant(m, "abi", KRON_ABI)) Py_CLEAR(m);
 #if defined(KRON_CUDA_ARCHS)
   if (m && PyModule_AddStringConstant(m, "cuda_archs", KRON_CUDA_ARCHS)) Py_CLEAR(m);
 #endif

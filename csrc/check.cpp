@@ -529,11 +529,15 @@ void check_refusals(Group &group, Random &r) {
   const Shape shape = {1, {{8, 8}, {8, 8}}};
   Call call(FEED_FORWARD_BACKWARD, DTYPES[0], 20, {shape, shape}, r);
   call.set_order(1);
-  for (int wrong = 0; wrong < 16; wrong++) {
-    kron_execution e = {0, 2, parallel_for};
-    kron_product p[] = {call.products[0].call, call.products[1].call};
-    Int dtype = KRON_FLOAT32, n = 2;
+  const Int huge = INT64_MAX;
+  enum { FORWARDS = 1, FEEDS = 2, BACKS = 4, FEEDS_BACK = 8, ALL = 15 };
+  for (int wrong = 0; wrong < 32; wrong++) {
+    kron_execution e = {0, 2, parallel_for}, *run = &e;
+    kron_product p[] = {call.products[0].call, call.products[1].call}, *ps = p;
+    Int dtype = KRON_FLOAT32, n = 2, t = call.tokens;
+    const void *x = call.x.data(), *dy = x;
     p[0].y = p[1].y = call.outputs[0].data();
+    int entries = ALL;
     switch (wrong) {
     case 0: doing = "rank 0", p[1].rank = 0; break;
     case 1: doing = "no factor", p[1].n_factors = 0; break;
@@ -547,19 +551,39 @@ void check_refusals(Group &group, Random &r) {
     case 9: doing = "isa -1", e.isa = -1; break;
     case 10: doing = "isa too high", e.isa = kron_cpu_isa() + 1; break;
     case 11: doing = "no thread", e.threads = 0; break;
-    case 12: doing = "unequal columns", p[1].factors[1].cols = 7; break;
-    case 13: doing = "does not meet", std::swap(p[0].turns[0], p[0].turns[1]); break;
-    case 14: doing = "no product", n = 0; break;
-    case 15: doing = "five products", n = 5; break;
+    case 12: doing = "unequal columns", p[1].factors[1].cols = 7, entries -= BACKS; break;
+    case 13: doing = "does not meet", std::swap(p[0].turns[0], p[0].turns[1]);
+      entries = FEEDS_BACK;
+      break;
+    case 14: doing = "no product", n = 0, entries = FORWARDS; break;
+    case 15: doing = "five products", n = 5, entries = FORWARDS; break;
+    case 16: doing = "activation 5", p[1].activation = 5; break;
+    case 17: doing = "activation -1", p[1].activation = -1; break;
+    case 18: doing = "a million threads", e.threads = 1000000; break;
+    case 19: doing = "-1 tokens", t = -1; break;
+    case 20: doing = "2^63 - 1 tokens", t = huge; break;
+    case 21: doing = "rank 2^63 - 1", p[1].rank = huge; break;
+    case 22: doing = "rank -2^63", p[1].rank = INT64_MIN; break;
+    case 23: doing = "a side of 2^63 - 1", p[1].factors[1].rows = huge; break;
+    case 24: doing = "sides whose product is 2^64";
+      p[1].factors[0].rows = p[1].factors[1].rows = Int(1) << 32;
+      break;
+    case 25: doing = "a stride of -2^63", p[1].factors[0].row_stride = INT64_MIN; break;
+    case 26: doing = "a null factor", p[1].factors[1].data = nullptr; break;
+    case 27: doing = "null x", x = dy = nullptr; break;
+    case 28: doing = "null y", p[1].y = nullptr, entries = FORWARDS + FEEDS; break;
+    case 29: doing = "null dy", dy = nullptr, entries = BACKS + FEEDS_BACK; break;
+    case 30: doing = "a null execution", run = nullptr; break;
+    case 31: doing = "null products", ps = nullptr, entries = FORWARDS; break;
     }
-    const Int t = call.tokens;
-    void *const x = call.x.data(), *const g = call.outputs[0].data();
-    if (wrong != 13) group.require(kron_cpu_forward(&e, dtype, t, x, n, p), "taken");
-    if (wrong < 13) group.require(kron_cpu_feed_forward(&e, dtype, t, x, p, p + 1), "taken");
-    if (wrong < 12) group.require(kron_cpu_backward(&e, dtype, t, x, x, p + 1, g, g, g), "taken");
-    if (wrong < 14)
-      group.require(kron_cpu_feed_forward_backward(&e, dtype, t, x, x, p, p + 1, g, g, g, g, g, g),
-                    "taken");
+    void *const g = call.outputs[0].data();
+    if (entries & FORWARDS) group.require(kron_cpu_forward(run, dtype, t, x, n, ps), "taken");
+    if (entries & FEEDS) group.require(kron_cpu_feed_forward(run, dtype, t, x, p, p + 1), "taken");
+    if (entries & BACKS)
+      group.require(kron_cpu_backward(run, dtype, t, dy, x, p + 1, g, g, g), "taken");
+    if (entries & FEEDS_BACK)
+      group.require(
+          kron_cpu_feed_forward_backward(run, dtype, t, dy, x, p, p + 1, g, g, g, g, g, g), "taken");
   }
   group.require(call.outputs[0].bytes(0, 1) == "\xff\xff\xff\xff", "a refused call wrote");
 }

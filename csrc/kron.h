@@ -1,13 +1,19 @@
 // The C ABI of the compiled kernels: raw pointers and sizes, no torch and no Python headers.
 //
 // Sizes and strides count elements. Every function returns nullptr, or a sentence that says what is
-// wrong (static storage; nothing was written).
+// wrong (static storage; nothing was written). Null pointers, sizes that no memory holds and numbers
+// that are in no enum are refused; that a buffer is as large as the sizes say is the caller's part.
 #pragma once
 #include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+// Goes up with every change of a structure, an enum or an argument. kron_abi() returns the number that
+// the library was built with: compare them before the first call.
+enum { KRON_ABI = 1 };
+int64_t kron_abi(void);
 
 enum kron_dtype { KRON_FLOAT32, KRON_FLOAT64, KRON_BFLOAT16, KRON_FLOAT16 };
 enum kron_activation { KRON_NONE, KRON_GELU, KRON_GELU_TANH, KRON_RELU, KRON_SILU };
@@ -41,7 +47,8 @@ typedef int32_t (*kron_parallel_for)(int64_t begin, int64_t end, int64_t grain, 
 
 typedef struct {
   int64_t isa;     // enum kron_isa, at most what kron_cpu_isa returns
-  int64_t threads; // at most this many. Sums over tokens depend on it, and a feed-forward's last bits
+  // At most this many, 1 to 65536. Sums over tokens depend on it, and a feed-forward's last bits.
+  int64_t threads;
   kron_parallel_for parallel_for;
 } kron_execution;
 

@@ -1,10 +1,12 @@
 // The entries of kron.h for GPUs: what a call must satisfy, and which kernels it launches.
+#include "../checks.h"
 #include "kernels.h"
 #include "plan.h"
 
 #include <algorithm>
 
 using namespace kron;
+using namespace kron_checks;
 
 namespace {
 
@@ -83,11 +85,12 @@ struct Call {
   }
 };
 
-const char *begin(const kron_cuda_execution &e, int64_t dtype, int64_t tokens, Call &call) {
+const char *begin(const kron_cuda_execution *e, int64_t dtype, int64_t tokens, Call &call) {
+  if (!e) return "the execution is null";
   if (tokens < 0) return "the number of tokens must not be negative";
-  call.tokens = tokens, call.item = item_of(dtype), call.stream = e.stream;
-  if (const char *error = kernels_of(e, dtype, call.kernels)) return error;
-  return device_properties(e.device, call.device);
+  call.tokens = tokens, call.item = item_of(dtype), call.stream = e->stream;
+  if (const char *error = kernels_of(*e, dtype, call.kernels)) return error;
+  return device_properties(e->device, call.device);
 }
 
 // What a product, of its geometry, asks of the forward kernels but for its pointers.
@@ -130,23 +133,15 @@ bool alike(const kron_product &p, const kron_product &q) {
   return same;
 }
 
-const char *check(const kron_product &p) {
-  if (p.rank < 1) return "the rank must be at least 1";
-  if (p.n_factors != 2) return "the CUDA kernels multiply by two factors";
-  for (int i = 0; i < 2; i++)
-    if (p.factors[i].rows < 1 || p.factors[i].cols < 1) return "a factor has an empty side";
-  if (p.turns[0] < 0 || p.turns[1] < 0 || p.turns[0] + p.turns[1] != 1)
-    return "a factor has no turn";
-  return nullptr;
+const char *two_factors(const kron_product &p) {
+  return p.n_factors == 2 ? nullptr : "the CUDA kernels multiply by two factors";
 }
 
-const char *geometry_of(const kron_product &p, Geometry &g) {
-  if (const char *error = check(p)) return error;
-  return find_geometry(p, g);
+const char *geometry_of(const kron_product *p, Geometry &g) {
+  if (const char *error = check_shape(p)) return error;
+  if (const char *error = two_factors(*p)) return error;
+  return find_geometry(*p, g);
 }
-
-int64_t columns_of(const kron_product &p) { return p.factors[0].cols * p.factors[1].cols; }
-int64_t rows_of(const kron_product &p) { return p.factors[0].rows * p.factors[1].rows; }
 
 // The gradients of a product of geometry g, as launches in terms of g and its transpose.
 struct Backward {
@@ -192,9 +187,8 @@ const char *launch_dot_gradient(const Call &call, const DotGradientArguments &a,
 // up and down as a feed-forward block, or why they are none.
 const char *meeting(const kron_product &up, const kron_product &down, const Call &call,
                     bool backward, bool pointers_aligned, FeedForwardArguments &a, Shape &shape) {
-  if (const char *error = check(up)) return error;
-  if (const char *error = check(down)) return error;
-  if (columns_of(down) != rows_of(up)) return "down must take what up gives";
+  if (const char *error = two_factors(up)) return error;
+  if (const char *error = two_factors(down)) return error;
   const kron_factor *u = up.factors, *d = down.factors;
   if (up.rank > 1 || down.rank > 1) return "the fused feed-forward block is for rank 1";
   if (u[0].rows != d[0].cols || u[1].rows != d[1].cols)
@@ -276,19 +270,17 @@ const char *kron_cuda_why_not(int64_t index) {
 
 const char *kron_cuda_unserved(const kron_product *product) {
   Geometry g;
-  return geometry_of(*product, g);
+  return geometry_of(product, g);
 }
 
 const char *kron_cuda_forward(const kron_cuda_execution *e, int64_t dtype, int64_t tokens,
                               const void *x, int64_t n_products, const kron_product *products) {
   Call call;
-  if (n_products < 1 || n_products > KRON_MAX_PRODUCTS) return "too few or too many products";
-  if (const char *error = begin(*e, dtype, tokens, call)) return error;
+  if (const char *error = begin(e, dtype, tokens, call)) return error;
+  if (const char *error = check_products(n_products, products, tokens, x)) return error;
   for (int64_t i = 0; i < n_products; i++) {
     Geometry g;
-    if (const char *error = geometry_of(products[i], g)) return error;
-    if (columns_of(products[i]) != columns_of(products[0]))
-      return "products must share the columns of x";
+    if (const char *error = geometry_of(products + i, g)) return error;
   }
   if (!tokens) return nullptr;
   const OnDevice device(e->device);
@@ -320,7 +312,7 @@ int64_t kron_cuda_backward_workspace(const kron_cuda_execution *e, int64_t dtype
                                      const kron_product *product) {
   Call call;
   Geometry g;
-  if (begin(*e, dtype, tokens, call) || geometry_of(*product, g)) return 0;
+  if (begin(e, dtype, tokens, call) || geometry_of(product, g)) return 0;
   // Misaligned operands take other tiles: room for either.
   int64_t most = 0;
   for (const bool pointers_aligned : {false, true}) {
@@ -335,8 +327,10 @@ const char *kron_cuda_backward(const kron_cuda_execution *e, int64_t dtype, int6
                                void *da, void *db, void *workspace) {
   Call call;
   Geometry g;
-  if (const char *error = begin(*e, dtype, tokens, call)) return error;
-  if (const char *error = geometry_of(*product, g)) return error;
+  if (const char *error = begin(e, dtype, tokens, call)) return error;
+  if (const char *error = check_product(product, tokens, x, false)) return error;
+  if (const char *error = geometry_of(product, g)) return error;
+  if (tokens && (!dy || !workspace)) return "dy or the workspace is null";
   const OnDevice device(e->device);
   if (device.error) return device.error;
   const bool all = aligned(dy) && aligned(x) && aligned(dx);
@@ -375,7 +369,8 @@ const char *kron_cuda_backward(const kron_cuda_execution *e, int64_t dtype, int6
 const char *kron_cuda_feed_forward_unserved(const kron_cuda_execution *e, int64_t dtype,
                                             const kron_product *up, const kron_product *down) {
   Call call;
-  if (const char *error = begin(*e, dtype, 1, call)) return error;
+  if (const char *error = begin(e, dtype, 1, call)) return error;
+  if (const char *error = check_shapes(up, down)) return error;
   FeedForwardArguments a;
   Shape shape;
   for (const bool backward : {false, true})
@@ -389,7 +384,8 @@ const char *kron_cuda_feed_forward(const kron_cuda_execution *e, int64_t dtype, 
   Call call;
   FeedForwardArguments a;
   Shape shape;
-  if (const char *error = begin(*e, dtype, tokens, call)) return error;
+  if (const char *error = begin(e, dtype, tokens, call)) return error;
+  if (const char *error = check_feed_forward(up, down, tokens, x, true)) return error;
   const bool all = aligned(x) && aligned(up->bias) && aligned(down->bias) &&
                    aligned(down->residual) && aligned(down->y);
   if (const char *error = meeting(*up, *down, call, false, all, a, shape)) return error;
@@ -404,7 +400,7 @@ int64_t kron_cuda_feed_forward_backward_workspace(const kron_cuda_execution *e, 
                                                   int64_t tokens, const kron_product *up,
                                                   const kron_product *down) {
   Call call;
-  if (begin(*e, dtype, tokens, call)) return 0;
+  if (begin(e, dtype, tokens, call) || check_shapes(up, down)) return 0;
   int64_t most = 0;
   for (const bool pointers_aligned : {false, true}) {
     FeedForwardBackward b;
@@ -421,7 +417,9 @@ const char *kron_cuda_feed_forward_backward(const kron_cuda_execution *e, int64_
                                             void *da_down, void *db_down, void *workspace) {
   Call call;
   FeedForwardBackward b;
-  if (const char *error = begin(*e, dtype, tokens, call)) return error;
+  if (const char *error = begin(e, dtype, tokens, call)) return error;
+  if (const char *error = check_feed_forward(up, down, tokens, x, false)) return error;
+  if (tokens && (!dy || !workspace)) return "dy or the workspace is null";
   const bool all = aligned(dy) && aligned(x) && aligned(dx) && aligned(up->bias) &&
                    aligned(workspace);
   if (const char *error = b.plan(*up, *down, call, all)) return error;
