@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from kron_kernels.backends import cuda, eager, native, triton_gpu
-from kron_kernels.checks import check_factors
+from kron_kernels.checks import check_factors, check_tensors
 from kron_kernels.shapes import KronShape
 
 Backend = Literal["auto", "eager", "native", "triton", "cuda"]
@@ -76,8 +76,10 @@ def explain_backends(x: Tensor, *factors: Tensor) -> str:
         *factors: Its factors.
 
     Raises:
+        TypeError: If an operand is no dense tensor.
         ValueError: If ``kron_matmul`` would refuse these operands whatever the backend.
     """
+    check_tensors(x, factors)
     factors = check_factors(x, factors)
     compiled_cuda = why_not("cuda", x, *factors) or f"ready: {cuda.plan(x)}"
     triton = why_not("triton", x, *factors) or f"ready: {triton_gpu.plan(x, *factors)}"
@@ -89,7 +91,7 @@ def explain_backends(x: Tensor, *factors: Tensor) -> str:
 
 
 def _order(x: Tensor, *factors: Tensor) -> tuple[Backend, ...]:
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return ("native",)
     sides = [f.shape[1:] for f in factors]
     if prod(x.shape[:-1]) <= 4:

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kron_kernels import ops
 from kron_kernels.backends import triton_gpu
-from kron_kernels.functional import kron_matmul, transformed
+from kron_kernels.checks import is_plain
+from kron_kernels.functional import kron_matmul, traced, transformed
 
 
 def kron_embedding(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None = None) -> Tensor:
@@ -17,7 +18,7 @@ def kron_embedding(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None = 
 
     On a GPU one kernel does it, and an id that is no row gives NaN; elsewhere such an id raises.
     """
-    if triton_gpu.why_not_embedding(a, b) is None and not _traced():
+    if triton_gpu.why_not_embedding(a, b) is None and not _plain_is_best(a, b):
         return Embedding.apply(ids, a, b, padding_idx)
     terms = [
         (F.embedding(ids, table, padding_idx)[..., None] * row).flatten(-2)  # (…, d/n, n)
@@ -26,8 +27,8 @@ def kron_embedding(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None = 
     return sum(terms[1:], terms[0])
 
 
-def _traced() -> bool:
-    return transformed() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
+def _plain_is_best(a: Tensor, b: Tensor) -> bool:
+    return transformed() or torch.compiler.is_compiling() or traced() or not is_plain(a, b)
 
 
 class Embedding(torch.autograd.Function):

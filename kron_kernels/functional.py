@@ -8,9 +8,15 @@ from torch.autograd import forward_ad
 
 from kron_kernels import dispatch, ops
 from kron_kernels.backends import COMPILED, eager
-from kron_kernels.checks import Activation, check_epilogue, check_factors
+from kron_kernels.checks import (
+    Activation,
+    check_epilogue,
+    check_factors,
+    check_tensors,
+    is_plain,
+)
 from kron_kernels.dispatch import Backend
-from kron_kernels.shapes import KronShape
+from kron_kernels.shapes import KronShape, constant_sizes
 
 
 def kron_matmul(
@@ -35,25 +41,33 @@ def kron_matmul(
         x: Input of shape ``(…, n)``, ``n`` the product of the factors' columns. Real or complex
             floating point, any strides, any number of tokens including none.
         *factors: One or more, each ``(m_i, n_i)``, or ``(r, m_i, n_i)`` for a sum of r products
-            (Kronecker rank r). Of x's dtype and device.
+            (Kronecker rank r). Of x's dtype and device. The leading dimension is summed over; for
+            a batch of factors, ``(batch, m_i, n_i)`` with a result for each, use
+            ``torch.vmap(kron_matmul)``.
         bias: Shape ``(m,)``, ``m`` the product of the factors' rows.
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
-        residual: Shape ``(…, m)``, added last.
+        residual: Shape ``(…, m)``, on x's device, added last.
         backend: ``"eager"`` is PyTorch on any device, ``"native"`` compiled code on CPUs,
             ``"triton"`` and ``"cuda"`` Triton's and CUDA C++ kernels on GPUs; ``"auto"`` takes one
-            of the last three where they can serve the call. One asked for by name is never
-            replaced; ``explain_backends`` says which can serve and why others
-            cannot.
+            of the last three where they can serve the call. ``"native"`` takes up to 8 factors,
+            the kernels for GPUs two. A backend asked for by name is never replaced;
+            ``explain_backends`` says which can serve and why others cannot.
 
     Returns:
         Output of shape ``(…, m)``, of x's dtype (promoted with residual's). On a CPU, 16-bit
         inputs are multiplied and summed in float32.
 
     Raises:
+        TypeError: If an operand is no dense tensor.
         ValueError: If shapes, dtypes or devices do not fit, or the backend cannot serve the call.
     """
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    watched = observed(x, *factors, bias, residual)
+    if watched and not torch.compiler.is_compiling():
+        check_tensors(x, factors, bias, residual)
+        if torch.jit.is_tracing():
+            return _recorded(x, factors, bias, activation, residual, backend)
+    if (watched or torch._C._is_any_autocast_enabled()) and under_autocast(x):
+        device = x.device.type
         dtype = torch.get_autocast_dtype(device)
         # Within, the products would be cast once more, those of float32 sums included.
         with torch.autocast(device, enabled=False):
@@ -68,7 +82,7 @@ def kron_matmul(
     check_epilogue(x, factors, bias, activation, residual)
     backend = dispatch.choose(backend, x, factors)
     with_grads = differentiable(x, *factors, bias, residual)
-    if _plain_is_best(x, factors, backend, with_grads):
+    if _plain_is_best(x, factors, backend, with_grads, watched):
         y = eager.kron_matmul(x, *factors, bias=bias)
         return eager.epilogue(y, activation, residual)
     rows = as_rows(x)
@@ -79,8 +93,11 @@ def kron_matmul(
         return eager.epilogue(y, activation, residual)
     last = None if residual is None or residual.dtype != x.dtype else as_rows(residual)
     epilogue = bias, activation, last
-    if backend == "eager" or observed(rows):
+    if len(factors) == 2 and (backend == "eager" or watched or profiled()):
         y = ops.kron_matmul(rows, *factors, *epilogue, backend)
+    elif profiled():  # there is no operator of other numbers of factors
+        with torch.profiler.record_function("kron_kernels::kron_matmul"):
+            y = COMPILED[backend].kron_matmul(rows, factors, *epilogue)
     else:
         y = COMPILED[backend].kron_matmul(rows, factors, *epilogue)
     if x.ndim != 2:
@@ -93,20 +110,38 @@ def as_rows(t: Tensor) -> Tensor:
     return t if t.ndim == 2 else t.flatten(0, -2) if t.ndim > 2 else t[None]
 
 
-def observed(x: Tensor) -> bool:
-    """Whether the dispatcher must see a call of compiled kernels: a compiler, a mode, a subclass.
+def observed(*operands: Tensor | None) -> bool:
+    """Whether compiled kernels must be called through the dispatcher.
 
-    It takes 4 µs, which is a product of a few tokens.
+    Compilers, tracers and modes see such a call, and what is no plain tensor becomes one. It takes
+    4 µs more, as long as a product of a few tokens.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._get_tracing_state() is not None
+        or not is_plain(*operands)
     )
 
 
+def traced() -> bool:
+    """Whether ``torch.export`` or ``torch.jit.trace`` is recording, which takes plain products."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def profiled() -> bool:
+    """Whether a profiler is on, which sees what goes through the dispatcher."""
+    return torch.autograd._profiler_enabled()
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def differentiable(*operands: Tensor | None) -> bool:
-    """Whether someone may differentiate or transform this call."""
+    """Whether autograd or a ``torch.func`` transform may act on this call."""
     if transformed():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
@@ -117,7 +152,9 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _plain_is_best(x: Tensor, factors: tuple[Tensor, ...], backend: str, with_grads: bool) -> bool:
+def _plain_is_best(
+    x: Tensor, factors: tuple[Tensor, ...], backend: str, with_grads: bool, watched: bool
+) -> bool:
     """Whether plain products serve better than the operator and its gradient."""
     # A compiler can fuse them, and an exporter must translate them.
     if torch.compiler.is_exporting():
@@ -127,12 +164,30 @@ def _plain_is_best(x: Tensor, factors: tuple[Tensor, ...], backend: str, with_gr
     ):
         return True
     if len(factors) != 2:  # the operator is for two
-        return backend == "eager" or with_grads or observed(x)
+        return backend == "eager" or with_grads or watched
     if backend != "eager":
         return False
     # Without gradients a few tokens take less time than the call of an operator.
     needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))
     return not needed and eager.fits_one_chunk(x, KronShape.of(*factors))
+
+
+def _recorded(
+    x: Tensor,
+    factors: tuple[Tensor, ...],
+    bias: Tensor | None,
+    activation: Activation | None,
+    residual: Tensor | None,
+    backend: Backend,
+) -> Tensor:
+    """Plain products for ``torch.jit.trace``, which records operations of PyTorch's own only."""
+    with constant_sizes():
+        checked = check_factors(x, factors)
+        check_epilogue(x, checked, bias, activation, residual)
+        dispatch.choose(backend, x, checked)
+    factors = tuple([f if f.ndim == 3 else f[None] for f in factors])
+    y = eager.kron_matmul(x, *factors, bias=bias)
+    return eager.epilogue(y, activation, residual)
 
 
 def apply(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, backend: str) -> Tensor:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kron_kernels import dispatch, ops
 from kron_kernels.backends import COMPILED, eager
-from kron_kernels.checks import Activation, Layer, check_epilogue, check_factors
+from kron_kernels.checks import (
+    Activation,
+    Layer,
+    check_epilogue,
+    check_factors,
+    check_tensors,
+)
 from kron_kernels.dispatch import Backend
 from kron_kernels.functional import (
     apply,
@@ -17,8 +24,13 @@ from kron_kernels.functional import (
     differentiable,
     kron_matmul,
     observed,
+    profiled,
+    traced,
     transformed,
+    under_autocast,
 )
+
+Result = TypeVar("Result")
 
 
 def kron_qkv(
@@ -38,16 +50,21 @@ def kron_qkv(
         What three calls of ``kron_matmul`` return; gradients and transforms are theirs.
 
     Raises:
-        ValueError: As ``kron_matmul``.
+        TypeError: As ``kron_matmul``.
+        ValueError: As ``kron_matmul``, naming the layer.
     """
-    layers = query, key, value
-    grads = differentiable(x, *(t for layer in layers for t in layer))
-    if grads or _stepwise(x, backend, layers):
-        q, k, v = (kron_matmul(x, a, b, bias=c, backend=backend) for a, b, c in layers)
+    layers = {"query": query, "key": key, "value": value}
+    watched = _watched(x, layers)
+    grads = differentiable(x, *(t for layer in layers.values() for t in layer))
+    if grads or _stepwise(x, backend, layers.values()):
+        q, k, v = (
+            _of(name, kron_matmul, x, a, b, bias=bias, backend=backend)
+            for name, (a, b, bias) in layers.items()
+        )
         return q, k, v
-    checked = [_checked_layer(x, layer) for layer in layers]
+    checked = [_of(name, _checked_layer, x, layer) for name, layer in layers.items()]
     backend = dispatch.choose(backend, x, *(layer[:2] for layer in checked))
-    if backend == "eager" or observed(x):
+    if backend == "eager" or watched or profiled():
         a, b, biases = zip(*checked, strict=True)
         ys = ops.kron_qkv(as_rows(x), a, b, biases, backend)
     else:
@@ -86,21 +103,24 @@ def kron_feed_forward(
         Shape ``(…, m)``, of x's dtype (promoted with residual's).
 
     Raises:
-        ValueError: As ``kron_matmul``, or if ``down`` does not take what ``up`` gives.
+        TypeError: As ``kron_matmul``.
+        ValueError: As ``kron_matmul``, naming the layer, or if ``down`` does not take what ``up``
+            gives.
     """
+    watched = _watched(x, {"up": up, "down": down}, residual)
     with_grads = differentiable(x, *up, *down, residual)
     stepwise = _stepwise(x, backend, (up, down))
     if not stepwise:
-        up = _checked_layer(x, up, activation)
+        up = _of("up", _checked_layer, x, up, activation)
         hidden = x.new_empty(1).expand(*x.shape[:-1], up[0].shape[1] * up[1].shape[1])
-        down = _checked_layer(hidden, down, residual=residual)
+        down = _of("down", _checked_layer, hidden, down, residual=residual)
         backend = dispatch.choose(backend, x, up[:2], down[:2])
         fused = backend in COMPILED and COMPILED[backend].meet(*up[:2], *down[:2])
     if stepwise or (with_grads and (not fused or transformed() or torch.compiler.is_compiling())):
         a, b, bias = up
-        hidden = kron_matmul(x, a, b, bias=bias, activation=activation, backend=backend)
+        hidden = _of("up", kron_matmul, x, a, b, bias=bias, activation=activation, backend=backend)
         a, b, bias = down
-        return kron_matmul(hidden, a, b, bias=bias, residual=residual, backend=backend)
+        return _of("down", kron_matmul, hidden, a, b, bias=bias, residual=residual, backend=backend)
 
     rows = as_rows(x)
     last = None  # the residual, if the kernel adds it
@@ -108,12 +128,26 @@ def kron_feed_forward(
         last = as_rows(residual)
     if with_grads:
         y = FeedForward.apply(rows, *up, activation, *down, backend)
-    elif backend == "eager" or observed(x):
+    elif backend == "eager" or watched or profiled():
         y = ops.kron_feed_forward(rows, *up, activation, *down, last, backend)
     else:
         y = COMPILED[backend].kron_feed_forward(rows, up, activation, down, last)
     y = y.view(*x.shape[:-1], y.shape[-1])
     return y if last is not None or residual is None else y + residual
+
+
+def _watched(x: Tensor, layers: Mapping[str, Layer], residual: Tensor | None = None) -> bool:
+    """``observed`` of all operands, which must be dense tensors."""
+    for name, layer in layers.items():
+        if len(layer) != 3:
+            raise ValueError(f"{name} must be (a, b, bias), got {len(layer)} values.")
+        if x is None or layer[0] is None or layer[1] is None:
+            _of(name, check_tensors, x, layer[:2])
+    watched = observed(x, *(t for layer in layers.values() for t in layer), residual)
+    if watched and not torch.compiler.is_compiling():
+        for name, (a, b, bias) in layers.items():
+            _of(name, check_tensors, x, (a, b), bias, residual)
+    return watched
 
 
 def _checked_layer(
@@ -125,16 +159,25 @@ def _checked_layer(
     return a, b, bias
 
 
-def _stepwise(x: Tensor, backend: str, layers: Sequence[Layer]) -> bool:
+def _of(name: str, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
+    """The function's result; its errors say which layer they are about."""
+    try:
+        return function(*args, **options)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}") from None
+
+
+def _stepwise(x: Tensor, backend: str, layers: Collection[Layer]) -> bool:
     """Whether the products one by one serve better: they cast, know shapes, and are exported.
 
     ``"auto"`` leaves low rank to eager, and a fused call has one backend: one low-rank product
     would take the others with it.
     """
     return (
-        x.device.type == "meta"
-        or torch.is_autocast_enabled(x.device.type)
-        or torch.compiler.is_exporting()
+        x.is_meta
+        or under_autocast(x)
+        or traced()
         or (backend == "auto" and any(dispatch.is_low_rank(a, b) for a, b, _ in layers))
     )
 

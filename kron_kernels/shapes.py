@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Order = Literal["b_first", "a_first"]
@@ -22,8 +24,9 @@ class KronShape(NamedTuple):
     @classmethod
     def of(cls, a: Tensor, b: Tensor) -> KronShape:
         """The shape of factors ``a (r, m1, n1)`` and ``b (r, m2, n2)``; 2-D factors mean r = 1."""
-        (m1, n1), (m2, n2) = a.shape[-2:], b.shape[-2:]
-        return cls(m1, n1, m2, n2, a.shape[0] if a.ndim == 3 else 1)
+        a_shape, b_shape = sizes(a), sizes(b)
+        (m1, n1), (m2, n2) = a_shape[-2:], b_shape[-2:]
+        return cls(m1, n1, m2, n2, a_shape[0] if a.ndim == 3 else 1)
 
     @classmethod
     def split(
@@ -92,7 +95,26 @@ class KronShape(NamedTuple):
         return 2 * self.multiply_adds(self.order)
 
 
-def contraction_order(sides: Sequence[tuple[int, int]]) -> list[int]:
+@contextmanager
+def constant_sizes() -> Iterator[None]:
+    """Within, ``torch.jit.trace`` records nothing, and sizes are numbers, not traced tensors."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def sizes(t: Tensor) -> torch.Size:
+    """A factor's shape in numbers, within ``torch.jit.trace`` as well."""
+    if not torch.jit.is_tracing():
+        return t.shape
+    with constant_sizes():
+        return t.shape
+
+
+def contraction_order(sides: Sequence[Sequence[int]]) -> list[int]:
     """The order in which to contract factors ``(m_i, n_i)`` of one product: the cheapest.
 
     By an exchange argument axis i goes before j where ``1/m_i - 1/n_i`` is larger: first those that

@@ -4,8 +4,13 @@ import importlib.metadata
 import importlib.resources
 import inspect
 import itertools
+import os
+import re
+import shutil
 import subprocess
 import sys
+import types
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -15,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kron_kernels
 from kron_kernels import KronShape, dispatch, explain_backends, kron_matmul
+from kron_kernels.backends import abi
 from kron_kernels.reference import materialize
 
 BACKENDS = get_args(dispatch.Backend)
@@ -40,6 +46,78 @@ print(kron_kernels.explain_backends(torch.ones(2), torch.ones(1, 2)))
 """
     printed = python("-c", program)
     assert "the compiled module is missing (No module named 'kron_kernels._native')" in printed
+    folder = re.escape(str(Path(kron_kernels.__file__).parent))
+    assert re.search(
+        rf"with a C\+\+17 compiler on the PATH, reinstall kron_kernels \({folder}\)", printed
+    )
+
+
+def test_a_source_folder_in_front_of_the_installed_package_is_named(tmp_path):
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    unbuilt = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(Path(kron_kernels.__file__).parent, clone / "kron_kernels", ignore=unbuilt)
+    (site / "kron_kernels").mkdir(parents=True)
+    (site / "kron_kernels" / "_native.abi3.so").touch()
+    (site / "kron_kernels-0.1.0.dist-info").mkdir()
+    (site / "kron_kernels-0.1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kron-kernels\nVersion: 0.1.0\n"
+    )
+    # The finder of an editable installation would find the module of this checkout.
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in str(f)]\n"
+        "from kron_kernels.backends import abi; print(abi.missing)"
+    )
+    paths = os.pathsep.join([str(clone), str(site), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip().endswith(
+        f"this is the source folder {clone / 'kron_kernels'}, and the installed package is "
+        f"{site / 'kron_kernels'}: start Python in another folder"
+    ), done.stdout + done.stderr
+
+
+def test_a_module_compiled_for_another_interface_is_refused(monkeypatch):
+    header = Path(__file__).parents[1] / "csrc" / "kron.h"
+    assert f"KRON_ABI = {abi.ABI} }}" in header.read_text()
+    for number in (None, abi.ABI - 1, abi.ABI + 1):
+        module = types.ModuleType("kron_kernels._native")
+        module.__file__ = "old.so"
+        if number is not None:
+            module.abi = number
+        monkeypatch.setitem(sys.modules, "kron_kernels._native", module)
+        monkeypatch.setattr(kron_kernels, "_native", module, raising=False)
+        loaded, reason = abi._load()
+        assert loaded is None
+        assert reason == (
+            f"old.so is of interface {number or 0}, and this kron_kernels needs {abi.ABI}; "
+            "reinstall kron_kernels"
+        )
+
+
+def test_a_second_import_serves_as_the_first():
+    program = """
+import importlib, sys
+import torch, kron_kernels, kron_kernels.ops
+
+def product():
+    import kron_kernels
+    x, a = torch.ones(40, 6, requires_grad=True), torch.ones(1, 4, 2)
+    y = kron_kernels.kron_matmul(x, a, torch.ones(1, 2, 3))
+    y.sum().backward()
+    return y.sum().item(), x.grad.sum().item()
+
+first = product()
+importlib.reload(kron_kernels.ops)
+importlib.reload(kron_kernels)
+assert product() == first
+for name in [name for name in sys.modules if name.startswith("kron_kernels")]:
+    del sys.modules[name]
+import kron_kernels
+assert product() == first
+"""
+    python("-c", program)
 
 
 def test_eager_serves_every_call():

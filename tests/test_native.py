@@ -460,9 +460,9 @@ def test_what_it_cannot_serve_goes_to_eager_with_a_reason(call, reason):
 
 def test_without_the_module_eager_serves(monkeypatch):
     monkeypatch.setattr(native, "_native", None)
-    monkeypatch.setattr(abi, "missing", "No module named 'kron_kernels._native'", raising=False)
+    monkeypatch.setattr(abi, "missing", "the compiled module is missing; reinstall it")
     x, a, b = draw(SHAPES[2], 5, torch.float32)
-    assert "C++17 compiler" in dispatch.why_not("native", x, a, b)
+    assert dispatch.why_not("native", x, a, b) == "the compiled module is missing; reinstall it"
     assert dispatch.choose("auto", x, (a, b)) == "eager"
     assert_close("y", kron_matmul(x, a, b), reference.kron_matmul(x, a, b), terms(SHAPES[2]))
 

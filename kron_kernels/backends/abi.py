@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,19 +13,60 @@ from torch import Tensor
 from kron_kernels.checks import Activation
 from kron_kernels.shapes import contraction_order
 
-try:
-    import kron_kernels._native as module
-except ImportError as error:
-    module = None
-    missing = str(error)
+ABI = 1  # KRON_ABI in csrc/kron.h
+
+
+def _load() -> tuple[Any, str]:
+    """The compiled module; or None, and why there is none with what helps."""
+    try:
+        import kron_kernels._native as found
+    except ImportError as error:
+        return None, f"the compiled module is missing ({error}); {_remedy()}"
+    if (number := getattr(found, "abi", 0)) != ABI:
+        return None, (
+            f"{found.__file__} is of interface {number}, and this kron_kernels needs {ABI}; "
+            "reinstall kron_kernels"
+        )
+    return found, ""
+
+
+def _remedy() -> str:
+    from importlib.metadata import distributions
+
+    # In a clone, Python finds the source folder before the installed package.
+    here = Path(__file__).resolve().parents[1]
+    for distribution in distributions(name="kron_kernels"):
+        installed = Path(str(distribution.locate_file("kron_kernels"))).resolve()
+        if installed != here and any(installed.glob("_native.*")):
+            return (
+                f"this is the source folder {here}, and the installed package is {installed}: "
+                "start Python in another folder"
+            )
+    return f"with a C++17 compiler on the PATH, reinstall kron_kernels ({here})"
+
+
+module, missing = _load()
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
 
 
 def address(t: Tensor | None) -> int:
-    """Where a tensor's first entry is; 0 for none."""
-    return 0 if t is None else t.data_ptr()
+    """Where a tensor's first entry is; 0 for none, and for a tensor without entries.
+
+    Raises:
+        ValueError: If a tensor has entries and no memory.
+    """
+    if t is None:
+        return 0
+    start = t.data_ptr()
+    if not start and t.numel():
+        raise ValueError(
+            f"a tensor of shape {tuple(t.shape)} has no memory: its storage was freed, as FSDP "
+            "frees what it has sharded. Call the module instead of using its parameters, or gather "
+            "them first."
+        )
+    return start
 
 
 def product(

@@ -50,10 +50,11 @@ def archs() -> str:
 @constant
 def _device_why_not(index: int) -> str | None:
     if not archs():
-        missing = f" ({abi.missing})" if _native is None else ""
+        if _native is None:
+            return f"{abi.missing}; kernels for GPUs need CUDA's nvcc as well"
         return (
-            f"the compiled module has no CUDA kernels{missing}; "
-            "with CUDA's nvcc on the PATH, reinstall kron_kernels"
+            "the compiled module has no CUDA kernels; with CUDA's nvcc on the PATH, reinstall "
+            "kron_kernels"
         )
     if torch.version.hip:
         return "it runs on NVIDIA GPUs, and this is PyTorch for AMD's"
@@ -98,7 +99,7 @@ def kron_matmul(
     y = x.new_empty(x.shape[0], a.shape[1] * b.shape[1])
     bias, residual = _contiguous(bias, residual)
     _native.cuda_forward(
-        *_call(x), x.data_ptr(), 1, *product(factors, bias, residual, activation, y)
+        *_call(x), abi.address(x), 1, *product(factors, bias, residual, activation, y)
     )
     return y
 
@@ -111,7 +112,7 @@ def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
         ys.append(x.new_empty(x.shape[0], a.shape[1] * b.shape[1]))
         kept += _contiguous(bias)
         arguments += product((a, b), kept[-1], None, None, ys[-1])
-    _native.cuda_forward(*_call(x), x.data_ptr(), len(layers), *arguments)
+    _native.cuda_forward(*_call(x), abi.address(x), len(layers), *arguments)
     return ys
 
 
@@ -125,7 +126,7 @@ def kron_matmul_backward(
     workspace = _workspace(x, _native.cuda_backward_workspace(*call, *arguments))
     pointers = [_address(g, wanted) for g, wanted in zip((dx, da, db), needed, strict=True)]
     _native.cuda_backward(
-        *call, dy.data_ptr(), x.data_ptr(), *arguments, *pointers, workspace.data_ptr()
+        *call, abi.address(dy), abi.address(x), *arguments, *pointers, abi.address(workspace)
     )
     return dx, da.to(a.dtype), db.to(b.dtype)
 
@@ -156,7 +157,7 @@ def kron_feed_forward(
     up_bias, down_bias, residual = _contiguous(up[2], down[2], residual)
     _native.cuda_feed_forward(
         *_call(x),
-        x.data_ptr(),
+        abi.address(x),
         *product(up[:2], up_bias, None, activation, None),
         *product(down[:2], down_bias, residual, None, y),
     )
@@ -188,11 +189,11 @@ def kron_feed_forward_backward(
     workspace = _workspace(x, _native.cuda_feed_forward_backward_workspace(*call, *layers))
     _native.cuda_feed_forward_backward(
         *call,
-        dy.data_ptr(),
-        x.data_ptr(),
+        abi.address(dy),
+        abi.address(x),
         *layers,
         *(_address(g, wanted) for g, wanted in zip(grads, needed, strict=True)),
-        workspace.data_ptr(),
+        abi.address(workspace),
     )
     return tuple(g.to(x.dtype) for g in grads)
 
@@ -212,7 +213,7 @@ def _workspace(x: Tensor, size: int) -> Tensor:
 
 
 def _address(t: Tensor, wanted: bool) -> int:
-    return t.data_ptr() if wanted else 0
+    return abi.address(t) if wanted else 0
 
 
 def _tf32(dtype: torch.dtype) -> bool:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kron_kernels.checks import Activation
-from kron_kernels.shapes import KronShape, Order, contraction_order
+from kron_kernels.shapes import KronShape, Order, contraction_order, sizes
 
 # On a CPU tokens go through in chunks whose operands and results stay in the cache: 1.1x to 1.5x at
 # 1024 tokens of width 768, flat from 1 to 4 MB. Every large temporary would cost page faults.
@@ -87,14 +87,15 @@ def kron_matmul(x: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Tens
 
 def _one_term(x: Tensor, term: tuple[Tensor, ...]) -> Tensor:
     """Contract one axis after another."""
-    sizes = [f.shape[1] for f in term]
+    sides = [sizes(f) for f in term]
+    axes = [n for _, n in sides]
     lead = x.shape[:-1]
-    for i in contraction_order([(f.shape[0], f.shape[1]) for f in term]):
-        inner = prod(sizes[i + 1 :])
-        x = x.reshape(*lead, prod(sizes[:i]), sizes[i], inner)
-        x = x.squeeze(-1) @ term[i].mT if inner == 1 else term[i] @ x
-        sizes[i] = term[i].shape[0]
-    return x.reshape(*lead, prod(sizes))
+    for i in contraction_order(sides):
+        inner = prod(axes[i + 1 :])
+        x = x.reshape(*lead, prod(axes[:i]), axes[i], inner)
+        x = x.squeeze(-1) @ term[i].t() if inner == 1 else term[i] @ x
+        axes[i] = sides[i][0]
+    return x.reshape(*lead, prod(axes))
 
 
 def merge_small(factors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -102,7 +103,8 @@ def merge_small(factors: Sequence[Tensor]) -> Sequence[Tensor]:
     merged = [factors[0]]
     for f in factors[1:]:
         last = merged[-1]
-        if max(last.shape[1] * f.shape[1], last.shape[2] * f.shape[2]) <= _MERGED:
+        (_, m, n), (_, p, q) = sizes(last), sizes(f)
+        if max(m * p, n * q) <= _MERGED:
             blocks = last[:, :, None, :, None] * f[:, None, :, None, :]  # (r, m, m', n, n')
             merged[-1] = blocks.flatten(3, 4).flatten(1, 2)
         else:
@@ -202,7 +204,7 @@ def _chunks(s: KronShape, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _b_batched(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None = None) -> Tensor:
     t = x.shape[0]
-    z = torch.mm(x.view(t * s.n1, s.n2), b.view(s.rank * s.m2, s.n2).mT)
+    z = torch.mm(x.view(t * s.n1, s.n2), b.view(s.rank * s.m2, s.n2).t())
     out = out if out is None else out.view(t, s.m1, s.m2)
     if s.rank == 1:  # fewer views, which count at a single token
         y = torch.bmm(a.expand(t, s.m1, s.n1), z.view(t, s.n1, s.m2), out=out)
@@ -223,19 +225,19 @@ def _a_batched(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None
     def mixed(k: int) -> Tensor:
         return torch.bmm(a[k].expand(t, s.m1, s.n1), x).view(t * s.m1, s.n2)
 
-    y = torch.mm(mixed(0), b[0].mT, out=out)
+    y = torch.mm(mixed(0), b[0].t(), out=out)
     for k in range(1, s.rank):
-        y = torch.addmm(y, mixed(k), b[k].mT, out=out)
+        y = torch.addmm(y, mixed(k), b[k].t(), out=out)
     return y.view(t, s.out_features)
 
 
 def _b_planes(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None = None) -> Tensor:
     t = x.shape[0]
-    z = torch.mm(b.view(s.rank * s.m2, s.n2), x.view(t * s.n1, s.n2).mT)
+    z = torch.mm(b.view(s.rank * s.m2, s.n2), x.view(t * s.n1, s.n2).t())
     z = z.view(s.rank, s.m2 * t, s.n1)
-    y = torch.mm(z[0], a[0].mT)  # (m2 * t, m1)
+    y = torch.mm(z[0], a[0].t())  # (m2 * t, m1)
     for k in range(1, s.rank):
-        y = torch.addmm(y, z[k], a[k].mT)
+        y = torch.addmm(y, z[k], a[k].t())
     y = y.view(s.m2, t, s.m1).permute(1, 2, 0)
     if out is None:
         return y.reshape(t, s.out_features)
@@ -249,16 +251,16 @@ def _a_planes(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None 
     out = out if out is None else out.view(t * s.m1, s.m2)
 
     def mixed(k: int) -> Tensor:
-        return torch.mm(x, a[k].mT).view(s.n2, t * s.m1).mT
+        return torch.mm(x, a[k].t()).view(s.n2, t * s.m1).t()
 
-    y = torch.mm(mixed(0), b[0].mT, out=out)
+    y = torch.mm(mixed(0), b[0].t(), out=out)
     for k in range(1, s.rank):
-        y = torch.addmm(y, mixed(k), b[k].mT, out=out)
+        y = torch.addmm(y, mixed(k), b[k].t(), out=out)
     return y.view(t, s.out_features)
 
 
 def _b_low_rank(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None = None) -> Tensor:
-    z = torch.mm(x, b.view(s.rank, s.n2).mT)
+    z = torch.mm(x, b.view(s.rank, s.n2).t())
     return torch.mm(z, a.view(s.rank, s.m1), out=out)
 
 

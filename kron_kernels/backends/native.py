@@ -61,11 +61,8 @@ def instruction_set() -> str:
 def why_not(x: Tensor, *factors: Tensor) -> str | None:
     """Why the compiled kernels cannot serve this call, as the end of a sentence, or None."""
     if _native is None:
-        return (
-            f"the compiled module is missing ({abi.missing}); "
-            "with a C++17 compiler on the PATH, reinstall kron_kernels"
-        )
-    if x.device.type != "cpu":
+        return abi.missing
+    if not x.is_cpu:
         return f"it runs on CPUs, and x is on {x.device}"
     if x.dtype not in abi.DTYPES:
         return f"it has kernels for {', '.join(str(d)[6:] for d in abi.DTYPES)}, and x is {x.dtype}"
@@ -190,12 +187,12 @@ def kron_matmul_backward(
         for t, wanted, dtype in zip((x, a, b), needed, (x.dtype, sums, sums), strict=True)
     )
     pointers = (
-        g.data_ptr() if wanted else 0 for g, wanted in zip((dx, da, db), needed, strict=True)
+        abi.address(g) if wanted else 0 for g, wanted in zip((dx, da, db), needed, strict=True)
     )
     isa, threads, pool, dtype, tokens, address = _call(x)
     arguments = product((a, b), None, None, None, None)
     _native.backward(
-        isa, threads, pool, dtype, tokens, dy.data_ptr(), address, *arguments, *pointers
+        isa, threads, pool, dtype, tokens, abi.address(dy), address, *arguments, *pointers
     )
     return dx, da.to(a.dtype), db.to(b.dtype)
 
@@ -230,13 +227,13 @@ def kron_feed_forward_backward(
     ]
     isa, threads, pool, dtype, tokens, address = _call(x)
     _native.feed_forward_backward(
-        *(isa, threads, pool, dtype, tokens, dy.data_ptr(), address),
+        *(isa, threads, pool, dtype, tokens, abi.address(dy), address),
         *product(up[:2], bias, None, activation, None),
         *product(down[:2], None, None, None, None),
-        *(g.data_ptr() if wanted else 0 for g, wanted in zip(grads, needed, strict=True)),
+        *(abi.address(g) if wanted else 0 for g, wanted in zip(grads, needed, strict=True)),
     )
     return tuple(g.to(x.dtype) for g in grads)
 
 
 def _call(x: Tensor) -> tuple[int, ...]:
-    return _isa, _threads(), _POOL, abi.DTYPES[x.dtype], x.shape[0], x.data_ptr()
+    return _isa, _threads(), _POOL, abi.DTYPES[x.dtype], x.shape[0], abi.address(x)
