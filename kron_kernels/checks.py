@@ -95,9 +95,10 @@ def _check_factors(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     columns = 1
     for i, shape in enumerate(shapes):
         if len(shape) not in (2, 3) or 0 in shape:
+            batch = "; for a batch of factors use torch.vmap(kron_matmul)" * (len(shape) > 3)
             raise ValueError(
                 f"factor {i} must be (m, n) or (rank, m, n) with every side at least 1, "
-                f"got shape {tuple(shape)}."
+                f"got shape {tuple(shape)}{batch}."
             )
         columns *= shape[-1]
     ranks = [shape[0] if len(shape) == 3 else 1 for shape in shapes]

@@ -64,8 +64,6 @@ def kron_matmul(
     watched = observed(x, *factors, bias, residual)
     if watched and not torch.compiler.is_compiling():
         check_tensors(x, factors, bias, residual)
-        if torch.jit.is_tracing():
-            return _recorded(x, factors, bias, activation, residual, backend)
     if (watched or torch._C._is_any_autocast_enabled()) and under_autocast(x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device)
@@ -78,6 +76,8 @@ def kron_matmul(
                 residual=residual,
                 backend=backend,
             )
+    if watched and torch.jit.is_tracing():
+        return _recorded(x, factors, bias, activation, residual, backend)
     factors = check_factors(x, factors)
     check_epilogue(x, factors, bias, activation, residual)
     backend = dispatch.choose(backend, x, factors)

@@ -283,6 +283,19 @@ def test_torch_jit_trace_records_products(call, grads, backend):
         torch.testing.assert_close(traced(*others), function(*others))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("call", CALLS)
+def test_torch_jit_trace_under_autocast(call):
+    function, operands = CALLS[call]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = function(*operands.values(), backend="eager")
+        given = dict(operands, x=operands["x"].bfloat16())  # as a product before it leaves it
+        traced = torch.jit.trace(
+            lambda *args: function(*args, backend="eager"), tuple(given.values()), check_trace=False
+        )
+    torch.testing.assert_close(traced(*given.values()), expected)  # the casts are recorded
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 def test_the_older_exporter_to_onnx_writes_products_of_its_input():
@@ -329,3 +342,13 @@ def test_parameters_that_are_sharded_work_in_their_module_and_nowhere_else(proce
         ):
             with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
                 call()
+
+
+def test_a_batch_of_factors_is_refused_with_the_way_to_write_it():
+    x, a, b = draw(5, 2, 12), draw(5, 1, 4, 3), draw(5, 1, 2, 4)
+    with pytest.raises(
+        ValueError, match=r"got shape \(5, 1, 4, 3\); .* torch\.vmap\(kron_matmul\)"
+    ):
+        kron_matmul(x, a, b)
+    y = torch.vmap(kron_matmul)(x, a, b)
+    torch.testing.assert_close(y, torch.stack([kron_matmul(*t) for t in zip(x, a, b, strict=True)]))
