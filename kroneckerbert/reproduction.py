@@ -46,14 +46,14 @@ from transformers import AutoModel, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 import kroneckerbert
+from kron_kernels.files import write_file
 from kron_kernels.plan import Plan
 from kroneckerbert import corpus, curves, measure
 from kroneckerbert.card import Score, machine, model_card, without_paths
-from kroneckerbert.checkpoints import replacing_files
 from kroneckerbert.conversion import compress
 from kroneckerbert.data import Table, TextDataset, label_targets
 from kroneckerbert.distillation import DistillationTrainer
-from kroneckerbert.files import replace_folder, writable_folder
+from kroneckerbert.files import replace_folder, replacing_files, writable_folder
 from kroneckerbert.heads import with_head_of
 from kroneckerbert.modeling_kroneckerbert import max_tokens
 from kroneckerbert.recipe import Latency, Recipe, Stage, Stage1, load, select
@@ -589,7 +589,7 @@ def _without_weights(source: str | Path) -> PreTrainedModel:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_file(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
