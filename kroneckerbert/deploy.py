@@ -233,8 +233,8 @@ def export(
 def load_exported(path: str | os.PathLike, **options: Any) -> ExportedModel:
     """What ``export`` wrote, ready to run: called as the model it came from, with tensors.
 
-    All files are compared with the checksums that ``export`` wrote, about 1 GB a second; a program
-    whose weights changed on the disk would run and be wrong.
+    All files are compared with the checksums that ``export`` wrote, in a second or two for a GB: a
+    program whose weights changed on the disk would run and be wrong.
 
     Args:
         path: Its folder.
