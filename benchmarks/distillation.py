@@ -47,6 +47,7 @@ from transformers import (
 from transformers.utils import logging
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear
+from kron_kernels.files import write_file
 from kroneckerbert import DistillationConfig, DistillationTrainer, compress, curves
 from kroneckerbert.data import TextDataset, label_targets, read_lines, read_table
 from kroneckerbert.evaluation import evaluate
@@ -218,8 +219,7 @@ def run(data: Path, work: Path, threads: int) -> None:
                 begin = time.monotonic()
                 scores = job(out, data, work)
                 scores |= {"minutes": (time.monotonic() - begin) / 60, "threads": threads}
-                (out / "scores.json.tmp").write_text(json.dumps(scores))
-                (out / "scores.json.tmp").rename(out / "scores.json")
+                write_file(out / "scores.json", json.dumps(scores))
                 print(f"{time.strftime('%H:%M:%S')} {name}: {scores}", flush=True)
                 break  # something better may have become possible
         else:

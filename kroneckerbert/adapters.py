@@ -98,13 +98,15 @@ class LoraKroneckerLinear(LoraLinear):
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
         return {(): None}
 
-    def update_layer(self, adapter_name: str, r: int, *args: Any, config: LoraConfig, **kwargs):
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
+    ) -> None:
         if config.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 f"init_lora_weights = {config.init_lora_weights!r} starts from the dense weight, "
                 "which a Kronecker layer does not form; use True, False or 'gaussian'."
             )
-        super().update_layer(adapter_name, r, *args, config=config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

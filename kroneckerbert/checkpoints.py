@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear
+from kroneckerbert import files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,46 +30,58 @@ except ImportError as error:
         "then import kroneckerbert before loading it"
     ) from error
 '''
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_WEIGHTS = re.compile(
+    r"(?P<stem>[^.]+?)(\.(?P<variant>.+?))?(?P<shard>-\d{5}-of-\d{5})?\.safetensors"
+)
+_INDEX = re.compile(r"(?P<stem>[^.]+)\.safetensors\.index(\.(?P<variant>.+))?\.json")
 _FACTOR = re.compile(r"(\.parts\.\d+)?\.[ab]$")
 
 
-@contextmanager
-def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
-    """Within, write files to the folder that this gives; at the end they move into ``folder``.
+def weights_last(new: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """The order in which a model's new files replace old ones: see ``files.replacing_files``.
 
-    Each takes the place of the old one at once; other files stay. An error or an interruption
-    before the end leaves everything as it was; if the process is killed, a hidden folder remains in
-    ``folder``, which the next call removes.
+    A loader finds weights by one name, ``model.safetensors`` or the index of the shards, and reads
+    them with ``config.json``. So that no reader, ours or another, ever sees parts of two models,
+    that name goes first and comes last; in between there is no model, which every loader says.
+    Saved again with the config it had, a model in one file is one rename, old or new.
+
+    Of the old weights those of the same variant go, ``model.fp16.safetensors`` by
+    ``variant="fp16"``, for they would be found before the new ones, and no others.
+    """
+    names = sorted(os.listdir(new))
+    weights = {n: m for n in names if (m := _WEIGHTS.fullmatch(n) or _INDEX.fullmatch(n))}
+    entries = [n for n, m in weights.items() if not m.groupdict().get("shard")]
+    move = [n for n in names if n in weights or not _same(new / n, folder / n)]
+    move.sort(key=lambda name: name in entries)
+    variants = {(m["stem"], m["variant"]) for m in weights.values()}
+    remove = []
+    for path in sorted(folder.iterdir()):
+        m = _WEIGHTS.fullmatch(path.name) or _INDEX.fullmatch(path.name)
+        if m and path.is_file() and (m["stem"], m["variant"]) in variants:
+            is_entry = not m.groupdict().get("shard")
+            if path.name not in move or (is_entry and len(move) > 1):
+                remove.append(path.name)
+    remove.sort(key=lambda name: bool(_SHARD.search(name)))  # an index before what it names
+    return remove, move
+
+
+def _same(a: Path, b: Path) -> bool:
+    return b.is_file() and filecmp.cmp(a, b, shallow=False)
+
+
+def check_whole(folder: str | os.PathLike) -> None:
+    """Raise if a killed save left a model's folder between its old and its new files.
 
     Raises:
-        OSError: If the folder cannot be written.
+        OSError: With the call that completes it. Loading does not: who reads may not write here.
     """
-    folder = Path(folder)
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file; choose another name for the folder.")
-    partial = folder / ".partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    except OSError as error:
+    if files.is_between(folder):
         raise OSError(
-            f"cannot write {folder}: {error.strerror} ({error.filename}); choose a folder in a "
-            "place that you can write to."
-        ) from error
-    try:
-        yield partial
-        new = sorted(partial.iterdir())
-        for file in new:
-            os.replace(file, folder / file.name)
-        # Shards of an earlier, larger model would be read with the new ones.
-        names = {file.name for file in new}
-        if "model.safetensors" in names or "model.safetensors.index.json" in names:
-            for old in folder.glob("model*.safetensors*"):
-                if old.name not in names:
-                    old.unlink()
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            f"the last save in {folder} was cut off while its files took their places. Nothing is "
+            f"lost: unless a process is saving there now, call kroneckerbert.files.finish("
+            f"{os.fspath(folder)!r}), or save there again; then load it."
+        )
 
 
 def write_loader(folder: Path, config_name: str) -> None:

@@ -41,7 +41,7 @@ except ImportError as error:
         "pip install -U 'transformers>=5.23'"
     ) from error
 
-from kroneckerbert.files import replace_folder
+from kroneckerbert.files import CHECKSUMS, damaged, replace_folder, write_checksums
 from kroneckerbert.modeling_kroneckerbert import evaluating
 
 Format = Literal["onnx", "openvino", "torch_export", "aoti"]
@@ -225,12 +225,16 @@ def export(
             _judge(differences, tolerance, format)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        write_checksums(folder)
     shapes = [_shape(x) for x in inputs]
     return ExportResult(Path(path), format, quantize, size, shapes, differences)
 
 
 def load_exported(path: str | os.PathLike, **options: Any) -> ExportedModel:
     """What ``export`` wrote, ready to run: called as the model it came from, with tensors.
+
+    All files are compared with the checksums that ``export`` wrote, in a second or two for a GB: a
+    program whose weights changed on the disk would run and be wrong.
 
     Args:
         path: Its folder.
@@ -243,21 +247,45 @@ def load_exported(path: str | os.PathLike, **options: Any) -> ExportedModel:
 
     Raises:
         FileNotFoundError: If the folder holds no export.
+        OSError: If a file of it is missing, or not as ``export`` wrote it.
         ImportError: If the runtime is not installed, with the command that installs it.
     """
     path = Path(path)
+    if problem := damaged(path):
+        raise OSError(
+            f"{problem}. To resolve: export again, or, if it was changed on purpose, delete "
+            f"{path / CHECKSUMS}."
+        )
     if not (path / "export.json").is_file():
         raise FileNotFoundError(
             f"{path} holds no exported model (no export.json); write one by "
             "kroneckerbert.deploy.export(model, path)."
         )
-    format = json.loads((path / "export.json").read_text())["export_format"]
+    try:
+        format = json.loads((path / "export.json").read_text())["export_format"]
+    except (ValueError, KeyError) as error:
+        raise _unreadable(path / "export.json", error) from error
     _check_packages(format)
     if format == "openvino":
         # It would choose bfloat16 by itself where the CPU has it, and be half a percent off.
         options["config"] = {"INFERENCE_PRECISION_HINT": "f32", **options.get("config", {})}
     with _quiet():
-        return ExportedModel.from_pretrained(path, **options)
+        try:
+            return ExportedModel.from_pretrained(path, **options)
+        except (ImportError, TypeError):
+            raise
+        except Exception as error:  # each runtime has errors of its own
+            if (path / CHECKSUMS).exists():  # then it is not the files
+                raise
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> OSError:
+    why = " ".join(str(error).split())
+    return OSError(
+        f"{path} cannot be read ({why}). To resolve: export again if it is damaged; this export "
+        "has no checksums that would tell."
+    )
 
 
 def _check_packages(format: str) -> None:

@@ -1,13 +1,24 @@
-"""Output folders that are never half-written."""
+"""Output that is never half-written, survives a loss of power, and shows when it was damaged."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from kron_kernels.files import sync
+
+CHECKSUMS = "checksums.json"
 _MARK = ".kroneckerbert"  # a file in every folder that was written here
+_PARTIAL, _WHOLE = ".kroneckerbert-partial", ".kroneckerbert-whole"  # within replacing_files
+_PLAN = ".plan.json"
+
+Order = Callable[[Path, Path], tuple[list[str], list[str]]]
 
 
 def writable_folder(folder: Path) -> Path:
@@ -45,7 +56,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     """
     folder = Path(folder).resolve()
     old = _sibling(folder, "old")
-    if old.exists() and not folder.exists():  # killed between the two renames below
+    if old.exists() and not folder.exists():  # killed between the two renames of put_in_place
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARK).exists():
@@ -58,18 +69,200 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     try:
         yield new
         (new / _MARK).write_text("Written by kroneckerbert, which may replace this folder.\n")
-        # No portable call swaps two folders, but a failure of the second rename can be undone.
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(new, folder, old)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def put_in_place(new: Path, folder: Path, aside: Path) -> None:
+    """Give a finished folder its name, and remove the one that had it.
+
+    Args:
+        new: The folder, whose files are on the disk before it gets the name.
+        folder: The name.
+        aside: Where the old folder is in between; all three are on one file system.
+
+    Raises:
+        OSError: If a rename fails; then the old folder is back in its place.
+    """
+    _sync_all(new)
+    # No portable call swaps two folders, but a failure of the second rename can be undone.
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if aside.exists():
+            aside.rename(folder)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def replacing_files(folder: str | os.PathLike, order: Order | None = None) -> Iterator[Path]:
+    """Within, write files to the folder that this gives; at the end they move into ``folder``.
+
+    Other files in ``folder`` stay. No call replaces several files at once, so the new ones are
+    first completed in a hidden folder inside ``folder``, which then takes, at once, a name that
+    says so. From then on the new state is safe, and ``finish`` brings it about however often a
+    process is killed on the way. Before, all is as it was.
+
+    Args:
+        folder: Made if it is not there.
+        order: Of the folder with the new files and of ``folder``, the names of files in ``folder``
+            to remove first, and those of the new files to move, in this order; new files that are
+            not among these are dropped. Without it all move.
+
+    Yields:
+        An empty folder on the same file system.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; choose another name for the folder.")
+    partial = folder / _PARTIAL
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        finish(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise OSError(
+            f"cannot write {folder}: {error.strerror} ({error.filename}); choose a folder in a "
+            "place that you can write to."
+        ) from error
+    try:
+        yield partial
+        remove, move = order(partial, folder) if order else ([], sorted(os.listdir(partial)))
+        (partial / _PLAN).write_text(json.dumps({"remove": remove, "move": move}))
+        _sync_all(partial)
+        partial.rename(folder / _WHOLE)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync(folder)
+    try:
+        finish(folder)
+    except KeyboardInterrupt:
+        finish(folder)
+        raise
+
+
+def finish(folder: str | os.PathLike) -> None:
+    """Complete what a killed process had begun to put in place in ``folder``, if there is any.
+
+    Raises:
+        OSError: If a file cannot be moved.
+    """
+    folder = Path(folder)
+    whole = folder / _WHOLE
+    if plan := _plan(folder):
+        remove, move = plan["remove"], plan["move"]
+        for name in remove:
+            if name not in move or (whole / name).exists():  # else it is the new one already
+                (folder / name).unlink(missing_ok=True)
+        if remove:
+            sync(folder)
+        for name in move:
+            if (whole / name).exists():
+                if name == move[-1] and len(move) > 1:
+                    sync(folder)  # the last is what the others are read by
+                os.replace(whole / name, folder / name)
+        sync(folder)
+    shutil.rmtree(whole, ignore_errors=True)
+
+
+def is_between(folder: str | os.PathLike) -> bool:
+    """Whether ``folder`` has some of the old files and some of the new, until it is finished."""
+    plan, folder = _plan(Path(folder)), Path(folder)
+    if not plan:
+        return False
+    waiting = [name for name in plan["move"] if (folder / _WHOLE / name).exists()]
+    untouched = waiting == plan["move"] and all((folder / name).exists() for name in plan["remove"])
+    return bool(waiting) and not untouched
+
+
+def _plan(folder: Path) -> dict[str, list[str]] | None:
+    try:
+        return json.loads((folder / _WHOLE / _PLAN).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def write_checksums(folder: Path, **about: Any) -> None:
+    """Write the length and a checksum of every file of a folder into the folder.
+
+    Reading and summing up takes a second or two for a GB.
+
+    Args:
+        folder: Whose files are complete.
+        **about: What else to keep there, as JSON.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sum(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / CHECKSUMS
+    }
+    content = {**about, "files": files}
+    own = hashlib.sha256(_text(content).encode()).hexdigest()
+    (folder / CHECKSUMS).write_text(_text({**content, "sha256": own}), encoding="utf-8")
+
+
+def read_checksums(folder: Path) -> dict[str, Any] | None:
+    """What ``write_checksums`` wrote; None of a folder that has none.
+
+    Raises:
+        OSError: If that file is damaged.
+    """
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        own = content.pop("sha256")
+    except (ValueError, KeyError, AttributeError):  # no UTF-8, no JSON, not as we write it
+        own = content = None
+    if own is None or own != hashlib.sha256(_text(content).encode()).hexdigest():
+        raise OSError(f"{path} is damaged")
+    return content
+
+
+def damaged(folder: Path) -> str | None:
+    """The first file that is not as ``write_checksums`` found it, and why; None if there is none.
+
+    Files that have come since are none of its business.
+    """
+    try:
+        content = read_checksums(folder)
+    except OSError as error:
+        return str(error)
+    for name, told in (content or {"files": {}})["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if (size := path.stat().st_size) != told["bytes"]:
+            return f"{path} is damaged: it has {size} bytes, not {told['bytes']}"
+        if _sum(path) != told["sha256"]:
+            return f"{path} is damaged: its bytes are not those that were written"
+    return None
+
+
+def _text(content: Any) -> str:
+    return json.dumps(content, indent=1, sort_keys=True)
+
+
+def _sum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_all(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
 
 
 def _sibling(folder: Path, state: str) -> Path:

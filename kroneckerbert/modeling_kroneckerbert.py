@@ -7,14 +7,17 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -49,6 +52,7 @@ from kroneckerbert.configuration_kroneckerbert import (
     kronecker_config,
     linear_weight,
 )
+from kroneckerbert.files import replacing_files
 from kroneckerbert.fusion import fuse
 
 _AUTO_CLASSES = (
@@ -133,23 +137,64 @@ class KroneckerPreTrainedModel(_Base):
             module.reset_parameters(self.config.initializer_range)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        save_peft_format: bool = True,
+        save_original_format: bool = True,
+        distributed_checkpoint: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Save, see ``transformers.PreTrainedModel.save_pretrained``; always as safetensors.
 
-        Files take their places when all are written, so that an interruption leaves the old ones.
+        Killed at any moment, even by a loss of power, it leaves the old model or the new one, or
+        says when it is loaded how to complete the new one. Other files in the folder stay, other
+        variants' weights included.
 
         Raises:
             OSError: If the folder cannot be written.
         """
         name = type(self.config).__name__
         self.config.auto_map = {"AutoConfig": f"{checkpoints.LOADER}.{name}"}
-        if not is_main_process or kwargs.get("push_to_hub"):
-            super().save_pretrained(save_directory, is_main_process, **kwargs)
+        how: dict[str, Any] = {
+            "state_dict": state_dict,
+            "max_shard_size": max_shard_size,
+            "variant": variant,
+            "token": token,
+            "save_peft_format": save_peft_format,
+            "save_original_format": save_original_format,
+        }
+        # Before 5.23 the caller alone says which process writes.
+        saves = getattr(self, "should_save_on_this_rank", bool)(is_main_process)
+        if distributed_checkpoint or not saves:
+            if distributed_checkpoint:
+                how["distributed_checkpoint"] = True
+            super().save_pretrained(
+                save_directory, is_main_process, push_to_hub=push_to_hub, **how, **kwargs
+            )
             return
-        with checkpoints.replacing_files(save_directory) as folder:
-            super().save_pretrained(folder, **kwargs)
+        if push_to_hub:  # not by the stock method, which would not upload the loader
+            commit = {k: kwargs.pop(k) for k in ("commit_message", "create_pr") if k in kwargs}
+            repo = kwargs.pop("repo_id", Path(save_directory).name)
+            repo = HfApi().create_repo(repo, exist_ok=True, token=token, **kwargs).repo_id
+            kwargs = {}
+        with replacing_files(save_directory, checkpoints.weights_last) as folder:
+            super().save_pretrained(folder, **how, **kwargs)
             checkpoints.write_loader(folder, name)
+            written = os.listdir(folder)
+        if push_to_hub:
+            HfApi().upload_folder(
+                repo_id=repo,
+                folder_path=Path(save_directory),
+                allow_patterns=written,
+                token=token,
+                **{"commit_message": "Upload model", **commit},
+            )
 
     @classmethod
     def from_pretrained(
@@ -165,18 +210,21 @@ class KroneckerPreTrainedModel(_Base):
             ValueError: If a tensor of the model without its head is missing, of another shape or in
                 surplus, see ``kroneckerbert.checkpoints.check_loaded``, a factor is NaN or
                 infinite, or the checkpoint is a dense model.
-            OSError: If the file of weights is damaged.
+            OSError: If a file of weights or their index is damaged, or the last save was killed
+                while its files took their places.
         """
+        source = pretrained_model_name_or_path
+        if source is not None:
+            checkpoints.check_whole(Path(source) / (kwargs.get("subfolder") or ""))
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except SafetensorError as error:
+            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        except (SafetensorError, json.JSONDecodeError) as error:
+            what = "weights" if isinstance(error, SafetensorError) else "index of the weights"
             raise OSError(
-                f"the weights of {pretrained_model_name_or_path} are damaged or cut short "
-                f"({error}); copy or save the checkpoint again."
+                f"the {what} of {source} are damaged or cut short ({error}); copy or save the "
+                "checkpoint again."
             ) from error
-        checkpoints.check_loaded(model, info, pretrained_model_name_or_path)
+        checkpoints.check_loaded(model, info, source)
         return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 import kron_kernels.plan as engine
 from kron_kernels import KroneckerEmbedding, KronShape
+from kron_kernels.files import write_file
 from kron_kernels.plan import Plan
 from kron_kernels.timing import interleaved
 from kroneckerbert import measure
@@ -150,8 +151,8 @@ class Report:
         return json.dumps(asdict(self), indent=1)
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
-        Path(path).write_text(self.to_json() + "\n")
+        """Write it as JSON, at once or not at all."""
+        write_file(path, self.to_json() + "\n")
 
     def plot(self, path: str | Path) -> None:
         """Draw what each layer saves in time and parameters, and its errors; PNG, SVG or PDF."""

@@ -46,14 +46,14 @@ from transformers import AutoModel, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 import kroneckerbert
+from kron_kernels.files import write_file
 from kron_kernels.plan import Plan
 from kroneckerbert import corpus, curves, measure
 from kroneckerbert.card import Score, machine, model_card, without_paths
-from kroneckerbert.checkpoints import replacing_files
 from kroneckerbert.conversion import compress
 from kroneckerbert.data import Table, TextDataset, label_targets
-from kroneckerbert.distillation import DistillationTrainer
-from kroneckerbert.files import replace_folder, writable_folder
+from kroneckerbert.distillation import DistillationTrainer, resuming
+from kroneckerbert.files import replace_folder, replacing_files, writable_folder
 from kroneckerbert.heads import with_head_of
 from kroneckerbert.modeling_kroneckerbert import max_tokens
 from kroneckerbert.recipe import Latency, Recipe, Stage, Stage1, load, select
@@ -387,7 +387,11 @@ class _Run:
         return TextDataset(self.tokenizer, rows.texts, rows.texts_b, labels, max_length)
 
     def _train(self, trainer: Trainer, folder: Path) -> None:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(Path(trainer.args.output_dir)))
+        last = _last_checkpoint(Path(trainer.args.output_dir))
+        if last and self.is_main and not isinstance(trainer, DistillationTrainer):  # it does itself
+            processes = trainer.args.world_size
+            resuming.check(Path(last), range(processes), processes)
+        trainer.train(resume_from_checkpoint=last)
         trainer.save_model(str(folder))  # by all processes: the parameters may be sharded
         if self.is_main:
             (folder / "training_args.bin").unlink(missing_ok=True)  # names this machine's folders
@@ -589,7 +593,7 @@ def _without_weights(source: str | Path) -> PreTrainedModel:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_file(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager

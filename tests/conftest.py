@@ -1,5 +1,7 @@
 """Shared by every test: NaN in fresh memory, and one place that draws operands."""
 
+import os
+
 import pytest
 import torch
 
@@ -22,6 +24,12 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_loss_of_power(monkeypatch):
+    """What tests write need not outlive the machine, and waiting for a busy disk takes seconds."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,27 @@
 """Saving that an interruption cannot harm; loading that helps those without the package."""
 
+import hashlib
+import itertools
+import multiprocessing
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors import safe_open
+from test_files import steps_until_it_survives
 from transformers import AutoModel, BertConfig, BertModel
+from transformers.utils import logging
 
-from kroneckerbert import checkpoints, compress
+from kroneckerbert import checkpoints, compress, modeling_kroneckerbert
+from kroneckerbert.files import finish
 
 CONFIG = BertConfig(
     vocab_size=64,
@@ -118,9 +128,148 @@ def test_a_killed_save_leaves_the_old_checkpoint_and_the_next_one_cleans_up(stud
     process.wait()
     again = AutoModel.from_pretrained(tmp_path)
     assert all(map(torch.equal, again.parameters(), student.parameters()))
-    assert (tmp_path / ".partial").exists()
+    assert (tmp_path / ".kroneckerbert-partial").exists()
     again.save_pretrained(tmp_path)
-    assert not (tmp_path / ".partial").exists()
+    assert not (tmp_path / ".kroneckerbert-partial").exists()
+
+
+def model_in(folder) -> tuple[str, str | None]:
+    """What tells the models in a folder apart: a digest of the weights, and their config."""
+    model = AutoModel.from_pretrained(folder)
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().numpy().tobytes())
+    return digest.hexdigest(), model.config.problem_type
+
+
+def test_a_save_killed_at_any_step_leaves_the_old_model_or_the_new_one_or_says_so(
+    student, tmp_path
+):
+    """The weights of one and the config of the other would load as well: sizes are equal."""
+    other = compress(BertModel(CONFIG).eval())
+    other.config.problem_type = "regression"
+    student.save_pretrained(tmp_path / "old", max_shard_size="8KB")
+    other.save_pretrained(tmp_path / "new", max_shard_size="12KB")
+    models = [model_in(tmp_path / name) for name in ("old", "new")]
+    folder = tmp_path / "model"
+
+    def start():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", folder)
+
+    start()
+    seen, before = [], {f.name: f.read_bytes() for f in folder.iterdir()}
+    for _ in steps_until_it_survives(lambda: other.save_pretrained(folder, max_shard_size="12KB")):
+        now = {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
+        if now == before and (folder / ".kroneckerbert-partial").exists():
+            start()
+            continue  # as before: nothing but the hidden folder has changed
+        try:
+            seen.append(models.index(model_in(folder)))
+        except OSError as error:
+            assert "kroneckerbert.files.finish(" in str(error)
+            seen.append("says so")
+            finish(folder)
+            assert model_in(folder) == models[1]
+        start()
+    assert model_in(folder) == models[1]
+    assert list(dict.fromkeys(seen)) == [0, "says so", 1]
+
+
+@pytest.mark.slow
+def test_a_save_killed_at_a_random_time_leaves_one_model_or_says_so(student, tmp_path):
+    other = compress(BertModel(CONFIG).eval())
+    other.config.problem_type = "regression"
+    for model, name in ((student, "old"), (student, "model"), (other, "new")):
+        model.save_pretrained(tmp_path / name)
+    models = [model_in(tmp_path / name) for name in ("old", "new")]
+    folder = tmp_path / "model"
+
+    def save_for_ever():
+        for model, size in itertools.cycle(itertools.product((student, other), ("8KB", "1GB"))):
+            model.save_pretrained(folder, max_shard_size=size)
+
+    generator = random.Random(0)
+    logging.disable_progress_bar()  # whose lock a killed child would keep
+    for _ in range(20):
+        process = multiprocessing.get_context("fork").Process(target=save_for_ever)
+        process.start()
+        time.sleep(generator.uniform(0.1, 0.5))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        try:
+            found = model_in(folder)
+        except OSError as error:
+            assert "kroneckerbert.files.finish(" in str(error)
+            finish(folder)
+            found = model_in(folder)
+        assert found in models
+    logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("how", [{}, {"max_shard_size": "12KB"}, {"variant": "fp16"}])
+def test_a_save_removes_nothing_but_its_own_variants_weights(student, tmp_path, how):
+    others = {
+        "model_ema.safetensors",
+        "model-best.safetensors",
+        "model.bf16.safetensors",
+        "model.bf16-00001-of-00002.safetensors",
+        "model.safetensors.index.bf16.json",
+        "model.safetensors.bak",
+        ".partial",
+    }
+    others |= {"model.safetensors"} if how.get("variant") else {"model.fp16.safetensors"}
+    for name in others:
+        (tmp_path / name).mkdir() if name == ".partial" else (tmp_path / name).write_text("mine")
+    (tmp_path / ".partial" / "notes").write_text("mine")
+    for _ in range(2):
+        student.save_pretrained(tmp_path, **how)
+        for name in others - {".partial"}:
+            assert (tmp_path / name).read_text() == "mine", name
+        assert (tmp_path / ".partial" / "notes").read_text() == "mine"
+
+
+def test_shards_of_a_variant_take_the_place_of_its_single_file_and_back(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    base = (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        student.embeddings.word_embeddings.a.mul_(2)
+    for size in ("1GB", "12KB", "8KB", "1GB"):
+        student.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+        again = AutoModel.from_pretrained(tmp_path, variant="fp16")
+        assert all(map(torch.equal, again.parameters(), student.parameters()))
+        assert (tmp_path / "model.safetensors").read_bytes() == base
+    assert {f.name for f in tmp_path.glob("*.fp16*")} == {"model.fp16.safetensors"}
+
+
+@pytest.mark.parametrize("damage", [lambda t: t[: len(t) // 2], lambda t: t.replace(":", "?")])
+def test_a_damaged_index_of_shards_is_named(student, tmp_path, damage):
+    student.save_pretrained(tmp_path, max_shard_size="12KB")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(damage(index.read_text()))
+    with pytest.raises(OSError, match=r"the index of the weights of .* damaged"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_the_third_argument_is_the_state_as_in_the_stock_method(student, tmp_path):
+    state = {name: tensor + 1 for name, tensor in student.state_dict().items()}
+    student.save_pretrained(tmp_path, True, dict(state))
+    again = AutoModel.from_pretrained(tmp_path)
+    assert all(map(torch.equal, again.state_dict().values(), state.values()))
+
+
+def test_the_loader_is_uploaded_with_the_model(student, tmp_path, monkeypatch):
+    hub = Mock()
+    monkeypatch.setattr(modeling_kroneckerbert, "HfApi", lambda: hub)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    student.save_pretrained(tmp_path / "out", push_to_hub=True, private=True, token="t")
+    hub.create_repo.assert_called_once_with("out", exist_ok=True, token="t", private=True)
+    told = hub.upload_folder.call_args.kwargs
+    names = ["config.json", "load_kroneckerbert.py", "model.safetensors"]
+    assert sorted(told["allow_patterns"]) == names
+    assert told["folder_path"] == tmp_path / "out" and AutoModel.from_pretrained(tmp_path / "out")
 
 
 def test_other_files_stay_and_old_shards_go(student, tmp_path):

@@ -4,9 +4,11 @@ import copy
 import importlib
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ pytest.importorskip("transformers.exporters", reason="pip install -U 'transforme
 
 from kroneckerbert import deploy
 from kroneckerbert.deploy import export, load_exported
-from kroneckerbert.files import replace_folder
+from kroneckerbert.files import CHECKSUMS, replace_folder
 
 SIZES = {
     "vocab_size": 64,
@@ -66,6 +68,32 @@ def assert_near(actual, expected, roundings=2**10) -> None:
         assert error <= roundings, f"{name}: {error:.0f} roundings"
 
 
+def assert_damage_is_found(folder) -> None:
+    """A flipped bit, a cut and a missing file, of each; then again as exports without checksums."""
+    files = [file for file in folder.iterdir() if file.name not in (".kroneckerbert", CHECKSUMS)]
+    assert {"config.json", "export.json"} < {file.name for file in files}
+    for file in files:
+        whole, half = file.read_bytes(), file.stat().st_size // 2
+        for damage in (whole[:half], whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]):
+            file.write_bytes(damage)
+            with pytest.raises(OSError, match=rf"{file} is damaged: .*export again"):
+                load_exported(folder)
+        file.unlink()
+        with pytest.raises(OSError, match=rf"{file} is missing.*export again"):
+            load_exported(folder)
+        file.write_bytes(whole)
+    load_exported(folder)
+    (folder / CHECKSUMS).unlink()
+    load_exported(folder)
+    for file in files:
+        if not file.name.startswith(("tokenizer", "special")):
+            whole = file.read_bytes()
+            file.write_bytes(whole[: len(whole) // 2])
+            with pytest.raises(OSError, match=rf"{folder}.* cannot be read .*export again"):
+                load_exported(folder)
+            file.write_bytes(whole)
+
+
 @pytest.fixture(scope="module")
 def onnx_folder(tmp_path_factory):
     """An ONNX masked language model, its export's result and the model."""
@@ -100,6 +128,11 @@ def test_onnx_computes_the_same(onnx_folder):
     assert len(lines) == 3
     assert lines[0] == f"{folder}: onnx, {result.bytes / 1e6:.2f} MB"
     assert "2x16, 1x8, 3x16" in lines[1] and lines[2].startswith("  logits: at most ")
+
+
+def test_damaged_files_of_an_export_are_named(onnx_folder, tmp_path):
+    """A runtime loads weights with a flipped bit without a word."""
+    assert_damage_is_found(Path(shutil.copytree(onnx_folder[0], tmp_path / "copy")))
 
 
 def test_onnx_runs_without_this_project(onnx_folder):
@@ -209,6 +242,7 @@ def test_a_static_export_takes_its_sample_only(tmp_path):
     assert result.shapes == [(2, 6)]
     with pytest.raises((RuntimeError, AssertionError)):
         load_exported(tmp_path / "pt2")(**batch(2, 7))
+    assert_damage_is_found(tmp_path / "pt2")
 
 
 def test_openvino(tmp_path):
@@ -219,6 +253,7 @@ def test_openvino(tmp_path):
     x = batch(5, 31)
     with torch.inference_mode():
         assert_near(load_exported(tmp_path / "ov")(**x), model(**x))
+    assert_damage_is_found(tmp_path / "ov")
 
 
 @pytest.mark.slow

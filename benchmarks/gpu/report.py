@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from benchmarks.gpu import tune
 from benchmarks.gpu.contenders import OURS
 from benchmarks.gpu.jobs import FAILED, NOT_DONE, PASSED
 from kron_kernels import dispatch
+from kron_kernels.files import write_file
 
 SECTIONS = ("environment", "correctness", "timing", "tuning")
 NEVER = [
@@ -38,15 +38,8 @@ def write_report(out: Path, results: list[dict[str, Any]], sections: Sequence[st
         "not_done": not_done(results) + gaps + NEVER,
         "results": results,
     }
-    write(out / "report.json", json.dumps(report, indent=1) + "\n")
-    write(out / "report.md", markdown(report))
-
-
-def write(path: Path, text: str) -> None:
-    """At once, or not at all."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text)
-    os.replace(aside, path)
+    write_file(out / "report.json", json.dumps(report, indent=1) + "\n")
+    write_file(out / "report.md", markdown(report))
 
 
 def not_done(results: list[dict[str, Any]]) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from kron_kernels.files import write_file
 from kron_kernels.shapes import KronShape
 
 TUNED = Path(__file__).parent / "tuned"
@@ -290,9 +291,7 @@ def save(device: str, tiles: dict[str, Tile]) -> Path:
     """Write a device's table; a killed process leaves the old one or the new one."""
     TUNED.mkdir(parents=True, exist_ok=True)
     path = TUNED / f"{device.replace(' ', '-')}.json"
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps({k: asdict(v) for k, v in tiles.items()}, indent=1) + "\n")
-    aside.replace(path)
+    write_file(path, json.dumps({k: asdict(v) for k, v in tiles.items()}, indent=1) + "\n")
     _table.cache_clear()
     return path
 

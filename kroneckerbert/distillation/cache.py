@@ -67,7 +67,7 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, device: torch.device):
-        about = json.loads((folder / "about.json").read_text())
+        about = _about(folder)
         self.device = device
         self.shapes: dict[str, list] = about["shapes"]
         self.lengths = torch.tensor(about["lengths"])
@@ -77,10 +77,8 @@ class TeacherCache:
         for name, size in sizes.items():
             self.starts[name][order] = size[order].cumsum(0) - size[order]
         self.files = {
-            name: torch.from_file(
-                str(folder / f"{name}.bin"),
-                size=int(size.sum()),
-                dtype=torch.int32 if name == _IDS else _DTYPE,
+            name: _mapped(
+                folder / f"{name}.bin", int(size.sum()), torch.int32 if name == _IDS else _DTYPE
             )
             for name, size in sizes.items()
         }
@@ -183,11 +181,12 @@ def fits(folder: Path, about: dict, wanted: Mapping[str, bool]) -> bool:
 
     Raises:
         ValueError: If it holds others.
+        OSError: If its description is damaged.
     """
     path = folder / "about.json"
     if not path.exists():
         return False
-    stored = json.loads(path.read_text())
+    stored = _about(folder)
     differing = [name for name, value in about.items() if stored.get(name) != value]
     outputs = {name.removeprefix("output_") for name, asked in wanted.items() if asked}
     if differing or (differing := sorted(outputs - set(stored["shapes"]))):
@@ -231,6 +230,29 @@ def captured(output: ModelOutput) -> dict[str, Tensor]:
         if output.get(name):
             kept[name] = torch.stack(output[name], 1)
     return kept
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    path = folder / "about.json"
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
+    """A file of so many numbers; of another length, reading it would end in a bus error."""
+    found = path.stat().st_size if path.exists() else 0
+    if found != size * dtype.itemsize:
+        raise _damaged(path, f"it has {found} bytes, not {size * dtype.itemsize}")
+    return torch.from_file(str(path), size=size, dtype=dtype)
+
+
+def _damaged(path: Path, why: str) -> OSError:
+    return OSError(
+        f"{path}, of the cached teacher's outputs, is missing or damaged: {why}. To resolve: "
+        f"delete {path.parent}, which the next training computes anew."
+    )
 
 
 def _shape(name: str, value: Tensor) -> list[int | None]:

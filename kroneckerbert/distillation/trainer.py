@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,18 +17,19 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import ModelOutput
 from transformers.utils.generic import find_labels
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from kroneckerbert.data import by_length
-from kroneckerbert.distillation import cache
+from kroneckerbert.distillation import cache, resuming
 from kroneckerbert.distillation.clock import Deadline, TimeBar
 from kroneckerbert.distillation.config import DistillationConfig
 from kroneckerbert.distillation.pairing import DETECTOR, check_pair
 from kroneckerbert.distillation.scores import attention_scores
 from kroneckerbert.distillation.terms import TERMS, distillation_terms
+from kroneckerbert.files import put_in_place, write_checksums
 
 # Heads with a label for each token: their loss is computed here, where a batch's share of all
 # labels is known and a batch without any is no division by zero.
@@ -96,6 +97,8 @@ class DistillationTrainer(Trainer):
         self._first_batch = True
         self._cache: cache.TeacherCache | None = None
         self._saving = False
+        self._settings: dict[str, Any] = {}
+        self._run, self._from = 0, None
         self._deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
         if self._deadline:
             self.add_callback(self._deadline)
@@ -103,25 +106,61 @@ class DistillationTrainer(Trainer):
                 self.remove_callback(ProgressCallback)
                 self.add_callback(TimeBar(self._deadline))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """Train, from the beginning or from a checkpoint.
 
         Args:
             resume_from_checkpoint: A checkpoint's folder; or True for the last in ``output_dir``,
-                where there is one: a run that is started again goes on, a new one begins.
-            **kwargs: As of ``Trainer.train``.
+                where there is one: a run that is started again goes on, a new one begins. True
+                looks at checkpoints of a run with the present settings only: rates, seeds, terms,
+                steps or epochs, rows of data and of a step.
+            trial: As of ``Trainer.train``.
+            ignore_keys_for_eval: As of ``Trainer.train``.
 
         Raises:
-            ValueError: If loss or parameters stop being finite.
+            OSError: If a file of the checkpoint is missing or damaged, with the last one that is
+                whole.
+            ValueError: If loss or parameters stop being finite, or all checkpoints in
+                ``output_dir`` are of runs with other settings.
         """
-        if resume_from_checkpoint is True:
-            folder = self.args.output_dir
-            resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        self._begin(resume_from_checkpoint)
         self.cache_teacher()
         with nullcontext() if self.args.student_dropout else _without_dropout(self.model):
-            output = super().train(resume_from_checkpoint, **kwargs)
+            output = super().train(self._from, trial, ignore_keys_for_eval)
         self._check_parameters()
         return output
+
+    def _begin(self, wanted: str | bool | None) -> None:
+        """Decide on run and checkpoint, in one process for all."""
+        args, rows = self.args, self.train_dataset
+        self._settings = resuming.settings(
+            args.to_dict(),
+            rows_of_data=len(rows) if isinstance(rows, cache.Rows) else None,
+            rows_of_a_step=args.train_batch_size
+            * args.gradient_accumulation_steps
+            * args.world_size,
+        )
+        found: list = [None, None]
+        if args.process_index == 0:
+            ranks = [0] if args.save_on_each_node else range(args.world_size)
+            try:
+                found = [
+                    *resuming.start(
+                        wanted, Path(args.output_dir), self._settings, ranks, args.world_size
+                    )
+                ]
+            except (OSError, ValueError) as error:
+                found = [error, None]
+        if args.world_size > 1:
+            broadcast_object_list(found)
+        self._from, self._run = found
+        if isinstance(self._from, Exception):
+            raise self._from
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -274,9 +313,18 @@ class DistillationTrainer(Trainer):
         logits = tuple(value for key, value in outputs.items() if key not in ignored)
         return loss, _alone(logits), _alone(labels)
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         self._eval_means = _TermMeans()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         for name, mean in self._eval_means.take(self.accelerator).items():
             output.metrics[f"{metric_key_prefix}_loss_{name}"] = mean
         return output
@@ -291,7 +339,7 @@ class DistillationTrainer(Trainer):
 
     def _get_output_dir(self, trial: object) -> str:
         folder = Path(super()._get_output_dir(trial))
-        return str(folder / ".unfinished" if self._saving else folder)
+        return str(folder / resuming.UNFINISHED if self._saving else folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """As Trainer's, but a checkpoint takes its name, at once, when all of it is written."""
@@ -312,17 +360,17 @@ class DistillationTrainer(Trainer):
                 is_kept = whole.exists() or best == self.state.global_step
                 self.state.best_model_checkpoint = str(whole) if is_kept else before
             if self.args.should_save:
-                self.state.save_to_json(str(unfinished / name / "trainer_state.json"))
-                if (folder / name).exists():  # written by a run that went on from before it
-                    rmtree(folder / name)
-                (unfinished / name).rename(folder / name)
+                self.state.save_to_json(str(unfinished / name / resuming.STATE))
+                write_checksums(unfinished / name, run=self._run, settings=self._settings)
+                # One of this name is of a run that went on from before it, or of an older one.
+                put_in_place(unfinished / name, folder / name, unfinished / "replaced")
                 unfinished.rmdir()
                 # By time: a folder may hold later steps of an earlier run.
                 kept = self.args.save_total_limit, self.state.best_model_checkpoint
                 rotate_checkpoints(str(folder), *kept, use_mtime=True)
         except (OSError, RuntimeError, SafetensorError) as error:  # as each library tells it
             rmtree(unfinished, ignore_errors=True)
-            last = get_last_checkpoint(str(folder))
+            last = self._last(folder)
             raise OSError(
                 f"checkpoint {self.state.global_step} could not be saved ({error}). "
                 f"{f'{last} is whole' if last else 'There is none before it'}: make room and "
@@ -333,6 +381,10 @@ class DistillationTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
+
+    def _last(self, folder: Path) -> Path | str | None:
+        """This run's last checkpoint, or that which it began from."""
+        return resuming.last_of(folder, self._run) or self._from
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._saving:  # uploads go on behind, and the folder is about to be renamed
@@ -451,8 +503,7 @@ class DistillationTrainer(Trainer):
             self._stop(f"{bad[0]} is not finite after step {self.state.global_step}")
 
     def _stop(self, what: str) -> None:
-        folder = self.args.output_dir
-        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        last = self._last(Path(self.args.output_dir))
         raise ValueError(
             f"the training diverged: {what}. Lower the learning rate, now "
             f"{self.args.learning_rate:g}, or train in float32 or bfloat16. "
