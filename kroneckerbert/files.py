@@ -186,10 +186,18 @@ def is_between(folder: str | os.PathLike) -> bool:
 
 
 def _plan(folder: Path) -> dict[str, list[str]] | None:
+    path = folder / _WHOLE / _PLAN
     try:
-        return json.loads((folder / _WHOLE / _PLAN).read_text())
+        plan = json.loads(path.read_text())
+        names = [*plan["remove"], *plan["move"]]
+        # The folder may have come from elsewhere: nothing outside it is removed or replaced.
+        if any(Path(name).name != name or name == ".." for name in names):
+            raise ValueError(f"it names {names}, which are not all files of the folder")
     except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{path} is damaged ({error}); remove {path.parent}") from error
+    return plan
 
 
 def write_checksums(folder: Path, **about: Any) -> None:

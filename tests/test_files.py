@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 
+import kroneckerbert.files
 from kron_kernels.files import write_file
 from kron_kernels.plan import Plan
 from kroneckerbert.checkpoints import weights_last
@@ -422,3 +423,25 @@ def test_any_flipped_bit_any_cut_and_any_missing_file_is_found(tmp_path):
         path.write_bytes(whole)
     (tmp_path / "README.md").touch()
     assert damaged(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        '{"remove": ["../precious"], "move": []}',
+        '{"remove": [], "move": ["/precious"]}',
+        '{"remove": [".."], "move": []}',
+        '{"remove": [7], "move": []}',
+        '{"remove": []}',
+        "[]",
+        "{",
+    ],
+)
+def test_a_folder_from_elsewhere_removes_nothing_outside_it(tmp_path, plan):
+    (tmp_path / "precious").touch()
+    waiting = tmp_path / "model" / kroneckerbert.files._WHOLE
+    waiting.mkdir(parents=True)
+    (waiting / kroneckerbert.files._PLAN).write_text(plan)
+    with pytest.raises(OSError, match="is damaged"):
+        finish(tmp_path / "model")
+    assert (tmp_path / "precious").exists()
