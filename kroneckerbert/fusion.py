@@ -236,7 +236,7 @@ class _Layer(_Fused):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self
         if _as_followed(self):
-            block = _block_of(self.intermediate, self.output)
+            block = _block_of(self._modules.get("intermediate"), self._modules.get("output"))
             if block is not None:
                 module = _StandIn(self, intermediate=lambda x: x, output=block)
         return type(self).stock.forward(module, *args, **kwargs)
@@ -257,7 +257,7 @@ class _Block(_Fused):
         return False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        up, act, down = (getattr(self, name) for name in self.parts)
+        up, act, down = map(self._modules.get, self.parts)
         activation = _fused_activation(up, act, down)
         if activation is None or not _as_followed(self) or "ff_chunk" in self.__dict__:
             return super().forward(hidden_states)
@@ -266,19 +266,22 @@ class _Block(_Fused):
 
 # Of a half's forward which half it is, where it is the usual one. By the function, since a half may
 # be replaced by another of its class, and a class be patched.
-_halves: dict[Callable, str] = {}
+_halves: dict[Callable | None, str] = {}
 
 
 def _block_of(intermediate: Any, output: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
     """Both halves in one, if that is the same."""
     if not (
-        _halves.get(type(intermediate).forward) == "intermediate"
-        and _halves.get(type(output).forward) == "output"
+        _halves.get(getattr(type(intermediate), "forward", None)) == "intermediate"
+        and _halves.get(getattr(type(output), "forward", None)) == "output"
         and unobserved(intermediate)
         and unobserved(output)
     ):
         return None
-    up, act, down = intermediate.dense, intermediate.intermediate_act_fn, output.dense
+    # Not as attributes: children are found in Python, which takes longer than all else here.
+    up: Any = intermediate._modules.get("dense")
+    act = intermediate._modules.get("intermediate_act_fn")
+    down: Any = output._modules.get("dense")
     activation = _fused_activation(up, act, down)
     if activation is None:
         return None
@@ -291,7 +294,7 @@ def _block_of(intermediate: Any, output: Any) -> Callable[[Tensor, Tensor], Tens
     return block
 
 
-def _fused_activation(up: nn.Module, act: nn.Module, down: nn.Module) -> Activation | None:
+def _fused_activation(up: Any, act: Any, down: Any) -> Activation | None:
     """The activation's name if the three can be computed in one, else None."""
     if not (readable(up) and readable(down) and up.backend == down.backend):
         return None
@@ -312,8 +315,8 @@ def _does_nothing(dropout: nn.Module) -> bool:
 
 def _feed_forward(
     x: Tensor,
-    up: KroneckerLinear,
-    down: KroneckerLinear,
+    up: Any,
+    down: Any,
     activation: Activation,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -377,13 +380,13 @@ def _calls_one_after_the_other(layer: nn.Module) -> bool:
 
     Found by a call of its forward with signs in place of tensors.
     """
-    attended, hidden = ("attended",), ("hidden",)
+    hidden = ("hidden",)
     given: list[Any] = []
 
     def other(*args: Any, **kwargs: Any) -> tuple:
         if any(value is hidden for value in (*args, *kwargs.values())):
             raise ValueError
-        return attended, ()  # an attention's output, and its weights or nothing
+        return ("attended",), ()  # an attention's output, and its weights or nothing
 
     def intermediate(x: Any) -> tuple:
         given.append(x)
@@ -411,4 +414,4 @@ def _calls_one_after_the_other(layer: nn.Module) -> bool:
     results = result if isinstance(result, tuple) else (result,)
     if len(given) != 3 or any(value is hidden for value in results):
         return False
-    return given[1] is hidden and given[0] is given[2] is attended
+    return given[1] is hidden and given[0] is given[2]
