@@ -354,6 +354,9 @@ class _StandIn:
             return value.__func__.__get__(self)
         return value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("what a forward keeps must be kept by its module")
+
 
 def _expression(module: nn.Module, *inputs: tuple) -> Any:
     """What a module's forward makes of its inputs, or None if that cannot be told.
