@@ -149,8 +149,8 @@ class _Attention(_Fused):
             y = super().forward(*args, **kwargs)
         finally:
             _calls.ahead = outer
-        # Cross-attention, or it was used otherwise: what was computed ahead would be in vain.
-        self.shares_input = not ahead.ready
+        if ahead.ready:  # in vain, as in a cross-attention
+            self.shares_input = False
         return y
 
 
@@ -350,9 +350,11 @@ class _StandIn:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
-        if isinstance(value, MethodType) and name not in self._module.__dict__:
-            return value.__func__.__get__(self)
-        return value
+        is_own = isinstance(value, MethodType) and value.__self__ is self._module
+        # One set on the module itself means the module itself.
+        return (
+            value.__func__.__get__(self) if is_own and name not in self._module.__dict__ else value
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError("what a forward keeps must be kept by its module")

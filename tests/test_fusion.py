@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 import watching
+from accelerate import cpu_offload
 from test_architectures import CONFIGS, ENCODER, batch, each_architecture, outputs, teacher
 from torch import nn
 from torch.nn import functional as F
@@ -238,6 +239,29 @@ def test_a_class_that_is_patched_is_asked(layer, calls, monkeypatch):
                     torch.testing.assert_close(result(layer, x), layer.output(h, y))
                 else:
                     torch.testing.assert_close(result(layer, x), expected(layer, x))
+
+
+def test_parameters_that_accelerate_fetches_for_each_call(layer):
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        want = result(layer, x)
+        cpu_offload(layer, execution_device=torch.device("cpu"))
+        assert layer.output.dense.a.is_meta
+        torch.testing.assert_close(result(layer, x), want)
+
+
+def test_a_compiler_sees_the_fused_block(layer):
+    x, targets = torch.randn(2, 5, 32), []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        y = torch.compile(result, fullgraph=True, backend=backend)(layer, x)
+        torch.testing.assert_close(y, expected(layer, x))
+    assert "kron_kernels.kron_feed_forward.default" in targets
 
 
 def test_a_dropout_that_drops_in_evaluation_is_asked(layer):
