@@ -13,8 +13,8 @@ def unobserved(module: nn.Module) -> bool:
     its own (accelerate moves parameters by one, other tools replace the computation) or was
     compiled by ``module.compile()``. ``nn.utils.prune`` and ``weight_norm`` are hooks.
 
-    It asks what ``nn.Module.__call__`` asks, in 0.4 µs. Whether the class is one whose forward the
-    caller knows is for the caller to say.
+    It asks what ``nn.Module.__call__`` asks. Whether the class is one whose forward the caller
+    knows is for the caller to say.
     """
     own = module.__dict__
     return not (
