@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel
 
-from kron_kernels import KroneckerLinear, kron_feed_forward
+from kron_kernels import KroneckerLinear
 from kron_kernels.timing import interleaved
-from kroneckerbert import compress, fusion
+from kroneckerbert import compress
 from kroneckerbert.distillation import TERMS, attention_scores, distillation_terms
 
 RESULTS = Path(__file__).parent / "results/distillation_speed.json"
@@ -41,31 +40,21 @@ def eager(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-@contextmanager
-def feed_forward_by(backend: str):
-    """Blocks choose for themselves: their call has no module with a backend."""
-    fusion.kron_feed_forward = partial(kron_feed_forward, backend=backend)
-    try:
-        yield
-    finally:
-        fusion.kron_feed_forward = kron_feed_forward
-
-
 def run(seconds: float) -> dict:
     teacher = AutoModel.from_pretrained(get_model_path()).eval()
-    students = {"dense": (copy.deepcopy(teacher), "auto")}
+    students = {"dense": copy.deepcopy(teacher)}
     for preset in ("kronecker-bert-8", "kronecker-bert-21"):
         student = compress(teacher, preset)
-        students[preset] = student, "auto"
-        students[f"{preset}, eager"] = eager(copy.deepcopy(student)), "eager"
+        students[preset] = student
+        students[f"{preset}, eager"] = eager(copy.deepcopy(student))
     rows = []
     for batch, tokens in BATCHES:
         inputs = {"input_ids": torch.randint(1000, 30000, (batch, tokens))}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         calls = {"teacher's forward": partial(forward, teacher, inputs)}
         target = forward(teacher, inputs)
-        for name, (student, backend) in students.items():
-            calls[name] = partial(forward_and_backward, student, backend, inputs, target)
+        for name, student in students.items():
+            calls[name] = partial(forward_and_backward, student, inputs, target)
         losses = {name: float(calls[name]()) for name in students if name != "dense"}
         for preset in ("kronecker-bert-8", "kronecker-bert-21"):  # the same before it is timed
             assert abs(losses[preset] / losses[f"{preset}, eager"] - 1) < 1e-4, losses
@@ -84,9 +73,9 @@ def forward(model: torch.nn.Module, inputs: dict):
         return model(**inputs, output_hidden_states=True, output_attentions=True)
 
 
-def forward_and_backward(student, backend: str, inputs: dict, target) -> torch.Tensor:
+def forward_and_backward(student, inputs: dict, target) -> torch.Tensor:
     student.zero_grad()
-    with feed_forward_by(backend), attention_scores(student):
+    with attention_scores(student):
         output = student(**inputs, output_hidden_states=True, output_attentions=True)
         terms = distillation_terms(output, target, inputs["attention_mask"], WEIGHTS)
         loss = sum(terms.values())

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from rich.table import Table
@@ -20,10 +19,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging
 
 from benchmarks import machine
-from kron_kernels import kron_feed_forward
 from kron_kernels.testing import assert_close
 from kron_kernels.timing import interleaved
-from kroneckerbert import KroneckerBertConfig, KroneckerBertForSequenceClassification, fusion
+from kroneckerbert import KroneckerBertConfig, KroneckerBertForSequenceClassification
 
 DENSE = "dense eager"
 PRESETS = {"8x": "kronecker-bert-8", "21x": "kronecker-bert-21"}
@@ -49,18 +47,7 @@ def by_pytorch(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "backend"):
             module.backend = "eager"
-    forward = model.forward
-
-    def eager_forward(*args, **kwargs):
-        # A fused block chooses for itself: its call has no module with a backend.
-        with patch.object(fusion, "kron_feed_forward", eager_feed_forward):
-            return forward(*args, **kwargs)
-
-    model.forward = eager_forward
     return model
-
-
-eager_feed_forward = partial(kron_feed_forward, backend="eager")
 
 
 def batch_of(batch: int, tokens: int) -> dict[str, torch.Tensor]:

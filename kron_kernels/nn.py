@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from kron_kernels.backends import eager
+from kron_kernels.calls import unobserved
 from kron_kernels.checks import Activation
 from kron_kernels.decompose import dense_weight, nearest_kronecker, nearest_kronecker_sum
 from kron_kernels.dispatch import Backend
@@ -140,6 +142,21 @@ class KroneckerLinear(nn.Module):
         )
 
 
+_linear_forward = KroneckerLinear.forward
+
+
+def readable(layer: nn.Module) -> TypeGuard[KroneckerLinear]:
+    """Whether a layer's factors may be read in place of a call of it.
+
+    A subclass may compute something else, and so may the class itself if it was patched.
+    """
+    return (
+        type(layer) is KroneckerLinear
+        and KroneckerLinear.forward is _linear_forward
+        and unobserved(layer)
+    )
+
+
 class KroneckerSum(nn.Module):
     """``y = x (Σ_p W_p)ᵀ + bias``, W_p the weight of a ``KroneckerLinear`` of its own shape.
 
@@ -249,9 +266,18 @@ class KroneckerSum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x (…, in_features)`` to ``y (…, out_features)``."""
         # Each part adds the sum of those before it. A compiled kernel does so while it holds y, the
-        # two GEMMs of a low-rank part in a pass of its own: those come first.
-        *first, last = sorted(self.parts, key=lambda part: not part.shape.is_low_rank)
-        y = None
+        # two GEMMs of a low-rank part in a pass of its own: those come first, and before them the
+        # parts that must be called.
+        read: list[KroneckerLinear] = []
+        y: Any = None
+        for part in self.parts:
+            if readable(part) and part.bias is None:
+                read.append(part)
+            else:
+                y = part(x) if y is None else y + part(x)
+        if not read:
+            return y if self.bias is None else y + self.bias
+        *first, last = sorted(read, key=lambda part: not part.shape.is_low_rank)
         for part in first:
             y = kron_matmul(x, part.a, part.b, residual=y, backend=part.backend)
         return kron_matmul(x, last.a, last.b, bias=self.bias, residual=y, backend=last.backend)
@@ -266,14 +292,18 @@ class KroneckerSum(nn.Module):
 class KroneckerFeedForward(nn.Module):
     """``down(act(up(x)))`` without storing the hidden vector, see ``kron_feed_forward``.
 
+    The layers are computed one by one if they ask for different backends, and called if one has a
+    hook or is no longer a plain ``KroneckerLinear``, as with adapters.
+
     Args:
         up: From the model's width to the hidden one.
         down: And back; its ``in_features`` are up's ``out_features``.
         activation: Between the two, as for ``kron_matmul``.
-        backend: Passed to ``kron_feed_forward``.
+        backend: Passed to ``kron_feed_forward``. A layer whose own backend is not ``"auto"`` keeps
+            it, and so does a layer that is called.
 
     Raises:
-        ValueError: If the layers do not fit one another.
+        ValueError: If the layers do not fit one another, or there is no such activation.
     """
 
     def __init__(
@@ -285,6 +315,11 @@ class KroneckerFeedForward(nn.Module):
         backend: Backend = "auto",
     ):
         super().__init__()
+        known = get_args(Activation)
+        if activation not in (None, *known):
+            raise ValueError(
+                f"activation must be None or one of {', '.join(known)}, got {activation!r}."
+            )
         if up.out_features != down.in_features:
             raise ValueError(
                 f"down takes {down.in_features} features, but up gives {up.out_features}; "
@@ -294,13 +329,31 @@ class KroneckerFeedForward(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x (…, up.in_features)`` and y's residual to ``y (…, down.out_features)``."""
+        up, down = self.up, self.down
+        if not (readable(up) and readable(down)):
+            y = down(eager.epilogue(up(x), self.activation, None))
+            if residual is not None and residual.shape != y.shape:
+                raise ValueError(
+                    f"residual must have y's shape {tuple(y.shape)}, got {tuple(residual.shape)}."
+                )
+            return eager.epilogue(y, None, residual)
+        first, second = (
+            self.backend if layer.backend == "auto" else layer.backend for layer in (up, down)
+        )
+        if first != second:
+            hidden = kron_matmul(
+                x, up.a, up.b, bias=up.bias, activation=self.activation, backend=first
+            )
+            return kron_matmul(
+                hidden, down.a, down.b, bias=down.bias, residual=residual, backend=second
+            )
         return kron_feed_forward(
             x,
-            (self.up.a, self.up.b, self.up.bias),
-            (self.down.a, self.down.b, self.down.bias),
+            (up.a, up.b, up.bias),
+            (down.a, down.b, down.bias),
             activation=self.activation,
             residual=residual,
-            backend=self.backend,
+            backend=first,
         )
 
     def extra_repr(self) -> str:

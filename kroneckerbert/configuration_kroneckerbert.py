@@ -136,6 +136,13 @@ class KroneckerConfig(_Base):
         }
         self.kronecker_shapes()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made when it is needed, and a new process has none yet.
+        cls = type(self)
+        if _classes.get(cls.dense_class) is not cls:  # a subclass of somebody's own
+            return super().__reduce_ex__(protocol)
+        return _blank, (cls.dense_class,), self.__getstate__()
+
     @property
     def plan(self) -> Plan | None:
         """What was chosen for each layer, why, and what it was measured to cost."""
@@ -333,8 +340,13 @@ def linear_weight(module: Any) -> Tensor:
     return module.weight.mT if isinstance(module, Conv1D) else module.weight
 
 
+_classes: dict[type, type[KroneckerConfig]] = {}  # of dense configurations to ours
+
+
 def kronecker_config(dense_class: type[PreTrainedConfig]) -> type[KroneckerConfig]:
     """The class ``Kronecker<X>Config`` that adds our fields to ``<X>Config``."""
+    if dense_class in _classes:
+        return _classes[dense_class]
     namespace = {
         "__module__": __name__,
         "__doc__": f"``{dense_class.__name__}`` and two fields, see ``KroneckerConfig``.",
@@ -348,7 +360,13 @@ def kronecker_config(dense_class: type[PreTrainedConfig]) -> type[KroneckerConfi
         "dense_class": dense_class,
     }
     name = f"Kronecker{dense_class.__name__}"
-    return strict(type(name, (KroneckerConfig, dense_class), namespace))
+    _classes[dense_class] = strict(type(name, (KroneckerConfig, dense_class), namespace))
+    return _classes[dense_class]
+
+
+def _blank(dense_class: type[PreTrainedConfig]) -> KroneckerConfig:
+    cls = kronecker_config(dense_class)
+    return cls.__new__(cls)
 
 
 def _checked_entry(name: str, entry: Any) -> dict | list[dict] | None:

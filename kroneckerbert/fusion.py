@@ -1,32 +1,45 @@
-"""Feed-forward blocks, and an attention's three products of one input, each in one pass."""
+"""Feed-forward blocks, and an attention's three products of one input, each in one pass.
+
+The module that calls the layers decides at every call, by its present children: adapters may have
+replaced one, and hooks expect to be called. No child knows of another, so that a copy, a replica
+and a block with another block's half are right without more.
+"""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import MethodType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 from kron_kernels import KroneckerLinear, kron_feed_forward, kron_qkv
+from kron_kernels.calls import unobserved
 from kron_kernels.checks import Activation
+from kron_kernels.nn import readable
 
-# What transformers calls by name in hidden_act, as kron_feed_forward knows it.
-_ACTIVATIONS: dict[type, Activation] = {
-    GELUActivation: "gelu",
-    GELUTanh: "gelu_tanh",
-    NewGELUActivation: "gelu_tanh",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    SiLUActivation: "silu",
+# What transformers calls by name in hidden_act, as kron_feed_forward knows it, with the forward
+# that makes it so.
+_ACTIVATIONS: dict[type, tuple[Activation, Callable]] = {
+    GELUActivation: ("gelu", GELUActivation.forward),
+    GELUTanh: ("gelu_tanh", GELUTanh.forward),
+    NewGELUActivation: ("gelu_tanh", NewGELUActivation.forward),
+    nn.ReLU: ("relu", nn.ReLU.forward),
+    nn.SiLU: ("silu", nn.SiLU.forward),
+    SiLUActivation: ("silu", SiLUActivation.forward),
 }
-# Attributes of a block that is one module: its layers and the activation between them.
-_WHOLE_BLOCKS = {
-    "FFN": ("lin1", "activation", "lin2"),  # DistilBERT
-    "GPT2MLP": ("c_fc", "act", "c_proj"),
-}
-# Attributes of a self-attention that reads one input three times. Not DeBERTa's, which projects its
+_dropout_forward = nn.Dropout.forward
+# Children of a block that is one module: its layers and the activation between them.
+_WHOLE_BLOCKS = (
+    ("lin1", "activation", "lin2"),  # DistilBERT
+    ("c_fc", "act", "c_proj"),  # GPT-2
+)
+# Children of a self-attention that reads one input three times. Not DeBERTa's, which projects its
 # relative positions as well.
 _PROJECTIONS = (
     ("query", "key", "value"),
@@ -39,137 +52,371 @@ _PROJECTIONS = (
 def fuse(model: nn.Module) -> None:
     """Let ``kron_kernels.kron_feed_forward`` and ``kron_qkv`` compute a model, in place.
 
-    They decide at every call: adapters may have replaced a layer, and hooks expect to be called.
-    Modules, names and results stay as they are. Gated blocks (ModernBERT, Llama) are not fused.
+    Names of modules and classes, keys and results stay as they are. Left alone are gated blocks
+    (ModernBERT, Llama), and blocks whose forward does not put its parts together as BERT's does.
     """
-    modules: list[Any] = list(model.modules())  # which are told apart by what they have
+    modules: list[Any] = list(model.modules())
     for module in modules:
+        for mixin in (_Attention, _Layer, _Block):
+            stock: Any = type(module)
+            if not issubclass(stock, _Fused) and mixin.prepare(module):
+                module.__class__ = _subclass_of(mixin, stock)
+
+
+class _Fused(nn.Module):
+    """Comes before a class of transformers, whose name the class of both keeps.
+
+    That class is made when it is needed, so pickle is told how.
+    """
+
+    stock: ClassVar[type[nn.Module]]
+    followed: ClassVar[tuple[Callable | None, ...]]  # the stock functions that were looked at
+
+    @staticmethod
+    def prepare(module: Any) -> bool:
+        """Whether it can be fused, and what that needs."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        cls = type(self)
+        if "stock" not in cls.__dict__:  # someone has derived yet another class
+            return super().__reduce_ex__(protocol)
+        return _blank, cls.__bases__, self.__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        cls: Any = type(self)
+        if "stock" in cls.__dict__:  # looked at anew: transformers may be of another version
+            self.__class__ = cls.stock
+            if cls.prepare(self):
+                self.__class__ = cls
+
+
+@cache
+def _subclass_of(mixin: Any, stock: Any) -> Any:
+    namespace = {
+        # By name such classes are found: layers to wrap, to keep on one device, to record.
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "stock": stock,
+        "followed": _functions(stock),
+    }
+    return type(stock.__name__, (mixin, stock), namespace)
+
+
+def _blank(mixin: Any, stock: Any) -> nn.Module:
+    cls = _subclass_of(mixin, stock)
+    return cls.__new__(cls)
+
+
+# --- an attention's three products
+
+
+class _Calls(threading.local):
+    ahead: _Ahead | None = None
+
+
+_calls = _Calls()  # the attention that this thread is in
+
+
+class _Attention(_Fused):
+    """In inference the first of three layers of one input computes the others', too."""
+
+    projections: tuple[str, str, str]
+    shares_input: bool  # until a call shows otherwise
+
+    @staticmethod
+    def prepare(module: Any) -> bool:
         for names in _PROJECTIONS:
-            layers = [getattr(module, name, None) for name in names]
-            is_cross = "Cross" in type(module).__name__
-            if all(type(layer) is KroneckerLinear for layer in layers) and not is_cross:
-                _share_input(module, names)
-        if type(module).__name__ in _WHOLE_BLOCKS:
-            module.parts = _WHOLE_BLOCKS[type(module).__name__]
-            module.__class__ = _subclass_of(_Block, module.__class__)
-        elif _is_split(module):
-            for half, mixin in ((module.intermediate, _Intermediate), (module.output, _Output)):
-                half.__class__ = _subclass_of(mixin, half.__class__)
-            # Of the two halves either must know whether both are as they were. A tuple: a module
-            # would be registered as a child.
-            module.intermediate.halves = module.output.halves = module.intermediate, module.output
+            layers = [module._modules.get(name) for name in names]
+            if all(type(layer) in (KroneckerLinear, KroneckerProjection) for layer in layers):
+                for layer in layers:
+                    layer.__class__ = KroneckerProjection
+                module.projections, module.shares_input = names, True
+                return True
+        return False
 
-
-def _share_input(attention: nn.Module, names: tuple[str, ...]) -> None:
-    first, *others = (getattr(attention, name) for name in names)
-    first.__class__ = KroneckerQuery
-    first.siblings = (attention,), names  # in a tuple, or it would be a child of its child
-    for other in others:
-        other.__class__ = KroneckerKeyOrValue
-        other.ahead = None
-
-
-class KroneckerQuery(KroneckerLinear):
-    """The first of three layers of one input: in inference it computes the others', too."""
-
-    siblings: tuple[tuple[nn.Module], tuple[str, ...]]  # what has all three, and their names there
-
-    def forward(self, x: Tensor) -> Tensor:
-        (attention,), names = self.siblings
-        layers = [getattr(attention, name) for name in names]
-        untouched = layers[0] is self and all(type(m) is KroneckerKeyOrValue for m in layers[1:])
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not untouched:
-            return super().forward(x)
-        y, *others = kron_qkv(x, *((m.a, m.b, m.bias) for m in layers))
-        for layer, other in zip(layers[1:], others, strict=True):
-            layer.ahead = x, other
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.shares_input:
+            return super().forward(*args, **kwargs)
+        layers: list[Any] = [self._modules.get(name) for name in self.projections]
+        if not _of_one_call(layers):
+            return super().forward(*args, **kwargs)
+        outer, ahead = _calls.ahead, _Ahead(layers)
+        _calls.ahead = ahead
+        try:
+            y = super().forward(*args, **kwargs)
+        finally:
+            _calls.ahead = outer
+        if ahead.ready:  # in vain, as in a cross-attention
+            self.shares_input = False
         return y
 
 
-class KroneckerKeyOrValue(KroneckerLinear):
-    """One of the others, which hands out what is ready for this very input."""
-
-    ahead: tuple[Tensor, Tensor] | None  # the input, and the output for it
+class KroneckerProjection(KroneckerLinear):
+    """One of an attention's three, which hands out what is ready for this very input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        ahead, self.ahead = self.ahead, None
-        return ahead[1] if ahead is not None and ahead[0] is x else super().forward(x)
+        if not torch.compiler.is_compiling() and _calls.ahead is not None:
+            y = _calls.ahead.take(self, x)
+            if y is not None:
+                return y
+        return super().forward(x)
 
 
-def _is_split(module: nn.Module) -> bool:
-    """Whether it has its block in two children, as BERT and its descendants."""
-    intermediate, output = (getattr(module, name, None) for name in ("intermediate", "output"))
-    return all(hasattr(intermediate, name) for name in ("dense", "intermediate_act_fn")) and all(
-        hasattr(output, name) for name in ("dense", "dropout", "LayerNorm")
+_projection_forward = KroneckerProjection.forward
+
+
+def _of_one_call(layers: Sequence[Any]) -> bool:
+    return (
+        all(type(layer) is KroneckerProjection and unobserved(layer) for layer in layers)
+        and KroneckerProjection.forward is _projection_forward
+        and layers[0].in_features == layers[1].in_features == layers[2].in_features
+        and layers[0].backend == layers[1].backend == layers[2].backend
     )
 
 
-class _Intermediate(nn.Module):
-    """The first half, which hands its input on if the second half does the work of both."""
+class _Ahead:
+    """What three layers give for one input, within one call of their attention.
 
-    halves: tuple[Any, Any]
+    Nothing can come between the three calls but the attention's own forward: hooks would, but with
+    hooks there is no such thing.
+    """
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states if _fused_activation(self) else super().forward(hidden_states)
+    def __init__(self, layers: Sequence[KroneckerProjection]):
+        self.layers = layers
+        self.ready: dict[int, Tensor] | None = None
+
+    def take(self, layer: KroneckerProjection, x: Tensor) -> Tensor | None:
+        """This layer's output, if it is one of the three and x the input that all have."""
+        if torch.is_grad_enabled() or not any(layer is known for known in self.layers):
+            return None
+        # An inference tensor counts no versions. Nor would an attention that writes to its input
+        # between the projections train.
+        version = None if x.is_inference() else x._version
+        if self.ready is None:
+            ys = kron_qkv(
+                x, *((m.a, m.b, m.bias) for m in self.layers), backend=self.layers[0].backend
+            )
+            self.x, self.version = x, version
+            self.ready = dict(zip(map(id, self.layers), ys, strict=True))
+        if x is not self.x or version != self.version:
+            return None
+        return self.ready.pop(id(layer), None)
 
 
-class _Output(nn.Module):
-    """The second half: ``LayerNorm(dropout(down(act(up(x)))) + residual)``."""
-
-    halves: tuple[Any, Any]
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        activation = _fused_activation(self)
-        if activation is None:
-            return super().forward(hidden_states, input_tensor)
-        up, down = (half.dense for half in self.halves)
-        if self.training and self.dropout.p:
-            y = _feed_forward(hidden_states, up, down, activation)
-            return self.LayerNorm(self.dropout(y) + input_tensor)
-        return self.LayerNorm(_feed_forward(hidden_states, up, down, activation, input_tensor))
+# --- feed-forward blocks
 
 
-class _Block(nn.Module):
+class _Layer(_Fused):
+    """Has its block in two children, as BERT and its descendants.
+
+    Its own forward then gets, for the first half, what hands its input on, and for the second what
+    does the work of both: ``LayerNorm(dropout(down(act(up(x)))) + residual)``.
+    """
+
+    @staticmethod
+    def prepare(module: Any) -> bool:
+        intermediate, output = (module._modules.get(name) for name in ("intermediate", "output"))
+        if intermediate is None or output is None:
+            return False
+        x, residual = ("x",), ("residual",)
+        dropped = ("dropout", ("dense", x))
+        if _expression(intermediate, x) != ("intermediate_act_fn", ("dense", x)):
+            return False
+        if _expression(output, x, residual) != ("LayerNorm", dropped + residual):
+            return False
+        if not _calls_one_after_the_other(module):
+            return False
+        _halves[type(intermediate).forward] = "intermediate"
+        _halves[type(output).forward] = "output"
+        return True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self
+        if _as_followed(self):
+            block = _block_of(self._modules.get("intermediate"), self._modules.get("output"))
+            if block is not None:
+                module = _StandIn(self, intermediate=lambda x: x, output=block)
+        return type(self).stock.forward(module, *args, **kwargs)
+
+
+class _Block(_Fused):
     """A block that is one module: ``dropout(down(act(up(x))))``."""
 
     parts: tuple[str, str, str]
 
+    @staticmethod
+    def prepare(module: Any) -> bool:
+        x = ("x",)
+        for up, act, down in _WHOLE_BLOCKS:
+            if {up, act, down, "dropout"} <= module._modules.keys():
+                module.parts = up, act, down
+                return _expression(module, x) == ("dropout", (down, (act, (up, x))))
+        return False
+
     def forward(self, hidden_states: Tensor) -> Tensor:
-        up, act, down = (getattr(self, name) for name in self.parts)
-        activation = _activation(up, act, down)
-        if activation is None:
+        up, act, down = map(self._modules.get, self.parts)
+        activation = _fused_activation(up, act, down)
+        if activation is None or not _as_followed(self) or "ff_chunk" in self.__dict__:
             return super().forward(hidden_states)
         return self.dropout(_feed_forward(hidden_states, up, down, activation))
 
 
-@lru_cache
-def _subclass_of(mixin: type, base: type) -> type:
-    return type(f"Kronecker{base.__name__}", (mixin, base), {"__module__": __name__})
+# Of a half's forward which half it is, where it is the usual one. By the function, since a half may
+# be replaced by another of its class, and a class be patched.
+_halves: dict[Callable | None, str] = {}
 
 
-def _fused_activation(half: _Intermediate | _Output) -> Activation | None:
-    intermediate, output = half.halves
-    if intermediate._forward_hooks or intermediate._forward_pre_hooks:
+def _block_of(intermediate: Any, output: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Both halves in one, if that is the same."""
+    if not (
+        _halves.get(getattr(type(intermediate), "forward", None)) == "intermediate"
+        and _halves.get(getattr(type(output), "forward", None)) == "output"
+        and unobserved(intermediate)
+        and unobserved(output)
+    ):
         return None
-    if output._forward_hooks or output._forward_pre_hooks:
+    # Not as attributes: children are found in Python, which takes longer than all else here.
+    up: Any = intermediate._modules.get("dense")
+    act = intermediate._modules.get("intermediate_act_fn")
+    down: Any = output._modules.get("dense")
+    activation = _fused_activation(up, act, down)
+    if activation is None:
         return None
-    return _activation(intermediate.dense, intermediate.intermediate_act_fn, output.dense)
+
+    def block(x: Tensor, residual: Tensor) -> Tensor:
+        if _does_nothing(output.dropout):
+            return output.LayerNorm(_feed_forward(x, up, down, activation, residual))
+        return output.LayerNorm(output.dropout(_feed_forward(x, up, down, activation)) + residual)
+
+    return block
 
 
-def _activation(up: nn.Module, act: nn.Module, down: nn.Module) -> Activation | None:
-    """The activation's name if the block can be fused, else None."""
-    stock = type(up) is type(down) is KroneckerLinear and not any(
-        part._forward_hooks or part._forward_pre_hooks for part in (up, act, down)
+def _fused_activation(up: Any, act: Any, down: Any) -> Activation | None:
+    """The activation's name if the three can be computed in one, else None."""
+    if not (readable(up) and readable(down) and up.backend == down.backend):
+        return None
+    known = _ACTIVATIONS.get(type(act))
+    if known is None or type(act).forward is not known[1] or not unobserved(act):
+        return None
+    return known[0]
+
+
+def _does_nothing(dropout: nn.Module) -> bool:
+    return (
+        type(dropout) is nn.Dropout
+        and nn.Dropout.forward is _dropout_forward
+        and unobserved(dropout)
+        and not (dropout.training and dropout.p)
     )
-    return _ACTIVATIONS.get(type(act)) if stock else None
 
 
 def _feed_forward(
     x: Tensor,
-    up: KroneckerLinear,
-    down: KroneckerLinear,
+    up: Any,
+    down: Any,
     activation: Activation,
     residual: Tensor | None = None,
 ) -> Tensor:
     layers = (up.a, up.b, up.bias), (down.a, down.b, down.bias)
-    return kron_feed_forward(x, *layers, activation=activation, residual=residual)
+    return kron_feed_forward(
+        x, *layers, activation=activation, residual=residual, backend=up.backend
+    )
+
+
+# --- whether a forward is the usual one
+
+
+def _functions(stock: type) -> tuple[Callable | None, ...]:
+    """A class's functions that put a block together, as they are now."""
+    names = "forward", "feed_forward_chunk", "ff_chunk"
+    return tuple(getattr(stock, name, None) for name in names)
+
+
+def _as_followed(module: _Fused) -> bool:
+    return _functions(type(module).stock) == type(module).followed
+
+
+class _StandIn:
+    """A module with some attributes of other values, for one call of its class's forward."""
+
+    # GradientCheckpointingLayer asks whether its forward is its class's, to checkpoint only once.
+    forward = None
+
+    def __init__(self, module: nn.Module, **given: Any):
+        self.__dict__.update(given, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        is_own = isinstance(value, MethodType) and value.__self__ is self._module
+        # One set on the module itself means the module itself.
+        return (
+            value.__func__.__get__(self) if is_own and name not in self._module.__dict__ else value
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("what a forward keeps must be kept by its module")
+
+
+def _expression(module: nn.Module, *inputs: tuple) -> Any:
+    """What a module's forward makes of its inputs, or None if that cannot be told.
+
+    Inputs are tuples, a child's result is ``(its name, what it was given)``, and ``+``, which joins
+    tuples, is the only operation. The forward sees methods and children, but none of the module's
+    values, so that the answer holds for all of its class.
+    """
+    cls = type(module)
+
+    def child(name: str) -> Callable[..., tuple]:
+        return lambda *given: (name, *given)
+
+    children: dict[str, Any] = {name: child(name) for name in module._modules}
+    chunks = {"chunk_size_feed_forward": 0, "seq_len_dim": 1}
+    try:
+        return cls.forward(_StandIn(cls.__new__(cls), **children, **chunks), *inputs)  # type: ignore[arg-type]
+    except Exception:  # whatever it does with its input, it is something else
+        return None
+
+
+def _calls_one_after_the_other(layer: nn.Module) -> bool:
+    """Whether a layer calls ``output(intermediate(x), x)`` once and the hidden vector goes nowhere.
+
+    Found by a call of its forward with signs in place of tensors.
+    """
+    hidden = ("hidden",)
+    given: list[Any] = []
+
+    def other(*args: Any, **kwargs: Any) -> tuple:
+        if any(value is hidden for value in (*args, *kwargs.values())):
+            raise ValueError
+        return ("attended",), ()  # an attention's output, and its weights or nothing
+
+    def intermediate(x: Any) -> tuple:
+        given.append(x)
+        return hidden
+
+    def output(x: Any, residual: Any) -> tuple:
+        given.extend((x, residual))
+        return ("output",)
+
+    children = dict.fromkeys(layer._modules, other)
+    stand_in: Any = _StandIn(
+        layer,
+        **children | {"intermediate": intermediate, "output": output, "chunk_size_feed_forward": 0},
+    )
+    forward = type(layer).forward
+    required = [
+        p
+        for p in list(inspect.signature(forward).parameters.values())[1:]
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    try:
+        result = forward(stand_in, *[("x",) for _ in required])
+    except Exception:  # as in _expression
+        return False
+    results = result if isinstance(result, tuple) else (result,)
+    if len(given) != 3 or any(value is hidden for value in results):
+        return False
+    return given[1] is hidden and given[0] is given[2]

@@ -102,6 +102,13 @@ class KroneckerPreTrainedModel(_Base):
             self._tie_decoder()
         super().post_init()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Of most architectures the class is made when it is needed, and a new process has none yet.
+        cls: Any = type(self)
+        if _classes.get(cls.dense_class) is not cls:  # a subclass of somebody's own
+            return super().__reduce_ex__(protocol)
+        return _blank, (cls.dense_class, cls.config_class.dense_class), self.__getstate__()
+
     def _tie_decoder(self) -> None:
         """Give a tied decoder the table's factors: exact, cheaper, and saved once."""
         table = self.get_input_embeddings()
@@ -330,6 +337,11 @@ def _kronecker_class(dense: type, config: type[KroneckerConfig]) -> type[Kroneck
         name = f"Kronecker{dense.__name__}"
         _classes[dense] = globals()[name] = type(name, (KroneckerPreTrainedModel, dense), namespace)
     return _classes[dense]
+
+
+def _blank(dense: type, dense_config: type[PreTrainedConfig]) -> KroneckerPreTrainedModel:
+    cls = _kronecker_class(dense, register(dense_config))
+    return cls.__new__(cls)
 
 
 def _kronecker_encoder(

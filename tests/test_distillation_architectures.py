@@ -28,7 +28,7 @@ from kroneckerbert.distillation import (
     distillation_terms,
     scores,
 )
-from kroneckerbert.fusion import KroneckerQuery
+from kroneckerbert.fusion import KroneckerProjection
 
 MORE = {
     "xlm-roberta": XLMRobertaConfig(**ENCODER),
@@ -235,7 +235,7 @@ def by_hand(name: str, model, states) -> list[Tensor]:
 
 def test_the_fused_inference_of_mpnet_is_among_these_tests():
     student = factorised(dense("mpnet"))
-    assert isinstance(student.encoder.layer[0].attention.attn.q, KroneckerQuery)
+    assert isinstance(student.encoder.layer[0].attention.attn.q, KroneckerProjection)
 
 
 @each_architecture

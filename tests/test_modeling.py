@@ -23,7 +23,7 @@ from transformers import (
     pipeline,
 )
 
-from kron_kernels import KroneckerEmbedding, KroneckerLinear, kron_qkv
+from kron_kernels import KroneckerEmbedding, KroneckerLinear
 from kroneckerbert import (
     KroneckerBertConfig,
     KroneckerBertForMaskedLM,
@@ -32,7 +32,6 @@ from kroneckerbert import (
     KroneckerBertForTokenClassification,
     KroneckerBertModel,
     embed,
-    fusion,
     mean_pooling,
 )
 
@@ -193,73 +192,6 @@ def test_sdpa_and_eager_agree():
     eager.set_attn_implementation("eager")
     assert model.config._attn_implementation == "sdpa"
     torch.testing.assert_close(model(**batch)[0], eager(**batch)[0])
-
-
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"])
-def test_the_fused_feed_forward_block_is_the_stock_one(activation):
-    layer = KroneckerBertModel(tiny_config(hidden_act=activation)).eval().encoder.layer[0]
-    x = torch.randn(2, 7, 32)
-    expected = stock_feed_forward(layer, x)
-    called = []
-    hook = layer.intermediate.register_forward_hook(lambda *_: called.append(1))
-    torch.testing.assert_close(layer.feed_forward_chunk(x), expected)
-    assert called, "a hook on a part must be called"
-    hook.remove()
-    called.clear()
-    layer.intermediate.dense.forward = lambda x: called.append(1)
-    torch.testing.assert_close(layer.feed_forward_chunk(x), expected)
-    assert not called, "the block should have been one call"
-
-
-def stock_feed_forward(layer, x):
-    hidden = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x))
-    y = layer.output.dropout(layer.output.dense(hidden))
-    return layer.output.LayerNorm(y + x)
-
-
-def test_the_fused_block_drops_out_in_training_and_lets_adapters_in():
-    layer = KroneckerBertModel(tiny_config()).encoder.layer[0]
-    x = torch.randn(2, 7, 32)
-    layer.train()
-    gradients = []
-    for forward in (type(layer).feed_forward_chunk, stock_feed_forward):
-        torch.manual_seed(1)
-        y = forward(layer, x)
-        gradients += torch.autograd.grad(y.pow(3).sum(), layer.output.dense.b)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
-    layer.eval()
-    plain = layer.feed_forward_chunk(x)
-    layer.output.dense = torch.nn.Sequential(layer.output.dense, torch.nn.Dropout(0.0))
-    torch.testing.assert_close(layer.feed_forward_chunk(x), plain)
-
-
-def test_an_attention_reads_its_input_once_in_inference(monkeypatch):
-    calls = []
-
-    def counted(x, *layers):
-        calls.append(len(layers))
-        return kron_qkv(x, *layers)
-
-    monkeypatch.setattr(fusion, "kron_qkv", counted)
-    model, batch = KroneckerBertModel(tiny_config()).eval(), inputs()
-    expected = model(**batch)[0]
-    assert not calls, "with gradients each has its own"
-    with torch.no_grad():
-        torch.testing.assert_close(model(**batch)[0], expected)
-        assert calls == [3, 3]
-        attention = model.encoder.layer[0].attention.self
-        assert attention.key.ahead is None and attention.value.ahead is None
-        # A layer alone, and one with another input, computes its own.
-        x, z = torch.randn(2, 2, 5, 32)
-        k = attention.key(x)
-        attention.query(x)
-        assert not torch.equal(attention.key(z), k)
-        torch.testing.assert_close(attention.key(x), k)
-        # A replaced sibling leaves the others alone.
-        calls.clear()
-        attention.key = torch.nn.Sequential(attention.key)
-        torch.testing.assert_close(model(**batch)[0], expected)
-        assert calls == [3]
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -5,11 +5,19 @@ import io
 
 import pytest
 import torch
+import watching
 from operands import SHAPES, name
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune, weight_norm
 
-from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, KronShape
+from kron_kernels import (
+    KroneckerEmbedding,
+    KroneckerFeedForward,
+    KroneckerLinear,
+    KroneckerSum,
+    KronShape,
+)
 from kron_kernels import nn as kron_nn
 from kron_kernels.embedding import kron_cross_entropy
 from kron_kernels.reference import materialize
@@ -244,6 +252,147 @@ def test_a_sum_survives_its_state_a_copy_and_a_description():
         KroneckerSum(12, 8, [])
     with pytest.raises(ValueError, match=r"8 rows are not divisible by a_shape\[0\] = 3"):
         KroneckerSum(12, 8, [((3, 2), 1)])
+
+
+# --- layers that read those inside them
+
+
+def block_of(**more) -> KroneckerFeedForward:
+    up, down = KroneckerLinear(12, 24, (6, 3), **more), KroneckerLinear(24, 12, (3, 6), **more)
+    return KroneckerFeedForward(up, down)
+
+
+def by_calls(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(layer, KroneckerFeedForward):
+        return layer.down(F.gelu(layer.up(x)))
+    return sum(part(x) for part in layer.parts) + layer.bias
+
+
+OWNERS = [
+    *((block_of, path) for path in ("up", "down")),
+    *((lambda: sum_of("three"), f"parts.{i}") for i in range(3)),
+]
+each_owner = pytest.mark.parametrize(
+    ("make", "path"), OWNERS, ids=["up", "down", "low rank", "first part", "last part"]
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*non-full backward hook")
+@pytest.mark.parametrize("kind", watching.ALL)
+@each_owner
+def test_whoever_watches_a_layer_inside_is_asked(make, path, kind):
+    layer, x, seen = make(), torch.randn(3, 12, requires_grad=True), []
+    want = by_calls(layer, x)
+    with watching.ALL[kind](layer.get_submodule(path), seen):
+        y = layer(x)
+        y.sum().backward()
+    assert len(seen) == 1
+    torch.testing.assert_close(y, want)
+
+
+class Doubled(KroneckerLinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(layer: nn.Module) -> nn.Module:
+    layer.__class__ = Doubled
+    return layer
+
+
+def biased(layer: nn.Module) -> nn.Module:
+    layer.bias = nn.Parameter(torch.randn(layer.out_features))
+    return layer
+
+
+CHANGES = {
+    "pruned": lambda layer: prune.random_unstructured(layer, "a", 0.5),
+    "old weight norm": lambda layer: weight_norm(layer, "b"),
+    "parametrized": lambda layer: parametrizations.weight_norm(layer, "a"),
+    "a subclass": doubled,
+    "wrapped": lambda layer: nn.Sequential(layer, nn.Tanh()),
+    "dense": lambda layer: layer.to_linear(),
+    "biased": biased,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("change", CHANGES)
+@each_owner
+def test_a_layer_inside_that_computes_something_else(make, path, change):
+    layer, x = make(), torch.randn(3, 12)
+    parent, _, last = path.rpartition(".")
+    setattr(layer.get_submodule(parent), last, CHANGES[change](layer.get_submodule(path)))
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    for _ in range(2):
+        want = by_calls(layer, x)
+        optimizer.zero_grad()
+        y = layer(x)
+        torch.testing.assert_close(y, want)
+        y.sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), by_calls(layer, x))
+
+
+@pytest.mark.parametrize("make", [block_of, lambda: sum_of("three")], ids=["block", "sum"])
+def test_a_patched_class_is_asked(make, monkeypatch):
+    layer, x, forward = make(), torch.randn(3, 12), KroneckerLinear.forward
+    monkeypatch.setattr(KroneckerLinear, "forward", lambda self, x: 2 * forward(self, x))
+    torch.testing.assert_close(layer(x), by_calls(layer, x))
+
+
+def test_a_sum_whose_parts_must_all_be_called():
+    for bias in (True, False):
+        layer, x = sum_of("three", bias=bias), torch.randn(3, 12)
+        want = layer(x)
+        for part in layer.parts:
+            part.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(layer(x), want)
+
+
+def test_a_residual_of_another_shape_is_refused_however_a_block_is_computed():
+    block, x = block_of(), torch.randn(3, 12)
+    for _ in range(2):
+        torch.testing.assert_close(block(x, residual=x), by_calls(block, x) + x)
+        with pytest.raises(ValueError, match=r"residual must have y's shape \(3, 12\)"):
+            block(x, residual=x[:1])
+        block.up.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="activation must be None or one of gelu"):
+        KroneckerFeedForward(block.up, block.down, "swish")
+
+
+BACKENDS = {  # the block's, up's and down's, to those of the calls
+    ("auto", "auto", "auto"): ["auto"],
+    ("eager", "auto", "auto"): ["eager"],
+    ("auto", "eager", "eager"): ["eager"],
+    ("eager", "eager", "auto"): ["eager"],
+    ("auto", "eager", "auto"): ["eager", "auto"],
+    ("native", "auto", "eager"): ["native", "eager"],
+    ("eager", "native", "native"): ["native"],
+}
+
+
+@pytest.mark.parametrize("given", BACKENDS, ids=" ".join)
+def test_a_block_and_its_layers_have_the_backends_that_they_ask_for(given, monkeypatch):
+    block, x, used = block_of(), torch.randn(3, 12), []
+    want = by_calls(block, x)
+    block.backend, block.up.backend, block.down.backend = given
+
+    def spy(function):
+        def called(*args, **more):
+            used.append(more["backend"])
+            return function(*args, **more)
+
+        return called
+
+    monkeypatch.setattr(kron_nn, "kron_feed_forward", spy(kron_nn.kron_feed_forward))
+    monkeypatch.setattr(kron_nn, "kron_matmul", spy(kron_nn.kron_matmul))
+    torch.testing.assert_close(block(x), want)
+    assert used == BACKENDS[given]
+    block.down.backend = "triton"  # which cannot be granted here
+    with pytest.raises(ValueError, match="backend='triton' cannot serve"):
+        block(x)
 
 
 # --- KroneckerEmbedding

@@ -96,6 +96,13 @@ _PROJECTIONS = {
         ("query_proj", "key_proj"), _deberta_v2_scores
     ),
 }
+
+
+def _projections(attention: nn.Module) -> _Projections:
+    # By base class: fused attentions have a class of their own.
+    return next(p for cls, p in _PROJECTIONS.items() if isinstance(attention, cls))
+
+
 # What projections return, until used. By module, of which DataParallel's replicas have their own.
 _projected: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
@@ -103,7 +110,7 @@ _projected: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 def _forget(attention: nn.Module, *_: object) -> None:
     # At the beginning: a call may have ended midway, by an error, or when activation checkpointing
     # had all that it needed.
-    for name in _PROJECTIONS[type(attention)].names:
+    for name in _projections(attention).names:
         _projected.pop(getattr(attention, name), None)
 
 
@@ -114,7 +121,7 @@ def _remember(projection: nn.Module, _: object, output: Tensor) -> None:
 
 def _put_scores(attention: nn.Module, _: object, output: tuple) -> tuple:
     """The attention's output with the scores in the place of its weights, where it has them."""
-    names, scores = _PROJECTIONS[type(attention)]
+    names, scores = _projections(attention)
     projected = [_projected.pop(getattr(attention, name)) for name in names]
     asked = len(output) > 1 and output[1] is not None
     return (output[0], scores(attention, *projected), *output[2:]) if asked else output
@@ -140,9 +147,10 @@ def attention_scores(*models: PreTrainedModel) -> Iterator[None]:
     Raises:
         ValueError: If a model's attention layers are of neither kind.
     """
+    kinds: tuple[type[nn.Module], ...] = tuple(_PROJECTIONS)
     with ExitStack() as stack:
         for model in models:
-            own = [module for module in model.modules() if type(module) in _PROJECTIONS]
+            own = [m for m in model.modules() if isinstance(m, kinds)]
             if not own and not _calls_the_interface(model):
                 raise ValueError(
                     f"the attention scores of {type(model).__name__} cannot be read: its layers do "
@@ -164,7 +172,7 @@ def attention_scores(*models: PreTrainedModel) -> Iterator[None]:
 def _hook(attention: nn.Module, stack: ExitStack) -> None:
     stack.callback(_forget, attention)
     stack.enter_context(attention.register_forward_pre_hook(_forget))
-    for name in _PROJECTIONS[type(attention)].names:
+    for name in _projections(attention).names:
         stack.enter_context(getattr(attention, name).register_forward_hook(_remember))
     stack.enter_context(attention.register_forward_hook(_put_scores))
 
