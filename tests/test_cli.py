@@ -49,7 +49,7 @@ def succeeds(*arguments) -> str:
 def fails(*arguments) -> str:
     """The error, of one line; a training may have shown its progress beside it."""
     code, output = run(*arguments)
-    assert code == 1, output
+    assert code in (1, 2), output
     lines = [line for line in output.splitlines() if "Error" in line or "Traceback" in line]
     assert len(lines) == 1 and lines[0].startswith("Error: "), output
     return lines[0]
@@ -387,7 +387,7 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path, teacher, classifier,
             [teacher, student, out, "--data", texts, "--steps", 1, "--epochs", 1],
             "--steps 1 and --epochs 1 are two lengths",
         ),
-        ([teacher, student, out, "--data", texts, "--epochs", 0], "--epochs must be > 0, got 0"),
+        ([teacher, student, out, "--data", texts, "--epochs", 0], "'0' must be a number above 0"),
         ([teacher, student, out, "--data", table], "fine-tuned on them"),
         (
             [classifier, student, out, "--data", broken],
@@ -395,7 +395,7 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path, teacher, classifier,
         ),
         (
             [teacher, student, out, "--data", texts, "--minutes", -1],
-            "max_minutes must be > 0",
+            "'-1' must be a number above 0",
         ),
     ):
         assert message in fails("distill", *arguments)
@@ -436,7 +436,7 @@ def test_a_save_that_fails_leaves_nothing_half_written(tmp_path, teacher, texts,
 
 def test_a_training_that_diverges_is_not_saved(tmp_path, teacher, texts):
     student, out = student_of(teacher), tmp_path / "out"
-    options = ["--data", texts, "--steps", 20, "--learning-rate", 1e30]
+    options = ["--data", texts, "--steps", 20, "--learning-rate", 1e9]
     assert "the training diverged" in fails("distill", teacher, student, out, *options)
     assert not out.exists()
 
