@@ -362,7 +362,7 @@ def distill(
     from kroneckerbert.heads import with_head_of
     from kroneckerbert.kept import find, keep
     from kroneckerbert.loading import reading
-    from kroneckerbert.modeling_kroneckerbert import max_tokens
+    from kroneckerbert.modeling_kroneckerbert import max_tokens, positions
     from kroneckerbert.provenance import digest, identity
     from kroneckerbert.signals import Interrupted, stoppable
 
@@ -397,18 +397,21 @@ def distill(
     checkpoint, seconds = find(kept, made_of)
 
     teacher_model, tokenizer = _model(teacher).float(), _tokenizer(teacher)
-    longest = max_tokens(teacher_model, tokenizer)
-    max_length = max_length or min(128, longest)
-    if max_length > longest:
-        raise ValueError(f"--max-length {max_length} exceeds the teacher's {longest} positions.")
+    labels = None
     if labelled:
         labels = label_targets(table.labels, _classifier(teacher, teacher_model).config)
         with reading(student):
             student_model = with_head_of(teacher_model, student).float()
-        dataset = TextDataset(tokenizer, texts, table.texts_b, labels, max_length)
     else:
         student_model = _model(student).float()
-        dataset = TextDataset(tokenizer, texts, max_length=max_length)
+    longest = min(max_tokens(teacher_model, tokenizer), positions(student_model))
+    max_length = max_length or min(128, longest)
+    if max_length > longest:
+        raise ValueError(
+            f"--max-length {max_length} exceeds the {longest} positions of teacher and student."
+        )
+    texts_b = table.texts_b if labelled else None
+    dataset = TextDataset(tokenizer, texts, texts_b, labels, max_length)
 
     # The folder is made before the training: what cannot be saved is not worth the time.
     with replace_folder(out) as folder:
@@ -734,6 +737,10 @@ def _model(source: str) -> PreTrainedModel:
     transformers.logging.set_verbosity_error()
     with reading(source):
         config = transformers.AutoConfig.from_pretrained(source)
+        if config.is_encoder_decoder:
+            raise TypeError(
+                f"{source} has an encoder and a decoder; give a model with one of them."
+            )
         # Checkpoints of bare encoders may name no class.
         name = (config.architectures or ["AutoModel"])[0]
         model_class = getattr(kroneckerbert, name, None) or getattr(transformers, name, None)
@@ -766,15 +773,19 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase:
     from kroneckerbert.loading import reading
 
     _check_source(source)
-    message = f"{source} has no tokenizer; save it there with tokenizer.save_pretrained({source!r})"
+    absent = OSError(
+        f"{source} has no tokenizer; save it there with tokenizer.save_pretrained({source!r})."
+    )
     with reading(source):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except ValueError as error:
-            raise OSError(f"{message}.") from error
+            if any(Path(source).glob("tokenizer*")):  # then it is damaged
+                raise
+            raise absent from error
     # transformers makes up a vocabulary of special tokens where it finds none.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise OSError(f"{message}.")
+        raise absent
     return tokenizer
 
 
@@ -784,6 +795,11 @@ def _check_source(source: str) -> None:
     if (is_local or os.path.isfile(source)) and not os.path.isdir(source):
         raise FileNotFoundError(
             f"{source or repr(source)} is not a folder; give a saved model's, or a hub name."
+        )
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        raise FileNotFoundError(
+            f"{source} holds no model, for it has no config.json; give a folder that "
+            "save_pretrained wrote."
         )
 
 

@@ -40,6 +40,11 @@ def reading(source: str | os.PathLike) -> Iterator[None]:
             f"{source} has a JSON file that is nested too deeply to be read."
         ) from error
     except Exception as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise ValueError(
+                f"the weights of {source} have not the shapes of its config.json; save the model "
+                "again."
+            ) from error
         kinds = (OSError, ValueError, TypeError, ImportError)
         kind = next((kind for kind in kinds if isinstance(error, kind)), None)
         if kind is not None and str(source) in str(error):

@@ -113,7 +113,7 @@ def number(
     above: bool = False,
 ) -> Any:
     """An option that takes a number from ``least`` (or above it) to ``most``; NaN is none."""
-    words = f"above {least:g}" if above else f"at least {least:g}"
+    words = f"above {least:g}" if above else f"of at least {least:g}"
 
     def parse(text: Any) -> float:
         try:
@@ -123,12 +123,14 @@ def number(
         if not (least < value <= most if above else least <= value <= most):
             whole = "whole " if kind is int else ""
             raise typer.BadParameter(
-                f"{text!r} must be a {whole}number {words}, at most {most:.10g}."
+                f"{text!r} must be a {whole}number {words} and at most {most:.10g}."
             )
         return value
 
     return typer.Option(
-        help=f"{help} {words.capitalize()}.", parser=parse, metavar=f"<{kind.__name__}>"
+        help=f"{help} {words.removeprefix('of ').capitalize()}.",
+        parser=parse,
+        metavar=f"<{kind.__name__}>",
     )
 
 

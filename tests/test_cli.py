@@ -381,7 +381,7 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path, teacher, classifier,
     for arguments, message in (
         (
             [teacher, student, out, "--data", texts, "--max-length", 33],
-            "--max-length 33 exceeds the teacher's 32 positions",
+            "--max-length 33 exceeds the 32 positions of teacher and student",
         ),
         (
             [teacher, student, out, "--data", texts, "--steps", 1, "--epochs", 1],
