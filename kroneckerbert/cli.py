@@ -207,6 +207,8 @@ def report(
 
         if picture.suffix.lower() not in (endings := (".png", ".svg", ".pdf")):
             raise ValueError(f"--picture {picture} must end in one of {', '.join(endings)}.")
+        if json_file is not None and picture.resolve() == json_file.resolve():
+            raise ValueError(f"--json and --picture are one file, {picture}; give two.")
         writable_file(picture, inputs)
     if json_file is not None:
         writable_file(json_file, inputs)

@@ -206,10 +206,13 @@ def load(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
         )
     given = _from_yaml(path.read_bytes(), source)
     if not isinstance(given, dict):
-        raise TypeError(f"{source} must be a mapping, with teacher, student, …; got {given!r}.")
+        raise TypeError(f"{source} must be a mapping, with teacher, student, …; got {given!r:.80}.")
     for change in changes:
         _set(given, change)
-    return parse(given)
+    try:
+        return parse(given)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{source}: {error}") from error
 
 
 def parse(given: Mapping[str, Any]) -> Recipe:
@@ -261,7 +264,8 @@ _Loader.add_implicit_resolver(
 def _from_yaml(text: str | bytes, source: str | Path) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    # A date or a number may be impossible, and lists may be nested without end.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{source} is no YAML: {error}") from error
 
 

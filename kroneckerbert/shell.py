@@ -96,6 +96,8 @@ def _told(error: Exception) -> str:
             f"there is not enough memory ({message}); give fewer or shorter sequences, a smaller "
             "batch, or a smaller model."
         )
+    if isinstance(error, RecursionError):
+        return "a file, or a value, is nested too deeply or in itself; --debug shows where."
     if isinstance(error, ValueError | TypeError | OSError | ImportError):
         return message
     return (
