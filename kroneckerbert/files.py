@@ -19,7 +19,7 @@ def writable_folder(folder: Path) -> Path:
         FileExistsError: If it is a file or a folder that is not empty.
         OSError: If it cannot be created, see ``replace_folder``.
     """
-    folder = _resolved(folder)
+    folder = resolved(folder)
     if folder.is_dir() and any(folder.iterdir()):
         what = "holds a model" if (folder / "config.json").exists() else "is not empty"
         raise FileExistsError(f"{folder} exists and {what}; remove it or choose another folder.")
@@ -80,7 +80,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         FileExistsError: If ``folder`` is a file, or is not empty and was written by something else.
         OSError: If it cannot be created or replaced.
     """
-    folder = _resolved(folder)
+    folder = resolved(folder)
     old = _sibling(folder, "old")
     if old.exists() and not folder.exists():  # killed between the two renames below
         old.rename(folder)
@@ -132,13 +132,18 @@ def _new_sibling(folder: Path) -> Path:
     return new
 
 
-def _resolved(folder: Path) -> Path:
+def resolved(folder: Path) -> Path:
+    """The absolute path of an output.
+
+    Raises:
+        OSError: If there can be none, for its name is too long or a link leads to itself.
+    """
     try:
-        resolved = Path(folder).resolve()
-        resolved.exists()  # which is an error of names that are too long
+        path = Path(folder).resolve()
+        path.exists()  # which is an error of names that are too long
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise _cannot_write(folder, error) from error
-    return resolved
+    return path
 
 
 def _cannot_write(path: Path, error: OSError | RuntimeError) -> OSError:

@@ -52,7 +52,7 @@ from kroneckerbert.checkpoints import replacing_files
 from kroneckerbert.conversion import compress
 from kroneckerbert.data import Table, TextDataset, label_targets
 from kroneckerbert.distillation import DistillationTrainer
-from kroneckerbert.files import replace_folder, writable_folder
+from kroneckerbert.files import replace_folder, resolved, writable_folder
 from kroneckerbert.heads import with_head_of
 from kroneckerbert.loading import reading
 from kroneckerbert.modeling_kroneckerbert import max_tokens
@@ -115,7 +115,7 @@ class _Run:
     """One recipe, one folder; steps in the order in which they need one another."""
 
     def __init__(self, recipe: Recipe, output: Path, data: str | Path | None):
-        self.recipe, self.output, self.data = recipe, output.resolve(), data
+        self.recipe, self.output, self.data = recipe, resolved(output), data
         # The first of its kind decides how long processes wait for one another. Without being told
         # of the CPU, it would take each process for the only one.
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=_FAR)
@@ -184,6 +184,8 @@ class _Run:
                 f"{args.per_device_train_batch_size} rows x {args.gradient_accumulation_steps} "
                 f"accumulated, learning rate {args.learning_rate:g}"
             )
+        if recipe.student.plan is not None:
+            Plan.load(recipe.student.plan)
         longest = max_tokens(_without_weights(self.dense), self.tokenizer)
         for name, length in lengths.items():
             if length > longest:
@@ -280,7 +282,7 @@ class _Run:
 
     def _start(self, text: str) -> Path:
         told, stage1 = self.recipe.student, self.recipe.stage1
-        shapes: Any = Plan.load(told.plan) if told.plan else told.preset or told.factors
+        shapes: Any = Plan.load(told.plan) if told.plan is not None else told.preset or told.factors
         made_of: dict[str, Any] = {
             "teacher": identity(self.dense),
             "model": self.kind,
@@ -523,15 +525,19 @@ def _located(source: str) -> str:
     """Where a name, a path or ``package:NAME/PATH`` is."""
     if not source.startswith(_PACKAGE):
         source = os.path.expanduser(source)
-        if not Path(source).exists() and (source[0] in "./" or source.count("/") > 1):
+        is_local = source.startswith((".", "/")) or source.count("/") > 1 or not source
+        if is_local and not Path(source).exists():
             raise FileNotFoundError(
-                f"{source} is no file or folder; give one that is there, or a name on the hub."
+                f"{source!r} is no file or folder; give one that is there, or a name on the hub."
             )
         return source
     name, _, path = source.removeprefix(_PACKAGE).partition("/")
-    if find_spec(name) is None:
+    if not name.isidentifier() or find_spec(name) is None:
         raise ImportError(f"{source} needs the package {name}, which is not installed.", name=name)
-    return str(Path(str(resources.files(name))) / path)
+    found = Path(str(resources.files(name))) / path
+    if not found.exists():
+        raise FileNotFoundError(f"{source} is not in the package {name}: there is no {found}.")
+    return str(found)
 
 
 def _settings(stage: Stage) -> dict[str, Any]:

@@ -153,7 +153,14 @@ def input_file(help: str) -> Any:
 
 
 def regular(path: Path | None) -> Path | None:
-    """Refuse pipes and devices: files are read more than once."""
-    if path is not None and path.exists() and not (path.is_file() or path.is_dir()):
+    """Refuse what cannot be read, and pipes and devices: files are read more than once."""
+    if path is None or path.is_dir():
+        return path
+    if not path.is_file():
         raise typer.BadParameter(f"{str(path)!r} is a pipe or a device; give a file.")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise typer.BadParameter(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     return path

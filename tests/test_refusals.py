@@ -118,6 +118,21 @@ def test_a_number_is_in_range_or_refused(text):
         ("reproduce", "--set", "seeds=[", "is no YAML"),
         ("reproduce", "--set", "seeds=&a [*a]", "minilm-minutes: seeds must be"),
         ("reproduce", "--set", "stage1.batch_size=x", "minilm-minutes: stage1.batch_size must be"),
+        *(
+            ("reproduce", "--set", f"{key}={value}", f"minilm-minutes: {key} must be")
+            for key, value in (
+                ("seeds", "[-1]"),
+                ("student.calibration", -1),
+                ("stage1.corpus.share", ".nan"),
+                ("stage1.arguments.learning_rate", ".inf"),
+                ("stage1.arguments.learning_rate", -1),
+                ("stage1.arguments.gradient_accumulation_steps", 0),
+                ("evaluation.batch_size", 0),
+                ("latency.seconds", ".inf"),
+                ("latency.tokens", 0),
+                ("latency.threads", 10**9),
+            )
+        ),
     ],
 )
 def test_a_word_of_an_option_is_refused_before_the_work(
@@ -153,7 +168,8 @@ def damaged(place) -> dict[str, Path]:
     os.mkfifo(folder / "pipe")
     (folder / "folder").mkdir()
     paths = [folder / "missing", folder / ("long" * 99), *folder.iterdir()]
-    return {path.stem: path for path in [*paths, Path("/dev/null"), Path("")]}
+    devices = [path for path in map(Path, ("/dev/null", "/proc/self/mem")) if path.exists()]
+    return {path.stem: path for path in [*paths, *devices, Path("")]}
 
 
 @pytest.mark.parametrize(
