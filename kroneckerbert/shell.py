@@ -54,7 +54,7 @@ class Commands(TyperGroup):
             _end(_usage(error), error.exit_code)
 
     def invoke(self, ctx: Any) -> Any:
-        is_debugged = ctx.params.get("debug")
+        debug = ctx.params.get("debug")  # None where there is no such option
         try:
             with handled(interrupt):
                 return super().invoke(ctx)
@@ -69,9 +69,12 @@ class Commands(TyperGroup):
             raise
         except Exception as error:
             # A reader that has seen enough, such as `head`, is no error to tell of.
-            if is_debugged or getattr(error, "errno", None) == errno.EPIPE:
+            if debug or getattr(error, "errno", None) == errno.EPIPE:
                 raise
-            _end(_told(error), 1)
+            told = _told(error)
+            if told is None and debug is None:
+                raise
+            _end(told or _unforeseen(error), 1)
 
 
 def _end(message: str, code: int, prefix: str = "Error: ") -> NoReturn:
@@ -85,7 +88,8 @@ def _usage(error: Any) -> str:
     return f"{error.format_message().rstrip('.')}{command}."
 
 
-def _told(error: Exception) -> str:
+def _told(error: Exception) -> str | None:
+    """What to do about it; None if nobody has foreseen the error."""
     message = str(error) or type(error).__name__
     if isinstance(error, ImportError):
         package = (error.name or "").partition(".")[0]
@@ -97,11 +101,15 @@ def _told(error: Exception) -> str:
             "batch, or a smaller model."
         )
     if isinstance(error, RecursionError):
-        return "a file, or a value, is nested too deeply or in itself; --debug shows where."
+        return "a file, or a value, is nested too deeply, or contains itself."
     if isinstance(error, ValueError | TypeError | OSError | ImportError):
         return message
+    return None
+
+
+def _unforeseen(error: Exception) -> str:
     return (
-        f"{type(error).__name__}: {message}. Nobody has foreseen this: kroneckerbert --debug, with "
+        f"{type(error).__name__}: {error}. Nobody has foreseen this: kroneckerbert --debug, with "
         "the same command behind it, shows where it happened. Please report that."
     )
 

@@ -11,9 +11,9 @@ from kroneckerbert import cli
 WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 
 
-def run(*arguments) -> tuple[int, str]:
+def run(*arguments, app=cli.app) -> tuple[int, str]:
     """Exit code and what was written; an error that is not ours is raised."""
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
@@ -25,9 +25,9 @@ def succeeds(*arguments) -> str:
     return output
 
 
-def fails(*arguments) -> str:
+def fails(*arguments, app=cli.app) -> str:
     """The error, of one line; a training may have shown its progress beside it."""
-    code, output = run(*arguments)
+    code, output = run(*arguments, app=app)
     assert code in (1, 2), output
     lines = [line for line in output.splitlines() if "Error" in line or "Traceback" in line]
     assert len(lines) == 1 and lines[0].startswith("Error: "), output
