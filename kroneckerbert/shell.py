@@ -49,7 +49,7 @@ class Commands(TyperGroup):
         try:
             return super().parse_args(ctx, args)
         except _USAGE_ERROR as error:
-            if not args:  # its message is the help
+            if not ctx.meta[_ARGUMENTS]:  # its message is the help
                 raise
             _end(_usage(error), error.exit_code)
 

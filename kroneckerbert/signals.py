@@ -37,10 +37,15 @@ def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """Within, SIGINT and SIGTERM call ``handler``.
 
     Elsewhere than in the main thread nothing changes, nor under ``torchrun``: it sends signals of
-    its own, to processes that must all stop at the same step.
+    its own, to processes that must all stop at the same step. What is ignored stays so: a shell
+    starts jobs in the background without SIGINT.
     """
     is_ours = threading.current_thread() is threading.main_thread() and "RANK" not in os.environ
-    before = {number: signal.signal(number, handler) for number in _NUMBERS if is_ours}
+    before = {
+        number: signal.signal(number, handler)
+        for number in _NUMBERS
+        if is_ours and signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:

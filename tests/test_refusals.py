@@ -115,7 +115,7 @@ def test_a_number_is_in_range_or_refused(text):
         ("report", "--picture", "picture.foo", "picture.foo must end in one of .png, .svg, .pdf"),
         ("report", "--calibration", "texts.txt", "--teacher"),
         ("distill", "--steps", "1 --epochs 1", "are two lengths"),
-        ("benchmark", "", "absent", "--frobnicate"),
+        ("benchmark", "--frobnicate", "1", "No such option: --frobnicate"),
         ("evaluate", "--task", "sst3", "there is no task 'sst3'"),
         ("reproduce", "--set", "seeds=[", "is no YAML"),
         ("reproduce", "--set", "seeds=&a [*a]", "minilm-minutes: seeds must be"),
@@ -142,8 +142,13 @@ def test_a_word_of_an_option_is_refused_before_the_work(
 ):
     monkeypatch.chdir(place)
     words = value.split() if option == "--steps" else [value]
-    options = [option, *words] if option else [told]
-    assert told in fails(*commands(place)[command], *options)
+    assert told in fails(*commands(place)[command], option, *words)
+
+
+def test_a_wrong_option_before_the_command_is_one_line_and_nothing_is_the_help():
+    assert fails("--frobnicate") == "Error: No such option: --frobnicate; see root --help."
+    code, told = run()
+    assert code == 2 and "COMMAND" in told and "Error" not in told
 
 
 # Files that are read
