@@ -592,8 +592,9 @@ def reproduce(
 ) -> None:
     """Run a recipe, or what is left of it: start, stage 1, teachers, stage 2, scores and cards.
 
-    The same command goes on where a run was interrupted. For several GPUs: torchrun
-    --nproc-per-node 4 -m kroneckerbert reproduce ..., or accelerate launch.
+    The same command goes on where a run was interrupted; Ctrl-C in a training of one process keeps
+    its last step. For several GPUs: torchrun --nproc-per-node 4 -m kroneckerbert reproduce ..., or
+    accelerate launch.
     """
     from kroneckerbert.recipe import load
     from kroneckerbert.reproduction import run

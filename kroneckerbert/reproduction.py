@@ -105,6 +105,8 @@ def run(
         TypeError: If a value of the recipe is of the wrong type.
         OSError: If something cannot be read or written.
         ImportError: If a package is missing.
+        Interrupted: If SIGINT or SIGTERM came in a training of one process, which then keeps a
+            checkpoint of its last step.
     """
     recipe = select(recipe if isinstance(recipe, Recipe) else load(recipe), tasks, seeds)
     with _quiet():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,9 +15,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForPreTraining, BertTokenizer, TrainingArguments
+from transformers import BertConfig, BertForPreTraining, BertTokenizer, Trainer, TrainingArguments
 
 from kroneckerbert import DistillationConfig, curves, recipe, reproduction
+from kroneckerbert.signals import Interrupted
 
 WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 GLUE = {"mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte"}
@@ -342,6 +345,30 @@ KILLED = """
     Trainer.training_step = last_step
     reproduction.run(name, output, data)
 """
+
+
+def test_a_stopped_run_keeps_the_last_step_and_goes_on_to_the_same_weights(
+    finished, sources, given, tmp_path, monkeypatch
+):
+    output, name = tmp_path / "out", "stage2/sst2/seed-1"
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / name)
+    training_step = Trainer.training_step
+
+    def stopped(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return training_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted) as stop:
+        patched.setattr(Trainer, "training_step", stopped)
+        reproduction.run(recipe.parse(given), output, sources / "data")
+    kept = output / "training" / name
+    assert stop.value.number == signal.SIGTERM
+    assert stop.value.kept == f"Stopped after step 3, kept in {kept}."
+    assert (kept / "checkpoint-3").is_dir() and not (output / name).exists()
+    reproduction.run(recipe.parse(given), output, sources / "data")
+    assert same(output / name, finished / name)
 
 
 @pytest.mark.slow
