@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import shlex
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,6 +47,9 @@ class Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[_ARGUMENTS] = list(args)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a table has characters that ASCII has not
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().parse_args(ctx, args)
         except _USAGE_ERROR as error:
@@ -63,8 +67,12 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Interrupted) else 2
             kept = error.kept if isinstance(error, Interrupted) else ""
-            command = shlex.join([ctx.info_name or "", *ctx.meta[_ARGUMENTS]])
-            _end(f"{kept} To go on: {command}" if kept else "Interrupted.", 128 + number, "")
+            if kept:
+                command = shlex.join([ctx.info_name or "", *ctx.meta[_ARGUMENTS]])
+                errors.print(f"{kept} To go on: {command}", style="red", soft_wrap=True)
+            else:
+                errors.print("Interrupted.", style="red")
+            raise typer.Exit(128 + number) from None
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
@@ -77,9 +85,9 @@ class Commands(TyperGroup):
             _end(told or _unforeseen(error), 1)
 
 
-def _end(message: str, code: int, prefix: str = "Error: ") -> NoReturn:
+def _end(message: str, code: int) -> NoReturn:
     # Messages from elsewhere come on several lines.
-    errors.print(f"{prefix}{' '.join(message.split())}", style="red", soft_wrap=True)
+    errors.print(f"Error: {' '.join(message.split())}", style="red", soft_wrap=True)
     raise typer.Exit(code) from None
 
 
@@ -99,6 +107,11 @@ def _told(error: Exception) -> str | None:
         return (
             f"there is not enough memory ({message}); give fewer or shorter sequences, a smaller "
             "batch, or a smaller model."
+        )
+    if isinstance(error, IndexError) and "index out of range in self" in message:
+        return (
+            "a token or a position is beyond the tables of the model: its folder has the tokenizer "
+            "of another model; save the model's own there."
         )
     if isinstance(error, RecursionError):
         return "a file, or a value, is nested too deeply, or contains itself."

@@ -446,9 +446,10 @@ def test_curves_have_a_panel_for_each_term(tmp_path, monkeypatch):
 def test_curves_without_a_loss_or_matplotlib_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no loss to draw"):
         curves.save({"run": [{"step": 1, "epoch": 1}]}, tmp_path / "curves.png")
-    (tmp_path / "trainer_state.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no trainer_state\.json"):
-        curves.read(tmp_path)
+    for text in ("{}", "[]", '{"log_history": [1]}', '{"log_history": 1}', "[" * 2000, ""):
+        (tmp_path / "trainer_state.json").write_text(text)
+        with pytest.raises(ValueError, match=r"no trainer_state\.json"):
+            curves.read(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"kron-kernels\[demo\]"):
         curves.save({"run": [{"step": 1, "loss": 1}]}, tmp_path / "curves.png")

@@ -12,6 +12,7 @@ from commands import WORDS, fails, run, save, succeeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertForSequenceClassification
+from typer.testing import CliRunner
 
 from benchmarks import __main__ as benchmark_main
 from kron_kernels import doctor
@@ -403,6 +404,12 @@ def test_the_doctor_takes_no_arguments(capsys):
     assert end.value.code == 2 and "--verbose" in capsys.readouterr().err
 
 
+def test_a_tokenizer_of_another_model_is_named_as_the_cause(place, tmp_path):
+    small = save(tmp_path / "small", num_hidden_layers=1, vocab_size=6)
+    command = ["evaluate", small, "--teacher", place / "teacher", "--data", place / "texts.txt"]
+    assert "tokenizer of another model" in fails(*command)
+
+
 # What is no input
 
 
@@ -425,6 +432,14 @@ def test_a_fault_of_ours_says_how_to_see_it(place, monkeypatch):
     assert code == 1 and "Error: KeyError: 'x'" in told and "kroneckerbert --debug" in told
     with pytest.raises(KeyError):
         run("--debug", *command)
+
+
+def test_a_terminal_that_knows_ascii_only_gets_a_table(place):
+    result = CliRunner(charset="ascii").invoke(
+        cli.app, ["report", str(place / "student"), "--tokens", "8", "--batch", "1"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "2x2" in result.output
 
 
 def test_a_reader_that_has_seen_enough_is_told_nothing(place, monkeypatch):
