@@ -23,10 +23,12 @@ def reading(source: str | os.PathLike) -> Iterator[None]:
     Raises:
         OSError: If the files are damaged or cannot be read.
         ValueError: If they say what no model can be made of.
-        TypeError, ImportError: As they come from within, naming the model.
+        TypeError: As it comes from within, naming the model.
     """
     try:
         yield
+    except (ImportError, MemoryError):  # what is missing is not in the files
+        raise
     except SafetensorError as error:
         raise OSError(f"the weights of {source} are damaged ({error}); copy them again.") from error
     except (pickle.UnpicklingError, EOFError) as error:
@@ -45,7 +47,7 @@ def reading(source: str | os.PathLike) -> Iterator[None]:
                 f"the weights of {source} have not the shapes of its config.json; save the model "
                 "again."
             ) from error
-        kinds = (OSError, ValueError, TypeError, ImportError)
+        kinds = (OSError, ValueError, TypeError)
         kind = next((kind for kind in kinds if isinstance(error, kind)), None)
         if kind is not None and str(source) in str(error):
             raise
