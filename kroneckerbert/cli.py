@@ -105,6 +105,8 @@ def plan(
     check_arguments(limits, objective)
     texts = _texts(calibration)
     writable_file(out, _inputs(teacher, calibration))
+    if out.exists() and not out.is_file():  # a plan is written beside it, and takes its place
+        raise FileExistsError(f"{out} is a pipe or a device; give the name of a file.")
     _use(threads)
     model = _on_gpu(_model(teacher))
     chosen = plan_model(

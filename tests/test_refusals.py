@@ -258,6 +258,14 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(place, tmp_pat
     assert {path.name for path in (tmp_path / "full").iterdir()} == {"file"}
 
 
+def test_a_plan_takes_the_place_of_no_device(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    line = fails("plan", MODEL, pipe, "--budget", "latency=2x")
+    assert line == f"Error: {pipe} is a pipe or a device; give the name of a file."
+    assert pipe.is_fifo()
+
+
 def test_an_input_is_not_overwritten(place, tmp_path):
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     for folder in (teacher, student):
