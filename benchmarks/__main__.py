@@ -8,10 +8,12 @@ says so if it does.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,11 +21,19 @@ import typer
 from rich.console import Console
 
 from benchmarks.machine import RESULTS
+from kroneckerbert.files import writable_file
+from kroneckerbert.shell import Commands, input_file, number
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    cls=Commands,
+    help=__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 To = Annotated[Path, typer.Option(help="Folder of the results.")]
-Threads = Annotated[int, typer.Option(min=1, help="Threads of every contender.")]
+Threads = Annotated[int, number(int, "Threads of every contender.", 1, os.cpu_count() or 1)]
 VERBS = ("layers", "model", "training", "memory")
 HERE = RESULTS / "here"
 DOCS = RESULTS.parents[1] / "docs/assets"
@@ -34,8 +44,8 @@ def layers(
     threads: Threads = 1,
     only: Annotated[list[str] | None, typer.Option(help="A group of cells; repeatable.")] = None,
     match: Annotated[str, typer.Option(help="Of '8x8 ⊗ 4x4, T=1': a regular expression.")] = "",
-    seconds: Annotated[float, typer.Option(help="For each cell.")] = 1.5,
-    compare: Annotated[Path | None, typer.Option(help="Earlier results to compare with.")] = None,
+    seconds: Annotated[float, number(float, "For each cell.")] = 1.5,
+    compare: Annotated[Path | None, input_file("Earlier results to compare with.")] = None,
     to: To = HERE,
 ) -> None:
     """One layer: against dense, plain PyTorch and other libraries; scaling; roofline."""
@@ -45,42 +55,48 @@ def layers(
     if unknown := set(only or ()) - set(module.GROUPS):
         raise typer.BadParameter(f"{', '.join(unknown)}: there are {', '.join(module.GROUPS)}")
     cells = [module.Cell(g, *cell) for g in only or module.DEFAULT for cell in module.GROUPS[g]]
-    cells = [cell for cell in cells if re.search(match, str(cell))]
+    try:
+        cells = [cell for cell in cells if re.search(match, str(cell))]
+    except re.error as error:
+        raise typer.BadParameter(f"{match!r} is no regular expression: {error}") from error
     if not cells:
         raise typer.BadParameter(f"no cell matches {match!r}")
-    then = json.loads(compare.read_text()) if compare else None  # may be overwritten below
-    results = module.run(cells, threads, seconds, to / "layers.json")
+    then = None
+    if compare:  # before it may be overwritten
+        with _reading(compare):
+            then = [*map(layer_tables.Row, json.loads(compare.read_text())["rows"])]
+            layer_tables.compare(then, then)
+    results = module.run(cells, threads, seconds, writable_file(to / "layers.json"))
     report(to, ["layers"])
     if then:
-        rows = [[*map(layer_tables.Row, record["rows"])] for record in (results, then)]
-        print("\n" + layer_tables.compare(*rows))
+        print("\n" + layer_tables.compare([*map(layer_tables.Row, results["rows"])], then))
 
 
 @app.command()
 def model(
     threads: Threads = 1,
-    batch: Annotated[list[int], typer.Option(help="Sequences; repeatable.")] = [1, 8],  # noqa: B006
-    tokens: Annotated[list[int], typer.Option(help="Of each; repeatable.")] = [16, 128, 512],  # noqa: B006
-    seconds: Annotated[float, typer.Option(help="For each cell, at least.")] = 8.0,
+    batch: Annotated[list[int], number(int, "Sequences; repeatable.", 1)] = [1, 8],  # noqa: B006
+    tokens: Annotated[list[int], number(int, "Of each; repeatable.", 1, 512)] = [16, 128, 512],  # noqa: B006
+    seconds: Annotated[float, number(float, "For each cell, at least.")] = 8.0,
     to: To = HERE,
 ) -> None:
     """BERT_BASE: dense in PyTorch, torch.compile and onnxruntime, against KroneckerBERT."""
     from benchmarks import model as module
 
-    module.run(threads, batch, tokens, seconds, to / "model.json")
+    module.run(threads, batch, tokens, seconds, writable_file(to / "model.json"))
     report(to, ["model"])
 
 
 @app.command()
 def training(
     threads: Threads = 1,
-    seconds: Annotated[float, typer.Option(help="For each cell, at least.")] = 10.0,
+    seconds: Annotated[float, number(float, "For each cell, at least.")] = 10.0,
     to: To = HERE,
 ) -> None:
     """A step of training BERT_BASE: dense against KroneckerBERT."""
     from benchmarks import training as module
 
-    module.run(threads, module.SIZES, seconds, to / "training.json")
+    module.run(threads, module.SIZES, seconds, writable_file(to / "training.json"))
     report(to, ["training"])
 
 
@@ -89,7 +105,7 @@ def memory(threads: Threads = 1, to: To = HERE) -> None:
     """Peak memory of that step."""
     from benchmarks import memory as module
 
-    module.run(threads, module.BATCHES, to / "memory.json")
+    module.run(threads, module.BATCHES, writable_file(to / "memory.json"))
     report(to, ["memory"])
 
 
@@ -123,6 +139,9 @@ def tables_and_pictures(
     pictures: Annotated[Path, typer.Option(help="Folder for the pictures.")] = DOCS,
 ) -> None:
     """The tables and pictures of results that are there; nothing is measured."""
+    if not any(folder.glob("*.json")):
+        raise FileNotFoundError(f"{folder} has no results, no .json; measure some first.")
+    writable_file(pictures / "layers.png")
     report(folder, VERBS, pictures)
 
 
@@ -136,14 +155,29 @@ def report(folder: Path, verbs: Iterable[str], pictures: Path | None = None) -> 
         path = folder / f"{verb}.json"
         if not path.exists():
             continue
-        results = json.loads(path.read_text())
-        if verb == "layers":
-            print(layer_tables.report(results))
-            continue
-        for table in modules[verb].tables(results):
-            console.print(table)
+        with _reading(path):
+            results = json.loads(path.read_text())
+            told = (
+                [layer_tables.report(results)]
+                if verb == "layers"
+                else [*modules[verb].tables(results)]
+            )
+        for table in told:
+            print(table) if verb == "layers" else console.print(table)
     for picture in plots.draw_all(folder, pictures or folder):
         print(picture)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Within, an error is one of a file of results that is none."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} holds no results of this benchmark ({type(error).__name__}: {error}); measure "
+            "them again."
+        ) from error
 
 
 if __name__ == "__main__":

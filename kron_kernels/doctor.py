@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import os
 import platform
 import shutil
+import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -74,5 +78,15 @@ def _version(package: str) -> str | None:
         return None
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the report; there are no options, and none is ignored."""
+    argparse.ArgumentParser("python -m kron_kernels.doctor").parse_args(arguments)
+    try:
+        print(report(), flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    print(report())
+    main()

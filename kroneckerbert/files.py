@@ -1,12 +1,13 @@
-"""Output that is never half-written, survives a loss of power, and shows when it was damaged."""
+"""Output that is checked before the work, never half-written, and shows when it was damaged."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,47 @@ def writable_folder(folder: Path) -> Path:
         FileExistsError: If it is a file or a folder that is not empty.
         OSError: If it cannot be created, see ``replace_folder``.
     """
-    folder = Path(folder).resolve()
+    folder = resolved(folder)
     if folder.is_dir() and any(folder.iterdir()):
         what = "holds a model" if (folder / "config.json").exists() else "is not empty"
         raise FileExistsError(f"{folder} exists and {what}; remove it or choose another folder.")
     _new_sibling(folder).rmdir()
     return folder
+
+
+def writable_file(path: Path, inputs: Iterable[Path] = ()) -> Path:
+    """The same path, made sure before the work that a file can be written there.
+
+    Folders on the way to it are made.
+
+    Args:
+        path: Of a new file, or of one to be overwritten.
+        inputs: Files and models' folders that are read; neither one of these files nor one in
+            these folders is overwritten.
+
+    Raises:
+        FileExistsError: If it is a folder, or an input would be overwritten.
+        OSError: If it cannot be created or overwritten.
+    """
+    try:
+        if not os.path.lexists(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(exist_ok=False)
+            path.unlink()
+        elif not os.access(path, os.W_OK):
+            os.stat(path)  # of a link that leads nowhere, this says so
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder; give the name of a file.")
+    for source in filter(os.path.exists, inputs if path.exists() else ()):
+        if source.samefile(path) or source.samefile(path.parent):
+            raise FileExistsError(
+                f"{path} is an input, or in the model's folder {source}, and would be overwritten; "
+                "choose another name."
+            )
+    return path
 
 
 @contextmanager
@@ -54,7 +90,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         FileExistsError: If ``folder`` is a file, or is not empty and was written by something else.
         OSError: If it cannot be created or replaced.
     """
-    folder = Path(folder).resolve()
+    folder = resolved(folder)
     old = _sibling(folder, "old")
     if old.exists() and not folder.exists():  # killed between the two renames of put_in_place
         old.rename(folder)
@@ -292,8 +328,28 @@ def _new_sibling(folder: Path) -> Path:
             shutil.rmtree(new)
         new.mkdir(parents=True)
     except OSError as error:
-        raise OSError(
-            f"cannot write {folder}: {error.strerror} ({error.filename}); choose a folder in a "
-            "place that you can write to."
-        ) from error
+        raise _cannot_write(folder, error) from error
     return new
+
+
+def resolved(folder: Path) -> Path:
+    """The absolute path of an output.
+
+    Raises:
+        OSError: If there can be none, for its name is too long or a link leads to itself.
+    """
+    try:
+        path = Path(folder).resolve()
+        path.exists()  # which is an error of names that are too long
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise _cannot_write(folder, error) from error
+    return path
+
+
+def _cannot_write(path: Path, error: OSError | RuntimeError) -> OSError:
+    reason = getattr(error, "strerror", None) or str(error)
+    where = getattr(error, "filename", None)
+    return OSError(
+        f"cannot write {path}: {reason}{f' ({where})' if where else ''}; choose a name in a place "
+        "that you can write to."
+    )

@@ -21,6 +21,7 @@ def with_head_of(teacher: PreTrainedModel, source: str | os.PathLike) -> PreTrai
 
     Raises:
         TypeError: If the teacher has no head, or of a kind that transformers does not load by name.
+        ValueError: If the student's weights are not those of its configuration.
     """
     _, found, head = type(teacher).__name__.partition("For")
     auto = getattr(transformers, f"AutoModelFor{head}", None) if found else None
@@ -35,7 +36,15 @@ def with_head_of(teacher: PreTrainedModel, source: str | os.PathLike) -> PreTrai
         return auto.from_pretrained(source)
     for name in ("id2label", "label2id", "problem_type"):
         setattr(student_config, name, getattr(teacher.config, name))
-    student = auto.from_pretrained(source, config=student_config, ignore_mismatched_sizes=True)
+    student, info = auto.from_pretrained(
+        source, config=student_config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    prefix = f"{student.base_model_prefix}."
+    if wrong := sorted(key for key, *_ in info["mismatched_keys"] if key.startswith(prefix)):
+        raise ValueError(
+            f"{source}: {len(wrong)} tensors have not the shapes of its config.json, such as "
+            f"{wrong[0]}; save the model again."
+        )
     prefix = f"{teacher.base_model_prefix}."
     words = teacher.get_input_embeddings().weight.data_ptr()  # a tied decoder is no head's own
     state = {

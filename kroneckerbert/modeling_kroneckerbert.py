@@ -380,7 +380,13 @@ def positions(model: PreTrainedModel) -> int:
         # RoBERTa and its like count positions from behind the padding's.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
             return module.num_embeddings - module.padding_idx - 1
-    return model.config.max_position_embeddings
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is None:
+        raise TypeError(
+            f"the configuration of this {type(model).__name__} has no max_position_embeddings, so "
+            "that it is not known how long its sequences may be; set it."
+        )
+    return longest
 
 
 def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -196,12 +196,16 @@ def report(
         raise ValueError("output errors compare with the dense model's: pass teacher as well.")
     encoder = model.base_model
     dense = None if teacher is None else dict(factorisable(teacher.base_model))
-    paths = list(model.config.kronecker_shapes())
-    if dense is not None and (lacking := [path for path in paths if path not in dense]):
-        raise ValueError(
-            f"teacher, a {type(teacher).__name__}, has no dense {lacking[0]}; give the model that "
-            f"this {type(model).__name__} was compressed from."
-        )
+    shapes = model.config.kronecker_shapes()
+    paths = list(shapes)
+    for path, (s, *_) in shapes.items() if dense is not None else ():
+        size = tuple(linear_weight(dense[path]).shape) if path in dense else None
+        if size != (s.out_features, s.in_features):
+            raise ValueError(
+                f"teacher, a {type(teacher).__name__}, has no dense {path} of "
+                f"{s.out_features}x{s.in_features}; give the model that this "
+                f"{type(model).__name__} was compressed from."
+            )
     models: dict[str, PreTrainedModel] = {} if teacher is None else {"dense": teacher}
     models["compressed"] = model
     ids = _ids(model, batch, tokens)

@@ -9,6 +9,8 @@ paper does.
 from __future__ import annotations
 
 import difflib
+import math
+import os
 import re
 import types
 import typing
@@ -34,6 +36,15 @@ _NOT_ARGUMENTS = {
     "resume_from_checkpoint": "a run that is started again goes on",
     "use_cpu": "GPUs are used if there are any; hide them with CUDA_VISIBLE_DEVICES=",
     "push_to_hub": "upload the finished folder",
+}
+# Of numbers that TrainingArguments takes as they come, where others make no training.
+_LEAST = {
+    "learning_rate": 0,
+    "num_train_epochs": 0,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 1,
+    "save_steps": 0,
+    "seed": 0,
 }
 _hints = cache(typing.get_type_hints)  # which takes a while of a class as large as these
 
@@ -204,12 +215,19 @@ def load(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
             f"there is no recipe {str(source)!r}: give a YAML file or one of "
             f"{', '.join(shipped())}."
         )
-    given = _from_yaml(path.read_bytes(), source)
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise OSError(f"{source} cannot be read: {error.strerror}.") from error
+    given = _from_yaml(text, source)
     if not isinstance(given, dict):
-        raise TypeError(f"{source} must be a mapping, with teacher, student, …; got {given!r}.")
+        raise TypeError(f"{source} must be a mapping, with teacher, student, …; got {given!r:.80}.")
     for change in changes:
         _set(given, change)
-    return parse(given)
+    try:
+        return parse(given)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{source}: {error}") from error
 
 
 def parse(given: Mapping[str, Any]) -> Recipe:
@@ -261,7 +279,8 @@ _Loader.add_implicit_resolver(
 def _from_yaml(text: str | bytes, source: str | Path) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    # A date or a number may be impossible, and lists may be nested without end.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{source} is no YAML: {error}") from error
 
 
@@ -312,6 +331,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if not _fits(value, dict if inner else hint):
         told = hint if typing.get_args(hint) else hint.__name__
         raise TypeError(f"{where} must be {told}, got {value!r}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be a finite number, got {value}.")
     if inner is None:
         return value
     return {key: _build(inner, entry, f"{where}.{key}.") for key, entry in value.items()}
@@ -362,13 +383,24 @@ def _check(recipe: Recipe) -> None:
         if stage1.heads not in ([], ["mlm"], ["mlm", "nsp"]):
             raise ValueError(f"stage1.heads must be [], [mlm] or [mlm, nsp]; got {stage1.heads}.")
         _check_stage(stage1, "stage1")
+        if not 0 < stage1.corpus.share <= 1:
+            raise ValueError(f"stage1.corpus.share must be in (0, 1], got {stage1.corpus.share}.")
     # What tasks share comes first: an error in it is not one of each.
     parts: dict[str, Recipe | TaskRecipe] = {f"tasks.{n}.": t for n, t in recipe.tasks.items()}
     for where, task in {"": recipe, **parts}.items():
         _check_stage(task.fine_tuning, f"{where}fine_tuning")
         _check_stage(task.stage2, f"{where}stage2")
-    if latency is not None and not (latency.seconds > 0 and min(latency.batch, default=0) > 0):
-        raise ValueError("latency needs batch sizes and seconds above 0.")
+    if latency is not None:
+        if not (latency.seconds > 0 and min(latency.batch, default=0) > 0):
+            raise ValueError("latency needs batch sizes and seconds above 0.")
+        _in_range("latency.batch", max(latency.batch), 1)
+        _in_range("latency.tokens", latency.tokens, 1)
+        if latency.threads is not None:
+            _in_range("latency.threads", latency.threads, 1, os.cpu_count() or 1)
+    for seed in recipe.seeds:
+        _in_range("seeds", seed, 0, 2**32 - 1)
+    _in_range("student.calibration", student.calibration, 0)
+    _in_range("evaluation.batch_size", recipe.evaluation.batch_size, 1)
 
 
 def _check_stage(stage: Stage, where: str) -> None:
@@ -384,3 +416,12 @@ def _check_stage(stage: Stage, where: str) -> None:
             raise ValueError(f"{where}.arguments.{key} is no argument here: {elsewhere[key]}.")
         _known(key, hints, f"{where}.arguments.")
         _value(hints[key], value, f"{where}.arguments.{key}")
+        if key in _LEAST and value is not None:
+            _in_range(f"{where}.arguments.{key}", value, _LEAST[key])
+
+
+def _in_range(where: str, value: float, least: float, most: float = 10**9) -> None:
+    if not least <= value <= most:
+        raise ValueError(
+            f"{where} must be at least {least:g} and at most {most:.10g}, got {value}."
+        )

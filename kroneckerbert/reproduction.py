@@ -22,7 +22,6 @@ started again takes what fits, goes on from the last checkpoint, and refuses wha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -46,24 +45,25 @@ from transformers import AutoModel, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 import kroneckerbert
-from kron_kernels.files import write_file
 from kron_kernels.plan import Plan
 from kroneckerbert import corpus, curves, measure
 from kroneckerbert.card import Score, machine, model_card, without_paths
 from kroneckerbert.conversion import compress
 from kroneckerbert.data import Table, TextDataset, label_targets
 from kroneckerbert.distillation import DistillationTrainer, resuming
-from kroneckerbert.files import replace_folder, replacing_files, writable_folder
+from kroneckerbert.files import replace_folder, replacing_files, resolved, writable_folder
 from kroneckerbert.heads import with_head_of
+from kroneckerbert.loading import reading
 from kroneckerbert.modeling_kroneckerbert import max_tokens
+from kroneckerbert.provenance import MADE_OF, digest, identity, is_made_of, read_json, write_json
 from kroneckerbert.recipe import Latency, Recipe, Stage, Stage1, load, select
+from kroneckerbert.signals import Interrupted, stoppable
 from kroneckerbert.squad import Questions, SpanDataset
 from kroneckerbert.tasks import TASKS, Task, compare, evaluate_task, match_labels, read_task
 
 _PACKAGE = "package:"  # package:NAME/PATH is a file or folder in an installed package
 # By the number of heads in stage 1.
 _MODELS = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForPreTraining")
-_MADE_OF = "made_of.json"
 _HISTORY = "trainer_state.json"
 # Beginnings of the arguments that no weight depends on.
 _INDIFFERENT = (
@@ -104,6 +104,8 @@ def run(
         TypeError: If a value of the recipe is of the wrong type.
         OSError: If something cannot be read or written.
         ImportError: If a package is missing.
+        Interrupted: If SIGINT or SIGTERM came in a training of one process, which then keeps a
+            checkpoint of its last step.
     """
     recipe = select(recipe if isinstance(recipe, Recipe) else load(recipe), tasks, seeds)
     with _quiet():
@@ -114,7 +116,7 @@ class _Run:
     """One recipe, one folder; steps in the order in which they need one another."""
 
     def __init__(self, recipe: Recipe, output: Path, data: str | Path | None):
-        self.recipe, self.output, self.data = recipe, output.resolve(), data
+        self.recipe, self.output, self.data = recipe, resolved(output), data
         # The first of its kind decides how long processes wait for one another. Without being told
         # of the CPU, it would take each process for the only one.
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=_FAR)
@@ -126,7 +128,8 @@ class _Run:
         self.dense = _located(recipe.teacher)
         self.kind = _MODELS[len(recipe.stage1.heads) if recipe.stage1 else 0]
         self.auto = getattr(transformers, self.kind)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.dense)
+        with reading(self.dense):
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.dense)
 
     def run(self) -> dict[str, Any]:
         recipe, stage1 = self.recipe, self.recipe.stage1
@@ -182,6 +185,8 @@ class _Run:
                 f"{args.per_device_train_batch_size} rows x {args.gradient_accumulation_steps} "
                 f"accumulated, learning rate {args.learning_rate:g}"
             )
+        if recipe.student.plan is not None:
+            Plan.load(recipe.student.plan)
         longest = max_tokens(_without_weights(self.dense), self.tokenizer)
         for name, length in lengths.items():
             if length > longest:
@@ -223,7 +228,7 @@ class _Run:
         """What the data are, by set and split."""
         wanted = [(name, "train"), *((of, TASKS[of].evaluation) for of in self._sets(name))]
         return {
-            f"{of} {split}": _digest(repr(self._read(of, split)).encode(errors="surrogatepass"))
+            f"{of} {split}": digest(repr(self._read(of, split)).encode(errors="surrogatepass"))
             for of, split in wanted
         }
 
@@ -239,21 +244,21 @@ class _Run:
         """
         folder, training = self.output / name, self.output / "training" / name
         made_of = json.loads(json.dumps(made_of))
-        done = _is_made_of(folder, made_of, renew)
+        done = is_made_of(folder, made_of, renew)
         if not done:
-            _is_made_of(training, made_of, renew or _last_checkpoint(training) is None)
+            is_made_of(training, made_of, renew or _last_checkpoint(training) is None)
         self.wait()  # until all know whether it is done
         if done:
             return folder
         self.say(f"- {name}")
         if self.is_main and not alone:
             training.mkdir(parents=True, exist_ok=True)
-            _write_json(training / _MADE_OF, made_of)
+            write_json(training / MADE_OF, made_of)
         self.wait()
         if self.is_main:
             with replace_folder(folder) as new:
                 work(new, training)
-                _write_json(new / _MADE_OF, made_of)
+                write_json(new / MADE_OF, made_of)
             shutil.rmtree(training, ignore_errors=True)
         elif not alone:
             work(folder, training)  # which writes nothing here
@@ -278,9 +283,9 @@ class _Run:
 
     def _start(self, text: str) -> Path:
         told, stage1 = self.recipe.student, self.recipe.stage1
-        shapes: Any = Plan.load(told.plan) if told.plan else told.preset or told.factors
+        shapes: Any = Plan.load(told.plan) if told.plan is not None else told.preset or told.factors
         made_of: dict[str, Any] = {
-            "teacher": _identity(self.dense),
+            "teacher": identity(self.dense),
             "model": self.kind,
             "student": asdict(told) | {"plan": told.plan and shapes.factors},
         }
@@ -303,9 +308,10 @@ class _Run:
 
     def _dense_model(self) -> PreTrainedModel:
         """The teacher with the heads of stage 1, all of it from its file."""
-        model, info = self.auto.from_pretrained(
-            self.dense, dtype=torch.float32, output_loading_info=True
-        )
+        with reading(self.dense):
+            model, info = self.auto.from_pretrained(
+                self.dense, dtype=torch.float32, output_loading_info=True
+            )
         # An encoder without its pooler is whole, unless pairs are predicted from it.
         pairs = self.kind == _MODELS[2]
         if missing := sorted(n for n in info["missing_keys"] if pairs or "pooler." not in n):
@@ -318,7 +324,7 @@ class _Run:
     def _stage1(self, stage: Stage1, start: Path, text: str) -> Path:
         told = _settings(stage)
         del told["corpus"]
-        made_of = {"start": _identity(start), "corpus": text, "stage1": told}
+        made_of = {"start": identity(start), "corpus": text, "stage1": told}
 
         def work(folder: Path, training: Path) -> None:
             args, teacher = self._arguments(stage, training), self._dense_model()
@@ -338,7 +344,7 @@ class _Run:
         if tuning.model is not None:
             return _located(tuning.model)
         made_of = {
-            "teacher": _identity(self.dense),
+            "teacher": identity(self.dense),
             "fine_tuning": _settings(tuning),
             "data": self.rows[name][f"{name} train"],
         }
@@ -360,8 +366,8 @@ class _Run:
     def _stage2(self, name: str, teacher: str | Path, student: Path, seed: int) -> Path:
         stage = self.recipe.tasks[name].stage2
         made_of = {
-            "student": _identity(student),
-            "teacher": _identity(teacher),
+            "student": identity(student),
+            "teacher": identity(teacher),
             "stage2": _settings(stage),
             "seed": seed,
             "data": self.rows[name][f"{name} train"],
@@ -387,12 +393,17 @@ class _Run:
         return TextDataset(self.tokenizer, rows.texts, rows.texts_b, labels, max_length)
 
     def _train(self, trainer: Trainer, folder: Path) -> None:
-        last = _last_checkpoint(Path(trainer.args.output_dir))
+        training = trainer.args.output_dir
+        last = _last_checkpoint(Path(training))
         if last and self.is_main and not isinstance(trainer, DistillationTrainer):  # it does itself
             processes = trainer.args.world_size
             resuming.check(Path(last), range(processes), processes)
-        trainer.train(resume_from_checkpoint=last)
-        trainer.save_model(str(folder))  # by all processes: the parameters may be sharded
+        with stoppable(trainer) as stop:
+            trainer.train(resume_from_checkpoint=last)
+            step = trainer.state.global_step
+            if stop.number is not None and step < trainer.state.max_steps:
+                raise Interrupted(stop.number, f"Stopped after step {step}, kept in {training}.")
+            trainer.save_model(str(folder))  # by all processes: the parameters may be sharded
         if self.is_main:
             (folder / "training_args.bin").unlink(missing_ok=True)  # names this machine's folders
             trainer.state.save_to_json(str(folder / _HISTORY))
@@ -407,11 +418,11 @@ class _Run:
                 task = TASKS[other]
                 data = self._read(other, task.evaluation)
                 scores[other] = evaluate_task(loaded, self.tokenizer, task, data, size)
-            _write_json(folder / "scores.json", scores)
+            write_json(folder / "scores.json", scores)
 
-        made_of = {"model": _identity(model), "data": rows}
+        made_of = {"model": identity(model), "data": rows}
         folder = self._step(f"scores/{name}/{who}", made_of, work, alone=True, renew=True)
-        return json.loads((folder / "scores.json").read_text())
+        return read_json(folder / "scores.json")
 
     def _latency(self, told: Latency, student: Path) -> dict[str, Any]:
         def work(folder: Path, _: Path) -> None:
@@ -430,11 +441,11 @@ class _Run:
                 torch.set_num_threads(before)
             how = {"threads": threads, "dtype": "float32", "tokens": told.tokens}
             latency = {"machine": machine(), **how, "milliseconds": times}
-            _write_json(folder / "latency.json", latency)
+            write_json(folder / "latency.json", latency)
 
-        made_of = {"student": _identity(student), "latency": asdict(told), "machine": machine()}
+        made_of = {"student": identity(student), "latency": asdict(told), "machine": machine()}
         folder = self._step("latency", made_of, work, alone=True, renew=True)
-        return json.loads((folder / "latency.json").read_text())
+        return read_json(folder / "latency.json")
 
     # Telling
 
@@ -461,7 +472,7 @@ class _Run:
         text = yaml.safe_dump(self.recipe.given, sort_keys=False, allow_unicode=True)
         with replacing_files(self.output) as new:
             (new / "recipe.yaml").write_text(text, encoding="utf-8")
-            _write_json(new / "results.json", results)
+            write_json(new / "results.json", results)
         fewer = f"{dense / ours:.1f} times fewer (without heads)"
         self.say(f"{ours:,} parameters instead of {dense:,}, {fewer}")
         for batch, times in latency["milliseconds"].items() if latency else ():
@@ -511,22 +522,27 @@ def _compared(teacher: _Metrics, ours: Mapping[int, _Metrics]) -> list[Score]:
 def _load(task: Task, source: str | Path, **config: Any) -> PreTrainedModel:
     head = "QuestionAnswering" if task.kind == "span" else "SequenceClassification"
     auto = getattr(transformers, f"AutoModelFor{head}")
-    return auto.from_pretrained(source, dtype=torch.float32, **config)
+    with reading(source):
+        return auto.from_pretrained(source, dtype=torch.float32, **config)
 
 
 def _located(source: str) -> str:
     """Where a name, a path or ``package:NAME/PATH`` is."""
     if not source.startswith(_PACKAGE):
         source = os.path.expanduser(source)
-        if not Path(source).exists() and (source[0] in "./" or source.count("/") > 1):
+        is_local = source.startswith((".", "/")) or source.count("/") > 1 or not source
+        if is_local and not Path(source).exists():
             raise FileNotFoundError(
-                f"{source} is no file or folder; give one that is there, or a name on the hub."
+                f"{source!r} is no file or folder; give one that is there, or a name on the hub."
             )
         return source
     name, _, path = source.removeprefix(_PACKAGE).partition("/")
-    if find_spec(name) is None:
+    if not name.isidentifier() or find_spec(name) is None:
         raise ImportError(f"{source} needs the package {name}, which is not installed.", name=name)
-    return str(Path(str(resources.files(name))) / path)
+    found = Path(str(resources.files(name))) / path
+    if not found.exists():
+        raise FileNotFoundError(f"{source} is not in the package {name}: there is no {found}.")
+    return str(found)
 
 
 def _settings(stage: Stage) -> dict[str, Any]:
@@ -535,65 +551,25 @@ def _settings(stage: Stage) -> dict[str, Any]:
     return asdict(stage) | {"arguments": kept}
 
 
-def _identity(source: str | Path) -> str:
-    """A model's name; of a folder with a digest of what it was made of, or of what is in it."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return str(source)
-    if (folder / _MADE_OF).exists():
-        return _digest((folder / _MADE_OF).read_bytes())
-    kinds = (".json", ".safetensors", ".bin", ".txt")
-    files = sorted(path for path in folder.iterdir() if path.suffix in kinds)
-    digests = [f"{path.name} {_digest(path.read_bytes())}" for path in files]
-    return _digest("\n".join(digests).encode())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _is_made_of(folder: Path, made_of: Mapping[str, Any], renew: bool) -> bool:
-    """Whether a folder holds just this; an error if it is another's, unless that may go."""
-    path = folder / _MADE_OF
-    if not path.exists():
-        return False
-    changes = list(_changes(json.loads(path.read_text()), made_of))
-    if changes and not renew:
-        raise ValueError(
-            f"{folder} is of another recipe: {'; '.join(changes)}. Delete {folder} to make it "
-            "anew, change the recipe back, or choose another output folder."
-        )
-    return not changes
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    for key in {**before, **now}:
-        old, new = before.get(key, "not set"), now.get(key, "not set")
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _changes(old, new, f"{where}{key}.")
-        elif old != new:
-            yield f"{where}{key} was {old} and is {new}"
-
-
 def _last_checkpoint(training: Path) -> str | None:
     """The last that is whole: Trainer writes its state after everything else."""
-    whole = [path.parent for path in training.glob(f"checkpoint-*/{_HISTORY}")]
-    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if last is None else str(last)
+    whole = {
+        int(step): path.parent
+        for path in training.glob(f"checkpoint-*/{_HISTORY}")
+        if (step := path.parent.name.removeprefix("checkpoint-")).isdecimal()
+    }
+    return str(whole[max(whole)]) if whole else None
 
 
 def _without_weights(source: str | Path) -> PreTrainedModel:
     """The model that a name or folder holds, on the meta device: its sizes, at no cost."""
-    config = transformers.AutoConfig.from_pretrained(source)
-    name = (config.architectures or [""])[0]
-    with torch.device("meta"):
-        if hasattr(kroneckerbert, name):
-            return getattr(kroneckerbert, name)(config)
-        return AutoModel.from_config(config)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_file(path, json.dumps(value, indent=2) + "\n")
+    with reading(source):
+        config = transformers.AutoConfig.from_pretrained(source)
+        name = (config.architectures or [""])[0]
+        with torch.device("meta"):
+            if hasattr(kroneckerbert, name):
+                return getattr(kroneckerbert, name)(config)
+            return AutoModel.from_config(config)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def read_squad(path: Path) -> Questions:
             f"{path} is no gzip file, or is cut short ({error}); a file that ends in .gz must be "
             "compressed."
         ) from error
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeError) as error:
         raise ValueError(
             f"{path} is not in SQuAD's format ({type(error).__name__}: {error}); it must be JSON: "
             "data > paragraphs > context and qas > id, question and answers > text, answer_start."

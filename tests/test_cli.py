@@ -9,62 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import WORDS, fails, run, save, student_of, succeeds, weights
 from transformers import (
     AutoTokenizer,
-    BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
     BertTokenizer,
 )
-from typer.testing import CliRunner
 
 import kroneckerbert
 from kroneckerbert import cli
-
-WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at import
-
-
-def run(*arguments) -> tuple[int, str]:
-    """Exit code and what was written; an error that is not ours is raised."""
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
-
-
-def succeeds(*arguments) -> str:
-    code, output = run(*arguments)
-    assert code == 0, output
-    return output
-
-
-def fails(*arguments) -> str:
-    """The error, of one line; a training may have shown its progress beside it."""
-    code, output = run(*arguments)
-    assert code == 1, output
-    lines = [line for line in output.splitlines() if "Error" in line or "Traceback" in line]
-    assert len(lines) == 1 and lines[0].startswith("Error: "), output
-    return lines[0]
-
-
-def save(folder: Path, cls=BertModel, with_tokenizer: bool = True, seed: int = 0, **overrides):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "max_position_embeddings": 32, "vocab_size": 13}
-    cls(BertConfig(initializer_range=0.3, **(sizes | overrides))).save_pretrained(folder)
-    if with_tokenizer:
-        vocabulary = folder / "words.txt"
-        vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-        BertTokenizer(str(vocabulary)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -100,16 +62,6 @@ def table(tmp_path) -> Path:
     path = tmp_path / "table.tsv"
     path.write_text("label\ttext\n" + "pos\tgood film\nneg\tthis is bad\n" * 8)
     return path
-
-
-def student_of(teacher: Path) -> Path:
-    out = teacher.with_name(f"{teacher.name}-student")
-    succeeds("compress", teacher, out)
-    return out
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return cli._model(str(folder)).state_dict()
 
 
 @pytest.mark.parametrize(
@@ -381,13 +333,13 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path, teacher, classifier,
     for arguments, message in (
         (
             [teacher, student, out, "--data", texts, "--max-length", 33],
-            "--max-length 33 exceeds the teacher's 32 positions",
+            "--max-length 33 exceeds the 32 positions of teacher and student",
         ),
         (
             [teacher, student, out, "--data", texts, "--steps", 1, "--epochs", 1],
             "--steps 1 and --epochs 1 are two lengths",
         ),
-        ([teacher, student, out, "--data", texts, "--epochs", 0], "--epochs must be > 0, got 0"),
+        ([teacher, student, out, "--data", texts, "--epochs", 0], "'0' must be a number above 0"),
         ([teacher, student, out, "--data", table], "fine-tuned on them"),
         (
             [classifier, student, out, "--data", broken],
@@ -395,7 +347,7 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path, teacher, classifier,
         ),
         (
             [teacher, student, out, "--data", texts, "--minutes", -1],
-            "max_minutes must be > 0",
+            "'-1' must be a number above 0",
         ),
     ):
         assert message in fails("distill", *arguments)
@@ -436,7 +388,7 @@ def test_a_save_that_fails_leaves_nothing_half_written(tmp_path, teacher, texts,
 
 def test_a_training_that_diverges_is_not_saved(tmp_path, teacher, texts):
     student, out = student_of(teacher), tmp_path / "out"
-    options = ["--data", texts, "--steps", 20, "--learning-rate", 1e30]
+    options = ["--data", texts, "--steps", 20, "--learning-rate", 1e9]
     assert "the training diverged" in fails("distill", teacher, student, out, *options)
     assert not out.exists()
 

@@ -44,9 +44,10 @@ def test_a_folder_of_somebody_elses_is_refused_before_any_work(tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
 
 
-def test_negative_minutes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at least 0, got -1"):
-        demo.run(tmp_path / "out", minutes=-1)
+@pytest.mark.parametrize("minutes", [-1, float("nan"), float("inf")])
+def test_minutes_that_never_end_are_refused(tmp_path, minutes):
+    with pytest.raises(ValueError, match=f"at least 0 and finite, got {minutes}"):
+        demo.run(tmp_path / "out", minutes=minutes)
 
 
 def test_a_damaged_teacher_is_named_with_the_remedy_and_nothing_is_written(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,9 +15,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForPreTraining, BertTokenizer, TrainingArguments
+from transformers import BertConfig, BertForPreTraining, BertTokenizer, Trainer, TrainingArguments
 
 from kroneckerbert import DistillationConfig, curves, recipe, reproduction
+from kroneckerbert.signals import Interrupted
 
 WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 GLUE = {"mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte"}
@@ -344,6 +347,30 @@ KILLED = """
 """
 
 
+def test_a_stopped_run_keeps_the_last_step_and_goes_on_to_the_same_weights(
+    finished, sources, given, tmp_path, monkeypatch
+):
+    output, name = tmp_path / "out", "stage2/sst2/seed-1"
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / name)
+    training_step = Trainer.training_step
+
+    def stopped(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return training_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted) as stop:
+        patched.setattr(Trainer, "training_step", stopped)
+        reproduction.run(recipe.parse(given), output, sources / "data")
+    kept = output / "training" / name
+    assert stop.value.number == signal.SIGTERM
+    assert stop.value.kept == f"Stopped after step 3, kept in {kept}."
+    assert (kept / "checkpoint-3").is_dir() and not (output / name).exists()
+    reproduction.run(recipe.parse(given), output, sources / "data")
+    assert same(output / name, finished / name)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(finished, sources, given, tmp_path):
     path, output = tmp_path / "own.yaml", tmp_path / "out"
@@ -419,9 +446,10 @@ def test_curves_have_a_panel_for_each_term(tmp_path, monkeypatch):
 def test_curves_without_a_loss_or_matplotlib_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no loss to draw"):
         curves.save({"run": [{"step": 1, "epoch": 1}]}, tmp_path / "curves.png")
-    (tmp_path / "trainer_state.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no trainer_state\.json"):
-        curves.read(tmp_path)
+    for text in ("{}", "[]", '{"log_history": [1]}', '{"log_history": 1}', "[" * 2000, ""):
+        (tmp_path / "trainer_state.json").write_text(text)
+        with pytest.raises(ValueError, match=r"no trainer_state\.json"):
+            curves.read(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"kron-kernels\[demo\]"):
         curves.save({"run": [{"step": 1, "loss": 1}]}, tmp_path / "curves.png")

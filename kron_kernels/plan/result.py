@@ -75,7 +75,10 @@ class Plan:
         Raises:
             ValueError: If it is no plan, or one of another version.
         """
-        told = json.loads(text)
+        try:
+            told = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"this is no plan, nor any JSON: {error}.") from error
         wanted = {f.name for f in fields(cls)}
         if not isinstance(told, dict) or told.keys() != wanted or told["version"] != 1:
             found = sorted(told) if isinstance(told, dict) else type(told).__name__
@@ -83,6 +86,20 @@ class Plan:
                 f"this is no plan of version 1: it has {found}, not {sorted(wanted)}; make it anew "
                 "with kron_kernels.plan.plan."
             )
+        kinds = dict.fromkeys(("factors", "totals", "setting", "budget"), dict)
+        for name, kind in {**kinds, "layers": list, "objective": str}.items():
+            if not isinstance(told[name], kind):
+                raise ValueError(
+                    f"this is no plan: its {name} must be a {kind.__name__}, got "
+                    f"{told[name]!r:.80}; make it anew with kron_kernels.plan.plan."
+                )
+        columns = {f.name for f in fields(LayerPlan)}
+        for row in told["layers"]:
+            if not isinstance(row, dict) or row.keys() != columns:
+                raise ValueError(
+                    f"this is no plan: each of its layers must have {sorted(columns)}, got "
+                    f"{row!r:.80}; make it anew with kron_kernels.plan.plan."
+                )
         return cls(**told | {"layers": [LayerPlan(**row) for row in told["layers"]]})
 
     def save(self, path: str | os.PathLike) -> None:
@@ -91,8 +108,16 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Plan:
-        """Read what ``save`` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: If it is no plan, see ``from_json``, or not UTF-8.
+            OSError: If it cannot be read.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
         return _table(self)

@@ -17,11 +17,12 @@ class Deadline(TrainerCallback):
 
     def __init__(self, minutes: float):
         self.seconds = 60 * minutes
+        self.spent = 0.0  # seconds, by a run that this one goes on from
         self.share = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.start = monotonic()
-        self.share = 0.0
+        self.start = monotonic() - self.spent
+        self.share = min(self.spent / self.seconds, 1.0)
 
     # Before the optimizer's step, so that the schedule's step that follows sees the share.
     def on_pre_optimizer_step(

@@ -162,6 +162,11 @@ class DistillationTrainer(Trainer):
         if isinstance(self._from, Exception):
             raise self._from
 
+    def count_as_spent(self, seconds: float) -> None:
+        """Take the time of a run that this one goes on from off ``max_minutes``."""
+        if self._deadline is not None:
+            self._deadline.spent = seconds
+
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LRScheduler:

@@ -1,0 +1,72 @@
+"""What a folder was made of, beside what is in it: so that work goes on only where it fits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kron_kernels.files import write_file
+
+MADE_OF = "made_of.json"
+
+
+def identity(source: str | Path) -> str:
+    """A model's name; of a folder with a digest of what it was made of, or of what is in it."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(source)
+    if (folder / MADE_OF).exists():
+        return digest((folder / MADE_OF).read_bytes())
+    kinds = (".json", ".safetensors", ".bin", ".txt")
+    files = sorted(path for path in folder.iterdir() if path.suffix in kinds)
+    digests = [f"{path.name} {digest(path.read_bytes())}" for path in files]
+    return digest("\n".join(digests).encode())
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def is_made_of(folder: Path, made_of: Mapping[str, Any], renew: bool) -> bool:
+    """Whether a folder holds just this; an error if it is another's, unless that may go."""
+    path = folder / MADE_OF
+    if not path.exists():
+        return False
+    changes = list(_changes(read_json(path), made_of))
+    if changes and not renew:
+        raise ValueError(
+            f"{folder} was made with other arguments: {'; '.join(changes)}. Delete {folder} to "
+            "begin anew, undo the change, or choose another output folder."
+        )
+    return not changes
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    for key in {**before, **now}:
+        old, new = before.get(key, "not set"), now.get(key, "not set")
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _changes(old, new, f"{where}{key}.")
+        elif old != new:
+            yield f"{where}{key} was {old} and is {new}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What ``write_json`` wrote.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete {path.parent}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged, it holds {found!r:.80}; delete {path.parent}.")
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_file(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,57 @@
+"""Commands run in this process, on models so small that each takes a moment."""
+
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+from typer.testing import CliRunner
+
+from kroneckerbert import cli
+
+WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
+
+
+def run(*arguments, app=cli.app) -> tuple[int, str]:
+    """Exit code and what was written; an error that is not ours is raised."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def succeeds(*arguments) -> str:
+    code, output = run(*arguments)
+    assert code == 0, output
+    return output
+
+
+def fails(*arguments, app=cli.app) -> str:
+    """The error, of one line; a training may have shown its progress beside it."""
+    code, output = run(*arguments, app=app)
+    assert code in (1, 2), output
+    lines = [line for line in output.splitlines() if "Error" in line or "Traceback" in line]
+    assert len(lines) == 1 and lines[0].startswith("Error: "), output
+    assert "Nobody has foreseen" not in lines[0]
+    return lines[0]
+
+
+def save(folder: Path, cls=BertModel, with_tokenizer: bool = True, seed: int = 0, **overrides):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 32, "vocab_size": 13}
+    cls(BertConfig(initializer_range=0.3, **(sizes | overrides))).save_pretrained(folder)
+    if with_tokenizer:
+        vocabulary = folder / "words.txt"
+        vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+        BertTokenizer(str(vocabulary)).save_pretrained(folder)
+    return folder
+
+
+def student_of(teacher: Path) -> Path:
+    out = teacher.with_name(f"{teacher.name}-student")
+    succeeds("compress", teacher, out)
+    return out
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return cli._model(str(folder)).state_dict()
