@@ -15,7 +15,7 @@ from kron_kernels.dispatch import Backend
 from kron_kernels.embedding import kron_cross_entropy, kron_embedding
 from kron_kernels.functional import kron_matmul
 from kron_kernels.fused import kron_feed_forward
-from kron_kernels.shapes import KronShape
+from kron_kernels.shapes import KronShape, check_integer, nearest_divisors
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -51,12 +51,12 @@ class KroneckerLinear(nn.Module):
     ):
         super().__init__()
         s = KronShape.split(out_features, in_features, a_shape, rank)
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.in_features, self.out_features, self.rank = s.in_features, s.out_features, s.rank
         self.backend = backend
         new: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.a = nn.Parameter(torch.empty(rank, s.m1, s.n1, **new))
-        self.b = nn.Parameter(torch.empty(rank, s.m2, s.n2, **new))
-        self.bias = nn.Parameter(torch.empty(out_features, **new)) if bias else None
+        self.a = nn.Parameter(torch.empty(s.rank, s.m1, s.n1, **new))
+        self.b = nn.Parameter(torch.empty(s.rank, s.m2, s.n2, **new))
+        self.bias = nn.Parameter(torch.empty(s.out_features, **new)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None) -> None:
@@ -338,25 +338,28 @@ class KroneckerEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        num_embeddings = check_integer("num_embeddings", num_embeddings)
+        embedding_dim = check_integer("embedding_dim", embedding_dim)
+        b_size = check_integer("b_size", b_size, None)
         if b_size < 1 or embedding_dim % b_size:
-            divisors = [d for d in range(1, embedding_dim + 1) if embedding_dim % d == 0]
             raise ValueError(
                 f"embedding_dim = {embedding_dim} is not divisible by b_size = {b_size}; "
-                f"use one of {divisors}."
+                f"{nearest_divisors(embedding_dim, b_size)}."
             )
-        KronShape.split(
-            num_embeddings, embedding_dim, (num_embeddings, embedding_dim // b_size), rank
-        )
-        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(
-                f"padding_idx = {padding_idx} is not one of the {num_embeddings} rows; "
-                f"use 0 to {num_embeddings - 1}, or None."
-            )
+        columns = embedding_dim // b_size
+        s = KronShape.split(num_embeddings, embedding_dim, (num_embeddings, columns), rank)
+        if padding_idx is not None:
+            padding_idx = check_integer("padding_idx", padding_idx, None)
+            if not -num_embeddings <= padding_idx < num_embeddings:
+                raise ValueError(
+                    f"padding_idx = {padding_idx} is not one of the {num_embeddings} rows; "
+                    f"use 0 to {num_embeddings - 1}, or None."
+                )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.rank, self.padding_idx = rank, padding_idx
+        self.rank, self.padding_idx = s.rank, padding_idx
         new: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.a = nn.Parameter(torch.empty(rank, num_embeddings, embedding_dim // b_size, **new))
-        self.b = nn.Parameter(torch.empty(rank, 1, b_size, **new))
+        self.a = nn.Parameter(torch.empty(s.rank, num_embeddings, columns, **new))
+        self.b = nn.Parameter(torch.empty(s.rank, 1, b_size, **new))
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 1.0) -> None:
