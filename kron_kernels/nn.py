@@ -15,7 +15,7 @@ from kron_kernels.dispatch import Backend
 from kron_kernels.embedding import kron_cross_entropy, kron_embedding
 from kron_kernels.functional import kron_matmul
 from kron_kernels.fused import kron_feed_forward
-from kron_kernels.shapes import KronShape, check_integer, nearest_divisors
+from kron_kernels.shapes import KronShape, check_integer, check_number, nearest_divisors
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -64,7 +64,7 @@ class KroneckerLinear(nn.Module):
 
         The default, ``1 / sqrt(3 * in_features)``, is that of ``nn.Linear``.
         """
-        std = 1 / math.sqrt(3 * self.in_features) if std is None else std
+        std = 1 / math.sqrt(3 * self.in_features) if std is None else check_number("std", std)
         # An entry of W is a sum of `rank` products of two independent normals.
         factor_std = math.sqrt(std) / self.rank**0.25
         nn.init.normal_(self.a, std=factor_std)
@@ -90,6 +90,8 @@ class KroneckerLinear(nn.Module):
     ) -> Self:
         """The layer nearest to ``linear``, on its device and in its dtype, with its bias.
 
+        The factors are as trainable as its weight is (``requires_grad``), and the bias as its bias.
+
         Args:
             linear: The dense layer; left as it is.
             a_shape: ``(m1, n1)``, the shape of the left factor.
@@ -114,10 +116,14 @@ class KroneckerLinear(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
+        a, b = (as_trainable(t, weight) for t in (a, b))
         return filled(layer, like=linear, a=a, b=b, bias=linear.bias)
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer of the same function: an escape hatch for export and merging."""
+        """The dense layer of the same function: an escape hatch for export and merging.
+
+        Its weight is frozen if all factors are, and its bias if theirs is.
+        """
         linear = nn.utils.skip_init(
             nn.Linear,
             self.in_features,
@@ -126,7 +132,8 @@ class KroneckerLinear(nn.Module):
             device=self.a.device,
             dtype=self.a.dtype,
         )
-        return filled(linear, like=self, weight=dense_weight(self.a, self.b), bias=self.bias)
+        weight = as_trainable(dense_weight(self.a, self.b), self.a, self.b)
+        return filled(linear, like=self, weight=weight, bias=self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (…, in_features)`` to ``y (…, out_features)``."""
@@ -170,13 +177,14 @@ class KroneckerSum(nn.Module):
         super().__init__()
         if not parts:
             raise ValueError("parts is empty, but a sum needs at least one (a_shape, rank).")
-        self.in_features, self.out_features = in_features, out_features
         new: dict[str, Any] = {"device": device, "dtype": dtype}
         self.parts: Sequence[KroneckerLinear] = nn.ModuleList(  # type: ignore[assignment]
             KroneckerLinear(in_features, out_features, shape, rank, False, backend=backend, **new)
             for shape, rank in parts
         )
-        self.bias = nn.Parameter(torch.empty(out_features, **new)) if bias else None
+        first = self.parts[0]
+        self.in_features, self.out_features = first.in_features, first.out_features
+        self.bias = nn.Parameter(torch.empty(self.out_features, **new)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None) -> None:
@@ -185,7 +193,7 @@ class KroneckerSum(nn.Module):
         The default, ``1 / sqrt(3 * in_features)``, is that of ``nn.Linear``. Each part has an
         equal share of the variance.
         """
-        std = 1 / math.sqrt(3 * self.in_features) if std is None else std
+        std = 1 / math.sqrt(3 * self.in_features) if std is None else check_number("std", std)
         for part in self.parts:
             part.reset_parameters(std / math.sqrt(len(self.parts)))
         if self.bias is not None:
@@ -208,6 +216,8 @@ class KroneckerSum(nn.Module):
     ) -> Self:
         """The sum near ``linear``, on its device and in its dtype, with its bias.
 
+        The factors are as trainable as its weight is (``requires_grad``), and the bias as its bias.
+
         Args:
             linear: The dense layer; left as it is.
             parts: ``(a_shape, rank)`` of each part, fitted in this order.
@@ -228,12 +238,16 @@ class KroneckerSum(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        for part, (a, b) in zip(layer.parts, fitted, strict=True):
+        for part, factors in zip(layer.parts, fitted, strict=True):
+            a, b = (as_trainable(t, weight) for t in factors)
             filled(part, like=linear, a=a, b=b)
         return filled(layer, like=linear, bias=linear.bias)
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer of the same function: an escape hatch for export and merging."""
+        """The dense layer of the same function: an escape hatch for export and merging.
+
+        Its weight is frozen if all factors are, and its bias if theirs is.
+        """
         first, *others = self.parts
         linear = nn.utils.skip_init(
             nn.Linear,
@@ -244,6 +258,7 @@ class KroneckerSum(nn.Module):
             dtype=first.a.dtype,
         )
         weight = sum((dense_weight(p.a, p.b) for p in others), dense_weight(first.a, first.b))
+        weight = as_trainable(weight, *(t for p in self.parts for t in (p.a, p.b)))
         return filled(linear, like=self, weight=weight, bias=self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -364,7 +379,7 @@ class KroneckerEmbedding(nn.Module):
 
     def reset_parameters(self, std: float = 1.0) -> None:
         """Draw the factors so that the entries of E have this standard deviation."""
-        factor_std = math.sqrt(std) / self.rank**0.25
+        factor_std = math.sqrt(check_number("std", std)) / self.rank**0.25
         nn.init.normal_(self.a, std=factor_std)
         nn.init.normal_(self.b, std=factor_std)
         if self.padding_idx is not None:
@@ -375,6 +390,8 @@ class KroneckerEmbedding(nn.Module):
         cls, embedding: nn.Embedding, b_size: int, rank: int = 1, *, rescale: bool = False
     ) -> Self:
         """The table nearest to ``embedding`` in the Frobenius norm, on its device, in its dtype.
+
+        The factors are as trainable as its weight is.
 
         Raises:
             ValueError: If the lookup does more than ``nn.Embedding``'s defaults (``max_norm``,
@@ -398,11 +415,12 @@ class KroneckerEmbedding(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        a, b = nearest_kronecker(weight, (rows, dim // b_size), rank, rescale=rescale)
+        fitted = nearest_kronecker(weight, (rows, dim // b_size), rank, rescale=rescale)
+        a, b = (as_trainable(t, weight) for t in fitted)
         return filled(table, like=embedding, a=a, b=b)
 
     def to_embedding(self) -> nn.Embedding:
-        """The dense table of the same rows."""
+        """The dense table of the same rows, frozen if both factors are."""
         embedding = nn.utils.skip_init(
             nn.Embedding,
             self.num_embeddings,
@@ -411,7 +429,8 @@ class KroneckerEmbedding(nn.Module):
             device=self.a.device,
             dtype=self.a.dtype,
         )
-        return filled(embedding, like=self, weight=dense_weight(self.a, self.b))
+        weight = as_trainable(dense_weight(self.a, self.b), self.a, self.b)
+        return filled(embedding, like=self, weight=weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of E: ids ``(…)`` to ``(…, embedding_dim)``."""
@@ -442,11 +461,15 @@ class KroneckerEmbedding(nn.Module):
         return f"{rows}, {columns}*{self.b.shape[-1]}, rank={self.rank}{padding}"
 
 
+def as_trainable(t: Tensor, *sources: Tensor) -> Tensor:
+    """The values of ``t``, to be trained if one of what they were made of is."""
+    return t.detach().requires_grad_(any(source.requires_grad for source in sources))
+
+
 @torch.no_grad()
 def filled(module: Module, like: nn.Module, **values: Tensor | None) -> Module:
-    """The module with these parameters, in the mode and as trainable as ``like``."""
+    """The module with these parameters, each as trainable as its value, in the mode of ``like``."""
     for name, value in values.items():
         if value is not None:
-            getattr(module, name).copy_(value)
-    trainable = any(p.requires_grad for p in like.parameters())
-    return module.requires_grad_(trainable).train(like.training)
+            getattr(module, name).copy_(value).requires_grad_(value.requires_grad)
+    return module.train(like.training)
