@@ -18,8 +18,8 @@ from kron_kernels import (
     nearest_kronecker,
     nearest_kronecker_sum,
 )
+from kron_kernels.plan.forward import evaluating
 from kroneckerbert.configuration_kroneckerbert import linear_weight
-from kroneckerbert.modeling_kroneckerbert import evaluating
 
 Batch = Mapping[str, Tensor]
 

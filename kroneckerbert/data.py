@@ -62,7 +62,8 @@ class TextDataset(Dataset):
                 truncation=True,
                 max_length=max_length,
                 return_attention_mask=False,
-                return_token_type_ids=texts_b is not None,
+                # Not of tokenizers that mark no second text: GPT-2 would add these ids to its words.
+                return_token_type_ids=texts_b is not None and tokenizer.sep_token is not None,
             )
         )
         if labels is not None:

@@ -41,8 +41,8 @@ except ImportError as error:
         "pip install -U 'transformers>=5.23'"
     ) from error
 
+from kron_kernels.plan.forward import evaluating
 from kroneckerbert.files import replace_folder
-from kroneckerbert.modeling_kroneckerbert import evaluating
 
 Format = Literal["onnx", "openvino", "torch_export", "aoti"]
 

@@ -9,6 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from kron_kernels.plan.forward import evaluating
+from kron_kernels.shapes import check_integer
 from kron_kernels.timing import Timing, interleaved
 
 
@@ -49,7 +51,7 @@ def latency(
     """
     calls = {}
     for name, model in models.items():
-        model.eval()
-        ids = torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
+        ids = random_ids(model, batch, tokens)
         calls[name] = lambda model=model, ids=ids: model(input_ids=ids)
-    return interleaved(calls, seconds)
+    with evaluating(*models.values()):
+        return interleaved(calls, seconds)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +42,8 @@ from transformers import (
 )
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, KronShape
+from kron_kernels.plan.forward import evaluating
+from kron_kernels.shapes import check_integer
 from kroneckerbert import checkpoints
 from kroneckerbert.configuration_kroneckerbert import (
     KroneckerConfig,
@@ -195,8 +196,22 @@ class KroneckerPreTrainedModel(_Base):
 
         Returns:
             The word embeddings.
+
+        Raises:
+            ValueError: If a size is no positive integer, or leaves no row for the padding; the
+                model is then as it was.
         """
         table = self.get_input_embeddings()
+        if new_num_tokens is not None:
+            new_num_tokens = check_integer("new_num_tokens", new_num_tokens)
+        if pad_to_multiple_of is not None:
+            pad_to_multiple_of = check_integer("pad_to_multiple_of", pad_to_multiple_of)
+        padding = getattr(table, "padding_idx", None)
+        if new_num_tokens is not None and padding is not None and new_num_tokens <= padding:
+            raise ValueError(
+                f"new_num_tokens = {new_num_tokens} leaves no row for the padding's id {padding}; "
+                f"keep at least {padding + 1}."
+            )
         if not isinstance(table, KroneckerEmbedding):
             return super().resize_token_embeddings(
                 new_num_tokens, pad_to_multiple_of, mean_resizing
@@ -221,9 +236,10 @@ class KroneckerPreTrainedModel(_Base):
                         setattr(module, name, new)
             self.set_output_embeddings(decoder)
         elif decoder is not None:
-            self.set_output_embeddings(
-                self._get_resized_lm_head(decoder, rows, mean_resizing=mean_resizing)
-            )
+            resized = self._get_resized_lm_head(decoder, rows, mean_resizing=mean_resizing)
+            for name, p in decoder.named_parameters():
+                getattr(resized, name).requires_grad_(p.requires_grad)
+            self.set_output_embeddings(resized)
         entry = {"a_shape": list(table.a.shape[1:]), "rank": table.rank}
         path = next(name for name, m in self.base_model.named_modules() if m is table)
         key = self.config.entry_of(path) or path
@@ -328,19 +344,6 @@ def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
     return min(tokenizer.model_max_length, positions(model))
 
 
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Within, models are in evaluation mode; then each in the mode in which it was."""
-    before = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for model, was_training in zip(models, before, strict=True):
-            model.train(was_training)
-
-
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
     """Mean over the tokens that are not padding: the usual sentence embedding.
 
@@ -376,9 +379,14 @@ def embed(
 
     Returns:
         Shape ``(len(sentences), hidden)``, float32, on the model's device, in the given order.
+
+    Raises:
+        TypeError: If ``sentences`` is one text.
+        ValueError: If ``batch_size`` is no positive integer.
     """
     if isinstance(sentences, str):
         raise TypeError(f"sentences must be a list of texts, got the text {sentences!r}.")
+    batch_size = check_integer("batch_size", batch_size)
     encoder = model.base_model
     rows = torch.empty(len(sentences), encoder.config.hidden_size, device=encoder.device)
     if not sentences:

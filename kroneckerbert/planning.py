@@ -21,13 +21,14 @@ from transformers import PreTrainedModel
 import kron_kernels.plan as engine
 from kron_kernels import KroneckerEmbedding, KronShape
 from kron_kernels.plan import Plan
+from kron_kernels.plan.forward import evaluating
+from kron_kernels.shapes import check_integer
 from kron_kernels.timing import interleaved
 from kroneckerbert import measure
 from kroneckerbert.calibration import Batch, checked_batches, layer_inputs, tokens_of
 from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
 from kroneckerbert.modeling_kroneckerbert import (
     KroneckerPreTrainedModel,
-    evaluating,
     kronecker_class,
     positions,
 )

@@ -21,8 +21,10 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kron_kernels.plan.forward import evaluating
+from kron_kernels.shapes import check_integer
 from kroneckerbert.data import batches_by_length
-from kroneckerbert.modeling_kroneckerbert import evaluating, max_tokens
+from kroneckerbert.modeling_kroneckerbert import max_tokens
 
 # In tokens, as in BERT's own run_squad.py.
 _LONGEST_QUESTION = 64

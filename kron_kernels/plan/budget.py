@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import inf
 
 KEYS = ("parameters", "bytes", "flops", "latency", "error")
 
@@ -30,7 +31,7 @@ def _limit(key: str, value: float | str, dense: float) -> float:
             share = 1 / float(text[1]) if text[2] == "x" else float(text[1]) / 100
             if key != "error" or text[2] == "%":  # the dense module has no error
                 number = share * dense
-    elif not isinstance(value, bool) and isinstance(value, int | float) and value >= 0:
+    elif not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < inf:
         number = float(value)
     if number is None:
         raise ValueError(

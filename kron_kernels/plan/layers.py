@@ -109,6 +109,19 @@ def find_targets(
     return targets
 
 
+def check_weights(targets: Iterable[Target]) -> None:
+    """Raise, naming the layer, if there are entries whose errors would be NaN."""
+    for target in targets:
+        if not target.inputs and not target.terms:
+            continue  # stays as it is
+        bad = int((~torch.isfinite(target.layer.weight)).sum())
+        if bad:
+            raise ValueError(
+                f"the weight of {target.path or 'the module'} has {bad} entries that are NaN or "
+                "infinite; repair it, or leave it out of names."
+            )
+
+
 def _check_decision(target: Target, what: str) -> None:
     shapes = shapes_of(target.layer, target.terms, what)
     parameters, dense = sum(s.parameters for s in shapes), target.layer.weight.numel()
