@@ -190,6 +190,11 @@ def unit(t: Tensor) -> tuple[Tensor, float]:
     return t * 2.0**-k * 2.0**-k, 2.0**k
 
 
+def check_finite(what: str, weight: Tensor) -> None:
+    if bad := int((~torch.isfinite(weight)).sum()):
+        raise ValueError(f"{what} has {bad} entries that are NaN or infinite; repair it first.")
+
+
 def _check_effort(max_iterations: int, tolerance: float) -> tuple[int, float]:
     return check_integer("max_iterations", max_iterations, 0), check_number("tolerance", tolerance)
 
@@ -207,9 +212,7 @@ def _check(
     check_rank(s)
     if weight.is_meta:
         raise ValueError("weight is on the meta device and has no values; load it first.")
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise ValueError(f"weight has {bad} entries that are NaN or infinite; repair it first.")
+    check_finite("weight", weight)
     if second_moment is not None:
         if second_moment.shape != (n, n):
             raise ValueError(

@@ -150,8 +150,8 @@ def sides_of(a_shape: Any) -> tuple[int, int]:
         sides = ()
     if len(sides) != 2:
         raise ValueError(
-            f"a_shape = {a_shape!r} must be two integers (m1, n1), the rows and columns of the left "
-            "factor, such as (16, 2)."
+            f"a_shape = {a_shape!r} must be two integers (m1, n1), the left factor's rows and "
+            "columns, such as (16, 2)."
         )
     m1, n1 = (check_integer(f"a_shape[{i}]", side, None) for i, side in enumerate(sides))
     return m1, n1

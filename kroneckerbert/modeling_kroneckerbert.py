@@ -188,6 +188,8 @@ class KroneckerPreTrainedModel(_Base):
     ) -> nn.Module:
         """Add or remove words at the end of the vocabulary: rows of A; b stays.
 
+        What is frozen (``requires_grad``) stays so.
+
         Args:
             new_num_tokens: The new vocabulary's size; None keeps the present one.
             pad_to_multiple_of: Round the size up to a multiple of this.
@@ -212,15 +214,30 @@ class KroneckerPreTrainedModel(_Base):
                 f"new_num_tokens = {new_num_tokens} leaves no row for the padding's id {padding}; "
                 f"keep at least {padding + 1}."
             )
-        if not isinstance(table, KroneckerEmbedding):
-            return super().resize_token_embeddings(
+        # Stock resizing gives a decoder's bias its weight's.
+        trainable = {n: p.requires_grad for n, p in self.named_parameters(remove_duplicate=False)}
+        if isinstance(table, KroneckerEmbedding):
+            self._resize_factors(table, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        else:
+            table = super().resize_token_embeddings(
                 new_num_tokens, pad_to_multiple_of, mean_resizing
             )
+        for name, p in self.named_parameters(remove_duplicate=False):
+            p.requires_grad_(trainable.get(name, p.requires_grad))
+        return table
+
+    def _resize_factors(
+        self,
+        table: KroneckerEmbedding,
+        new_num_tokens: int | None,
+        pad_to_multiple_of: int | None,
+        mean_resizing: bool,
+    ) -> None:
         rows = table.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             rows = math.ceil(rows / pad_to_multiple_of) * pad_to_multiple_of
         if rows == table.num_embeddings:
-            return table
+            return
 
         _resize_rows(table, rows, None if mean_resizing else self.config.initializer_range)
         decoder = self.get_output_embeddings()
@@ -228,25 +245,22 @@ class KroneckerPreTrainedModel(_Base):
             decoder.out_features = rows
             if decoder.bias is not None:
                 old = decoder.bias
-                bias = F.pad(old.detach(), (0, rows - old.numel()))
-                new = nn.Parameter(bias, old.requires_grad)
+                new = nn.Parameter(F.pad(old.detach(), (0, rows - old.numel())))
                 for module in self.modules():  # heads may have it under a second name
                     names = [name for name, p in module._parameters.items() if p is old]
                     for name in names:
                         setattr(module, name, new)
             self.set_output_embeddings(decoder)
         elif decoder is not None:
-            resized = self._get_resized_lm_head(decoder, rows, mean_resizing=mean_resizing)
-            for name, p in decoder.named_parameters():
-                getattr(resized, name).requires_grad_(p.requires_grad)
-            self.set_output_embeddings(resized)
+            self.set_output_embeddings(
+                self._get_resized_lm_head(decoder, rows, mean_resizing=mean_resizing)
+            )
         entry = {"a_shape": list(table.a.shape[1:]), "rank": table.rank}
         path = next(name for name, m in self.base_model.named_modules() if m is table)
         key = self.config.entry_of(path) or path
         self.config.kronecker_factors = {**self.config.kronecker_factors, key: entry}
         self.config.vocab_size = self.vocab_size = rows
         self.tie_weights()
-        return table
 
 
 def register(dense_config: type[PreTrainedConfig]) -> type[KroneckerConfig]:
@@ -421,7 +435,7 @@ def _resize_rows(table: KroneckerEmbedding, rows: int, std: float | None) -> Non
             # Var E_ij = Var A · Σ_k b_kj², on average over j.
             new = torch.randn_like(new) * std / table.b.square().mean(-1).sum().sqrt()
         a = torch.cat([a, new], 1)
-    table.a = nn.Parameter(a.clone(), table.a.requires_grad)
+    table.a = nn.Parameter(a.clone())
     table.num_embeddings = rows
 
 

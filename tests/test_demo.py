@@ -45,7 +45,7 @@ def test_a_folder_of_somebody_elses_is_refused_before_any_work(tmp_path, monkeyp
 
 
 def test_negative_minutes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at least 0, got -1"):
+    with pytest.raises(ValueError, match="minutes = -1 must be a finite number of at least 0"):
         demo.run(tmp_path / "out", minutes=-1)
 
 

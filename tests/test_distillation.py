@@ -957,10 +957,14 @@ def test_a_student_that_shares_its_teachers_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"hidden_weight": -1.0}, "hidden_weight must be >= 0, got -1.0"),
+        ({"hidden_weight": -1.0}, "hidden_weight = -1.0 must be a finite number of at least 0"),
+        ({"logits_weight": math.inf}, "logits_weight = inf must be a finite number"),
+        ({"labels_weight": math.nan}, "labels_weight = nan must be a finite number"),
         ({f"{name}_weight": 0.0 for name in TERMS}, "All weights are 0"),
-        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
-        ({"max_minutes": 0.0}, "max_minutes must be > 0, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be > 0 and finite, got 0.0"),
+        ({"temperature": math.inf}, "temperature must be > 0 and finite, got inf"),
+        ({"max_minutes": 0.0}, "max_minutes must be > 0 and finite, got 0.0"),
+        ({"max_minutes": math.inf}, "max_minutes must be > 0 and finite, got inf"),
         ({"label_smoothing_factor": 0.1}, "leave both unset"),
         ({"max_minutes": 1.0, "lr_scheduler_type": "reduce_lr_on_plateau"}, "use lr_sch"),
     ],

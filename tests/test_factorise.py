@@ -195,7 +195,7 @@ def test_a_weight_that_is_not_finite_is_told_by_its_path():
     with torch.no_grad():
         net[1].weight[0, 3] = torch.nan
     for terms in (ONE, [ONE, TWO]):
-        with pytest.raises(ValueError, match="^1: weight has 1 entries that are NaN"):
+        with pytest.raises(ValueError, match=r"^1: weight has 1 entries that are NaN"):
             factorise_(net, {"1": terms})
 
 

@@ -536,7 +536,7 @@ def test_a_weight_that_is_not_finite_is_told_by_its_path():
     with torch.no_grad():
         net.unused.weight.fill_(torch.inf)  # never called, so that it stays dense
         net.layer[1].down.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="the weight of layer.1.down has 1 entries that are NaN"):
+    with pytest.raises(ValueError, match=r"the weight of layer.1.down has 1 entries that are NaN"):
         plan(net, {"parameters": "2x"}, IDS)
 
 

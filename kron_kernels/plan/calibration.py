@@ -53,9 +53,15 @@ def second_moments(
                 f"calibration gives {path} no input that counts, though inputs call it; pass "
                 "batches that reach it with something unmasked, or leave it out of names."
             )
-        if moment is not None and not torch.isfinite(moment).all():
-            raise ValueError(
-                f"the inputs of {path} on calibration are NaN, infinite or so large that their "
-                "squares are; find the batch, or the layer before it, that makes them so."
-            )
+        if moment is not None:
+            check_moment(path, moment)
     return found
+
+
+def check_moment(path: str, moment: Tensor) -> None:
+    """Raise, naming the layer, unless all of its inputs were finite."""
+    if not torch.isfinite(moment).all():
+        raise ValueError(
+            f"the inputs of {path} on calibration are NaN, infinite or so large that their squares "
+            "are; find the batch, or the layer before it, that makes them so."
+        )

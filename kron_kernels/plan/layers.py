@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from kron_kernels.decompose import check_finite
 from kron_kernels.factorise import (
     Dense,
     Entry,
@@ -114,12 +115,7 @@ def check_weights(targets: Iterable[Target]) -> None:
     for target in targets:
         if not target.inputs and not target.terms:
             continue  # stays as it is
-        bad = int((~torch.isfinite(target.layer.weight)).sum())
-        if bad:
-            raise ValueError(
-                f"the weight of {target.path or 'the module'} has {bad} entries that are NaN or "
-                "infinite; repair it, or leave it out of names."
-            )
+        check_finite(f"the weight of {target.path or 'the module'}", target.layer.weight)
 
 
 def _check_decision(target: Target, what: str) -> None:
