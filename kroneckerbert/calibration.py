@@ -149,6 +149,7 @@ def refit(
                     by_student = layer_inputs(student, batch, [source], stop=True)
                     # Of several calls, as in DeBERTa, the first, which is the text's.
                     moments.add(by_student[source][0], by_teacher.pop(source)[0])
+                check_moment(source, moments.ss + moments.ts)
                 for name in group:
                     _refit_layer(student.get_submodule(name), teacher.get_submodule(name), moments)
                 bar.update()

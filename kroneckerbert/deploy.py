@@ -7,6 +7,7 @@ needs neither of this project's packages.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import io
 import json
@@ -369,6 +370,12 @@ def _checked(sample: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, 
         raise ValueError(
             f"sample must hold tensors (batch, tokens), but {', '.join(wrong) or 'it'} "
             f"{'is not' if wrong else 'is empty'}; pass tokenizer(texts, return_tensors='pt')."
+        )
+    taken = inspect.signature(model.forward).parameters
+    if unknown := [name for name in sample if name not in taken]:
+        raise ValueError(
+            f"sample has {unknown[0]!r}, which a {type(model).__name__} does not take; remove it, "
+            f"or write one of {', '.join(difflib.get_close_matches(unknown[0], taken) or taken)}."
         )
     if "labels" in sample:
         raise ValueError("sample has labels, but no loss is exported; remove them.")

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -336,6 +337,19 @@ def test_a_division_that_leaves_a_rest_or_an_unknown_id_is_refused():
             KroneckerEmbedding(7, 12, b_size)
     with pytest.raises(IndexError):
         KroneckerEmbedding(7, 12, 4)(torch.tensor([7]))
+
+
+@pytest.mark.parametrize("std", [math.nan, math.inf, -1.0, "1"])
+def test_a_deviation_that_is_none_is_refused(std):
+    for layer in (
+        KroneckerLinear(6, 4, (2, 3)),
+        KroneckerSum(6, 4, [((2, 3), 1), ((4, 1), 1)]),
+        KroneckerEmbedding(7, 12, 4),
+    ):
+        before = copy.deepcopy(layer.state_dict())
+        with pytest.raises(ValueError, match=r"std = .* must be a finite number of at least 0"):
+            layer.reset_parameters(std)
+        assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
 
 
 @pytest.mark.parametrize("rank", [0, -1])

@@ -72,6 +72,7 @@ class DistillationTrainer(Trainer):
 
     args: DistillationConfig
     train_dataset: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -350,11 +351,10 @@ class DistillationTrainer(Trainer):
     # The cached teacher
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
-            # Trainer would leave only what the student takes.
-            more = taken_inputs(self.teacher) - self._targets | {cache.ROW}
-            self._signature_columns += sorted(more - set(self._signature_columns))
+        super()._set_signature_columns_if_needed()
+        # Trainer would leave only what the student takes.
+        more = taken_inputs(self.teacher) - self._targets | {cache.ROW}
+        self._signature_columns = sorted({*self._signature_columns, *more})
 
     def cache_teacher(self) -> None:
         """Compute what the teacher says of the training data, unless ``args.teacher_cache`` has it.
