@@ -291,7 +291,7 @@ def _rebuild(
         if path in parts:  # not the parts of a sum, where the new layer is dense
             parts[path].train(module.training)
     for name, p in new.named_parameters():
-        p.requires_grad_(trainable[name])
+        p.requires_grad_(trainable.get(name, p.requires_grad))
     return new
 
 

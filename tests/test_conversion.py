@@ -28,6 +28,7 @@ from kroneckerbert import (
     decompress,
     second_moments,
 )
+from kroneckerbert.calibration import refit
 
 BASE = BertConfig(
     vocab_size=64,
@@ -290,6 +291,8 @@ def test_second_moments_that_cannot_be_taken_are_refused_by_name():
     model.embeddings.LayerNorm.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match=f"the inputs of {query} on calibration are NaN"):
         compress(model, calibration=batches())
+    with pytest.raises(ValueError, match=f"the inputs of {query} on calibration are NaN"):
+        refit(compress(teacher(BertModel)), model, batches())
 
 
 def test_second_moments_without_a_mask_count_every_token():

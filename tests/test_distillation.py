@@ -998,6 +998,10 @@ def test_a_term_that_moves_nothing_is_refused_at_the_first_step(tmp_path):
     trainer(tmp_path, student, bert(), embedding_weight=0.0).train()
     with pytest.raises(ValueError, match="all terms are 0: the student already computes"):
         trainer(tmp_path, copy.deepcopy(bert()), bert()).train()
+    with pytest.raises(
+        ValueError, match=r"every parameter .* frozen.* student.requires_grad_\(True\)"
+    ):
+        trainer(tmp_path, bert(seed=1).requires_grad_(False), bert()).train()
     # What is not compressed begins at 0, and is held there.
     student = bert()
     student.encoder.layer[0].output.dense.bias.data += 0.1

@@ -529,6 +529,12 @@ def test_calibration_that_leaves_layers_out_is_no_plan_by_weights(calibration, e
 
     with pytest.raises(error, match=message):
         plan(Partial(), {"parameters": "2x"}, IDS, calibration=calibration, names=["up"])
+    if "layer.1.up" in message:  # it is no matter of those that stay dense
+        dense = {"layer.1.up": None, "layer.2.up": None}
+        options = {"calibration": calibration, "names": ["up"], "layers": dense}
+        assert plan(Partial(), {"error": 0.9}, IDS, objective="size", **options).factors[
+            "layer.0.up"
+        ]
 
 
 def test_a_weight_that_is_not_finite_is_told_by_its_path():

@@ -48,10 +48,11 @@ def second_moments(
         )
     for target in linears:
         path, moment = target.path or "the module", found.get(target.path)
-        if moment is None and target.inputs:
+        if moment is None and target.inputs and target.may_change:
             raise ValueError(
                 f"calibration gives {path} no input that counts, though inputs call it; pass "
-                "batches that reach it with something unmasked, or leave it out of names."
+                "batches that reach it with something unmasked, or keep it dense by "
+                f"layers={{{target.path!r}: None}}."
             )
         if moment is not None:
             check_moment(path, moment)

@@ -52,6 +52,11 @@ class Target:
         return rows, columns
 
     @property
+    def may_change(self) -> bool:
+        """Not if it is to stay dense, or is never called."""
+        return bool(self.terms or (self.inputs and not self.decided))
+
+    @property
     def embedding(self) -> bool:
         return isinstance(self.layer, nn.Embedding)
 
@@ -113,9 +118,8 @@ def find_targets(
 def check_weights(targets: Iterable[Target]) -> None:
     """Raise, naming the layer, if there are entries whose errors would be NaN."""
     for target in targets:
-        if not target.inputs and not target.terms:
-            continue  # stays as it is
-        check_finite(f"the weight of {target.path or 'the module'}", target.layer.weight)
+        if target.may_change:
+            check_finite(f"the weight of {target.path or 'the module'}", target.layer.weight)
 
 
 def _check_decision(target: Target, what: str) -> None:

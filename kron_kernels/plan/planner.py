@@ -75,8 +75,8 @@ def plan(
             ``nn.Embedding`` only if named.
         calibration: Inputs, each like ``inputs``, of real data: the error is that of a layer's
             outputs on them instead of its weight's. They must call every linear layer that
-            ``inputs`` call. Positions that an ``"attention_mask"`` excludes do not count. An
-            embedding's error remains its weight's.
+            ``inputs`` call and that may change. Positions that an ``"attention_mask"`` excludes do
+            not count. An embedding's error remains its weight's.
         mix: Try sums of a Kronecker product and a low-rank part, too.
         keep_dense_if_slower: Where a factorised layer takes longer than the dense one here, keep
             the dense one, if the budget can be met so and ``objective`` is not ``"size"``.

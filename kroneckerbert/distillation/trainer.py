@@ -123,11 +123,16 @@ class DistillationTrainer(Trainer):
             **kwargs: As of ``Trainer.train``.
 
         Raises:
-            ValueError: If loss or parameters stop being finite.
+            ValueError: If all of the student is frozen, or loss or parameters stop being finite.
         """
         if resume_from_checkpoint is True:
             folder = self.args.output_dir
             resume_from_checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(
+                "every parameter of the student is frozen, as those of the model that it was "
+                "compressed from; call student.requires_grad_(True)."
+            )
         self.cache_teacher()
         with nullcontext() if self.args.student_dropout else _without_dropout(self.model):
             output = super().train(resume_from_checkpoint, **kwargs)
