@@ -225,11 +225,17 @@ def _check(
                 f"{int((~torch.isfinite(second_moment)).sum())} entries that are NaN or infinite; "
                 "sum x xᵀ in float32 or better."
             )
+        largest = second_moment.abs().max()
         asymmetry = (second_moment - second_moment.mT).abs().max()
-        if asymmetry > 1e-2 * second_moment.abs().max() or (second_moment.diagonal() < 0).any():
+        deviation = second_moment.diagonal().clamp_min(0).sqrt()
+        # A correlation beyond 1, by more than rounding in 16 bits: no E[x xᵀ], and the metric of a
+        # least-squares problem without a least.
+        beyond = second_moment.abs() - torch.outer(deviation, deviation) > 1e-2 * largest
+        if asymmetry > 1e-2 * largest or (second_moment.diagonal() < 0).any() or beyond.any():
             raise ValueError(
-                "second_moment must be symmetric with a diagonal that is nowhere negative: "
-                "X.T @ X / samples of the layer's inputs X (samples, columns)."
+                "second_moment must be symmetric with a diagonal that is nowhere negative and "
+                "entries |C_ij| <= √(C_ii C_jj): X.T @ X / samples of the layer's inputs X "
+                "(samples, columns)."
             )
     return s
 

@@ -665,6 +665,9 @@ def test_a_sum_of_parts_that_do_not_fit_is_refused():
             dict(second_moment=torch.full((6, 6), torch.nan)),
             "second_moment must be real and finite",
         ),
+        (dict(second_moment=-torch.eye(6)), "symmetric with a diagonal that is nowhere negative"),
+        (dict(second_moment=torch.eye(6) + torch.ones(6, 6).triu(1)), "must be symmetric"),
+        (dict(second_moment=1e300 * (2 - torch.eye(6).double())), "|C_ij| <= √(C_ii C_jj)"),
     ],
     ids=lambda v: None if isinstance(v, str) else "-".join(v),
 )

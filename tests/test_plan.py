@@ -548,13 +548,13 @@ def test_a_weight_that_is_not_finite_is_told_by_its_path():
 
 def test_weights_of_any_scale_are_planned_alike():
     net, errors = nn.Linear(WIDTH, HIDDEN).double(), []
-    for scale in (1.0, 2.0**600, 2.0**-1200):
+    for scale in (1.0, 2.0**600, 2.0**-600, 2.0**-600):
         with torch.no_grad():
             net.weight.mul_(scale)
         (target,) = find_targets(net, None, {}, False)
         target.inputs.append((torch.Size((2, WIDTH)), torch.float64))
         errors.append({c.terms: c.error for c in candidates_of(target, None, mix=True)})
-    assert errors[0] == errors[1] == errors[2] and len(errors[0]) > 5
+    assert errors == errors[:1] * 4 and len(errors[0]) > 5
 
 
 # --- time
