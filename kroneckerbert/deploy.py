@@ -371,14 +371,14 @@ def _checked(sample: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, 
             f"sample must hold tensors (batch, tokens), but {', '.join(wrong) or 'it'} "
             f"{'is not' if wrong else 'is empty'}; pass tokenizer(texts, return_tensors='pt')."
         )
+    if "labels" in sample:
+        raise ValueError("sample has labels, but no loss is exported; remove them.")
     taken = inspect.signature(model.forward).parameters
     if unknown := [name for name in sample if name not in taken]:
         raise ValueError(
             f"sample has {unknown[0]!r}, which a {type(model).__name__} does not take; remove it, "
-            f"or write one of {', '.join(difflib.get_close_matches(unknown[0], taken) or taken)}."
+            f"or write one of {', '.join(difflib.get_close_matches(unknown[0], taken) or ['input_ids'])}."
         )
-    if "labels" in sample:
-        raise ValueError("sample has labels, but no loss is exported; remove them.")
     return {name: x.to(model.device) for name, x in sample.items()}
 
 
