@@ -375,9 +375,10 @@ def _checked(sample: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, 
         raise ValueError("sample has labels, but no loss is exported; remove them.")
     taken = inspect.signature(model.forward).parameters
     if unknown := [name for name in sample if name not in taken]:
+        nearest = difflib.get_close_matches(unknown[0], taken) or ["input_ids"]
         raise ValueError(
             f"sample has {unknown[0]!r}, which a {type(model).__name__} does not take; remove it, "
-            f"or write one of {', '.join(difflib.get_close_matches(unknown[0], taken) or ['input_ids'])}."
+            f"or write one of {', '.join(nearest)}."
         )
     return {name: x.to(model.device) for name, x in sample.items()}
 
