@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kron_kernels.shapes import KronShape, check_rank
+from kron_kernels.shapes import KronShape, check_integer, check_number, check_rank
 
 # Elements of W converted to float64 at a time. 2**22 are 32 MB: 30522 x 768 peaks below 0.3 GB.
 _CHUNK = 2**22
@@ -46,7 +47,8 @@ def nearest_kronecker(
         weight: W of shape ``(m, n)``, real floating point, any precision.
         a_shape: ``(m1, n1)`` of the left factor, dividing ``(m, n)``.
         rank: Number of terms.
-        second_moment: C of shape ``(n, n)``, symmetric and positive semi-definite, any scale.
+        second_moment: C of shape ``(n, n)``, symmetric and positive semi-definite, any scale; zero
+            is that of inputs of which nothing is known, and means nearest in the entries.
         shrinkage: Add this fraction of C's mean variance to its diagonal. C is an estimate: from 64
             samples of 256 correlated features, without it, the error on other samples was 50 times
             Van Loan's; 0.01 costs nothing where samples abound, more helps where they are few.
@@ -63,13 +65,13 @@ def nearest_kronecker(
             exceeds what the shapes allow, or C does not fit.
     """
     s = _check(weight, a_shape, rank, second_moment)
-    w = weight.detach()
+    max_iterations, tolerance = _check_effort(max_iterations, tolerance)
+    w, root = unit(weight.detach())
     c = None if second_moment is None else shrunk(second_moment.detach(), shrinkage)
     a, b = _fit(w, s, c, max_iterations, tolerance)
     if rescale:
-        scale = (w.double().norm() / _norm(a, b)).nan_to_num(1.0, posinf=1.0).sqrt()
-        a, b = a * scale, b * scale
-    return a.to(w.dtype), b.to(w.dtype)
+        root = root * (w.double().norm() / _norm(a, b)).nan_to_num(1.0, posinf=1.0).sqrt()
+    return (a * root).to(w.dtype), (b * root).to(w.dtype)
 
 
 def nearest_kronecker_sum(
@@ -107,10 +109,9 @@ def nearest_kronecker_sum(
     if not parts:
         raise ValueError("parts is empty, but a sum needs at least one (a_shape, rank).")
     shapes = [_check(weight, a_shape, rank, second_moment) for a_shape, rank in parts]
-    # Squares are summed below, which entries of 1e200 would overflow.
-    peak = weight.detach().abs().max().double()
-    peak = peak.where(peak > 0, 1.0)
-    w = weight.detach().double() / peak
+    max_iterations, tolerance = _check_effort(max_iterations, tolerance)
+    w, root = unit(weight.detach())
+    w = w.double()
     c = None if second_moment is None else shrunk(second_moment.detach(), shrinkage)
 
     rest, fitted = w.clone(), []  # W without all that is fitted
@@ -130,10 +131,9 @@ def nearest_kronecker_sum(
                 fitted[i], rest, error = part, own, now
         if before - error <= tolerance * error or error <= floor:
             break
-    scale = peak
     if rescale:
-        scale = scale * (w.norm() / (w - rest).norm()).nan_to_num(1.0, posinf=1.0)
-    root, dtype = scale.sqrt(), weight.dtype
+        root = root * (w.norm() / (w - rest).norm()).nan_to_num(1.0, posinf=1.0).sqrt()
+    dtype = weight.dtype
     return [((a * root).to(dtype), (b * root).to(dtype)) for a, b in fitted]
 
 
@@ -175,6 +175,30 @@ def _error(rest: Tensor, c: Tensor | None) -> Tensor:
     return (rest * (rest if c is None else rest @ c)).sum()
 
 
+def unit(t: Tensor) -> tuple[Tensor, float]:
+    """A tensor as ``4 ** k`` times one whose largest entry is near 1; and ``2 ** k``.
+
+    What follows sums squares and products of squares, in float64. There entries of 1e155 would
+    become infinite, and those of 1e-160 zero; squares of what narrower dtypes hold, 1e-45 to 3e38,
+    do neither, and such a tensor is given back as it is. Powers of 2, so that nothing is rounded.
+    """
+    if t.dtype != torch.float64:
+        return t, 1.0
+    _, exponent = math.frexp(t.abs().max().item())  # 0 for 0
+    k = exponent // 2
+    # In two steps: 4 ** k may lie beyond float64 where each entry and its quotient do not.
+    return t * 2.0**-k * 2.0**-k, 2.0**k
+
+
+def check_finite(what: str, weight: Tensor) -> None:
+    if bad := int((~torch.isfinite(weight)).sum()):
+        raise ValueError(f"{what} has {bad} entries that are NaN or infinite; repair it first.")
+
+
+def _check_effort(max_iterations: int, tolerance: float) -> tuple[int, float]:
+    return check_integer("max_iterations", max_iterations, 0), check_number("tolerance", tolerance)
+
+
 def _check(
     weight: Tensor, a_shape: tuple[int, int], rank: int, second_moment: Tensor | None
 ) -> KronShape:
@@ -188,9 +212,7 @@ def _check(
     check_rank(s)
     if weight.is_meta:
         raise ValueError("weight is on the meta device and has no values; load it first.")
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise ValueError(f"weight has {bad} entries that are NaN or infinite; repair it first.")
+    check_finite("weight", weight)
     if second_moment is not None:
         if second_moment.shape != (n, n):
             raise ValueError(
@@ -203,11 +225,17 @@ def _check(
                 f"{int((~torch.isfinite(second_moment)).sum())} entries that are NaN or infinite; "
                 "sum x xᵀ in float32 or better."
             )
+        largest = second_moment.abs().max()
         asymmetry = (second_moment - second_moment.mT).abs().max()
-        if asymmetry > 1e-2 * second_moment.abs().max() or (second_moment.diagonal() < 0).any():
+        deviation = second_moment.diagonal().clamp_min(0).sqrt()
+        # A correlation beyond 1, by more than rounding in 16 bits: no E[x xᵀ], and the metric of a
+        # least-squares problem without a least.
+        beyond = second_moment.abs() - torch.outer(deviation, deviation) > 1e-2 * largest
+        if asymmetry > 1e-2 * largest or (second_moment.diagonal() < 0).any() or beyond.any():
             raise ValueError(
-                "second_moment must be symmetric with a diagonal that is nowhere negative: "
-                "X.T @ X / samples of the layer's inputs X (samples, columns)."
+                "second_moment must be symmetric with a diagonal that is nowhere negative and "
+                "entries |C_ij| <= √(C_ii C_jj): X.T @ X / samples of the layer's inputs X "
+                "(samples, columns)."
             )
     return s
 
@@ -230,14 +258,10 @@ def _leading_terms(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     side = m * n
     step = max(1, _CHUNK // (m * cols * n))
 
-    # Squares are summed below, which entries of 1e200 would overflow.
-    peak = blocks.abs().max().double()
-    peak = peak.where(peak > 0, 1.0)
-
     def chunks():
-        """R's rows over W's largest entry, a few block rows of W at a time: (… * N, m * n)."""
+        """R's rows in float64, a few block rows of W at a time: (… * N, m * n)."""
         for part in blocks.split(step):
-            yield (part.double() / peak).transpose(1, 2).reshape(-1, side)
+            yield part.double().transpose(1, 2).reshape(-1, side)
 
     if side <= _LARGEST_GRAM:
         gram = blocks.new_zeros(side, side, dtype=torch.float64)
@@ -250,19 +274,24 @@ def _leading_terms(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         with torch.random.fork_rng(devices=[] if whole.device.type == "cpu" else None):
             torch.manual_seed(0)
             right = torch.svd_lowrank(whole, q=min(side, rank + 16), niter=16)[2][:, :rank]
-    left = torch.cat([part @ right for part in chunks()]) * peak  # (M * N, r), norms are the σ_k
+    left = torch.cat([part @ right for part in chunks()])  # (M * N, r), norms are the σ_k
     root = left.norm(dim=0).sqrt()
     left = left / root.where(root > 0, 1.0)
     return left.mT.reshape(rank, rows, cols), (right * root).mT.reshape(rank, m, n)
 
 
 def shrunk(c: Tensor, shrinkage: float) -> Tensor:
-    """C in float64, exactly symmetric, with a fraction of its mean variance on the diagonal."""
-    c = c.double()
+    """C in float64, exactly symmetric, with a fraction of its mean variance on the diagonal.
+
+    Of a mean variance near 1: the scale of a metric changes nothing that is the nearest in it.
+    """
+    share = max(check_number("shrinkage", shrinkage), 1e-9)
+    c, _ = unit(c.double())
     c = (c + c.mT) / 2
+    variance = c.diagonal().mean()
+    c = c / variance.where(variance > 0, 1.0)
     # Never 0: a direction that no input takes would leave the solves singular.
-    variance = c.diagonal().mean() + torch.finfo(torch.float64).tiny
-    c.diagonal().add_(max(shrinkage, 1e-9) * variance)
+    c.diagonal().add_(share)
     return c
 
 
@@ -370,10 +399,11 @@ def _half_step(
 
 def _balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The same sum with its terms of equal norms ``‖A_k‖ = ‖B_k‖``, largest first."""
-    norm_a, norm_b = a.flatten(1).norm(dim=1), b.flatten(1).norm(dim=1)
-    order = (norm_a * norm_b).argsort(descending=True)
-    scale = (norm_b / norm_a).sqrt().nan_to_num(1.0, posinf=1.0)[:, None, None]
-    return (a * scale)[order], (b / scale)[order]
+    norm_a, norm_b = (t.flatten(1).norm(dim=1)[:, None, None] for t in (a, b))
+    norm = norm_a * norm_b  # of the term; where it is 0, so are both factors
+    order = norm.flatten().argsort(descending=True)
+    a, b = (t * (norm.sqrt() / n.where(n > 0, 1.0)) for t, n in ((a, norm_a), (b, norm_b)))
+    return a[order], b[order]
 
 
 def _norm(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from kron_kernels import ops
 from kron_kernels.backends import triton_gpu
 from kron_kernels.checks import is_plain
 from kron_kernels.functional import kron_matmul, traced, transformed
+from kron_kernels.shapes import check_integer
 
 
 def kron_embedding(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None = None) -> Tensor:
@@ -85,15 +86,15 @@ def kron_cross_entropy(
         tokens: How many go through at a time.
 
     Raises:
-        ValueError: If labels and hidden states differ in number, or ``tokens`` is not positive.
+        ValueError: If labels and hidden states differ in number, or ``tokens`` is no positive
+            integer.
     """
     if h.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels must have one entry for each hidden state, shape {tuple(h.shape[:-1])}, "
             f"got {tuple(labels.shape)}."
         )
-    if tokens < 1:
-        raise ValueError(f"tokens = {tokens!r} must be at least 1.")
+    tokens = check_integer("tokens", tokens)
 
     def loss(h: Tensor, labels: Tensor) -> Tensor:
         logits = kron_matmul(h, a, b, bias=bias)

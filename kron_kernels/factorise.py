@@ -15,9 +15,10 @@ from kron_kernels.nn import (
     KroneckerFeedForward,
     KroneckerLinear,
     KroneckerSum,
+    as_trainable,
     filled,
 )
-from kron_kernels.shapes import KronShape, check_rank
+from kron_kernels.shapes import KronShape, check_integer, check_rank, sides_of
 
 # The terms of a layer's weight, {"a_shape": [m1, n1], "rank": r} each; None is a dense layer.
 Entry = list[dict[str, Any]]
@@ -35,7 +36,8 @@ def factorise_(
 
     ``nn.Linear`` and transformers' ``Conv1D`` become ``KroneckerLinear``, or ``KroneckerSum`` of
     several terms, ``nn.Embedding`` becomes ``KroneckerEmbedding``. A layer that stands in several
-    places is replaced in all of them. Hooks on a layer are lost.
+    places is replaced in all of them. The factors of a frozen weight are frozen, and so is the bias
+    in the place of a frozen one. Hooks on a layer are lost.
 
     Args:
         module: Any module, or such a layer itself.
@@ -48,18 +50,33 @@ def factorise_(
         ``module``, or the layer that stands for it.
 
     Raises:
-        ValueError: If a path leads to no layer that can be replaced, or its terms do not fit.
+        ValueError: If a path leads to no layer that can be replaced, its terms do not fit, or its
+            weight or second moment is not finite.
     """
     moments = second_moments or {}
+    layers = factorisable(module)
+    for path in moments:
+        if path not in layers:
+            raise ValueError(f"second_moments has {path!r}, {no_such_layer(path, layers)}")
+        if isinstance(layers[path][0], nn.Embedding):
+            raise ValueError(
+                f"second_moments has {path!r}, an nn.Embedding, which looks rows up and multiplies "
+                "no inputs; leave it out."
+            )
 
     def nearest(path: str, layer: Dense, terms: Terms) -> nn.Module:
-        return _nearest_layer(layer, terms, moments.get(path))
+        try:
+            return _nearest_layer(layer, terms, moments.get(path))
+        except ValueError as error:
+            raise ValueError(f"{path or 'the module'}: {error}") from error
 
     return swap_(module, factors, nearest)
 
 
 def densify_(module: nn.Module) -> nn.Module:
     """Replace factorised layers of a module by the dense ones of the same function, in place.
+
+    A weight is frozen if all its factors are, and a bias if its bias is.
 
     Args:
         module: Any module, or such a layer itself.
@@ -147,20 +164,16 @@ def terms_of(entry: Entry | Mapping[str, Any] | None, what: str = "an entry") ->
     """
     if entry is None:
         return ()
+    example = '{"a_shape": [16, 2], "rank": 1}, be a list of such, or None for a dense layer'
     terms = []
-    for term in [entry] if isinstance(entry, Mapping) else entry:
-        shape = term.get("a_shape") if isinstance(term, Mapping) else None
-        if (
-            not isinstance(shape, list | tuple)
-            or len(shape) != 2
-            or not term.keys() <= {"a_shape", "rank"}
-            or any(type(value) is not int for value in (*shape, term.get("rank", 1)))
-        ):
-            raise ValueError(
-                f'{what} = {entry!r} must look like {{"a_shape": [16, 2], "rank": 1}}, be a list '
-                "of such, or None for a dense layer."
-            )
-        terms.append(((shape[0], shape[1]), term.get("rank", 1)))
+    for term in entry if isinstance(entry, list | tuple) else [entry]:
+        if not isinstance(term, Mapping) or not {"a_shape"} <= term.keys() <= {"a_shape", "rank"}:
+            raise ValueError(f"{what} = {entry!r} must look like {example}.")
+        try:
+            rank = check_integer("rank", term.get("rank", 1), None)
+            terms.append((sides_of(term["a_shape"]), rank))
+        except ValueError as error:
+            raise ValueError(f"{what} = {entry!r} must look like {example}: {error}") from error
     if not terms:
         raise ValueError(f"{what} is an empty list; write None for a dense layer.")
     return tuple(terms)
@@ -196,10 +209,10 @@ def swap_(
     layers, new = factorisable(module), {}
     for path, entry in factors.items():
         terms = terms_of(entry, f"factors[{path!r}]")
-        if not terms:
-            continue
         if path not in layers:
             raise ValueError(f"factors has {path!r}, {no_such_layer(path, layers)}")
+        if not terms:
+            continue
         layer, reason = layers[path]
         if reason:
             raise ValueError(f"{path!r} cannot be factorised: {reason}; leave it out.")
@@ -249,7 +262,7 @@ def _as_linear(conv: nn.Linear) -> nn.Linear:
     rows, columns = weight.shape
     new: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     linear = nn.utils.skip_init(nn.Linear, columns, rows, bias is not None, **new)
-    return filled(linear, like=conv, weight=weight, bias=bias)
+    return filled(linear, like=conv, weight=as_trainable(weight, conv.weight), bias=bias)
 
 
 def _replaced(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from kron_kernels.dispatch import Backend
 from kron_kernels.embedding import kron_cross_entropy, kron_embedding
 from kron_kernels.functional import kron_matmul
 from kron_kernels.fused import kron_feed_forward
-from kron_kernels.shapes import KronShape
+from kron_kernels.shapes import KronShape, check_integer, check_number, nearest_divisors
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -53,12 +53,12 @@ class KroneckerLinear(nn.Module):
     ):
         super().__init__()
         s = KronShape.split(out_features, in_features, a_shape, rank)
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.in_features, self.out_features, self.rank = s.in_features, s.out_features, s.rank
         self.backend = backend
         new: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.a = nn.Parameter(torch.empty(rank, s.m1, s.n1, **new))
-        self.b = nn.Parameter(torch.empty(rank, s.m2, s.n2, **new))
-        self.bias = nn.Parameter(torch.empty(out_features, **new)) if bias else None
+        self.a = nn.Parameter(torch.empty(s.rank, s.m1, s.n1, **new))
+        self.b = nn.Parameter(torch.empty(s.rank, s.m2, s.n2, **new))
+        self.bias = nn.Parameter(torch.empty(s.out_features, **new)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None) -> None:
@@ -66,7 +66,7 @@ class KroneckerLinear(nn.Module):
 
         The default, ``1 / sqrt(3 * in_features)``, is that of ``nn.Linear``.
         """
-        std = 1 / math.sqrt(3 * self.in_features) if std is None else std
+        std = 1 / math.sqrt(3 * self.in_features) if std is None else check_number("std", std)
         # An entry of W is a sum of `rank` products of two independent normals.
         factor_std = math.sqrt(std) / self.rank**0.25
         nn.init.normal_(self.a, std=factor_std)
@@ -92,6 +92,8 @@ class KroneckerLinear(nn.Module):
     ) -> Self:
         """The layer nearest to ``linear``, on its device and in its dtype, with its bias.
 
+        The factors are as trainable as its weight is (``requires_grad``), and the bias as its bias.
+
         Args:
             linear: The dense layer; left as it is.
             a_shape: ``(m1, n1)``, the shape of the left factor.
@@ -116,10 +118,14 @@ class KroneckerLinear(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
+        a, b = (as_trainable(t, weight) for t in (a, b))
         return filled(layer, like=linear, a=a, b=b, bias=linear.bias)
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer of the same function: an escape hatch for export and merging."""
+        """The dense layer of the same function: an escape hatch for export and merging.
+
+        Its weight is frozen if all factors are, and its bias if theirs is.
+        """
         linear = nn.utils.skip_init(
             nn.Linear,
             self.in_features,
@@ -128,7 +134,8 @@ class KroneckerLinear(nn.Module):
             device=self.a.device,
             dtype=self.a.dtype,
         )
-        return filled(linear, like=self, weight=dense_weight(self.a, self.b), bias=self.bias)
+        weight = as_trainable(dense_weight(self.a, self.b), self.a, self.b)
+        return filled(linear, like=self, weight=weight, bias=self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (…, in_features)`` to ``y (…, out_features)``."""
@@ -187,13 +194,14 @@ class KroneckerSum(nn.Module):
         super().__init__()
         if not parts:
             raise ValueError("parts is empty, but a sum needs at least one (a_shape, rank).")
-        self.in_features, self.out_features = in_features, out_features
         new: dict[str, Any] = {"device": device, "dtype": dtype}
         self.parts: Sequence[KroneckerLinear] = nn.ModuleList(  # type: ignore[assignment]
             KroneckerLinear(in_features, out_features, shape, rank, False, backend=backend, **new)
             for shape, rank in parts
         )
-        self.bias = nn.Parameter(torch.empty(out_features, **new)) if bias else None
+        first = self.parts[0]
+        self.in_features, self.out_features = first.in_features, first.out_features
+        self.bias = nn.Parameter(torch.empty(self.out_features, **new)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None) -> None:
@@ -202,7 +210,7 @@ class KroneckerSum(nn.Module):
         The default, ``1 / sqrt(3 * in_features)``, is that of ``nn.Linear``. Each part has an
         equal share of the variance.
         """
-        std = 1 / math.sqrt(3 * self.in_features) if std is None else std
+        std = 1 / math.sqrt(3 * self.in_features) if std is None else check_number("std", std)
         for part in self.parts:
             part.reset_parameters(std / math.sqrt(len(self.parts)))
         if self.bias is not None:
@@ -225,6 +233,8 @@ class KroneckerSum(nn.Module):
     ) -> Self:
         """The sum near ``linear``, on its device and in its dtype, with its bias.
 
+        The factors are as trainable as its weight is (``requires_grad``), and the bias as its bias.
+
         Args:
             linear: The dense layer; left as it is.
             parts: ``(a_shape, rank)`` of each part, fitted in this order.
@@ -245,12 +255,16 @@ class KroneckerSum(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        for part, (a, b) in zip(layer.parts, fitted, strict=True):
+        for part, factors in zip(layer.parts, fitted, strict=True):
+            a, b = (as_trainable(t, weight) for t in factors)
             filled(part, like=linear, a=a, b=b)
         return filled(layer, like=linear, bias=linear.bias)
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer of the same function: an escape hatch for export and merging."""
+        """The dense layer of the same function: an escape hatch for export and merging.
+
+        Its weight is frozen if all factors are, and its bias if theirs is.
+        """
         first, *others = self.parts
         linear = nn.utils.skip_init(
             nn.Linear,
@@ -261,6 +275,7 @@ class KroneckerSum(nn.Module):
             dtype=first.a.dtype,
         )
         weight = sum((dense_weight(p.a, p.b) for p in others), dense_weight(first.a, first.b))
+        weight = as_trainable(weight, *(t for p in self.parts for t in (p.a, p.b)))
         return filled(linear, like=self, weight=weight, bias=self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -391,30 +406,33 @@ class KroneckerEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        num_embeddings = check_integer("num_embeddings", num_embeddings)
+        embedding_dim = check_integer("embedding_dim", embedding_dim)
+        b_size = check_integer("b_size", b_size, None)
         if b_size < 1 or embedding_dim % b_size:
-            divisors = [d for d in range(1, embedding_dim + 1) if embedding_dim % d == 0]
             raise ValueError(
                 f"embedding_dim = {embedding_dim} is not divisible by b_size = {b_size}; "
-                f"use one of {divisors}."
+                f"{nearest_divisors(embedding_dim, b_size)}."
             )
-        KronShape.split(
-            num_embeddings, embedding_dim, (num_embeddings, embedding_dim // b_size), rank
-        )
-        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(
-                f"padding_idx = {padding_idx} is not one of the {num_embeddings} rows; "
-                f"use 0 to {num_embeddings - 1}, or None."
-            )
+        columns = embedding_dim // b_size
+        s = KronShape.split(num_embeddings, embedding_dim, (num_embeddings, columns), rank)
+        if padding_idx is not None:
+            padding_idx = check_integer("padding_idx", padding_idx, None)
+            if not -num_embeddings <= padding_idx < num_embeddings:
+                raise ValueError(
+                    f"padding_idx = {padding_idx} is not one of the {num_embeddings} rows; "
+                    f"use 0 to {num_embeddings - 1}, or None."
+                )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.rank, self.padding_idx = rank, padding_idx
+        self.rank, self.padding_idx = s.rank, padding_idx
         new: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.a = nn.Parameter(torch.empty(rank, num_embeddings, embedding_dim // b_size, **new))
-        self.b = nn.Parameter(torch.empty(rank, 1, b_size, **new))
+        self.a = nn.Parameter(torch.empty(s.rank, num_embeddings, columns, **new))
+        self.b = nn.Parameter(torch.empty(s.rank, 1, b_size, **new))
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 1.0) -> None:
         """Draw the factors so that the entries of E have this standard deviation."""
-        factor_std = math.sqrt(std) / self.rank**0.25
+        factor_std = math.sqrt(check_number("std", std)) / self.rank**0.25
         nn.init.normal_(self.a, std=factor_std)
         nn.init.normal_(self.b, std=factor_std)
         if self.padding_idx is not None:
@@ -425,6 +443,8 @@ class KroneckerEmbedding(nn.Module):
         cls, embedding: nn.Embedding, b_size: int, rank: int = 1, *, rescale: bool = False
     ) -> Self:
         """The table nearest to ``embedding`` in the Frobenius norm, on its device, in its dtype.
+
+        The factors are as trainable as its weight is.
 
         Raises:
             ValueError: If the lookup does more than ``nn.Embedding``'s defaults (``max_norm``,
@@ -448,11 +468,12 @@ class KroneckerEmbedding(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        a, b = nearest_kronecker(weight, (rows, dim // b_size), rank, rescale=rescale)
+        fitted = nearest_kronecker(weight, (rows, dim // b_size), rank, rescale=rescale)
+        a, b = (as_trainable(t, weight) for t in fitted)
         return filled(table, like=embedding, a=a, b=b)
 
     def to_embedding(self) -> nn.Embedding:
-        """The dense table of the same rows."""
+        """The dense table of the same rows, frozen if both factors are."""
         embedding = nn.utils.skip_init(
             nn.Embedding,
             self.num_embeddings,
@@ -461,7 +482,8 @@ class KroneckerEmbedding(nn.Module):
             device=self.a.device,
             dtype=self.a.dtype,
         )
-        return filled(embedding, like=self, weight=dense_weight(self.a, self.b))
+        weight = as_trainable(dense_weight(self.a, self.b), self.a, self.b)
+        return filled(embedding, like=self, weight=weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of E: ids ``(…)`` to ``(…, embedding_dim)``."""
@@ -492,11 +514,15 @@ class KroneckerEmbedding(nn.Module):
         return f"{rows}, {columns}*{self.b.shape[-1]}, rank={self.rank}{padding}"
 
 
+def as_trainable(t: Tensor, *sources: Tensor) -> Tensor:
+    """The values of ``t``, to be trained if one of what they were made of is."""
+    return t.detach().requires_grad_(any(source.requires_grad for source in sources))
+
+
 @torch.no_grad()
 def filled(module: Module, like: nn.Module, **values: Tensor | None) -> Module:
-    """The module with these parameters, in the mode and as trainable as ``like``."""
+    """The module with these parameters, each as trainable as its value, in the mode of ``like``."""
     for name, value in values.items():
         if value is not None:
-            getattr(module, name).copy_(value)
-    trainable = any(p.requires_grad for p in like.parameters())
-    return module.requires_grad_(trainable).train(like.training)
+            getattr(module, name).copy_(value).requires_grad_(value.requires_grad)
+    return module.train(like.training)

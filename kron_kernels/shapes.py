@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,18 +37,20 @@ class KronShape(NamedTuple):
         """The shape whose left factor is ``a_shape``, for a weight of the given size.
 
         Raises:
-            ValueError: If ``a_shape`` does not divide the weight, or the rank is not positive.
+            ValueError: If ``a_shape`` is not two integers or does not divide the weight, or the
+                rank is not positive.
         """
-        if len(a_shape) != 2:
-            raise ValueError(f"a_shape must be (m1, n1), got {tuple(a_shape)}.")
-        if min(out_features, in_features) < 1:
-            raise ValueError(f"a weight of {out_features} x {in_features} has no entries.")
-        m1, n1 = a_shape
-        check_divides("rows", out_features, m1, 0)
-        check_divides("columns", in_features, n1, 1)
-        if not isinstance(rank, int) or rank < 1:
+        m = check_integer("out_features", out_features, 0)
+        n = check_integer("in_features", in_features, 0)
+        if not m or not n:
+            raise ValueError(f"a weight of {m} x {n} has no entries.")
+        m1, n1 = sides_of(a_shape)
+        check_divides("rows", m, m1, 0)
+        check_divides("columns", n, n1, 1)
+        rank = check_integer("rank", rank, None)
+        if rank < 1:
             raise ValueError(f"rank = {rank!r}, but a sum needs at least one term; use rank=1.")
-        return cls(m1, n1, out_features // m1, in_features // n1, rank)
+        return cls(m1, n1, m // m1, n // n1, rank)
 
     @property
     def in_features(self) -> int:
@@ -123,19 +127,85 @@ def contraction_order(sides: Sequence[Sequence[int]]) -> list[int]:
     return sorted(range(len(sides)), key=lambda i: (1 / sides[i][1] - 1 / sides[i][0], -i))
 
 
-def check_divides(side: str, size: int, factor: int, axis: int) -> None:
-    """Raise, naming the nearest divisors, unless ``factor`` divides the weight's ``size``."""
-    if factor >= 1 and size % factor == 0:
-        return
-    divisors = [d for d in range(1, size + 1) if size % d == 0]
-    below = max((d for d in divisors if d < factor), default=None)
-    above = min((d for d in divisors if d > factor), default=None)
+def check_integer(name: str, value: Any, least: int | None = 1) -> int:
+    """The value as an ``int``: Python's, NumPy's and torch's integers, but no bool and no float.
+
+    Raises:
+        ValueError: If it is none, or less than ``least``.
+    """
+    # NumPy's bools refuse to be an index, torch's do not.
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")) == "torch.bool"
+    try:
+        number = None if is_bool else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise ValueError(f"{name} = {value!r} must be an integer{bound}.")
+    return number
+
+
+def check_number(name: str, value: Any, least: float = 0.0) -> float:
+    """The value as a ``float``, finite and at least ``least``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not least <= number < math.inf:
+        raise ValueError(f"{name} = {value!r} must be a finite number of at least {least:g}.")
+    return number
+
+
+def sides_of(a_shape: Any) -> tuple[int, int]:
+    """``(m1, n1)`` of the left factor, from any sequence of two integers.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        sides = () if isinstance(a_shape, str | bytes | Mapping | Set) else tuple(a_shape)
+    except TypeError:
+        sides = ()
+    if len(sides) != 2:
+        raise ValueError(
+            f"a_shape = {a_shape!r} must be two integers (m1, n1), the left factor's rows and "
+            "columns, such as (16, 2)."
+        )
+    m1, n1 = (check_integer(f"a_shape[{i}]", side, None) for i, side in enumerate(sides))
+    return m1, n1
+
+
+# Trial division goes this far: exact up to 10**12, and 0.1 s for the largest prime below.
+_TRIALS = 10**6
+
+
+def divisors(n: int) -> list[int]:
+    """In ascending order."""
+    small = [d for d in range(1, min(math.isqrt(n), _TRIALS) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def nearest_divisors(size: int, factor: int) -> str:
+    """``"nearest divisors are 4 and 6"``, next to ``factor`` on either side."""
+    found = divisors(size)
+    below = max((d for d in found if d < factor), default=None)
+    above = min((d for d in found if d > factor), default=None)
     nearest = [str(d) for d in (below, above) if d is not None]
     are = "divisors are" if len(nearest) == 2 else "divisor is"
-    raise ValueError(
-        f"weight's {size} {side} are not divisible by a_shape[{axis}] = {factor}; "
-        f"nearest {are} {' and '.join(nearest)}."
-    )
+    return f"nearest {are} {' and '.join(nearest)}"
+
+
+def check_divides(side: str, size: int, factor: int, axis: int) -> None:
+    """Raise, naming the nearest divisors, unless ``factor`` divides the weight's ``size``."""
+    if factor < 1 or size % factor:
+        raise ValueError(
+            f"weight's {size} {side} are not divisible by a_shape[{axis}] = {factor}; "
+            f"{nearest_divisors(size, factor)}."
+        )
 
 
 def check_rank(s: KronShape) -> None:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kron_kernels.shapes import check_integer, check_number
+
 
 class Timing(NamedTuple):
     """Milliseconds per call: the median over the repeats, and their quartiles."""
@@ -33,7 +35,12 @@ def interleaved(
         calls: By name; each is called twice before it is timed.
         seconds: Measure for about this long, all calls together ...
         at_least: ... but no fewer rounds than this, and no fewer than 2.
+
+    Raises:
+        ValueError: If ``seconds`` is no finite number, or ``at_least`` no integer.
     """
+    seconds = check_number("seconds", seconds)
+    at_least = check_integer("at_least", at_least, 0)
     if not calls:
         return {}
     once = {}

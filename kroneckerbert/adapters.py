@@ -155,7 +155,7 @@ class LoraKroneckerLinear(LoraLinear):
         for n in names:
             if self.lora_bias[n]:
                 added = (self.scaling[n] * self.lora_B[n].bias).to(**like)
-                bias = _frozen(added if bias is None else bias + added)
+                bias = _like(layer.bias, added if bias is None else bias + added)
 
         shapes = [((p.shape.m1, p.shape.n1), p.rank) for p in old]
         new = KroneckerSum(
@@ -166,7 +166,7 @@ class LoraKroneckerLinear(LoraLinear):
             backend=old[0].backend,
             device="meta",  # nothing is drawn, the factors follow
         )
-        factors = [*((p.a, p.b) for p in old), (_frozen(a), _frozen(b))]
+        factors = [*((p.a, p.b) for p in old), (_like(old[0].a, a), _like(old[0].b, b))]
         for part, (left, right) in zip(new.parts, factors, strict=True):
             part.a, part.b = left, right
         new.bias = bias
@@ -231,5 +231,6 @@ def _linears(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def _frozen(t: Tensor) -> nn.Parameter:
-    return nn.Parameter(t, requires_grad=False)
+def _like(base: Tensor | None, t: Tensor) -> nn.Parameter:
+    """A parameter as trainable as the base layer's, which peft has frozen unless told not to."""
+    return nn.Parameter(t, base is not None and base.requires_grad)

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from kron_kernels import (
     KroneckerEmbedding,
+    KroneckerLinear,
     KroneckerSum,
     nearest_kronecker,
     nearest_kronecker_sum,
 )
+from kron_kernels.factorise import no_such_layer
+from kron_kernels.plan.calibration import check_moment
+from kron_kernels.plan.forward import evaluating
 from kroneckerbert.configuration_kroneckerbert import linear_weight
-from kroneckerbert.modeling_kroneckerbert import evaluating
 
 Batch = Mapping[str, Tensor]
 
@@ -42,9 +46,16 @@ def second_moments(
         BERT_BASE take 0.5 GB, of which the 3072-wide ``output.dense`` are five sixths.
 
     Raises:
-        ValueError: If there is no token to average over, or a layer is never called.
+        TypeError: If ``batches`` is one batch.
+        ValueError: If there is no token to average over, a name is no linear layer's, a layer is
+            never called, or an input is not finite.
     """
-    encoder, batches = model.base_model, checked_batches(batches)
+    encoder, batches, names = model.base_model, checked_batches(batches), list(names)
+    kinds = nn.Linear | Conv1D | KroneckerLinear | KroneckerSum
+    linears = {path: m for path, m in encoder.named_modules() if isinstance(m, kinds)}
+    for name in names:
+        if name not in linears:
+            raise ValueError(f"names has {name!r}, {no_such_layer(name, linears)}")
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     groups = input_groups(encoder, names, batches[0])
@@ -59,6 +70,8 @@ def second_moments(
                     else:
                         sums[source] = x.mT @ x
     means = {source: total / tokens[source] for source, total in sums.items()}
+    for source, mean in means.items():
+        check_moment(source, mean)
     return {name: means[group[0]] for group in groups for name in group}
 
 
@@ -136,6 +149,7 @@ def refit(
                     by_student = layer_inputs(student, batch, [source], stop=True)
                     # Of several calls, as in DeBERTa, the first, which is the text's.
                     moments.add(by_student[source][0], by_teacher.pop(source)[0])
+                check_moment(source, moments.ss + moments.ts)
                 for name in group:
                     _refit_layer(student.get_submodule(name), teacher.get_submodule(name), moments)
                 bar.update()
@@ -273,7 +287,14 @@ def _known(encoder: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
 
 
 def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """All batches; an error if they have nothing to average over."""
+    """All batches.
+
+    Raises:
+        TypeError: If it is one batch.
+        ValueError: If they have nothing to average over.
+    """
+    if isinstance(batches, Mapping):
+        raise TypeError("calibration is one batch, a mapping; pass a list of such, [batch].")
     batches = list(batches)
     if not any(map(_tokens, batches)):
         raise ValueError(

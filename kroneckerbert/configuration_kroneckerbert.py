@@ -15,6 +15,7 @@ from transformers import AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from kron_kernels import KronShape
+from kron_kernels.factorise import terms_of
 from kron_kernels.plan import Plan
 
 
@@ -371,31 +372,11 @@ def _blank(dense_class: type[PreTrainedConfig]) -> KroneckerConfig:
 
 def _checked_entry(name: str, entry: Any) -> dict | list[dict] | None:
     """The entry with its ranks filled in and in JSON's types."""
-    if isinstance(entry, list | tuple) and entry:
-        return [_checked_term(name, term) for term in entry]
-    return None if entry is None else _checked_term(name, entry)
-
-
-def _checked_term(name: str, term: Any) -> dict:
-    example = (
-        '{"a_shape": [16, 2], "rank": 1}, a list of such terms, which are summed, or None for a '
-        "dense layer"
-    )
-    if not isinstance(term, dict) or not {"a_shape"} <= term.keys() <= {"a_shape", "rank"}:
-        raise ValueError(f"kronecker_factors[{name!r}] = {term!r} must look like {example}.")
-    a_shape, rank = term["a_shape"], term.get("rank", 1)
-    if not isinstance(a_shape, list | tuple) or len(a_shape) != 2:
-        raise ValueError(
-            f"kronecker_factors[{name!r}] has a_shape = {a_shape!r}, but A has two sides; "
-            f"write {example}."
-        )
-    for value in (*a_shape, rank):
-        if type(value) is not int or value < 1:  # a bool is an int, too
-            raise ValueError(
-                f"kronecker_factors[{name!r}] has {value!r} in {term!r}, but a_shape and rank are "
-                f"positive integers; write {example}."
-            )
-    return {"a_shape": list(a_shape), "rank": rank}
+    terms = [
+        {"a_shape": list(a_shape), "rank": rank}
+        for a_shape, rank in terms_of(entry, f"kronecker_factors[{name!r}]")
+    ]
+    return terms if isinstance(entry, list | tuple) else next(iter(terms), None)
 
 
 def _check_table(name: str, terms: list[KronShape], rows: int) -> None:

@@ -26,8 +26,10 @@ from kron_kernels import (
     nearest_kronecker,
     nearest_kronecker_sum,
 )
+from kron_kernels.decompose import check_finite
+from kron_kernels.nn import as_trainable
 from kron_kernels.plan import Plan
-from kroneckerbert.calibration import refit, second_moments
+from kroneckerbert.calibration import checked_batches, refit, second_moments
 from kroneckerbert.configuration_kroneckerbert import KroneckerConfig
 from kroneckerbert.modeling_kroneckerbert import (
     KroneckerPreTrainedModel,
@@ -48,10 +50,11 @@ def compress(
     """A model whose factorised weights are the nearest to the given model's own.
 
     Of a transformers model: a new one of the Kronecker class, on the same device, in the same dtype
-    and mode, with the same head and labels; ``model`` is left as it is. Of a
+    and modes, with the same head and labels; ``model`` is left as it is. Of a
     ``SentenceTransformer``: a copy with such a model in it. Any other module is changed in place
-    and returned, by a plan or a mapping. What is not factorised is copied exactly. Expect to train
-    the result: of a random weight's energy, the attention shapes at BERT_BASE's width hold a
+    and returned, by a plan or a mapping. What is not factorised is copied exactly. What is frozen
+    (``requires_grad``) stays so: the factors of a frozen weight are frozen. Expect to train the
+    result: of a random weight's energy, the attention shapes at BERT_BASE's width hold a
     quarter at 8x and 3 % at 21x.
 
     Args:
@@ -95,26 +98,32 @@ def compress(
     encoder = model.base_model
     table = model.get_input_embeddings()
     linears = [path for path in shapes if encoder.get_submodule(path) is not table]
-    batches = None if calibration is None else list(calibration)
+    batches = None if calibration is None else checked_batches(calibration)
+    for path in shapes:  # before calibration, which would blame the layers behind
+        check_finite(f"the weight of {path}", encoder.get_submodule(path).weight)
     moments = {} if batches is None else second_moments(encoder, batches, linears)
 
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
     prefix = "" if model is encoder else f"{model.base_model_prefix}."
     for path, terms in tqdm(shapes.items(), desc="factorising", disable=not progress):
         name = f"{prefix}{path}"
         if encoder.get_submodule(path) is table and config.tie_word_embeddings:
             for decoder in _tied_to(model, f"{name}.weight"):
                 state.pop(decoder, None)  # tied to the factors instead
-        weight = state.pop(f"{name}.weight")
-        if isinstance(encoder.get_submodule(path), Conv1D):
-            weight = weight.mT
+        source = state.pop(f"{name}.weight")
+        weight = source.mT if isinstance(encoder.get_submodule(path), Conv1D) else source
         parts = [((s.m1, s.n1), s.rank) for s in terms]
         how: dict[str, Any] = {"second_moment": moments.get(path), "rescale": rescale}
-        if len(parts) == 1:
-            state[f"{name}.a"], state[f"{name}.b"] = nearest_kronecker(weight, *parts[0], **how)
-            continue
-        for i, (a, b) in enumerate(nearest_kronecker_sum(weight, parts, **how)):
-            state[f"{name}.parts.{i}.a"], state[f"{name}.parts.{i}.b"] = a, b
+        try:
+            if len(parts) == 1:
+                fitted = {name: nearest_kronecker(weight, *parts[0], **how)}
+            else:
+                sums = enumerate(nearest_kronecker_sum(weight, parts, **how))
+                fitted = {f"{name}.parts.{i}": factors for i, factors in sums}
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        for part, (a, b) in fitted.items():
+            state[f"{part}.a"], state[f"{part}.b"] = (as_trainable(t, source) for t in (a, b))
     student = _rebuild(student_class, config, state, like=model)
     if sequential and batches is not None:
         refit(student, model, batches, progress)
@@ -124,6 +133,8 @@ def compress(
 @torch.no_grad()
 def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
     """The stock dense model of the same function: the way out, for tools that know only that.
+
+    A weight is frozen if all its factors are, anything else if it is.
 
     Raises:
         TypeError: If ``model`` is not a Kronecker model.
@@ -139,7 +150,7 @@ def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
     prefix = "" if model is model.base_model else f"{model.base_model_prefix}."
     factorised = {f"{prefix}{path}" for path in model.config.kronecker_shapes()}
 
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
     for name, module in model.named_modules():
         if not isinstance(module, KroneckerLinear | KroneckerSum | KroneckerEmbedding):
             continue
@@ -150,7 +161,7 @@ def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
             is_table = isinstance(module, KroneckerEmbedding)
             weight = (module.to_embedding() if is_table else module.to_linear()).weight
             is_conv1d = isinstance(stock.get_submodule(name), Conv1D)
-            state[f"{name}.weight"] = weight.mT if is_conv1d else weight
+            state[f"{name}.weight"] = as_trainable(weight.mT if is_conv1d else weight, weight)
     return _rebuild(model.dense_class, config, state, like=model)
 
 
@@ -257,9 +268,13 @@ def _rebuild(
     state: dict[str, Tensor],
     like: PreTrainedModel,
 ) -> PreTrainedModel:
-    """A ``cls`` with a copy of ``state``, and the device, dtype, mode and pooler of ``like``."""
+    """A ``cls`` with a copy of ``state``, and the device, dtype, modes and pooler of ``like``.
+
+    Each parameter is as trainable as the tensor that it is copied from.
+    """
     # Through the loader: on the meta device, so that no weight is drawn in vain, with its checks.
-    state = {name: tensor.clone() for name, tensor in state.items()}
+    trainable = {name: tensor.requires_grad for name, tensor in state.items()}
+    state = {name: tensor.detach().clone() for name, tensor in state.items()}
     show_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -270,7 +285,14 @@ def _rebuild(
         if show_bars:
             logging.enable_progress_bar()
     new.name_or_path = new.config.name_or_path = ""  # where None came from
-    return new.to(like.device).train(like.training)
+    new.to(like.device).train(like.training)
+    parts = dict(new.named_modules())
+    for path, module in like.named_modules():  # from the root on: a part may differ from the whole
+        if path in parts:  # not the parts of a sum, where the new layer is dense
+            parts[path].train(module.training)
+    for name, p in new.named_parameters():
+        p.requires_grad_(trainable.get(name, p.requires_grad))
+    return new
 
 
 def _unsupported(name: str) -> str:

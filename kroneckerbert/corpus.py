@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
+from kron_kernels.shapes import check_integer
 from kroneckerbert.data import numbered_lines
 from kroneckerbert.files import replace_folder, writable_folder
 
@@ -194,7 +195,7 @@ class Corpus(Dataset):
         pack: bool = False,
         seed: int = 0,
     ):
-        if not 8 <= max_length <= tokenizer.model_max_length:
+        if not 8 <= check_integer("max_length", max_length) <= tokenizer.model_max_length:
             raise ValueError(
                 f"max_length must be from 8 to the tokenizer's model_max_length = "
                 f"{tokenizer.model_max_length}, got {max_length}."

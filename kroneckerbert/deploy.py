@@ -7,6 +7,7 @@ needs neither of this project's packages.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import io
 import json
@@ -41,8 +42,8 @@ except ImportError as error:
         "pip install -U 'transformers>=5.23'"
     ) from error
 
+from kron_kernels.plan.forward import evaluating
 from kroneckerbert.files import CHECKSUMS, damaged, replace_folder, write_checksums
-from kroneckerbert.modeling_kroneckerbert import evaluating
 
 Format = Literal["onnx", "openvino", "torch_export", "aoti"]
 
@@ -400,6 +401,13 @@ def _checked(sample: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, 
         )
     if "labels" in sample:
         raise ValueError("sample has labels, but no loss is exported; remove them.")
+    taken = inspect.signature(model.forward).parameters
+    if unknown := [name for name in sample if name not in taken]:
+        nearest = difflib.get_close_matches(unknown[0], taken) or ["input_ids"]
+        raise ValueError(
+            f"sample has {unknown[0]!r}, which a {type(model).__name__} does not take; remove it, "
+            f"or write one of {', '.join(nearest)}."
+        )
     return {name: x.to(model.device) for name, x in sample.items()}
 
 

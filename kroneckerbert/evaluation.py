@@ -14,8 +14,9 @@ from torchmetrics.functional.classification import (
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kron_kernels.plan.forward import evaluating
 from kroneckerbert.data import Table, TextDataset, batches_by_length, label_targets
-from kroneckerbert.modeling_kroneckerbert import embed, evaluating, max_tokens
+from kroneckerbert.modeling_kroneckerbert import embed, max_tokens
 
 _PAIRS = 4000  # the standard error of a Spearman correlation is then below 0.02
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from kron_kernels.plan.forward import evaluating
+from kron_kernels.shapes import check_integer
 from kron_kernels.timing import Timing, interleaved
 
 
@@ -28,11 +31,21 @@ def flops(model: PreTrainedModel, batch: int = 1, tokens: int = 128) -> int:
 
     Two per multiply-add, of matrix products and attention; on the meta device, so in no time.
     """
-    shape = (batch, tokens)
+    shape = check_integer("batch", batch), check_integer("tokens", tokens)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         meta = type(model)(model.config).eval()
         meta(input_ids=torch.zeros(shape, dtype=torch.long))
     return counter.get_total_flops()
+
+
+def random_ids(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
+    """Ids ``(batch, tokens)`` to time a model on.
+
+    Raises:
+        ValueError: If a size is no positive integer.
+    """
+    shape = check_integer("batch", batch), check_integer("tokens", tokens)
+    return torch.randint(model.config.vocab_size, shape, device=model.device)
 
 
 @torch.inference_mode()
@@ -46,10 +59,13 @@ def latency(
         batch: Sequences per pass.
         tokens: Tokens per sequence, all real.
         seconds: Measure for about this long, all models together.
+
+    Raises:
+        ValueError: If a size is no positive integer, or ``seconds`` no finite number.
     """
     calls = {}
     for name, model in models.items():
-        model.eval()
-        ids = torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
+        ids = random_ids(model, batch, tokens)
         calls[name] = lambda model=model, ids=ids: model(input_ids=ids)
-    return interleaved(calls, seconds)
+    with evaluating(*models.values()):
+        return interleaved(calls, seconds)

@@ -10,8 +10,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +45,8 @@ from transformers import (
 )
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, KronShape
+from kron_kernels.plan.forward import evaluating
+from kron_kernels.shapes import check_integer
 from kroneckerbert import checkpoints
 from kroneckerbert.configuration_kroneckerbert import (
     KroneckerConfig,
@@ -242,6 +243,8 @@ class KroneckerPreTrainedModel(_Base):
     ) -> nn.Module:
         """Add or remove words at the end of the vocabulary: rows of A; b stays.
 
+        What is frozen (``requires_grad``) stays so.
+
         Args:
             new_num_tokens: The new vocabulary's size; None keeps the present one.
             pad_to_multiple_of: Round the size up to a multiple of this.
@@ -250,17 +253,46 @@ class KroneckerPreTrainedModel(_Base):
 
         Returns:
             The word embeddings.
+
+        Raises:
+            ValueError: If a size is no positive integer, or leaves no row for the padding; the
+                model is then as it was.
         """
         table = self.get_input_embeddings()
-        if not isinstance(table, KroneckerEmbedding):
-            return super().resize_token_embeddings(
+        if new_num_tokens is not None:
+            new_num_tokens = check_integer("new_num_tokens", new_num_tokens)
+        if pad_to_multiple_of is not None:
+            pad_to_multiple_of = check_integer("pad_to_multiple_of", pad_to_multiple_of)
+        padding = getattr(table, "padding_idx", None)
+        if new_num_tokens is not None and padding is not None and new_num_tokens <= padding:
+            raise ValueError(
+                f"new_num_tokens = {new_num_tokens} leaves no row for the padding's id {padding}; "
+                f"keep at least {padding + 1}."
+            )
+        # Stock resizing gives a decoder's bias its weight's.
+        trainable = {n: p.requires_grad for n, p in self.named_parameters(remove_duplicate=False)}
+        if isinstance(table, KroneckerEmbedding):
+            self._resize_factors(table, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        else:
+            table = super().resize_token_embeddings(
                 new_num_tokens, pad_to_multiple_of, mean_resizing
             )
+        for name, p in self.named_parameters(remove_duplicate=False):
+            p.requires_grad_(trainable.get(name, p.requires_grad))
+        return table
+
+    def _resize_factors(
+        self,
+        table: KroneckerEmbedding,
+        new_num_tokens: int | None,
+        pad_to_multiple_of: int | None,
+        mean_resizing: bool,
+    ) -> None:
         rows = table.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             rows = math.ceil(rows / pad_to_multiple_of) * pad_to_multiple_of
         if rows == table.num_embeddings:
-            return table
+            return
 
         _resize_rows(table, rows, None if mean_resizing else self.config.initializer_range)
         decoder = self.get_output_embeddings()
@@ -268,8 +300,7 @@ class KroneckerPreTrainedModel(_Base):
             decoder.out_features = rows
             if decoder.bias is not None:
                 old = decoder.bias
-                bias = F.pad(old.detach(), (0, rows - old.numel()))
-                new = nn.Parameter(bias, old.requires_grad)
+                new = nn.Parameter(F.pad(old.detach(), (0, rows - old.numel())))
                 for module in self.modules():  # heads may have it under a second name
                     names = [name for name, p in module._parameters.items() if p is old]
                     for name in names:
@@ -285,7 +316,6 @@ class KroneckerPreTrainedModel(_Base):
         self.config.kronecker_factors = {**self.config.kronecker_factors, key: entry}
         self.config.vocab_size = self.vocab_size = rows
         self.tie_weights()
-        return table
 
 
 def register(dense_config: type[PreTrainedConfig]) -> type[KroneckerConfig]:
@@ -394,19 +424,6 @@ def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
     return min(tokenizer.model_max_length, positions(model))
 
 
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Within, models are in evaluation mode; then each in the mode in which it was."""
-    before = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for model, was_training in zip(models, before, strict=True):
-            model.train(was_training)
-
-
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
     """Mean over the tokens that are not padding: the usual sentence embedding.
 
@@ -442,9 +459,14 @@ def embed(
 
     Returns:
         Shape ``(len(sentences), hidden)``, float32, on the model's device, in the given order.
+
+    Raises:
+        TypeError: If ``sentences`` is one text.
+        ValueError: If ``batch_size`` is no positive integer.
     """
     if isinstance(sentences, str):
         raise TypeError(f"sentences must be a list of texts, got the text {sentences!r}.")
+    batch_size = check_integer("batch_size", batch_size)
     encoder = model.base_model
     rows = torch.empty(len(sentences), encoder.config.hidden_size, device=encoder.device)
     if not sentences:
@@ -479,7 +501,7 @@ def _resize_rows(table: KroneckerEmbedding, rows: int, std: float | None) -> Non
             # Var E_ij = Var A · Σ_k b_kj², on average over j.
             new = torch.randn_like(new) * std / table.b.square().mean(-1).sum().sqrt()
         a = torch.cat([a, new], 1)
-    table.a = nn.Parameter(a.clone(), table.a.requires_grad)
+    table.a = nn.Parameter(a.clone())
     table.num_embeddings = rows
 
 

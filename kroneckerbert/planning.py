@@ -22,13 +22,14 @@ import kron_kernels.plan as engine
 from kron_kernels import KroneckerEmbedding, KronShape
 from kron_kernels.files import write_file
 from kron_kernels.plan import Plan
+from kron_kernels.plan.forward import evaluating
+from kron_kernels.shapes import check_integer
 from kron_kernels.timing import interleaved
 from kroneckerbert import measure
 from kroneckerbert.calibration import Batch, checked_batches, layer_inputs, tokens_of
 from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
 from kroneckerbert.modeling_kroneckerbert import (
     KroneckerPreTrainedModel,
-    evaluating,
     kronecker_class,
     positions,
 )
@@ -76,7 +77,7 @@ def plan(
         What ``kroneckerbert.compress`` takes in place of a preset. It prints as a table.
 
     Raises:
-        TypeError: If the model is no dense transformer.
+        TypeError: If the model is no dense transformer, or calibration one batch.
         ValueError: If the budget cannot be met, or an argument does not fit.
     """
     if not isinstance(model, PreTrainedModel) and hasattr(model, "encode"):
@@ -100,7 +101,8 @@ def plan(
     if calibration is not None:
         known = ("input_ids", "attention_mask", "token_type_ids")
         calibration = [
-            {name: b[name].to(encoder.device) for name in known if name in b} for b in calibration
+            {name: b[name].to(encoder.device) for name in known if name in b}
+            for b in checked_batches(calibration)
         ]
     return engine.plan(
         model,
@@ -242,9 +244,9 @@ def report(
 
 def _ids(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
     """Random ids ``(batch, tokens)`` to time a model on."""
-    if tokens > (longest := positions(model)):
+    if check_integer("tokens", tokens) > (longest := positions(model)):
         raise ValueError(f"tokens = {tokens} exceeds the model's {longest} positions.")
-    return torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
+    return measure.random_ids(model, batch, tokens)
 
 
 def _layer(

@@ -21,8 +21,10 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kron_kernels.plan.forward import evaluating
+from kron_kernels.shapes import check_integer
 from kroneckerbert.data import batches_by_length
-from kroneckerbert.modeling_kroneckerbert import evaluating, max_tokens
+from kroneckerbert.modeling_kroneckerbert import max_tokens
 
 # In tokens, as in BERT's own run_squad.py.
 _LONGEST_QUESTION = 64
@@ -126,7 +128,7 @@ class SpanDataset(Dataset):
             last token, or twice that of ``[CLS]`` where the window does not hold all of it.
 
     Raises:
-        ValueError: If a window has no room for more than it shares.
+        ValueError: If a window has no room for more than it shares, or a size is no integer.
     """
 
     def __init__(
@@ -137,6 +139,8 @@ class SpanDataset(Dataset):
         stride: int = 128,
         train: bool = True,
     ):
+        max_length = check_integer("max_length", max_length)
+        stride = check_integer("stride", stride, 0)
         room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - stride - 1
         if room < 1:
             raise ValueError(
@@ -213,13 +217,15 @@ def predict_spans(
         The answers by the questions' ids.
 
     Raises:
-        ValueError: If the model has no head for spans.
+        ValueError: If the model has no head for spans, or a number is none that it can be.
     """
     if not type(model).__name__.endswith("ForQuestionAnswering"):
         raise ValueError(
             f"a {type(model).__name__} has no head for spans; use a model for question answering."
         )
-    max_length = min(max_length, max_tokens(model, tokenizer))
+    if null_threshold is not None and math.isnan(null_threshold):
+        raise ValueError("null_threshold = nan is exceeded by nothing; use a number, or None.")
+    max_length = min(check_integer("max_length", max_length), max_tokens(model, tokenizer))
     dataset = SpanDataset(tokenizer, questions, max_length, max_length // 3, train=False)
     best = [(-math.inf, "")] * len(questions)
     null = [math.inf] * len(questions)

@@ -218,6 +218,17 @@ def test_merge_and_unload_gives_a_model_that_saves_and_loads(model, batch, tmp_p
     assert torch.equal(logits(again, batch), logits(merged, batch))
 
 
+def test_a_bias_that_is_trained_is_still_so_when_merged(model):
+    wrapped = adapted(model, lora_bias=True)
+    for name, p in wrapped.named_parameters():
+        p.requires_grad_(name.endswith("base_layer.bias"))
+    merged = merge_and_unload(wrapped)
+    sums = [m for m in merged.modules() if isinstance(m, KroneckerSum)]
+    assert sums and all(
+        {n for n, p in m.named_parameters() if p.requires_grad} == {"bias"} for m in sums
+    )
+
+
 def test_adapters_save_and_load(model, batch, tmp_path):
     base = copy.deepcopy(model)
     wrapped = adapted(model)

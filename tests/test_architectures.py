@@ -1,6 +1,7 @@
 """Every architecture and every head: compress, save, load, decompress, refit."""
 
 import copy
+import re
 import subprocess
 import sys
 
@@ -136,6 +137,26 @@ def exact(model) -> dict:
                 {"a_shape": [rows, 1], "rank": min(rows, columns)},
             ]
     return factors
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+def test_what_is_frozen_or_in_evaluation_mode_stays_so_there_and_back(name):
+    words = ("ForMaskedLM", "LMHeadModel", "ForCausalLM")
+    model = teacher(next(cls for cls in heads(name) if cls.__name__.endswith(words)), name)
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(i % 3 != 0)
+    for i, module in enumerate(model.modules()):
+        module.training = i % 2 == 0
+    student = compress(model, exact(model))
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, p in student.named_parameters():
+        source = re.sub(r"(\.parts\.\d+)?\.[ab]$", ".weight", name)
+        assert p.requires_grad is trained[source], name
+    back = decompress(student)
+    assert {name: p.requires_grad for name, p in back.named_parameters()} == trained
+    for path, module in model.named_modules():
+        for other in (student, back):
+            assert other.get_submodule(path).training is module.training, path
 
 
 def outputs(model, inputs):

@@ -28,6 +28,7 @@ from kroneckerbert import (
     decompress,
     second_moments,
 )
+from kroneckerbert.calibration import refit
 
 BASE = BertConfig(
     vocab_size=64,
@@ -239,8 +240,9 @@ def test_a_configuration_that_does_not_fit_is_refused_with_the_remedy():
 def test_a_weight_that_is_not_finite_is_refused():
     model = teacher(BertModel)
     model.encoder.layer[0].output.dense.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        compress(model)
+    for calibration in (None, batches()):
+        with pytest.raises(ValueError, match=r"of encoder.layer.0.output.dense has 1 entries"):
+            compress(model, calibration=calibration)
 
 
 def test_compressing_is_silent_unless_asked(capfd):
@@ -272,6 +274,25 @@ def test_second_moments_are_those_of_the_inputs_without_padding():
     rows = torch.cat(rows)
     torch.testing.assert_close(moments[names[0]], rows.mT @ rows / len(rows))
     assert moments[names[1]].shape == (32, 32)
+
+
+def test_second_moments_that_cannot_be_taken_are_refused_by_name():
+    model = teacher(BertModel)
+    query = "encoder.layer.0.attention.self.query"
+    for name, message in (
+        ("encoder.layer.0.attention.self.qurey", f"qurey', which is no layer .* {query}"),
+        ("embeddings.word_embeddings", "which is no layer .* nearest are"),
+        ("encoder", "which is no layer .* nearest are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            second_moments(model, batches(), [name])
+    with pytest.raises(TypeError, match=r"calibration is one batch, a mapping; .* \[batch\]"):
+        second_moments(model, batches()[0], [query])
+    model.embeddings.LayerNorm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match=f"the inputs of {query} on calibration are NaN"):
+        compress(model, calibration=batches())
+    with pytest.raises(ValueError, match=f"the inputs of {query} on calibration are NaN"):
+        refit(compress(teacher(BertModel)), model, batches())
 
 
 def test_second_moments_without_a_mask_count_every_token():

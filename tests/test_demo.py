@@ -46,7 +46,9 @@ def test_a_folder_of_somebody_elses_is_refused_before_any_work(tmp_path, monkeyp
 
 @pytest.mark.parametrize("minutes", [-1, float("nan"), float("inf")])
 def test_minutes_that_never_end_are_refused(tmp_path, minutes):
-    with pytest.raises(ValueError, match=f"at least 0 and finite, got {minutes}"):
+    with pytest.raises(
+        ValueError, match=f"minutes = {minutes} must be a finite number of at least"
+    ):
         demo.run(tmp_path / "out", minutes=minutes)
 
 

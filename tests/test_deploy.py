@@ -320,6 +320,11 @@ def test_arguments_are_checked(tmp_path):
         export(copy.deepcopy(model).bfloat16(), out, format="torch_export")
     with pytest.raises(ValueError, match=r"but input_ids is not; pass tokenizer"):
         export(model, out, format="torch_export", sample={"input_ids": torch.ones(3)})
+    with pytest.raises(
+        ValueError, match=r"sample has 'token_type_id', .* write one of token_type_ids"
+    ):
+        sample = batch(2, 4) | {"token_type_id": torch.ones(2, 4)}
+        export(model, out, format="torch_export", sample=sample)
     with pytest.raises(ValueError, match=r"labels.*remove them"):
         sample = batch(2, 4) | {"labels": torch.ones(2, 4)}
         export(model, out, format="torch_export", sample=sample)

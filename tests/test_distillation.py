@@ -957,10 +957,14 @@ def test_a_student_that_shares_its_teachers_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"hidden_weight": -1.0}, "hidden_weight must be >= 0, got -1.0"),
+        ({"hidden_weight": -1.0}, "hidden_weight = -1.0 must be a finite number of at least 0"),
+        ({"logits_weight": math.inf}, "logits_weight = inf must be a finite number"),
+        ({"labels_weight": math.nan}, "labels_weight = nan must be a finite number"),
         ({f"{name}_weight": 0.0 for name in TERMS}, "All weights are 0"),
-        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
-        ({"max_minutes": 0.0}, "max_minutes must be > 0, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be > 0 and finite, got 0.0"),
+        ({"temperature": math.inf}, "temperature must be > 0 and finite, got inf"),
+        ({"max_minutes": 0.0}, "max_minutes must be > 0 and finite, got 0.0"),
+        ({"max_minutes": math.inf}, "max_minutes must be > 0 and finite, got inf"),
         ({"label_smoothing_factor": 0.1}, "leave both unset"),
         ({"max_minutes": 1.0, "lr_scheduler_type": "reduce_lr_on_plateau"}, "use lr_sch"),
     ],
@@ -994,6 +998,10 @@ def test_a_term_that_moves_nothing_is_refused_at_the_first_step(tmp_path):
     trainer(tmp_path, student, bert(), embedding_weight=0.0).train()
     with pytest.raises(ValueError, match="all terms are 0: the student already computes"):
         trainer(tmp_path, copy.deepcopy(bert()), bert()).train()
+    with pytest.raises(
+        ValueError, match=r"every parameter .* frozen.* student.requires_grad_\(True\)"
+    ):
+        trainer(tmp_path, bert(seed=1).requires_grad_(False), bert()).train()
     # What is not compressed begins at 0, and is held there.
     student = bert()
     student.encoder.layer[0].output.dense.bias.data += 0.1

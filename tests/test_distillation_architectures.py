@@ -101,6 +101,107 @@ def trainer(tmp_path, student, teacher, **options) -> DistillationTrainer:
     return DistillationTrainer(student, teacher, args, train_dataset=data)
 
 
+# Inputs
+
+SEGMENTS = {"bert": True, "electra": True, "deberta-v2": True}  # RoBERTa has but one, as published
+ENCODERS = (*SEGMENTS, "roberta", "distilbert", "mpnet", "modernbert")
+
+
+def encoder(name: str) -> PreTrainedModel:
+    config = copy.deepcopy(CONFIGS[name])
+    config.pad_token_id = 1  # in common
+    if hasattr(config, "type_vocab_size"):
+        config.type_vocab_size = 2 if name in SEGMENTS else 1
+    return AutoModel.from_config(config).eval()
+
+
+def segments(length: int) -> list[int]:
+    return [int(2 * i >= length) for i in range(length)]
+
+
+def padded(rows: list[dict]) -> dict[str, Tensor]:
+    """The columns that the trainer has left, and a mask."""
+    columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
+    fill = {"input_ids": 1, "token_type_ids": 0}
+    out = {
+        name: nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=fill[name])
+        if name in fill
+        else torch.stack(column)
+        for name, column in columns.items()
+    }
+    return out | {"attention_mask": (out["input_ids"] != 1).long()}
+
+
+def pair_trainer(tmp_path, student: str, teacher: str, **options):
+    """Of text pairs, with what each of the two models is then given, and returns."""
+    models = {"student": encoder(student), "teacher": encoder(teacher)}
+    calls: list[tuple[str, dict, tuple[Tensor, ...]]] = []
+    names = {"input_ids", "attention_mask", "token_type_ids", "teacher_row"}
+    for who, model in models.items():
+
+        def keep(_, args, kwargs, output, who=who):
+            given = {name: value for name, value in kwargs.items() if name in names}
+            calls.append((who, given, output.hidden_states))
+
+        model.register_forward_hook(keep, with_kwargs=True)
+    lengths = (8, 6, 3, 7)
+    data = [
+        {"input_ids": torch.randint(5, 64, (n,)).tolist(), "token_type_ids": segments(n)}
+        for n in lengths
+    ]
+    weights = {f"{term}_weight": float(term == "hidden") for term in TERMS}
+    options = {"max_steps": 1, "disable_tqdm": True, "use_cpu": True} | weights | options
+    args = DistillationConfig(
+        str(tmp_path / "run"), report_to="none", save_strategy="no", **options
+    )
+    datasets = {"train_dataset": data, "eval_dataset": data, "data_collator": padded}
+    return DistillationTrainer(*models.values(), args, **datasets), models, calls
+
+
+def check_calls(calls, models, expected: list[str]) -> None:
+    """Each model was given what it takes, and the teacher returned what it does on its own."""
+    assert [who for who, *_ in calls] == expected
+    for who, given, states in list(calls):
+        model = models[who]
+        ids = given["input_ids"]
+        own = {"input_ids": ids, "attention_mask": (ids != 1).long()}
+        if model.config.model_type in SEGMENTS:
+            rows = [segments(n) for n in own["attention_mask"].sum(1).tolist()]
+            own["token_type_ids"] = torch.tensor(
+                [row + [0] * (ids.shape[1] - len(row)) for row in rows]
+            )
+        assert given.keys() == own.keys(), who
+        assert all(torch.equal(given[name], own[name]) for name in own), who
+        if who == "teacher":
+            with torch.no_grad():
+                expected_states = model(**own, output_hidden_states=True).hidden_states
+            assert all(map(torch.equal, states, expected_states))
+    calls.clear()
+
+
+@pytest.mark.parametrize("teacher", ENCODERS)
+@pytest.mark.parametrize("student", ENCODERS)
+def test_each_model_gets_its_own_inputs(student, teacher, tmp_path):
+    run, models, calls = pair_trainer(tmp_path, student, teacher)
+    (batch,) = run.get_train_dataloader()
+    run.compute_loss(run.model, batch)
+    check_calls(calls, models, ["student", "teacher"])
+
+
+def test_so_they_do_in_training_evaluation_and_prediction_and_from_a_cache(tmp_path):
+    run, models, calls = pair_trainer(tmp_path, "distilbert", "bert")
+    run.train()
+    check_calls(calls, models, ["student", "teacher"])
+    run.evaluate()
+    check_calls(calls, models, ["student", "teacher"])
+    run.predict(run.eval_dataset)
+    check_calls(calls, models, ["student", "teacher"])
+    cached = {"teacher_cache": str(tmp_path / "cache")}
+    run, models, calls = pair_trainer(tmp_path, "distilbert", "bert", **cached)
+    run.train()
+    check_calls(calls, models, ["teacher", "student"])
+
+
 # Training
 
 

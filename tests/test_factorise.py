@@ -86,6 +86,50 @@ def test_the_module_itself_may_be_the_layer():
     assert densify_(dense) is dense and factorise_(dense, {"": None}) is dense
 
 
+def frozen_in(module: nn.Module) -> dict[str, set[str]]:
+    """The frozen parameters' names, by the layer that has them."""
+    return {
+        path: {n.rpartition(".")[2] for n, p in m.named_parameters() if not p.requires_grad}
+        for path, m in module.named_children()
+    }
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("frozen", [set(), {"weight"}, {"bias"}, {"weight", "bias"}], ids=str)
+def test_what_is_frozen_stays_frozen_there_and_back(frozen, grad):
+    net = nn.ModuleDict(
+        {
+            "linear": nn.Linear(12, 8),
+            "sum": nn.Linear(12, 8),
+            "conv": Conv1D(8, 12),
+            "conv_sum": Conv1D(8, 12),
+            "table": nn.Embedding(9, 12),
+        }
+    )
+    for name in frozen:
+        for layer in net.values():
+            if name in layer._parameters:
+                getattr(layer, name).requires_grad_(False)
+    factors = {"linear": ONE, "sum": [ONE, TWO], "conv": ONE, "conv_sum": [ONE, TWO]}
+    factors["table"] = {"a_shape": [9, 4]}
+    before = frozen_in(net)
+    with torch.set_grad_enabled(grad):
+        factorise_(net, factors)
+        for path, names in frozen_in(net).items():
+            expected = {*"ab"} if "weight" in before[path] else set()
+            assert names == expected | (before[path] & {"bias"})
+        densify_(net)
+    assert frozen_in(net) == before
+
+
+def test_a_dense_weight_is_trained_if_one_of_its_factors_is():
+    layer = KroneckerLinear(12, 8, (2, 3))
+    layer.a.requires_grad_(False)
+    assert layer.to_linear().weight.requires_grad
+    layer.b.requires_grad_(False)
+    assert not layer.to_linear().weight.requires_grad and layer.to_linear().bias.requires_grad
+
+
 class Attention(nn.Module):
     """What takes a layer's weight without calling it, or ties or computes it."""
 
@@ -116,6 +160,9 @@ class Attention(nn.Module):
         ({"linear": {"shape": [3, 1]}}, r"factors\['linear'\] = .* must look like"),
         ({"linear": [ONE, {"a_shape": [2, 2], "rank": 5}]}, "use rank <= 4"),
         ({"linear": ONE, "linaer": ONE}, "linaer"),
+        ({"linear": ONE, "linaer": None}, "factors has 'linaer', .* nearest are linear"),
+        ({"linear": 3}, r"factors\['linear'\] = 3 must look like"),
+        ({"linear": {"a_shape": 4}}, "must look like .*: a_shape = 4 must be two integers"),
     ],
     ids=lambda v: None if isinstance(v, str) else next(iter(v)),
 )
@@ -125,6 +172,31 @@ def test_a_layer_that_cannot_be_replaced_is_refused_and_nothing_changed(factors,
     with pytest.raises(ValueError, match=message):
         factorise_(net, factors)
     assert [*net.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        ({"1": torch.eye(12)}, "second_moments has '1', which is no layer .* nearest are 0"),
+        ({"0": torch.full((12, 12), torch.nan)}, "^0: second_moment must be real and finite"),
+        ({"0": torch.eye(11)}, "^0: second_moment must be E"),
+        ({"table": torch.eye(12)}, "second_moments has 'table', an nn.Embedding, .* leave it out"),
+    ],
+)
+def test_second_moments_that_fit_no_layer_are_refused(moments, message):
+    net = nn.ModuleDict({"0": nn.Linear(12, 8), "table": nn.Embedding(9, 12)})
+    with pytest.raises(ValueError, match=message):
+        factorise_(net, {"0": ONE, "table": {"a_shape": [9, 4]}}, second_moments=moments)
+    factorise_(net, {"0": None}, second_moments={"0": torch.eye(12)})  # no harm
+
+
+def test_a_weight_that_is_not_finite_is_told_by_its_path():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(12, 8))
+    with torch.no_grad():
+        net[1].weight[0, 3] = torch.nan
+    for terms in (ONE, [ONE, TWO]):
+        with pytest.raises(ValueError, match=r"^1: weight has 1 entries that are NaN"):
+            factorise_(net, {"1": terms})
 
 
 def test_a_fused_block_is_not_taken_apart():

@@ -1,9 +1,11 @@
 """KroneckerBERT classes in the idiom of transformers: build, save, load, run."""
 
 import copy
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,12 @@ from kroneckerbert import (
     KroneckerBertModel,
     embed,
     mean_pooling,
+    measure,
+    report,
+    second_moments,
 )
+from kroneckerbert.data import Table
+from kroneckerbert.evaluation import evaluate
 
 BASE = BertConfig(
     vocab_size=64,
@@ -240,6 +247,46 @@ def test_embeddings_of_sentences_do_not_depend_on_batch_or_order(tokenizer):
         embed(model, tokenizer, "a dog")
 
 
+@pytest.mark.parametrize("size", [-1, 0, 1.5, True, math.nan, "2", None])
+def test_a_batch_size_that_is_none_is_refused(size, tokenizer):
+    with pytest.raises(ValueError, match=r"batch_size = .* must be an integer of at least 1"):
+        embed(build(KroneckerBertModel), tokenizer, ["a dog", "a cat"], batch_size=size)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, tokenizer: embed(model, tokenizer, ["a dog"]),
+        lambda model, _: measure.latency({"one": model, "two": model.bert}, 1, 4, seconds=0.0),
+        lambda model, _: report(model, tokens=4),
+        lambda model, _: second_moments(model, [inputs()], ["encoder.layer.0.output.dense"]),
+        lambda model, tokenizer: evaluate(model, tokenizer, Table([1.0, 2.0], *[["a", "b"]] * 2)),
+    ],
+    ids=["embed", "latency", "report", "second_moments", "evaluate"],
+)
+def test_each_part_is_left_in_its_mode_also_by_an_error(run, fails, tokenizer, monkeypatch):
+    """A frozen part in evaluation mode within a model that is trained, and the other way round."""
+    monkeypatch.setattr("kroneckerbert.planning._LAYER_SECONDS", 0.0)
+    monkeypatch.setattr("kroneckerbert.planning._MODEL_SECONDS", 0.0)
+    model = build(KroneckerBertForMaskedLM).train()
+    model.bert.embeddings.eval()
+    model.bert.encoder.layer[1].eval().attention.train()
+    before = {name: module.training for name, module in model.named_modules()}
+    modes = []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda m, _: modes.append(m.training))
+    if fails:
+        layer = model.bert.encoder.layer[1].output
+        layer.register_forward_pre_hook(lambda *_: pytest.fail("on purpose"))
+        with pytest.raises(pytest.fail.Exception, match="on purpose"):
+            run(model, tokenizer)
+    else:
+        run(model, tokenizer)
+    assert modes and not any(modes)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 # Tied word embeddings
 
 
@@ -338,6 +385,58 @@ def test_the_vocabulary_of_an_encoder_and_of_an_untied_model_grows():
     untied = KroneckerBertForMaskedLM(tiny_config(tie_word_embeddings=False))
     untied.resize_token_embeddings(65)
     assert untied(input_ids=torch.tensor([[64]])).logits.shape == (1, 1, 65)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(new_num_tokens=-1),
+        dict(new_num_tokens=0),
+        dict(new_num_tokens=60.0),
+        dict(new_num_tokens=True),
+        dict(new_num_tokens=math.nan),
+        dict(new_num_tokens="60"),
+        dict(new_num_tokens=60, pad_to_multiple_of=0),
+        dict(new_num_tokens=60, pad_to_multiple_of=-8),
+        dict(pad_to_multiple_of=8.0),
+        dict(new_num_tokens=3),  # the padding's id is 5
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("words", ["dense", "factorised"])
+def test_a_vocabulary_of_no_size_is_refused_and_the_model_left_as_it_was(sizes, words, tied):
+    config = tiny_config(tie_word_embeddings=tied, pad_token_id=5)
+    if words == "dense":
+        config.kronecker_factors = {}
+    model = KroneckerBertForMaskedLM(config)
+    before, settings = tensors(model), config.to_dict()
+    with pytest.raises(
+        ValueError, match=r"must be an integer|leaves no row for the padding's id 5"
+    ):
+        model.resize_token_embeddings(**sizes)
+    after = tensors(model)
+    assert after.keys() == before.keys() and all(after[n] is p for n, p in before.items())
+    assert config.to_dict() == settings
+
+
+@pytest.mark.parametrize("words", ["dense", "factorised"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_frozen_stays_frozen_with_a_new_vocabulary(words, tied):
+    config = tiny_config(tie_word_embeddings=tied)
+    if words == "dense":
+        config.kronecker_factors = {}
+    for frozen in ("word_embeddings", "decoder"):
+        model = KroneckerBertForMaskedLM(config)
+        for name, p in model.named_parameters():
+            p.requires_grad_(frozen not in name)
+        before = {name: p.requires_grad for name, p in tensors(model).items()}
+        model.resize_token_embeddings(np.int64(65))
+        after = {name: p.requires_grad for name, p in tensors(model).items()}
+        assert after.keys() == before.keys()
+        # Stock BERT puts the decoder's bias there when it grows.
+        assert after | {"cls.predictions.bias": before["cls.predictions.bias"]} == before
+        assert type(model.config.vocab_size) is int
 
 
 # Saving and loading

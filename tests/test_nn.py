@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -207,7 +208,8 @@ def test_a_sum_from_a_linear_layer_is_near_it_with_its_bias_and_options(case):
     c = torch.diag(torch.logspace(0, -3, n))
     layer = KroneckerSum.from_linear(dense, parts, backend="eager")
     assert layer.bias is not dense.bias and torch.equal(layer.bias, dense.bias)
-    assert not layer.training and all(p.requires_grad for p in layer.parameters())
+    assert not layer.training
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"bias"}
     assert [part.backend for part in layer.parts] == ["eager"] * len(parts)
     assert [(part.shape.m1, part.shape.n1) for part in layer.parts] == [p[0] for p in parts]
     for p, s in zip(parts, layer.shapes, strict=True):
@@ -476,7 +478,7 @@ def test_entries_of_a_new_table_have_the_asked_standard_deviation(rank, std):
 
 def test_a_division_that_leaves_a_rest_or_an_unknown_id_is_refused():
     with pytest.raises(
-        ValueError, match=r"embedding_dim = 12 is not divisible by b_size = 5; use one of \[1, 2, 3"
+        ValueError, match=r"embedding_dim = 12 is not divisible by b_size = 5; .* are 4 and 6"
     ):
         KroneckerEmbedding(7, 12, 5)
     for b_size in (0, -3):
@@ -484,6 +486,19 @@ def test_a_division_that_leaves_a_rest_or_an_unknown_id_is_refused():
             KroneckerEmbedding(7, 12, b_size)
     with pytest.raises(IndexError):
         KroneckerEmbedding(7, 12, 4)(torch.tensor([7]))
+
+
+@pytest.mark.parametrize("std", [math.nan, math.inf, -1.0, "1"])
+def test_a_deviation_that_is_none_is_refused(std):
+    for layer in (
+        KroneckerLinear(6, 4, (2, 3)),
+        KroneckerSum(6, 4, [((2, 3), 1), ((4, 1), 1)]),
+        KroneckerEmbedding(7, 12, 4),
+    ):
+        before = copy.deepcopy(layer.state_dict())
+        with pytest.raises(ValueError, match=r"std = .* must be a finite number of at least 0"):
+            layer.reset_parameters(std)
+        assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
 
 
 @pytest.mark.parametrize("rank", [0, -1])
@@ -721,7 +736,7 @@ def test_cross_entropy_is_told_what_does_not_fit():
     table = KroneckerEmbedding(23, 12, 4)
     with pytest.raises(ValueError, match=r"one entry for each hidden state, shape \(2, 3\)"):
         table.cross_entropy(torch.ones(2, 3, 12), torch.zeros(6, dtype=torch.int64))
-    with pytest.raises(ValueError, match="tokens = 0 must be at least 1"):
+    with pytest.raises(ValueError, match="tokens = 0 must be an integer of at least 1"):
         kron_cross_entropy(
             torch.ones(3, 12), table.a, table.b, torch.zeros(3, dtype=torch.int64), tokens=0
         )

@@ -437,6 +437,7 @@ def test_a_decision_that_does_not_fit_is_told_the_layer_and_the_remedy(layers, m
         ({"flops": True}, "error", "budget"),
         ({"latency": -1.0}, "error", "budget"),
         ({"latency": float("nan")}, "error", "budget"),
+        ({"latency": float("inf")}, "error", r"budget\['latency'\] = inf must be a number"),
         ({}, "error", "the budget is empty, within which every layer could stay dense"),
         ({"flops": 1}, "speed", "objective = 'speed' must be 'error', 'size' or 'latency'"),
     ],
@@ -500,6 +501,60 @@ def test_the_module_is_left_as_it_was():
     with pytest.raises(TypeError):
         plan(net, {"parameters": "1.5x"}, 3)
     assert net.training and not any(m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("calibration", "error", "message"),
+    [
+        ([], ValueError, "calibration is empty .* or leave it out"),
+        (iter(()), ValueError, "calibration is empty"),
+        ({"input_ids": IDS}, TypeError, r"one batch, a mapping; pass .* \[batch\]"),
+        (
+            [{"input_ids": IDS, "attention_mask": 0 * IDS}],
+            ValueError,
+            "calibration gives layer.0.up no input that counts",
+        ),
+        # Only the first block is reached.
+        ([{"input_ids": IDS, "blocks": 1}], ValueError, "calibration gives layer.1.up no input"),
+        ([{"input_ids": IDS, "scale": 1e30}], ValueError, "the inputs of layer.0.up on calibrat"),
+    ],
+)
+def test_calibration_that_leaves_layers_out_is_no_plan_by_weights(calibration, error, message):
+    class Partial(Net):
+        def forward(self, input_ids, attention_mask=None, blocks=3, scale=1.0):
+            x = self.words(input_ids) * scale
+            for block in self.layer[:blocks]:
+                x = block(x)
+            return self.head(x[:, 0])
+
+    with pytest.raises(error, match=message):
+        plan(Partial(), {"parameters": "2x"}, IDS, calibration=calibration, names=["up"])
+    if "layer.1.up" in message:  # it is no matter of those that stay dense
+        dense = {"layer.1.up": None, "layer.2.up": None}
+        options = {"calibration": calibration, "names": ["up"], "layers": dense}
+        assert plan(Partial(), {"error": 0.9}, IDS, objective="size", **options).factors[
+            "layer.0.up"
+        ]
+
+
+def test_a_weight_that_is_not_finite_is_told_by_its_path():
+    net = Net()
+    with torch.no_grad():
+        net.unused.weight.fill_(torch.inf)  # never called, so that it stays dense
+        net.layer[1].down.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"the weight of layer.1.down has 1 entries that are NaN"):
+        plan(net, {"parameters": "2x"}, IDS)
+
+
+def test_weights_of_any_scale_are_planned_alike():
+    net, errors = nn.Linear(WIDTH, HIDDEN).double(), []
+    for scale in (1.0, 2.0**600, 2.0**-600, 2.0**-600):
+        with torch.no_grad():
+            net.weight.mul_(scale)
+        (target,) = find_targets(net, None, {}, False)
+        target.inputs.append((torch.Size((2, WIDTH)), torch.float64))
+        errors.append({c.terms: c.error for c in candidates_of(target, None, mix=True)})
+    assert errors == errors[:1] * 4 and len(errors[0]) > 5
 
 
 # --- time

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -115,6 +116,41 @@ def test_decisions_words_and_wrong_names():
         plan(model, {"parameters": "2x"}, layers={"intermediat.dense": None}, **TOKENS)
     with pytest.raises(ValueError, match="cannot be met"):
         plan(model, {"parameters": 100}, **TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"calibration": []}, ValueError, "calibration has no batch with a token"),
+        ({"calibration": iter(())}, ValueError, "calibration has no batch with a token"),
+        ({"calibration": batches()[0]}, TypeError, r"one batch, a mapping; pass .* \[batch\]"),
+        ({"batch": 0}, ValueError, "batch = 0 must be an integer of at least 1"),
+        ({"batch": 1.5}, ValueError, "batch = 1.5 must be an integer"),
+        ({"tokens": -1}, ValueError, "tokens = -1 must be an integer of at least 1"),
+        ({"tokens": math.nan}, ValueError, "tokens = nan must be an integer"),
+    ],
+)
+def test_nothing_is_planned_or_reported_of_no_tokens(options, error, message):
+    model, options = teachers()[0], TOKENS | options
+    with pytest.raises(error, match=message):
+        plan(model, {"parameters": "2x"}, **options)
+    with pytest.raises(error, match=message):
+        report(compress(model, {"intermediate.dense": {"a_shape": [4, 2]}}), model, **options)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (1, 0), (1.5, 4), (1, True)])
+def test_nothing_is_measured_of_no_tokens(sizes):
+    model = teachers()[0]
+    with pytest.raises(ValueError, match="must be an integer of at least 1"):
+        measure.flops(model, *sizes)
+    with pytest.raises(ValueError, match="must be an integer of at least 1"):
+        measure.latency({"dense": model}, *sizes)
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0, "2"])
+def test_nothing_is_measured_for_ever_or_in_no_time(seconds):
+    with pytest.raises(ValueError, match=r"seconds = .* must be a finite number of at least 0"):
+        measure.latency({"dense": teachers()[0]}, 1, 4, seconds)
 
 
 def test_calibration_takes_batches_with_labels_and_padding():

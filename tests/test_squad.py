@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import string
 from pathlib import Path
 
@@ -188,6 +189,9 @@ def test_a_long_question_leaves_room_for_the_text(tokenizer):
     assert whole.count(tokenizer.convert_tokens_to_ids("which")) == 64
     with pytest.raises(ValueError, match=r"max_length 128 has no room .* the 128 tokens it shares"):
         SpanDataset(tokenizer, [question], 128, 128)
+    for sizes, name in (((64.0, 8), "max_length"), ((64, -1), "stride"), ((64, 8.5), "stride")):
+        with pytest.raises(ValueError, match=f"{name} = .* must be an integer of at least"):
+            SpanDataset(tokenizer, [question], *sizes)
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])
@@ -238,6 +242,15 @@ def test_spans_end_behind_their_start_and_within_thirty_tokens(tokenizer):
 def test_a_model_without_a_head_for_spans_is_refused(tokenizer):
     with pytest.raises(ValueError, match="a BertModel has no head for spans"):
         predict_spans(model(tokenizer, cls=BertModel), tokenizer, QUESTIONS)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batch_size": 0}, {"batch_size": 2.5}, {"max_length": -1}, {"null_threshold": math.nan}],
+)
+def test_numbers_that_would_give_no_answers_are_refused(wrong, tokenizer):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} = "):
+        predict_spans(model(tokenizer), tokenizer, QUESTIONS, **wrong)
 
 
 @pytest.mark.parametrize(

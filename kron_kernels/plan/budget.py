@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
+from math import inf
 
 KEYS = ("parameters", "bytes", "flops", "latency", "error")
 
@@ -27,11 +27,11 @@ def _limit(key: str, value: float | str, dense: float) -> float:
     number: float | None = None
     if isinstance(value, str):
         text = re.fullmatch(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*([x%])\s*", value)
-        if text and text[1].count(".") < 2 and 0 < float(text[1]) < math.inf:
+        if text and text[1].count(".") < 2 and 0 < float(text[1]) < inf:
             share = 1 / float(text[1]) if text[2] == "x" else float(text[1]) / 100
             if key != "error" or text[2] == "%":  # the dense module has no error
                 number = share * dense
-    elif not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < math.inf:
+    elif not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < inf:
         number = float(value)
     if number is None:
         raise ValueError(

@@ -16,12 +16,13 @@ from kron_kernels.decompose import (
     separable,
     separable_roots,
     shrunk,
+    unit,
     whitened,
 )
 from kron_kernels.factorise import Terms, dense_of
 from kron_kernels.plan.layers import Candidate, Target, dense_candidate
-from kron_kernels.plan.spectra import divisors, dropped, spectra
-from kron_kernels.shapes import KronShape
+from kron_kernels.plan.spectra import dropped, spectra
+from kron_kernels.shapes import KronShape, divisors
 
 _SIDES = 16  # the small factor's sides at most
 _B_SIZES = 32  # an embedding's b at most
@@ -55,7 +56,7 @@ def candidates_of(target: Target, moment: Tensor | None, mix: bool) -> list[Cand
     dense = dense_candidate(target)
     if not target.decided and not target.inputs:
         return [dense]
-    w = dense_of(target.layer).detach().float()
+    w = unit(dense_of(target.layer).detach())[0].float()
     w = w / w.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
     if target.decided:
         return [_priced(target, target.terms, _made_error(w, target.terms, moment))]
@@ -87,7 +88,7 @@ def _table_errors(w: Tensor) -> Errors:
     """Of an embedding ``w (v, d)`` as ``(v, d / b_size) ⊗ (1, b_size)``, rank 1."""
     rows, dim = w.shape
     errors: Errors = {}
-    for (_, b), spectrum in spectra(w, "right", [1], divisors(dim, _B_SIZES)):
+    for (_, b), spectrum in spectra(w, "right", [1], _sides(dim, _B_SIZES)):
         errors[((rows, dim // b), 1),] = dropped(spectrum, 1)
     return errors
 
@@ -96,8 +97,6 @@ def _linear_errors(w: Tensor, moment: Tensor | None, mix: bool) -> list[Errors]:
     """Of a small left factor, of a small right one, of low rank, and of sums."""
     m, n = w.shape
     c = None if moment is None else shrunk(moment, _SHRINKAGE)
-    if c is not None:
-        c /= c.diagonal().mean()
     half = None if c is None else cholesky(c).float()  # (n, n), half @ half.mT = C
     left, right = (_product_errors(w, side, c) for side in ("left", "right"))
     factors: dict[Terms, Factors] = {}
@@ -134,6 +133,10 @@ def _bases(errors: Errors, m: int, n: int) -> list[Terms]:
     return list(shapes.values())
 
 
+def _sides(size: int, most: int) -> list[int]:
+    return [d for d in divisors(size) if d <= most]
+
+
 def _low_rank_errors(w: Tensor, m: int, n: int) -> Errors:
     gram = w @ w.mT if m <= n else w.mT @ w
     spectrum = torch.linalg.eigvalsh(gram.double() if len(gram) <= 256 else gram).flip(0)
@@ -150,7 +153,7 @@ def _low_rank_errors(w: Tensor, m: int, n: int) -> Errors:
 def _product_errors(w: Tensor, side: str, c: Tensor | None) -> Errors:
     """Of products with a small factor on this side; in the separable metric next to C."""
     m, n = w.shape
-    ps, qs = divisors(m, _SIDES), divisors(n, _SIDES)
+    ps, qs = _sides(m, _SIDES), _sides(n, _SIDES)
     errors: Errors = {}
 
     def note(p: int, q: int, spectrum: Tensor) -> None:

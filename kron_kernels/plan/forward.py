@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,14 +22,20 @@ def call(module: nn.Module, inputs: Any) -> Any:
 
 
 @contextmanager
-def evaluation(module: nn.Module):
-    training = [(m, m.training) for m in module.modules()]
-    module.eval()
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Within, modules are in evaluation mode; then each of their parts in the mode in which it was.
+
+    Not ``train(was_training)``, which would give all parts the mode of the whole: a frozen part is
+    often in evaluation mode within a module that is trained.
+    """
+    before = [(part, part.training) for module in modules for part in module.modules()]
     try:
+        for module in modules:
+            module.eval()
         yield
     finally:
-        for m, mode in training:
-            m.training = mode
+        for part, mode in before:
+            part.training = mode
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from kron_kernels.decompose import check_finite
 from kron_kernels.factorise import (
     Dense,
     Entry,
@@ -49,6 +50,11 @@ class Target:
     def size(self) -> tuple[int, int]:
         rows, columns = dense_of(self.layer).shape
         return rows, columns
+
+    @property
+    def may_change(self) -> bool:
+        """Not if it is to stay dense, or is never called."""
+        return bool(self.terms or (self.inputs and not self.decided))
 
     @property
     def embedding(self) -> bool:
@@ -107,6 +113,13 @@ def find_targets(
             "tied to another; name an nn.Embedding in names, or nothing can be planned."
         )
     return targets
+
+
+def check_weights(targets: Iterable[Target]) -> None:
+    """Raise, naming the layer, if there are entries whose errors would be NaN."""
+    for target in targets:
+        if target.may_change:
+            check_finite(f"the weight of {target.path or 'the module'}", target.layer.weight)
 
 
 def _check_decision(target: Target, what: str) -> None:

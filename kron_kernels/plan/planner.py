@@ -17,13 +17,20 @@ from kron_kernels.plan.candidates import candidates_of
 from kron_kernels.plan.clock import MODULE_SECONDS, Clock, milliseconds
 from kron_kernels.plan.forward import (
     call,
-    evaluation,
+    evaluating,
     observe_shapes,
     setting_of,
     totals_of,
     with_random_factors,
 )
-from kron_kernels.plan.layers import Candidate, Target, dense_candidate, entry_of, find_targets
+from kron_kernels.plan.layers import (
+    Candidate,
+    Target,
+    check_weights,
+    dense_candidate,
+    entry_of,
+    find_targets,
+)
 from kron_kernels.plan.result import LayerPlan, Plan, quantity
 from kron_kernels.plan.solver import solve
 
@@ -67,8 +74,9 @@ def plan(
             ``nn.Linear`` (and transformers' ``Conv1D``) that is not tied to another one;
             ``nn.Embedding`` only if named.
         calibration: Inputs, each like ``inputs``, of real data: the error is that of a layer's
-            outputs on them instead of its weight's. Positions that an ``"attention_mask"`` excludes
-            do not count. An embedding's error remains its weight's.
+            outputs on them instead of its weight's. They must call every linear layer that
+            ``inputs`` call and that may change. Positions that an ``"attention_mask"`` excludes do
+            not count. An embedding's error remains its weight's.
         mix: Try sums of a Kronecker product and a low-rank part, too.
         keep_dense_if_slower: Where a factorised layer takes longer than the dense one here, keep
             the dense one, if the budget can be met so and ``objective`` is not ``"size"``.
@@ -81,15 +89,16 @@ def plan(
         What becomes of each layer, and what the whole then takes, measured.
 
     Raises:
-        ValueError: If the budget cannot be met, with what could be; or for an argument that does
-            not fit, with what would.
+        ValueError: If the budget cannot be met, with what could be; for an argument that does not
+            fit, with what would; or if a weight or calibration input is not finite.
     """
     check_arguments(budget, objective)
     say = partial(_say, progress)
-    with evaluation(module), torch.no_grad():
+    with evaluating(module), torch.no_grad():
         targets = find_targets(module, names, layers or {}, build is not None)
         say(f"{len(targets)} layers; a forward pass")
         observe_shapes(module, inputs, targets)
+        check_weights(targets)
         dense = totals_of(module, inputs)
         time = partial(call, module, inputs)
         dense["latency"] = milliseconds({"dense": time}, MODULE_SECONDS)["dense"]

@@ -50,10 +50,6 @@ def dropped(spectrum: Tensor, rank: int) -> float:
     return spectrum[rank:].sum().item() / total if total > 0 else 0.0
 
 
-def divisors(n: int, most: int) -> list[int]:
-    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
-
-
 def _tops(sizes: Sequence[int]) -> list[int]:
     """Those that divide no other."""
     return [d for d in sizes if not any(e > d and e % d == 0 for e in sizes)]

@@ -1,11 +1,13 @@
 """What a distillation is told: ``TrainingArguments``, the weights of the terms, the teacher."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
 
-from kroneckerbert.distillation.terms import TERMS
+from kron_kernels.shapes import check_number
+from kroneckerbert.distillation.terms import TERMS, check_temperature
 
 
 @dataclass
@@ -17,7 +19,8 @@ class DistillationConfig(TrainingArguments):
 
     Raises:
         ValueError: If a weight is negative or all are 0, temperature or max_minutes is not
-            positive, a dtype is unknown, or there are no labels to anneal to.
+            positive, a number is not finite, a dtype is unknown, or there are no labels to anneal
+            to.
     """
 
     embedding_weight: float = field(
@@ -103,15 +106,15 @@ class DistillationConfig(TrainingArguments):
             # A field of two types would be none for transformers' HfArgumentParser.
             self.layer_map = [int(layer) for layer in self.layer_map.split(",")]  # type: ignore[assignment]
         for name, weight in self.weights.items():
-            if weight is not None and not weight >= 0:
-                raise ValueError(f"{name}_weight must be >= 0, got {weight}.")
+            if weight is not None:
+                check_number(f"{name}_weight", weight)
         if all(weight == 0 for weight in self.weights.values()):
             raise ValueError("All weights are 0: nothing would be learnt. Set one of them.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {self.temperature}.")
-        if self.max_minutes is not None and not self.max_minutes > 0:
+        check_temperature(self.temperature)
+        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
             raise ValueError(
-                f"max_minutes must be > 0, got {self.max_minutes}; leave it unset for no limit."
+                f"max_minutes must be > 0 and finite, got {self.max_minutes}; leave it unset for "
+                "no limit."
             )
 
         if self.teacher_dtype not in (None, "float32", "bfloat16", "float16"):

@@ -1,7 +1,8 @@
-"""Which teacher for which student, and which of its layers for which of the student's."""
+"""Which teacher for which student, which of its layers for which of the student's, and inputs."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,25 @@ def layer_pairs(layers: str | Sequence[int], student: int, teacher: int) -> list
 
 def _up_to(n: int) -> range:
     return range(1, n + 1)
+
+
+def taken_inputs(model: PreTrainedModel) -> set[str]:
+    """The inputs that a model's forward names; of one with adapters, those of the model within."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(inner.forward).parameters)
+
+
+def foreign_inputs(model: PreTrainedModel, other: PreTrainedModel) -> set[str]:
+    """The inputs of a batch for both models that this one must not be given.
+
+    What only the other one names, such as BERT's segments beside DistilBERT. What neither names a
+    collator has added for their ``**kwargs``. And segments where there is but one: RoBERTa names
+    them, but has no row for the second.
+    """
+    taken = taken_inputs(model)
+    foreign = taken_inputs(other) - taken if "input_ids" in taken else set()
+    segments = getattr(model.config, "type_vocab_size", None)
+    return foreign | ({"token_type_ids"} if segments is not None and segments < 2 else set())
 
 
 def check_pair(

@@ -10,6 +10,7 @@ after Tahaei et al., NAACL 2022, Eq. 14. Each is a mean over the positions that 
 padding takes no part in it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -56,9 +57,10 @@ def distillation_terms(
             up to the mean over the step. 1 unless given.
 
     Raises:
-        ValueError: If a term asked for is missing from an output, no term is left, or shapes do
-            not match.
+        ValueError: If the temperature is not positive, a term asked for is missing from an output,
+            no term is left, or shapes do not match.
     """
+    check_temperature(temperature)
     real = attention_mask.reshape(-1, attention_mask.shape[-1]).bool()
     shares = shares or dict.fromkeys(("tokens", "pairs", "rows", "labels"), 1.0)
     terms = {}
@@ -110,6 +112,11 @@ def distillation_terms(
             "no logits in common and no labels. Set one of the weights, or give both models heads."
         )
     return terms
+
+
+def check_temperature(temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}.")
 
 
 def _layers(

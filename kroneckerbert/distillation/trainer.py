@@ -1,6 +1,6 @@
 """Transformers' Trainer with the distance to a teacher as its loss."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from shutil import rmtree
@@ -26,7 +26,12 @@ from kroneckerbert.data import by_length
 from kroneckerbert.distillation import cache, resuming
 from kroneckerbert.distillation.clock import Deadline, TimeBar
 from kroneckerbert.distillation.config import DistillationConfig
-from kroneckerbert.distillation.pairing import DETECTOR, check_pair
+from kroneckerbert.distillation.pairing import (
+    DETECTOR,
+    check_pair,
+    foreign_inputs,
+    taken_inputs,
+)
 from kroneckerbert.distillation.scores import attention_scores
 from kroneckerbert.distillation.terms import TERMS, distillation_terms
 from kroneckerbert.files import put_in_place, write_checksums
@@ -45,6 +50,9 @@ class DistillationTrainer(Trainer):
             Dtype as you please, or ``args.teacher_dtype``: bfloat16 halves its memory.
         args: ``DistillationConfig``.
         **trainer_kwargs: Anything else ``Trainer`` takes.
+
+    Each model gets what it would get on its own: of the data's columns those that it takes, such as
+    the segments of a BERT teacher whose DistilBERT student has none. Both get the same tokens.
 
     Every term is logged as ``loss_<term>``, before its weight: the mean since the last report,
     over processes; evaluation reports ``eval_loss_<term>``, and needs no labels.
@@ -65,6 +73,7 @@ class DistillationTrainer(Trainer):
 
     args: DistillationConfig
     train_dataset: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -86,7 +95,9 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # loss_is_scaled_for_ga, for transformers < 5.19
         dtype = getattr(torch, args.teacher_dtype) if args.teacher_dtype else None
         self.teacher = teacher.to(args.device, dtype).eval()
-        self._not_for_teacher = {*self.label_names, *find_labels(type(teacher)), cache.ROW}
+        self._targets = {*self.label_names, *find_labels(type(teacher)), cache.ROW}
+        self._not_for_teacher = self._targets | foreign_inputs(teacher, self.model)
+        self._not_for_student = {cache.ROW} | foreign_inputs(self.model, teacher)
         name, module = type(self.model).__name__, type(self.model).__module__
         self._token_labels = (
             name.endswith(_TOKEN_LABELS)
@@ -125,9 +136,14 @@ class DistillationTrainer(Trainer):
         Raises:
             OSError: If a file of the checkpoint is missing or damaged, with the last one that is
                 whole.
-            ValueError: If loss or parameters stop being finite, or all checkpoints in
-                ``output_dir`` are of runs with other settings.
+            ValueError: If all of the student is frozen, loss or parameters stop being finite, or
+                all checkpoints in ``output_dir`` are of runs with other settings.
         """
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(
+                "every parameter of the student is frozen, as those of the model that it was "
+                "compressed from; call student.requires_grad_(True)."
+            )
         self._begin(resume_from_checkpoint)
         self.cache_teacher()
         with nullcontext() if self.args.student_dropout else _without_dropout(self.model):
@@ -220,7 +236,6 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, ModelOutput]:
         """Σ weight * term; ``num_items_in_batch`` is the step's, as get_batch_samples counts."""
         weights = self.args.weights
-        features = {k: v for k, v in inputs.items() if k not in self._not_for_teacher}
         capture = {
             "output_hidden_states": weights["embedding"] != 0 or weights["hidden"] != 0,
             "output_attentions": weights["attention"] != 0,
@@ -229,20 +244,20 @@ class DistillationTrainer(Trainer):
         if self._first_batch:
             _let_record(self.model)
         shares = self._shares(inputs, num_items_in_batch)
-        given = self._not_for_teacher & inputs.keys()
+        given = self._targets & inputs.keys()
         own = self._token_labels and weights["labels"] != 0 and "labels" in given
         own = own and given <= {"labels", "next_sentence_label", cache.ROW}
+        not_for_student = self._not_for_student
+        if own or weights["labels"] == 0:
+            not_for_student = not_for_student | self._targets
         with self._scores():
-            if own or weights["labels"] == 0:
-                student = model(**features, **capture)
-            else:
-                student = model(**{k: v for k, v in inputs.items() if k != cache.ROW}, **capture)
+            student = model(**_without(inputs, not_for_student), **capture)
             if self._cache is not None and cache.ROW in inputs:
                 teacher = self._cache(inputs[cache.ROW], inputs["input_ids"])
             else:
                 # accelerate wraps the student's forward only: the teacher is told of autocast here
                 with torch.no_grad(), self.accelerator.autocast():
-                    teacher = self.teacher(**features, **capture)
+                    teacher = self.teacher(**_without(inputs, self._not_for_teacher), **capture)
         if own:
             student["loss"] = _token_loss(student, inputs, shares)
             shares = shares | {"labels": 1.0}
@@ -399,8 +414,9 @@ class DistillationTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if cache.ROW not in self._signature_columns:
-            self._signature_columns.append(cache.ROW)
+        # Trainer would leave only what the student takes.
+        more = taken_inputs(self.teacher) - self._targets | {cache.ROW}
+        self._signature_columns = sorted({*self._signature_columns, *more})
 
     def cache_teacher(self) -> None:
         """Compute what the teacher says of the training data, unless ``args.teacher_cache`` has it.
@@ -420,7 +436,9 @@ class DistillationTrainer(Trainer):
                 f"teacher_cache needs training data with numbered rows, got {type(rows).__name__}; "
                 "unset it for a stream."
             )
-        about = cache.described(rows, without=self._not_for_teacher)
+        about = cache.described(rows, without=self._targets)
+        columns = set(rows[0]) if len(rows) else set()
+        about["inputs"] = sorted(columns & taken_inputs(self.teacher) - self._not_for_teacher)
         about["teacher"] = cache.fingerprint(self.teacher)
         about["precision"] = self.accelerator.mixed_precision
         weights = self.args.weights
@@ -437,9 +455,9 @@ class DistillationTrainer(Trainer):
 
         @torch.no_grad()
         def teach(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            batch = {k: v for k, v in batch.items() if k not in self._not_for_teacher}
+            batch = self._prepare_inputs(_without(batch, self._not_for_teacher))
             with self._scores(), self.accelerator.autocast():
-                output = self.teacher(**self._prepare_inputs(batch), **wanted, return_dict=True)
+                output = self.teacher(**batch, **wanted, return_dict=True)
             return cache.captured(output)
 
         # Of all machines: they may share the disk.
@@ -613,6 +631,10 @@ def _token_loss(
         pairs = student["seq_relationship_logits"].float()
         loss = loss + F.cross_entropy(pairs, inputs["next_sentence_label"]) * shares["rows"]
     return loss
+
+
+def _without(inputs: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if name not in names}
 
 
 def _alone(values: tuple) -> Any:
