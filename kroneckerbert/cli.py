@@ -684,15 +684,15 @@ def _limit(text: str) -> tuple[str, float | str]:
 def _model(source: str) -> PreTrainedModel:
     """A saved model in the class that its configuration names, every weight of it from the file."""
     import transformers
-    from safetensors import SafetensorError
 
     import kroneckerbert
+    from kroneckerbert.loading import load, read_config
 
     _check_source(source)
     # Bars and reports of weights; what matters of these is an error below.
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = read_config(source)
     # Checkpoints of bare encoders may name no class.
     name = (config.architectures or ["AutoModel"])[0]
     model_class = getattr(kroneckerbert, name, None) or getattr(transformers, name, None)
@@ -701,17 +701,7 @@ def _model(source: str) -> PreTrainedModel:
             f"{source} is a {name} ({config.model_type}), which this version of transformers "
             f"({transformers.__version__}) does not have."
         )
-    try:
-        model, info = model_class.from_pretrained(source, output_loading_info=True)
-    except SafetensorError as error:
-        raise OSError(f"the weights of {source} are damaged ({error}); copy them again.") from error
-    # Without its pooler an encoder is still whole: masked language models are saved so.
-    if missing := sorted(key for key in info["missing_keys"] if "pooler." not in key):
-        raise ValueError(
-            f"the weights of {source} lack {len(missing)} tensors of a {name}, such as "
-            f"{missing[0]}; save the model again."
-        )
-    return model.eval()
+    return load(model_class, source).eval()
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -55,6 +55,7 @@ from kroneckerbert.data import Table, TextDataset, label_targets
 from kroneckerbert.distillation import DistillationTrainer
 from kroneckerbert.files import replace_folder, writable_folder
 from kroneckerbert.heads import with_head_of
+from kroneckerbert.loading import read_config
 from kroneckerbert.modeling_kroneckerbert import max_tokens
 from kroneckerbert.recipe import Latency, Recipe, Stage, Stage1, load, select
 from kroneckerbert.squad import Questions, SpanDataset
@@ -580,7 +581,7 @@ def _last_checkpoint(training: Path) -> str | None:
 
 def _without_weights(source: str | Path) -> PreTrainedModel:
     """The model that a name or folder holds, on the meta device: its sizes, at no cost."""
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = read_config(source)
     name = (config.architectures or [""])[0]
     with torch.device("meta"):
         if hasattr(kroneckerbert, name):
