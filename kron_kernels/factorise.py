@@ -18,6 +18,7 @@ from kron_kernels.nn import (
     as_trainable,
     filled,
 )
+from kron_kernels.readers import reader
 from kron_kernels.shapes import KronShape, check_integer, check_rank, sides_of
 
 # The terms of a layer's weight, {"a_shape": [m1, n1], "rank": r} each; None is a dense layer.
@@ -112,27 +113,29 @@ def factorisable(
     module: nn.Module, allow_tied: bool = False
 ) -> dict[str, tuple[Dense, str | None]]:
     """The dense layers by their first path, and why one cannot be replaced, or None if it can."""
-    owners = defaultdict(list)
+    owners, places = defaultdict(list), defaultdict(list)
     for path, m in module.named_modules():
         for p in m._parameters.values():
             owners[id(p)].append(path)
+    for path, m in module.named_modules(remove_duplicate=False):
+        places[m].append(path)
     layers = {}
     for path, m in module.named_modules():
         if isinstance(m, nn.Linear | nn.Embedding) or is_conv1d(m):
-            parent = module.get_submodule(path.rpartition(".")[0]) if path else None
             others = [o for o in owners[id(m._parameters.get("weight"))] if o != path]
-            layers[path] = m, _why_not(m, parent, [] if allow_tied else others)
+            readers = [r for place in places[m] if (r := reader(module, place))]
+            layers[path] = m, _why_not(m, readers, [] if allow_tied else others)
     return layers
 
 
-def _why_not(m: Dense, parent: nn.Module | None, tied: list[str]) -> str | None:
+def _why_not(m: Dense, readers: list[str], tied: list[str]) -> str | None:
     options = [o for o in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(m, o, None)]
     plain = (
         next((c for c in (nn.Linear, nn.Embedding) if isinstance(m, c)), type(m)).forward
         is type(m).forward
     )
-    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-        return f"nn.{type(parent).__name__} takes its weight without calling it"
+    if readers:
+        return f"{readers[0]} reads its weight, which a factorised layer does not have"
     if not plain:
         return f"its class, {type(m).__name__}, has a forward of its own"
     if not isinstance(m._parameters.get("weight"), nn.Parameter):

@@ -1,8 +1,8 @@
 """Transformers with Kronecker-factorised layers, in the idiom of transformers.
 
-Importing this package registers its classes, so that ``AutoModel.from_pretrained`` and pipelines
-load what ``save_pretrained`` wrote. They are named after the dense ones: ``KroneckerBertModel``,
-``KroneckerRobertaForMaskedLM``, ``KroneckerGPT2LMHeadModel``, …
+Importing this package registers its model types, so that ``AutoModel.from_pretrained`` and
+pipelines load what ``save_pretrained`` wrote. Classes are named after the dense ones:
+``KroneckerBertModel``, ``KroneckerRobertaForMaskedLM``, ``KroneckerGPT2LMHeadModel``, …
 """
 
 from importlib import import_module
@@ -38,7 +38,7 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(f"kroneckerbert.{_LAZY[name]}"), name)
-    if name.startswith("Kronecker") and hasattr(modeling_kroneckerbert, name):  # made by register
+    if name.startswith("Kronecker"):  # made by register, or when it is asked for
         return getattr(modeling_kroneckerbert, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

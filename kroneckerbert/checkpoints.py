@@ -13,6 +13,7 @@ from torch import nn
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear
 from kroneckerbert import files
+from kroneckerbert.loading import file_dtypes, mismatched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,12 +24,14 @@ LOADER = "load_kroneckerbert"
 _LOADER_TEXT = '''"""Loads the class {name} from the package kroneckerbert."""
 
 try:
-    from kroneckerbert import {name}  # noqa: F401
+    import kroneckerbert
 except ImportError as error:
     raise ImportError(
         "this is a Kronecker-factorised model: pip install 'kron-kernels[bert]', "
         "then import kroneckerbert before loading it"
     ) from error
+
+{name} = kroneckerbert.{name}
 '''
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _WEIGHTS = re.compile(
@@ -90,7 +93,10 @@ def write_loader(folder: Path, config_name: str) -> None:
 
 
 def check_loaded(
-    model: PreTrainedModel, info: dict[str, Any], source: str | os.PathLike | None
+    model: PreTrainedModel,
+    info: dict[str, Any],
+    source: str | os.PathLike | None,
+    new_head: bool = False,
 ) -> None:
     """Raise unless the model without its head is what was saved.
 
@@ -101,10 +107,11 @@ def check_loaded(
         model: As ``from_pretrained`` made it ...
         info: ... with ``output_loading_info=True``.
         source: The name of the checkpoint, for the message.
+        new_head: Whether a head of another shape than the checkpoint's is a new one.
 
     Raises:
-        ValueError: If a tensor is missing, in surplus or of another shape, or a factor is not
-            finite.
+        ValueError: If a tensor is missing, in surplus, of another shape or not of floating-point
+            numbers, or a factor is not finite.
     """
     prefix = f"{model.base_model_prefix}."
     parts = {name for name, _ in model.base_model.named_children()} - {"pooler"}
@@ -113,13 +120,22 @@ def check_loaded(
         return sorted(n for n in names if n.removeprefix(prefix).split(".")[0] in parts)
 
     missing, surplus = of_encoder(info["missing_keys"]), of_encoder(info["unexpected_keys"])
-    mismatched = of_encoder(key[0] for key in info["mismatched_keys"])
+    shapes = mismatched(info)
+    other_shape = of_encoder(shapes) if new_head else list(shapes)
+    state = model.state_dict().items()
+    floating = {name.removeprefix(prefix) for name, t in state if t.is_floating_point()}
+    numbers = [
+        f"{name} ({dtype})"
+        for name, dtype in ({} if source is None else file_dtypes(Path(source))).items()
+        if name.removeprefix(prefix) in floating and not dtype.startswith(("F", "BF"))
+    ]
     problems = [
         f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)}"
         for what, names in (
             ("missing", missing),
             ("in surplus", surplus),
-            ("of another shape", mismatched),
+            ("of another shape", [shapes[name] for name in other_shape]),
+            ("not of floating-point numbers", numbers),
         )
         if names
     ]
@@ -130,6 +146,8 @@ def check_loaded(
                 "these are dense weights where config.kronecker_factors asks for factors: load "
                 "them with their own class and call kroneckerbert.compress(model, config)"
             )
+        elif other_shape and not of_encoder(other_shape):
+            remedy = "pass ignore_mismatched_sizes=True for a new head"
         else:
             remedy = "load it with the config it was saved with, or save it again"
         raise ValueError(

@@ -735,42 +735,24 @@ def _model(source: str) -> PreTrainedModel:
     import transformers
 
     import kroneckerbert
-    from kroneckerbert.loading import reading
+    from kroneckerbert.loading import load, read_config
 
     _check_source(source)
     # Bars and reports of weights; what matters of these is an error below.
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    with reading(source):
-        config = transformers.AutoConfig.from_pretrained(source)
-        if config.is_encoder_decoder:
-            raise TypeError(
-                f"{source} has an encoder and a decoder; give a model with one of them."
-            )
-        # Checkpoints of bare encoders may name no class.
-        name = (config.architectures or ["AutoModel"])[0]
-        model_class = getattr(kroneckerbert, name, None) or getattr(transformers, name, None)
-        if not hasattr(model_class, "from_pretrained"):
-            raise TypeError(
-                f"{source} is a {name} ({config.model_type}), which is no model of this version of "
-                f"transformers ({transformers.__version__})."
-            )
-        model, info = model_class.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True
+    config = read_config(source)
+    if config.is_encoder_decoder:
+        raise TypeError(f"{source} has an encoder and a decoder; give a model with one of them.")
+    # Checkpoints of bare encoders may name no class.
+    name = (config.architectures or ["AutoModel"])[0]
+    model_class: Any = getattr(kroneckerbert, name, None) or getattr(transformers, name, None)
+    if not hasattr(model_class, "from_pretrained"):
+        raise TypeError(
+            f"{source} is a {name} ({config.model_type}), which is no model of this version of "
+            f"transformers ({transformers.__version__})."
         )
-    # Without its pooler an encoder is still whole: masked language models are saved so.
-    if missing := sorted(key for key in info["missing_keys"] if "pooler." not in key):
-        raise ValueError(
-            f"the weights of {source} lack {len(missing)} tensors of a {name}, such as "
-            f"{missing[0]}; save the model again."
-        )
-    if mismatched := sorted(info["mismatched_keys"]):
-        key, found, wanted = mismatched[0]
-        raise ValueError(
-            f"{len(mismatched)} tensors of {source} have not the shapes that its config.json says, "
-            f"such as {key}: {list(found)} instead of {list(wanted)}; save the model again."
-        )
-    return model.eval()
+    return load(model_class, source).eval()
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from kron_kernels import KronShape
 from kron_kernels.factorise import terms_of
 from kron_kernels.plan import Plan
+from kron_kernels.readers import reader
 
 
 class _Roles(NamedTuple):
@@ -108,8 +109,9 @@ class KroneckerConfig(_Base):
             in one. The longest name that fits decides; a module that none fits is dense, so that
             the default, an empty dict, is an ordinary dense model. Factorisable are the linear
             layers of the model without its head and pooler, and the word embeddings, whose ``m1``
-            is the vocabulary's size. Mind that ``"output.dense"`` also fits
-            ``"attention.output.dense"`` unless that has an entry of its own.
+            is the vocabulary's size; not layers whose weight another module reads. Mind that
+            ``"output.dense"`` also fits ``"attention.output.dense"`` unless that has an entry of
+            its own.
 
         kronecker_plan: The plan that chose the factors, if one did, see ``plan``.
 
@@ -159,10 +161,18 @@ class KroneckerConfig(_Base):
         """
         if not self.kronecker_factors:
             return {}
-        layout = self._layout()
+        layout = self.layout()
         for name in self.kronecker_factors:
-            if not any(layout.fits(name, path) for path in layout.sizes):
+            if any(layout.fits(name, path) for path in layout.sizes):
+                continue
+            read = next((path for path in layout.readers if layout.fits(name, path)), None)
+            if read is None:
                 raise ValueError(_no_such_module(name, list(layout.sizes)))
+            if self.kronecker_factors[name] is not None:
+                raise ValueError(
+                    f"kronecker_factors has {name!r}, but {layout.readers[read]} reads the weight "
+                    f"of {read}, which a factorised layer does not have; leave it out."
+                )
         shapes = {}
         for path, (rows, columns) in layout.sizes.items():
             key = layout.longest(self.kronecker_factors, path)
@@ -181,7 +191,7 @@ class KroneckerConfig(_Base):
 
     def entry_of(self, path: str) -> str | None:
         """The name in ``kronecker_factors`` that decides about the module at ``path``, if any."""
-        return self._layout().longest(self.kronecker_factors, path)
+        return self.layout().longest(self.kronecker_factors, path)
 
     @classmethod
     def from_dense(
@@ -268,7 +278,7 @@ class KroneckerConfig(_Base):
             | dict.fromkeys(roles.up, preset.up)
             | dict.fromkeys(roles.down, down)
         )
-        layout, factors = dense._layout(), {}
+        layout, factors = dense.layout(), {}
         for path, (rows, columns) in layout.sizes.items():
             if path == layout.table:
                 _check_width(name, path, "columns", columns, preset.b_size)
@@ -286,23 +296,26 @@ class KroneckerConfig(_Base):
                 factors[path] = entry
         return cls.from_dense(dense, factors)
 
-    def _layout(self) -> "_Layout":
+    def layout(self) -> "Layout":
+        """The layers of the dense model that may be factorised, and those that may not."""
         fields = {k: v for k, v in self.to_dict().items() if k not in _NO_STRUCTURE}
         # mypy has it that a class is not hashable.
         return _layout(self.dense_class, json.dumps(fields, sort_keys=True))  # type: ignore[arg-type]
 
 
+PREFIX = "kronecker_"  # of our model types
 _OF_THE_FILE = ("model_type", "transformers_version", "architectures", "_name_or_path", "auto_map")
 _OURS = ("kronecker_factors", "kronecker_plan")
 _NO_STRUCTURE = (*_OF_THE_FILE, *_OURS, "id2label", "label2id", "dtype")
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """The modules of a dense model without its head that may be factorised."""
 
     prefix: str  # of their paths in the classes with a head
     sizes: dict[str, tuple[int, int]]  # rows and columns of the weight, by path
     table: str | None  # the path of the word embeddings
+    readers: dict[str, str]  # by path, the class that reads the weight of a layer not in `sizes`
 
     def fits(self, name: str, path: str) -> bool:
         return f".{self.prefix}.{path}".endswith(f".{name}")
@@ -313,21 +326,28 @@ class _Layout(NamedTuple):
 
 # A model on the meta device takes 20 ms for 12 layers, and a configuration asks several times.
 @lru_cache(maxsize=32)
-def _layout(dense_class: type[PreTrainedConfig], fields: str) -> _Layout:
+def _layout(dense_class: type[PreTrainedConfig], fields: str) -> Layout:
     with torch.device("meta"):
         model = AutoModel.from_config(dense_class(**json.loads(fields)))
-    modules = dict(factorisable(model))
+    dense = dict(_dense(model))
+    readers = {path: name for path in dense if (name := reader(model, path))}
+    modules = {path: module for path, module in dense.items() if path not in readers}
     table = next((path for path, m in modules.items() if isinstance(m, nn.Embedding)), None)
     weights = {path: linear_weight(module) for path, module in modules.items()}
     sizes = {path: (weight.shape[0], weight.shape[1]) for path, weight in weights.items()}
-    return _Layout(model.base_model_prefix, sizes, table)
+    return Layout(model.base_model_prefix, sizes, table, readers)
 
 
 def factorisable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of the linear layers and the word embeddings of a model without its head.
 
-    The pooler is not among them: it is small, runs once a sequence, and belongs to the task.
+    The pooler is not among them: it is small, runs once a sequence, and belongs to the task. Nor
+    are layers whose weight another module reads, see ``kron_kernels.readers``.
     """
+    return ((path, module) for path, module in _dense(model) if not reader(model, path))
+
+
+def _dense(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     table = model.get_input_embeddings()
     for path, module in model.named_modules():
         # Not their subclasses, which may do other things.
@@ -357,7 +377,7 @@ def kronecker_config(dense_class: type[PreTrainedConfig]) -> type[KroneckerConfi
         },
         "kronecker_factors": field(default_factory=dict),
         "kronecker_plan": None,
-        "model_type": f"kronecker_{dense_class.model_type.replace('-', '_')}",
+        "model_type": model_type(dense_class.model_type),
         "dense_class": dense_class,
     }
     name = f"Kronecker{dense_class.__name__}"
@@ -368,6 +388,11 @@ def kronecker_config(dense_class: type[PreTrainedConfig]) -> type[KroneckerConfi
 def _blank(dense_class: type[PreTrainedConfig]) -> KroneckerConfig:
     cls = kronecker_config(dense_class)
     return cls.__new__(cls)
+
+
+def model_type(dense: str) -> str:
+    """What ``config.json`` says of a Kronecker model, by the dense model's ``model_type``."""
+    return PREFIX + dense.replace("-", "_")
 
 
 def _checked_entry(name: str, entry: Any) -> dict | list[dict] | None:

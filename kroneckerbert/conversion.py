@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -31,10 +30,15 @@ from kron_kernels.nn import as_trainable
 from kron_kernels.plan import Plan
 from kroneckerbert.calibration import checked_batches, refit, second_moments
 from kroneckerbert.configuration_kroneckerbert import KroneckerConfig
+from kroneckerbert.loading import load, read_config
 from kroneckerbert.modeling_kroneckerbert import (
+    ELSEWHERE,
+    FACTORISED,
     KroneckerPreTrainedModel,
+    is_tied,
     kronecker_class,
 )
+from kroneckerbert.refusals import is_sentence_transformer, why_not
 
 
 @torch.no_grad()
@@ -51,11 +55,11 @@ def compress(
 
     Of a transformers model: a new one of the Kronecker class, on the same device, in the same dtype
     and modes, with the same head and labels; ``model`` is left as it is. Of a
-    ``SentenceTransformer``: a copy with such a model in it. Any other module is changed in place
-    and returned, by a plan or a mapping. What is not factorised is copied exactly. What is frozen
-    (``requires_grad``) stays so: the factors of a frozen weight are frozen. Expect to train the
-    result: of a random weight's energy, the attention shapes at BERT_BASE's width hold a
-    quarter at 8x and 3 % at 21x.
+    ``SentenceTransformer`` or ``CrossEncoder``: a copy with such a model in it. Any other module is
+    changed in place and returned, by a plan or a mapping. What is not factorised is copied exactly.
+    What is frozen (``requires_grad``) stays so: the factors of a frozen weight are frozen. Expect
+    to train the result: of a random weight's energy, the attention shapes at BERT_BASE's width hold
+    a quarter at 8x and 3 % at 21x.
 
     Args:
         model: The dense model, or the name or folder of one of transformers.
@@ -79,7 +83,7 @@ def compress(
         model = _load(model)
     if sequential and calibration is None:
         raise ValueError("sequential=True refits on inputs: pass calibration=batches as well.")
-    if _is_sentence_transformer(model):
+    if is_sentence_transformer(model):
         return _compress_sentence_transformer(
             model,
             config,
@@ -88,13 +92,14 @@ def compress(
             rescale=rescale,
             progress=progress,
         )
+    if reason := why_not(model):
+        raise TypeError(f"cannot compress a {type(model).__name__}; {reason}.")
     if not isinstance(model, PreTrainedModel):
         return _compress_module(model, config, calibration)
     student_class = kronecker_class(model)
-    if student_class is None:
-        raise TypeError(_unsupported(type(model).__name__))
     config = _student_config(config, student_class, model)
     shapes = config.kronecker_shapes()
+    _check_class(student_class, config)
     encoder = model.base_model
     table = model.get_input_embeddings()
     linears = [path for path in shapes if encoder.get_submodule(path) is not table]
@@ -107,7 +112,7 @@ def compress(
     prefix = "" if model is encoder else f"{model.base_model_prefix}."
     for path, terms in tqdm(shapes.items(), desc="factorising", disable=not progress):
         name = f"{prefix}{path}"
-        if encoder.get_submodule(path) is table and config.tie_word_embeddings:
+        if encoder.get_submodule(path) is table and is_tied(config):
             for decoder in _tied_to(model, f"{name}.weight"):
                 state.pop(decoder, None)  # tied to the factors instead
         source = state.pop(f"{name}.weight")
@@ -181,11 +186,6 @@ def _compress_module(module: nn.Module, config: Any, calibration: Iterable | Non
     return factorise_(module, config.factors if isinstance(config, Plan) else config)
 
 
-def _is_sentence_transformer(model: Any) -> bool:
-    # By name: an import would take seconds, and the package may be absent.
-    return any(cls.__name__ == "SentenceTransformer" for cls in type(model).__mro__)
-
-
 def _compress_sentence_transformer(model: Any, config: Any, **options: Any) -> Any:
     dense = model[0].auto_model
     # The copy finds the student where the original has the dense model.
@@ -194,16 +194,24 @@ def _compress_sentence_transformer(model: Any, config: Any, **options: Any) -> A
 
 def _load(source: str | os.PathLike) -> PreTrainedModel:
     """The model in the class that its configuration names."""
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(source)
     # Checkpoints of bare encoders may name no class.
     name = (config.architectures or [""])[0]
-    model_class = getattr(transformers, name, AutoModel)
     if isinstance(config, KroneckerConfig):
-        raise TypeError(f"{source}: {_unsupported(name)}")
+        raise TypeError(f"{source}: cannot compress a {name}; {FACTORISED}.")
+    return load(getattr(transformers, name, AutoModel), source)
+
+
+def _check_class(cls: type[KroneckerPreTrainedModel], config: KroneckerConfig) -> None:
+    """Raise if no such model can be made: before the work, on the meta device."""
     try:
-        return model_class.from_pretrained(source)
-    except SafetensorError as error:
-        raise OSError(f"the weights of {source} are damaged ({error}); copy them again.") from error
+        with torch.device("meta"):
+            cls(config)
+    except (AttributeError, KeyError, NotImplementedError, TypeError) as error:
+        raise TypeError(
+            f"cannot compress a {cls.dense_class.__name__}; factors do not fit into its class "
+            f"({error}): {ELSEWHERE}."
+        ) from error
 
 
 def _student_config(
@@ -226,9 +234,9 @@ def _student_config(
             f"{config_class.__name__}.from_dense(model.config, factors)."
         )
     differences = [
-        f"{name} = {getattr(config, name)!r} instead of {getattr(teacher, name)!r}"
+        f"{name} = {getattr(config, name, None)!r} instead of {getattr(teacher, name, None)!r}"
         for name in _structure(type(teacher))
-        if getattr(config, name) != getattr(teacher, name)
+        if getattr(config, name, None) != getattr(teacher, name, None)
     ]
     if differences:
         raise ValueError(
@@ -293,13 +301,3 @@ def _rebuild(
     for name, p in new.named_parameters():
         p.requires_grad_(trainable.get(name, p.requires_grad))
     return new
-
-
-def _unsupported(name: str) -> str:
-    already = "Kronecker" in name
-    remedy = (
-        "it is factorised already"
-        if already
-        else "it must be an encoder or a decoder, no encoder-decoder, that AutoModel knows"
-    )
-    return f"cannot compress a {name}; {remedy}."

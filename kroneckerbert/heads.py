@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
+
+from kroneckerbert.loading import read_config
 
 
 def with_head_of(teacher: PreTrainedModel, source: str | os.PathLike) -> PreTrainedModel:
@@ -30,7 +32,7 @@ def with_head_of(teacher: PreTrainedModel, source: str | os.PathLike) -> PreTrai
             f"a {type(teacher).__name__} has no head to take over; give a teacher that was "
             "fine-tuned on the task, such as a BertForSequenceClassification."
         )
-    student_config = AutoConfig.from_pretrained(source)
+    student_config = read_config(source)
     names = student_config.architectures or []
     if any(name.endswith(f"For{head}") for name in names):
         return auto.from_pretrained(source)

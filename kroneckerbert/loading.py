@@ -1,54 +1,85 @@
-"""One sentence for whatever is wrong with the files of a model."""
+"""Errors of loading that name the file and what is wrong with it."""
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
-from safetensors import SafetensorError
+import transformers
+from huggingface_hub.errors import (
+    HFValidationError,
+    StrictDataclassClassValidationError,
+    StrictDataclassFieldValidationError,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from kroneckerbert.configuration_kroneckerbert import PREFIX
+
+_INDEX = "model.safetensors.index.json"
+# What transformers raises for values in a config.json that it cannot use.
+_FOREIGN = (
+    StrictDataclassClassValidationError,
+    StrictDataclassFieldValidationError,
+    AttributeError,
+    KeyError,
+    ZeroDivisionError,
+)
 
 
 @contextmanager
-def reading(source: str | os.PathLike) -> Iterator[None]:
-    """Within, an error of reading a model's files names the model, and what to do.
+def reading(source: str | os.PathLike | None) -> Iterator[None]:
+    """Within, transformers reads a model's files; errors name the model and say what to do.
 
-    transformers takes what JSON says as it comes, so that a wrong value may end as any exception:
-    a KeyError, a ZeroDivisionError, a RecursionError, one of PyTorch's.
+    transformers takes what JSON says as it comes, so that a wrong value may end as any exception.
 
     Args:
-        source: The model's name or folder.
+        source: The model's name or folder; None, with a configuration of one's own, is not named.
 
     Raises:
-        OSError: If the files are damaged or cannot be read.
-        ValueError: If they say what no model can be made of.
+        FileNotFoundError: If it is a path where nothing is.
+        OSError: If a file is damaged or not there.
+        ValueError: If the files say what no model can be made of.
         TypeError: As it comes from within, naming the model.
     """
+    check_source(source)
     try:
         yield
     except (ImportError, MemoryError):  # what is missing is not in the files
         raise
-    except SafetensorError as error:
-        raise OSError(f"the weights of {source} are damaged ({error}); copy them again.") from error
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise OSError(
-            f"{source} has pickled weights that are damaged, or would run code when they are read; "
-            "get it as safetensors, or load it where you trust it and save it again with "
-            "model.save_pretrained(folder)."
-        ) from error
-    except RecursionError as error:
-        raise ValueError(
-            f"{source} has a JSON file that is nested too deeply to be read."
-        ) from error
     except Exception as error:
-        if "ignore_mismatched_sizes" in str(error):
-            raise ValueError(
-                f"the weights of {source} have not the shapes of its config.json; save the model "
+        if source is None:
+            raise
+        if problem := _damage(Path(source)):
+            raise OSError(f"cannot load {source}: {problem}.") from error
+        if isinstance(error, SafetensorError):
+            raise OSError(
+                f"the weights of {source} are damaged or cut short ({error}); copy or save them "
                 "again."
             ) from error
-        kinds = (OSError, ValueError, TypeError)
-        kind = next((kind for kind in kinds if isinstance(error, kind)), None)
+        if isinstance(error, UnpicklingError | EOFError):
+            raise OSError(
+                f"{source} has pickled weights that are damaged, or would run code when they are "
+                "read; get it as safetensors, or load it where you trust it and save it again with "
+                "model.save_pretrained(folder)."
+            ) from error
+        if isinstance(error, RecursionError):
+            raise ValueError(
+                f"{source} has a JSON file that is nested too deeply to be read."
+            ) from error
+        if isinstance(error, _FOREIGN):
+            raise ValueError(
+                f"no model can be made of the configuration of {source} "
+                f"({type(error).__name__}: {' '.join(str(error).split())}); correct its "
+                "config.json."
+            ) from error
+        kind = next((k for k in (OSError, ValueError, TypeError) if isinstance(error, k)), None)
         if kind is not None and str(source) in str(error):
             raise
         what = f"{type(error).__name__}: {error}" if kind is None else error
@@ -56,3 +87,127 @@ def reading(source: str | os.PathLike) -> Iterator[None]:
             f"{source} cannot be loaded ({what}); check its config.json and its tokenizer's files, "
             "or save it again."
         ) from error
+
+
+def check_source(source: str | os.PathLike | None) -> None:
+    """Raise if ``source`` is a path where nothing is.
+
+    Raises:
+        FileNotFoundError: If nothing is there, and it is not a name that the Hub could have.
+    """
+    if source is None or Path(source).exists():
+        return
+    try:
+        if isinstance(source, str):
+            validate_repo_id(source)
+            return
+    except HFValidationError:
+        pass
+    raise FileNotFoundError(
+        f"{source} is not there; give the folder of a saved model, or a name on the Hub."
+    )
+
+
+def read_config(source: str | os.PathLike) -> PreTrainedConfig:
+    """The configuration of a saved model, dense or not.
+
+    Raises:
+        OSError: If there is none, or it is damaged.
+        ValueError: If the model is of an architecture that this version of transformers lacks.
+    """
+    if Path(source).is_file():
+        raise NotADirectoryError(f"{source} is a file; give the folder of config.json and weights.")
+    with reading(source):
+        fields, _ = PreTrainedConfig.get_config_dict(source)
+        found = fields.get("model_type")
+        # transformers would ask to run the code in the folder, which cannot help either.
+        if str(found).startswith(PREFIX) and found not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{source} is a {found}, and transformers {transformers.__version__} has no "
+                f"{found.removeprefix(PREFIX)}: another version may have it; an architecture of "
+                "your own must be registered first, see kroneckerbert.register."
+            )
+        return AutoConfig.from_pretrained(source)
+
+
+def load(cls: type[PreTrainedModel], source: str | os.PathLike) -> PreTrainedModel:
+    """A saved model, dense or not, every weight of it from the file.
+
+    Raises:
+        OSError: If there is none, or a file is damaged.
+        ValueError: If a tensor is missing, or has another shape than the configuration says.
+    """
+    with reading(source):
+        model, info = cls.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    # Without its pooler an encoder is still whole: masked language models are saved so.
+    missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
+    other_shape = list(mismatched(info).values())
+    for what, names in (("missing", missing), ("of another shape", other_shape)):
+        if names:
+            more = f" and {len(names) - 8} more" * (len(names) > 8)
+            raise ValueError(
+                f"{source} is no checkpoint of this {type(model).__name__}. Tensors {what}: "
+                f"{', '.join(names[:8])}{more}. To resolve: save the model again, with the "
+                "configuration that it has."
+            )
+    return model
+
+
+def mismatched(info: dict[str, Any]) -> dict[str, str]:
+    """The tensors of another shape, by name, with both shapes."""
+    return {
+        name: f"{name} {tuple(saved)} instead of {tuple(own)}"
+        for name, saved, own in sorted(info["mismatched_keys"])
+    }
+
+
+def file_dtypes(folder: Path) -> dict[str, str]:
+    """The dtypes of the tensors in a folder's safetensors, as they are written there: ``"F32"``."""
+    dtypes: dict[str, str] = {}
+    for file in filter(Path.is_file, _weight_files(folder)):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 -- it is no dictionary
+                dtypes[name] = tensors.get_slice(name).get_dtype()
+    return dtypes
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files in a folder, and what to do; None if nothing is found."""
+    for name in ("config.json", _INDEX):
+        if not (folder / name).is_file():
+            continue
+        try:
+            content = json.loads((folder / name).read_text("utf-8"))
+        except ValueError:
+            return f"{name} is no JSON, damaged or cut short; copy or save the model again"
+        if not isinstance(content, dict):
+            return f"{name} must be an object with fields, and is a {type(content).__name__}"
+        if name == _INDEX and not _is_map(content.get("weight_map")):
+            return f"{name} must map tensors to files in weight_map; copy or save the model again"
+    for file in _weight_files(folder):
+        if not file.is_file():
+            return f"{_INDEX} names {file.name}, which is not there; copy the whole folder"
+        with file.open("rb") as opened:
+            if opened.read(40).startswith(b"version https://git-lfs"):
+                return f"{file.name} is Git LFS's pointer to the file; run git lfs pull"
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            return f"{file.name} is damaged or cut short ({error}); copy or save the model again"
+    return None
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not (folder / _INDEX).is_file():
+        return []
+    shards = json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]

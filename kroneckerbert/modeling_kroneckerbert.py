@@ -1,25 +1,28 @@
 """Transformers with Kronecker-factorised layers: stock classes, their modules swapped at birth.
 
 ``register`` makes the classes of an architecture, ``Kronecker<X>Config`` and a
-``Kronecker<X>For…`` for each of its heads, and tells transformers' ``Auto`` classes of them.
+``Kronecker<X>For…`` for each of its heads, and tells transformers' ``Auto`` classes of them. It is
+called when the first model of an architecture is compressed or loaded: to make all of them would
+import every model of transformers. Until then ``AutoConfig`` has a stand-in for each model type.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
+import transformers
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -46,15 +49,20 @@ from transformers import (
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, KronShape
 from kron_kernels.plan.forward import evaluating
+from kron_kernels.readers import reader
 from kron_kernels.shapes import check_integer
 from kroneckerbert import checkpoints
 from kroneckerbert.configuration_kroneckerbert import (
+    PREFIX,
     KroneckerConfig,
+    factorisable,
     kronecker_config,
     linear_weight,
+    model_type,
 )
 from kroneckerbert.files import replacing_files
 from kroneckerbert.fusion import fuse
+from kroneckerbert.loading import reading
 
 _AUTO_CLASSES = (
     AutoModel,
@@ -67,7 +75,11 @@ _AUTO_CLASSES = (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+# Ends of sentences about what cannot be compressed.
+FACTORISED = "it is factorised already; kroneckerbert.decompress(model) makes it dense again"
+ELSEWHERE = "kron_kernels.factorise_(model, factors) factorises layers of any module in place"
 _classes: dict[type, type] = {}  # of dense models and configurations to ours
+_registering = threading.RLock()  # the first loads may be in several threads
 
 
 # Not so when it runs: transformers would take the first PreTrainedModel of the bases for the class
@@ -114,16 +126,19 @@ class KroneckerPreTrainedModel(_Base):
         """Give a tied decoder the table's factors: exact, cheaper, and saved once."""
         table = self.get_input_embeddings()
         keys = dict(self._tied_weights_keys or {})
-        if not isinstance(table, KroneckerEmbedding) or not self.config.tie_word_embeddings:
+        if not isinstance(table, KroneckerEmbedding) or not is_tied(self.config):
             return
         source = next(name for name, module in self.named_modules() if module is table)
-        for key in [key for key, value in keys.items() if value == f"{source}.weight"]:
+        tied = [key for key, value in keys.items() if value == f"{source}.weight"]
+        read = any(reader(self, path.removesuffix(".weight")) for path in (source, *tied))
+        for key in [] if read else tied:
             path = key.removesuffix(".weight")
             del keys[key]
             _replace(self, path, [KronShape.of(table.a, table.b)])
             # Patterns, hence the `$`: "decoder.b" fits "decoder.bias", too.
             keys |= {f"{path}.{factor}$": f"{source}.{factor}$" for factor in "ab"}
-        if keys == dict(self._tied_weights_keys or {}) and self._reads_the_table():
+        # DeBERTa's newer head is handed the table itself.
+        if read or (not tied and hasattr(self, "lm_predictions")):
             raise ValueError(
                 f"{type(self).__name__} multiplies by the word embeddings' dense weight in its "
                 f"head; keep them dense with kronecker_factors[{source.split('.', 1)[1]!r}] = None."
@@ -132,10 +147,6 @@ class KroneckerPreTrainedModel(_Base):
             key if key.endswith("$") else f"{key}$": value if value.endswith("$") else f"{value}$"
             for key, value in keys.items()
         }
-
-    def _reads_the_table(self) -> bool:
-        # DeBERTa's newer head, which is handed the table itself.
-        return hasattr(self, "lm_predictions")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -210,6 +221,7 @@ class KroneckerPreTrainedModel(_Base):
         pretrained_model_name_or_path: str | os.PathLike | None,
         *args: Any,
         output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Load a saved model, see ``transformers.PreTrainedModel.from_pretrained``.
@@ -217,22 +229,24 @@ class KroneckerPreTrainedModel(_Base):
         Raises:
             ValueError: If a tensor of the model without its head is missing, of another shape or in
                 surplus, see ``kroneckerbert.checkpoints.check_loaded``, a factor is NaN or
-                infinite, or the checkpoint is a dense model.
-            OSError: If a file of weights or their index is damaged, or the last save was killed
-                while its files took their places.
+                infinite, or the checkpoint is a dense model; a head of another shape only without
+                ``ignore_mismatched_sizes=True``, which draws a new one.
+            OSError: If a file is not there or damaged, or the last save was killed while its files
+                took their places.
         """
         source = pretrained_model_name_or_path
         if source is not None:
             checkpoints.check_whole(Path(source) / (kwargs.get("subfolder") or ""))
-        try:
-            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        except (SafetensorError, json.JSONDecodeError) as error:
-            what = "weights" if isinstance(error, SafetensorError) else "index of the weights"
-            raise OSError(
-                f"the {what} of {source} are damaged or cut short ({error}); copy or save the "
-                "checkpoint again."
-            ) from error
-        checkpoints.check_loaded(model, info, source)
+        with reading(source):
+            # Mismatches are errors below, which name them; transformers would only log them.
+            model, info = super().from_pretrained(
+                source,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
+        checkpoints.check_loaded(model, info, source, ignore_mismatched_sizes)
         return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(
@@ -322,8 +336,9 @@ def register(dense_config: type[PreTrainedConfig]) -> type[KroneckerConfig]:
     """Make and announce the Kronecker classes of an architecture, one for each of its heads.
 
     Importing this package does it for BERT, RoBERTa, DistilBERT, MPNet, ELECTRA, DeBERTa-v2,
-    ModernBERT, GPT-2 and Llama; ``kroneckerbert.compress`` for the model that it is given. A
-    process that only loads a model of yet another architecture must call it first.
+    ModernBERT, GPT-2 and Llama; compressing or loading a model does it for any other of
+    transformers. Only an architecture of your own, which you told ``AutoConfig`` and ``AutoModel``
+    of, must be registered before a model of it is loaded.
 
     Args:
         dense_config: The dense models' configuration class, such as ``BertConfig``.
@@ -331,28 +346,74 @@ def register(dense_config: type[PreTrainedConfig]) -> type[KroneckerConfig]:
     Returns:
         The class of configurations, such as ``KroneckerBertConfig``.
     """
-    if dense_config in _classes:
-        return _classes[dense_config]
-    config = _classes[dense_config] = kronecker_config(dense_config)
-    globals()[config.__name__] = config  # where pickle looks for it
-    config.__module__ = __name__
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    for auto in _AUTO_CLASSES:
-        if dense_config in auto._model_mapping:
-            found = auto._model_mapping[dense_config]
-            found = found if isinstance(found, tuple) else (found,)
-            models = [_kronecker_class(model, config) for model in found]
-            auto.register(config, models[0], exist_ok=True)
-    return config
+    with _registering:
+        if dense_config in _classes:
+            return _classes[dense_config]
+        config = kronecker_config(dense_config)
+        globals()[config.__name__] = config  # where pickle looks for it
+        config.__module__ = __name__
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto in _AUTO_CLASSES:
+            found = auto._model_mapping.get(dense_config, ())
+            # transformers lends some configurations the classes of another.
+            models = [
+                _kronecker_class(model, config)
+                for model in (found if isinstance(found, tuple) else (found,))
+                if getattr(model, "config_class", None) in (dense_config, None)
+            ]
+            if models:
+                auto.register(config, models[0], exist_ok=True)
+        _classes[dense_config] = config
+        return config
 
 
-def kronecker_class(model: PreTrainedModel) -> type[KroneckerPreTrainedModel] | None:
-    """The class of the Kronecker form of a dense model, or None if there is none."""
-    if isinstance(model, KroneckerPreTrainedModel) or model.config.is_encoder_decoder:
-        return None
-    if AutoModel._model_mapping.get(type(model.config), None) is None:
-        return None
+def is_tied(config: PreTrainedConfig) -> bool:
+    """Whether a decoder has the word embeddings' weight; an encoder's configuration may not say."""
+    return getattr(config, "tie_word_embeddings", False)
+
+
+def kronecker_class(
+    model: PreTrainedModel, to: Literal["compress", "plan"] = "compress"
+) -> type[KroneckerPreTrainedModel]:
+    """The class of the Kronecker form of a dense model, wanted ``to`` do this.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    if reason := _no_class(model):
+        raise TypeError(f"cannot {to} a {type(model).__name__}; {reason}.")
     return _kronecker_class(type(model), register(type(model.config)))
+
+
+def _no_class(model: PreTrainedModel) -> str | None:
+    """Why a model has no Kronecker form that could be saved and loaded, with the remedy."""
+    config, name = type(model.config), type(model.config).__name__
+    if isinstance(model, KroneckerPreTrainedModel):
+        return FACTORISED
+    if model.config.is_encoder_decoder:
+        return f"it must be an encoder or a decoder, no encoder-decoder; {ELSEWHERE}"
+    found = AutoModel._model_mapping.get(config, None)
+    if not isinstance(found, type):
+        has = " and ".join(cls.__name__ for cls in found or ()) or "none"
+        return f"AutoModel must have one class for a {name}, and has {has}; {ELSEWHERE}"
+    needs = getattr(type(model), "config_class", None)  # which custom code may not say
+    if needs not in (config, None):
+        return f"its configuration must be a {needs.__name__}, got a {name}; {ELSEWHERE}"
+    try:
+        layers = factorisable(model.base_model)
+        own = {path: tuple(linear_weight(layer).shape) for path, layer in layers}
+        layout = register(config).from_dense(model.config, {}).layout()
+    except NotImplementedError:
+        return f"it must have word embeddings, where get_input_embeddings finds them; {ELSEWHERE}"
+    except (AttributeError, TypeError) as error:
+        return f"its layers cannot be listed ({error}); {ELSEWHERE}"
+    if differing := own.items() ^ layout.sizes.items():
+        path = min(path for path, _ in differing)
+        return (
+            f"its base_model must have the layers of the {found.__name__} that AutoModel makes of "
+            f"its configuration, and differs in {path}; {ELSEWHERE}"
+        )
+    return None
 
 
 def _kronecker_class(dense: type, config: type[KroneckerConfig]) -> type[KroneckerPreTrainedModel]:
@@ -505,6 +566,41 @@ def _resize_rows(table: KroneckerEmbedding, rows: int, std: float | None) -> Non
     table.num_embeddings = rows
 
 
+def __getattr__(name: str) -> Any:
+    # Classes that are made when they are asked for, by users or by pickle.
+    _, ours, dense_name = name.partition("Kronecker")
+    if name != ours + dense_name or not dense_name:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    dense: Any = getattr(transformers, dense_name, object)
+    dense = dense if inspect.isclass(dense) else object
+    if issubclass(dense, PreTrainedConfig):
+        return register(dense)
+    if issubclass(dense, PreTrainedModel):
+        return _kronecker_class(dense, register(dense.config_class))
+    raise AttributeError(
+        f"there is no {name}, since transformers {transformers.__version__} has no model or "
+        f"configuration {dense_name}: another version may have it; an architecture of your own "
+        "must be registered first, see kroneckerbert.register."
+    )
+
+
+class _OnDemand(type):
+    """The class of the stand-ins for configuration classes that are made when they are used."""
+
+    dense: str  # the model type
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(register(CONFIG_MAPPING[cls.dense]), name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> KroneckerConfig:
+        return register(CONFIG_MAPPING[cls.dense])(*args, **kwargs)
+
+
+for _type in list(CONFIG_MAPPING):
+    if not _type.startswith(PREFIX):  # of an earlier import
+        AutoConfig.register(model_type(_type), _OnDemand(_type, (), {"dense": _type}))
 for _config in (
     BertConfig,
     RobertaConfig,

@@ -33,6 +33,7 @@ from kroneckerbert.modeling_kroneckerbert import (
     kronecker_class,
     positions,
 )
+from kroneckerbert.refusals import is_sentence_transformer, why_not
 
 _LAYER_SECONDS, _MODEL_SECONDS = 0.2, 5.0  # of timing a kind of layer, and the whole, both forms
 
@@ -80,14 +81,16 @@ def plan(
         TypeError: If the model is no dense transformer, or calibration one batch.
         ValueError: If the budget cannot be met, or an argument does not fit.
     """
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "encode"):
-        model = model[0].auto_model  # a SentenceTransformer
-    student_class = kronecker_class(model) if isinstance(model, PreTrainedModel) else None
-    if student_class is None:
+    if is_sentence_transformer(model):
+        model = model[0].auto_model
+    if reason := why_not(model):
+        raise TypeError(f"cannot plan a {type(model).__name__}; {reason}.")
+    if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"cannot plan a {type(model).__name__}; it must be a dense transformer. For other "
             "modules there is kron_kernels.plan.plan(module, budget, inputs)."
         )
+    student_class = kronecker_class(model, "plan")
     encoder: Any = model.base_model
     prefix = "" if encoder is model else f"{model.base_model_prefix}."
     table = encoder.get_input_embeddings()

@@ -53,7 +53,7 @@ from kroneckerbert.data import Table, TextDataset, label_targets
 from kroneckerbert.distillation import DistillationTrainer, resuming
 from kroneckerbert.files import replace_folder, replacing_files, resolved, writable_folder
 from kroneckerbert.heads import with_head_of
-from kroneckerbert.loading import reading
+from kroneckerbert.loading import read_config, reading
 from kroneckerbert.modeling_kroneckerbert import max_tokens
 from kroneckerbert.provenance import MADE_OF, digest, identity, is_made_of, read_json, write_json
 from kroneckerbert.recipe import Latency, Recipe, Stage, Stage1, load, select
@@ -563,13 +563,12 @@ def _last_checkpoint(training: Path) -> str | None:
 
 def _without_weights(source: str | Path) -> PreTrainedModel:
     """The model that a name or folder holds, on the meta device: its sizes, at no cost."""
-    with reading(source):
-        config = transformers.AutoConfig.from_pretrained(source)
-        name = (config.architectures or [""])[0]
-        with torch.device("meta"):
-            if hasattr(kroneckerbert, name):
-                return getattr(kroneckerbert, name)(config)
-            return AutoModel.from_config(config)
+    config = read_config(source)
+    name = (config.architectures or [""])[0]
+    with reading(source), torch.device("meta"):
+        if hasattr(kroneckerbert, name):
+            return getattr(kroneckerbert, name)(config)
+        return AutoModel.from_config(config)
 
 
 @contextmanager

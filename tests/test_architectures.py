@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
     AutoModel,
     BertConfig,
-    CamembertConfig,
-    CamembertModel,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
     DistilBertConfig,
@@ -31,7 +32,7 @@ from transformers import (
 )
 
 import kroneckerbert
-from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum
+from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, factorise_
 from kroneckerbert import compress, decompress, modeling_kroneckerbert
 from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
 
@@ -321,56 +322,181 @@ def test_sequential_needs_inputs():
         compress(teacher(GPT2Model, "gpt2"), sequential=True)
 
 
-def test_any_encoder_of_transformers_is_made_a_class_when_it_is_compressed(tmp_path):
-    model = CamembertModel(CamembertConfig(**ENCODER)).eval()
-    student = compress(model, {"intermediate.dense": {"a_shape": [8, 2]}})
-    assert type(student).__name__ == "KroneckerCamembertModel"
-    student.save_pretrained(tmp_path)
-    assert (
-        torch.equal(
-            outputs(AutoModel.from_pretrained(tmp_path), batch(model)),
-            outputs(student, batch(model)),
-        )
-        or True
-    )
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+DECODER = COMMON | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+OLD_DECODER = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4}
+SPEECH = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "conv_dim": (32,),
+    "conv_stride": (2,),
+    "conv_kernel": (3,),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+}
+# Beyond the nine: each compresses, with every layer that may be, or says why it cannot.
+OTHERS = {
+    "XLMRobertaForMaskedLM": (ENCODER, None),
+    "CamembertForTokenClassification": (ENCODER, None),
+    "AlbertForSequenceClassification": (ENCODER | {"embedding_size": 16}, None),
+    "ErnieForQuestionAnswering": (ENCODER, None),
+    "DebertaModel": (ENCODER, None),
+    "RemBertModel": (ENCODER | {"input_embedding_size": 16}, None),
+    "RoFormerForMaskedLM": (ENCODER | {"embedding_size": 32}, None),
+    "FNetModel": (ENCODER, None),
+    "LongformerModel": (ENCODER | {"attention_window": 4}, None),
+    "XLMModel": ({"vocab_size": 64, "emb_dim": 32, "n_layers": 1, "n_heads": 4}, None),
+    "CLIPTextModel": (ENCODER, None),
+    "Qwen3ForCausalLM": (DECODER, None),
+    "Llama4TextModel": (DECODER | {"num_local_experts": 2, "intermediate_size_mlp": 64}, None),
+    "BloomForCausalLM": ({"vocab_size": 64, "hidden_size": 32, "n_layer": 1, "n_head": 4}, None),
+    "GPTJModel": (OLD_DECODER | {"rotary_dim": 4}, None),
+    "MambaModel": (COMMON | {"state_size": 4}, None),
+    "RwkvModel": (COMMON | {"context_length": 16}, None),
+    "MobileBertForMaskedLM": (
+        ENCODER | {"embedding_size": 16, "intra_bottleneck_size": 16},
+        r"keep them dense with kronecker_factors\['embeddings.word_embeddings'\] = None",
+    ),
+    "MambaForCausalLM": (COMMON | {"state_size": 4}, "dense weight in its head; keep them dense"),
+    "T5EncoderModel": (T5, "must have the layers of the T5Model .* differs in decoder"),
+    "UMT5EncoderModel": (T5, "no encoder-decoder; kron_kernels.factorise_"),
+    "DPRQuestionEncoder": (ENCODER, "must have the layers of the DPRQuestionEncoder"),
+    "FunnelModel": (
+        {"vocab_size": 64, "block_sizes": [1], "d_model": 32, "n_head": 4, "d_head": 8},
+        "AutoModel must have one class for a FunnelConfig, and has FunnelModel and FunnelBase",
+    ),
+    "BlipTextModel": (ENCODER, "one class for a BlipTextConfig, and has none"),
+    "CanineModel": (ENCODER, "must have word embeddings, where get_input_embeddings finds them"),
+    "Wav2Vec2Model": (SPEECH, "must have word embeddings"),
+    "WavLMModel": (SPEECH, "must have word embeddings"),
+}
 
 
+def other(name: str):
+    cls = getattr(transformers, name)
+    return cls(cls.config_class(**OTHERS[name][0])).eval()
+
+
+def low_rank(model) -> dict:
+    """Small factors for every layer."""
+    table = model.get_input_embeddings()
+    return {
+        path: {"a_shape": [linear_weight(m).shape[0], 4 if m is table else 1]}
+        for path, m in factorisable(model.base_model)
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, (_, message) in OTHERS.items() if not message])
+def test_another_architecture_compresses_and_its_student_runs(name):
+    model = other(name)
+    factors = low_rank(model)
+    student = compress(model, factors)
+    made = {type(m) for m in student.base_model.modules()}
+    assert KroneckerLinear in made and len(factors) > 1
+    ids = torch.randint(5, 60, (2, 8))
+    for mode in (True, False):
+        student.train(mode)
+        assert student(input_ids=ids)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name, (_, message) in OTHERS.items() if message])
+def test_an_architecture_that_cannot_be_compressed_says_why(name):
+    model = other(name)
+    try:
+        factors = low_rank(model)
+    except NotImplementedError:
+        factors = {}
+    error = ValueError if "keep them dense" in OTHERS[name][1] else TypeError
+    with pytest.raises(error, match=OTHERS[name][1]):
+        compress(model, factors)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "owner"),
+    [
+        ("MambaModel", "dt_proj", "MambaMixer"),
+        ("RwkvModel", "attention.output", "RwkvModel"),
+        ("Llama4TextModel", "embed_tokens", "Llama4TextModel"),
+    ],
+)
+def test_a_layer_whose_weight_its_owner_reads_is_refused(name, layer, owner):
+    model = other(name)
+    with pytest.raises(ValueError, match=f"{layer}', but {owner} reads the weight of .*{layer}, "):
+        compress(model, {layer: {"a_shape": [2, 2]}})
+    assert type(compress(model, {layer: None})).__name__ == f"Kronecker{name}"
+
+
+def test_factorise_takes_what_compress_refuses():
+    model = other("T5EncoderModel")
+    wo = "encoder.block.0.layer.1.DenseReluDense.wo"
+    with pytest.raises(ValueError, match=r"T5DenseActDense reads its weight.*leave it out"):
+        factorise_(model, {wo: {"a_shape": [2, 2]}})
+    factorise_(model, {wo.replace(".wo", ".wi"): {"a_shape": [2, 2]}})
+    assert model(input_ids=torch.randint(5, 60, (2, 8)))[0].isfinite().all()
+
+
+LOADED = """
+import sys, torch, transformers, kroneckerbert
+from kroneckerbert import KroneckerErnieConfig, KroneckerErnieForQuestionAnswering as ours
+assert ours.config_class is KroneckerErnieConfig
+def load(folder):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    _, found, head = config.architectures[0].partition("For")
+    return getattr(transformers, f"AutoModel{found}{head}").from_pretrained(folder)
+"""
+PICKLED = """
+import sys, torch  # and nothing of ours
+def load(folder):
+    return torch.load(f"{folder}/student.pt", weights_only=False)
+"""
 FRESH = """
-import sys, torch
-from transformers import AutoModel
-for folder in sys.argv[1:]:  # before our package is imported
-    pickled = torch.load(f"{folder}/student.pt", weights_only=False)
-    models = [pickled, AutoModel.from_pretrained(folder)]
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    model = load(folder)
     inputs = torch.load(f"{folder}/inputs.pt")
-    for model in models:
-        with torch.no_grad():
-            assert torch.equal(model(**inputs)[0], torch.load(f"{folder}/outputs.pt")), folder
-    print(*[type(model).__name__ for model in models])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], torch.load(f"{folder}/outputs.pt")), folder
+    print(type(model).__name__)
 """
 
 
+def saved(student, folder):
+    student.save_pretrained(folder)
+    torch.save(student, folder / "student.pt")
+    inputs = batch(student)
+    torch.save(inputs, folder / "inputs.pt")
+    torch.save(student(**inputs)[0].detach(), folder / "outputs.pt")
+    return str(folder)
+
+
 def test_a_fresh_process_loads_every_architecture_bit_for_bit(tmp_path):
-    teachers = {
-        name: teacher(AutoModel._model_mapping[type(config)], name)
-        for name, config in CONFIGS.items()
-    }
-    # First one whose classes nobody makes there but its pickle.
-    teachers = {"camembert": CamembertModel(CamembertConfig(**ENCODER)).eval()} | teachers
-    folders = []
-    for name, model in teachers.items():
-        factors = {"intermediate.dense": {"a_shape": [8, 2]}} if name == "camembert" else None
-        student = compress(model, factors) if factors else compress(model)
-        folder = tmp_path / name
-        student.save_pretrained(folder)
-        torch.save(student, folder / "student.pt")
-        inputs = batch(student)
-        torch.save(inputs, folder / "inputs.pt")
-        torch.save(outputs(student, inputs), folder / "outputs.pt")
-        folders.append(str(folder))
-    code = f"import torch; torch.set_num_threads(1)\n{FRESH}"
-    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 2 * len(folders)
+    students = [compress(teacher(AutoModel._model_mapping[type(c)], n)) for n, c in CONFIGS.items()]
+    for name in list(OTHERS)[:4]:  # models with heads, which no import registers
+        students.append(compress(other(name), low_rank(other(name))))
+    names = [type(student).__name__ for student in students]
+    folders = [
+        saved(student, tmp_path / name) for student, name in zip(students, names, strict=True)
+    ]
+    for how in (LOADED, PICKLED):
+        done = subprocess.run(
+            [sys.executable, "-c", how + FRESH, *folders], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == names
+
+
+def test_a_model_type_stands_for_classes_that_are_made_when_they_are_used():
+    before = CONFIG_MAPPING["kronecker_nystromformer"]
+    config = AutoConfig.for_model("kronecker_nystromformer", **ENCODER)
+    made = CONFIG_MAPPING["kronecker_nystromformer"]
+    assert type(config) is made is kroneckerbert.KroneckerNystromformerConfig is not before
+    assert type(before.from_dict(config.to_dict())) is made
+    assert AutoModel._model_mapping[made] is kroneckerbert.KroneckerNystromformerModel
+    with pytest.raises(AttributeError, match="no model or configuration NystrmformerModel"):
+        _ = kroneckerbert.KroneckerNystrmformerModel
+    assert not hasattr(before, "__wrapped__") and not hasattr(kroneckerbert, "Kronecker")
 
 
 def test_a_checkpoint_is_safetensors_and_has_what_others_need(tmp_path):

@@ -2,15 +2,19 @@
 
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import random
+import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -20,7 +24,7 @@ from test_files import steps_until_it_survives
 from transformers import AutoModel, BertConfig, BertModel
 from transformers.utils import logging
 
-from kroneckerbert import checkpoints, compress, modeling_kroneckerbert
+from kroneckerbert import KroneckerBertModel, checkpoints, compress, modeling_kroneckerbert
 from kroneckerbert.files import finish
 
 CONFIG = BertConfig(
@@ -85,6 +89,118 @@ def test_a_loaded_model_is_saved_with_its_loader_again(student, tmp_path):
     AutoModel.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
     for name in ("config.json", "load_kroneckerbert.py"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def change(name: str, **fields):
+    """Damage that sets fields of a JSON file."""
+
+    def damage(folder):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | fields))
+
+    return damage
+
+
+def write(name: str, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def drop_a_shard(folder):
+    sorted(folder.glob("model-*"))[1].unlink()
+
+
+def cut_a_shard(folder):
+    shard = sorted(folder.glob("model-*"))[1]
+    shard.write_bytes(shard.read_bytes()[:-7])
+
+
+def only_a_pickle(folder):
+    (folder / WEIGHTS).unlink()
+    torch.save({"weight": print}, folder / "pytorch_model.bin")
+
+
+DAMAGE = {  # of a folder, of one with shards; then the error
+    "empty": (write(WEIGHTS, b""), None, OSError, f"{WEIGHTS} is damaged or cut short"),
+    "lfs": (
+        write(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"),
+        None,
+        OSError,
+        f"{WEIGHTS} is Git LFS's pointer .* run git lfs pull",
+    ),
+    "pickle": (only_a_pickle, None, OSError, "a pickle of more than tensors, which is not exec"),
+    "no shard": (None, drop_a_shard, OSError, "index.json names model-00002-of-.*, which is not"),
+    "cut shard": (None, cut_a_shard, OSError, "model-00002-of-.* is damaged or cut short"),
+    "cut index": (None, write(INDEX, b"{"), OSError, f"{INDEX} is no JSON"),
+    "no map": (None, write(INDEX, b"{}"), OSError, f"{INDEX} must map tensors to files"),
+    "list of shards": (None, write(INDEX, b"[]"), OSError, f"{INDEX} must be an object"),
+    "cut config": (write("config.json", b"{"), None, OSError, "config.json is no JSON"),
+    "binary config": (write("config.json", b"\xff\xfe"), None, OSError, "config.json is no JSON"),
+    "null config": (write("config.json", b"null"), None, OSError, "config.json must be an object"),
+    "text for a number": (
+        change("config.json", hidden_size="x"),
+        None,
+        ValueError,
+        "no model can be made of the configuration of .*'hidden_size'.* correct its config.json",
+    ),
+    "no such activation": (
+        change("config.json", hidden_act="nope"),
+        None,
+        ValueError,
+        "no model can be made of the configuration of .*'nope'",
+    ),
+    "no such dtype": (change("config.json", dtype="float13"), None, ValueError, "float13"),
+}
+
+
+@pytest.mark.parametrize(("damage", "of_shards", "error", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_folder_is_told_by_its_file(student, damage, of_shards, error, message, tmp_path):
+    student.save_pretrained(tmp_path, max_shard_size="20KB" if of_shards else "1GB")
+    (damage or of_shards)(tmp_path)
+    with pytest.raises(error, match=message) as caught:
+        type(student).from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_damaged_dense_folder_is_told_by_its_file(tmp_path):
+    BertModel(CONFIG).save_pretrained(tmp_path)
+    write(WEIGHTS, b"")(tmp_path)
+    with pytest.raises(OSError, match=f"{WEIGHTS} is damaged or cut short"):
+        compress(tmp_path)
+    BertModel(CONFIG).save_pretrained(tmp_path)
+    change("config.json", vocab_size=65)(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"word_embeddings.weight \(64, 32\) instead of \(65, 32\)"
+    ):
+        compress(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["./missing", "../missing", "/no/such", "a/b/c", "x/", "~/x"])
+@pytest.mark.parametrize("load", [compress, KroneckerBertModel.from_pretrained])
+def test_a_path_where_nothing_is_is_named(load, source):
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(source)} is not there; give"):
+        load(source)
+    with pytest.raises(FileNotFoundError, match="missing is not there"):
+        load(Path("missing"))
+
+
+def test_a_file_is_no_folder(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(NotADirectoryError, match="is a file; give the folder"):
+        compress(file)
+
+
+def test_an_architecture_that_transformers_lacks_is_named(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    change("config.json", model_type="kronecker_foo")(tmp_path)
+    with pytest.raises(ValueError, match=r"kronecker_foo, and transformers .* has no foo: another"):
+        compress(tmp_path)
+    checkpoints.write_loader(tmp_path, "KroneckerFooConfig")
+    with pytest.raises(AttributeError, match="has no model or configuration FooConfig: another"):
+        runpy.run_path(str(tmp_path / "load_kroneckerbert.py"))
 
 
 def test_an_error_while_saving_leaves_the_old_checkpoint(student, tmp_path, monkeypatch):

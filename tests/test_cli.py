@@ -360,7 +360,7 @@ def test_a_folder_without_vocabulary_or_with_damaged_weights_is_refused(tmp_path
     assert "bare has no tokenizer; save it there" in fails("compress", bare, tmp_path / "out")
     file = teacher / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    assert "are damaged" in fails("compress", teacher, tmp_path / "out")
+    assert "is damaged or cut" in fails("compress", teacher, tmp_path / "out")
 
 
 def test_weights_that_the_file_lacks_are_not_made_up(tmp_path, teacher):
@@ -368,7 +368,11 @@ def test_weights_that_the_file_lacks_are_not_made_up(tmp_path, teacher):
     config["architectures"] = ["BertForSequenceClassification"]
     (teacher / "config.json").write_text(json.dumps(config))
     line = fails("compress", teacher, tmp_path / "out")
-    assert "lack 2 tensors of a BertForSequenceClassification, such as classifier.bias" in line
+    assert "of this BertForSequenceClassification. Tensors missing: classifier.bias, " in line
+    config["vocab_size"] += 1
+    (teacher / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    line = fails("compress", teacher, tmp_path / "out")
+    assert "Tensors of another shape: embeddings.word_embeddings.weight (" in line
 
 
 def test_a_save_that_fails_leaves_nothing_half_written(tmp_path, teacher, texts, monkeypatch):

@@ -12,6 +12,7 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    FeatureExtractionPipeline,
 )
 from transformers.utils import logging
 
@@ -26,6 +27,7 @@ from kroneckerbert import (
     KroneckerBertModel,
     compress,
     decompress,
+    plan,
     second_moments,
 )
 from kroneckerbert.calibration import refit
@@ -225,6 +227,90 @@ def test_what_is_no_dense_transformer_is_refused():
         compress(student)
     with pytest.raises(TypeError, match="cannot decompress a BertModel"):
         decompress(teacher(BertModel))
+
+
+def lora(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+
+
+def adapted(model):
+    peft = pytest.importorskip("peft")
+    model.add_adapter(peft.LoraConfig(target_modules=["query"]))
+    return model
+
+
+def quantised(model):
+    model.hf_quantizer = object()
+    return model
+
+
+def int8(model):
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+
+
+class FullyShardedDataParallel(torch.nn.Module):
+    """Like torch's, which needs processes."""
+
+
+class Linear4bit(torch.nn.Linear):
+    """Like bitsandbytes', which may be absent."""
+
+    __module__ = "bitsandbytes.nn"
+
+
+def four_bits(model):
+    model.encoder.layer[1].output.dense = Linear4bit(128, 32)
+    return model
+
+
+class Int8Tensor(torch.Tensor):
+    """Like torchao's, which may be absent."""
+
+    __module__ = "torchao.quantization"
+
+
+def of_int8_tensors(model):
+    weight = model.pooler.dense.weight.detach().as_subclass(Int8Tensor)
+    model.pooler.dense.weight = torch.nn.Parameter(weight)
+    return model
+
+
+def pipe(model):
+    made = object.__new__(FeatureExtractionPipeline)  # without a tokenizer
+    made.model = model
+    return made
+
+
+WRAPPED = {  # with the remedy, and what it is in Python where it is an attribute
+    "peft": (lora, r"adapters; pass model\.merge_and_unload\(\)", "merge_and_unload()"),
+    "adapter inside": (adapted, "query .*has adapters in it; merge them", None),
+    "DataParallel": (torch.nn.DataParallel, "pass model.module", "module"),
+    "torch.compile": (torch.compile, "pass model._orig_mod", "_orig_mod"),
+    "TorchScript": (lambda m: torch.jit.script(torch.nn.Linear(2, 2)), "TorchScript", None),
+    "FSDP": (lambda m: FullyShardedDataParallel(), "before you shard it", None),
+    "pipeline": (pipe, r"pass pipeline\.model", "model"),
+    "quantiser": (quantised, "quantised; load it without quantization_config", None),
+    "int8": (int8, r"\(Linear\) is quantised; pass the model of floating", None),
+    "bitsandbytes": (four_bits, r"layer.1.output.dense \(Linear4bit\) is quantised", None),
+    "torchao": (of_int8_tensors, r"dense.weight \(Int8Tensor\) is quantised", None),
+    "class": (type, "type; it is a class; pass a model", None),
+    "configuration": (lambda m: m.config, "BertConfig; it must be a model, or the name", None),
+    "student": (compress, "already; kroneckerbert.decompress", None),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(("wrap", "message", "remedy"), WRAPPED.values(), ids=WRAPPED)
+def test_what_stands_for_a_model_is_refused_with_the_remedy(wrap, message, remedy):
+    model = teacher(BertModel)
+    wrapped = wrap(model)
+    with pytest.raises(TypeError, match=f"cannot compress a .*{message}"):
+        compress(wrapped)
+    with pytest.raises(TypeError, match=f"cannot plan a .*{message}"):
+        plan(wrapped, {"parameters": "2x"})
+    if remedy:
+        assert type(compress(eval(f"wrapped.{remedy}"))) is KroneckerBertModel
 
 
 def test_a_configuration_that_does_not_fit_is_refused_with_the_remedy():

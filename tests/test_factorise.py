@@ -15,6 +15,7 @@ from kron_kernels import (
     factorise_,
     nearest_kronecker,
 )
+from kron_kernels.factorise import factorisable
 
 
 @pytest.fixture(autouse=True)
@@ -148,8 +149,8 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
-        ({"mha.out_proj": ONE}, "nn.MultiheadAttention takes its weight without calling it"),
-        ({"encoder.linear1": ONE}, "nn.TransformerEncoderLayer takes its weight without"),
+        ({"mha.out_proj": ONE}, "MultiheadAttention reads its weight, which a factorised layer"),
+        ({"encoder.linear1": ONE}, "TransformerEncoderLayer reads its weight, which a"),
         ({"decoder": ONE}, "'decoder' cannot be factorised: its weight is tied to that of words;"),
         ({"words": ONE}, "tied to that of decoder"),
         ({"sparse": {"a_shape": [9, 6]}}, "it has sparse, which a Kronecker embedding does not"),
@@ -197,6 +198,77 @@ def test_a_weight_that_is_not_finite_is_told_by_its_path():
     for terms in (ONE, [ONE, TWO]):
         with pytest.raises(ValueError, match=r"^1: weight has 1 entries that are NaN"):
             factorise_(net, {"1": terms})
+
+
+class Readers(nn.Module):
+    """What reads the weights of some of its layers, in all the ways that were found."""
+
+    def __init__(self, tensor_parallel: int = 1):
+        super().__init__()
+        self.tensor_parallel = tensor_parallel
+        self.by_dtype, self.by_helper, self.plain, self.slow = (nn.Linear(12, 12) for _ in "0123")
+        self.blocks = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(12, 12)}) for _ in "01")
+        self.inner = nn.Sequential(nn.Sequential(nn.Linear(12, 12)), nn.Linear(12, 12))
+        self.words = nn.Embedding(9, 12)
+        nn.init.zeros_(self.plain.weight)
+
+    def reset_parameters(self):
+        nn.init.ones_(self.plain.weight)
+
+    def forward(self, x, hidden=None):
+        # self.plain.weight is only mentioned
+        if hidden is not None:
+            return hidden @ self.plain.weight
+        x = self.plain(x.to(self.by_dtype.weight.dtype))
+        for block in self.blocks:
+            x = x @ block.fc.weight
+        if self.tensor_parallel > 1:
+            x = x @ self.slow.weight
+        self.plain.scale = self.inner[0][0].weight.abs().max()
+        return self._helper(x)
+
+    def _helper(self, x):
+        return torch.nn.functional.linear(x, self.by_helper.weight) @ self.words.weight.mT
+
+
+READ = {"by_dtype", "by_helper", "blocks.0.fc", "blocks.1.fc", "inner.0.0", "words"}
+
+
+@pytest.mark.parametrize(("setting", "more"), [(1, set()), (2, {"slow"})])
+def test_a_layer_whose_weight_its_owner_reads_is_refused(setting, more):
+    net = nn.Sequential(Readers(setting))
+    found = factorisable(net)
+    reason = "Readers reads its weight, which a factorised layer does not have"
+    assert {p for p, (_, why) in found.items() if why == reason} == {f"0.{p}" for p in READ | more}
+    assert found["0.plain"][1] is None and found["0.inner.1"][1] is None
+    with pytest.raises(ValueError, match=f"'0.by_helper' cannot be factorised: {reason}; leave it"):
+        factorise_(net, {"0.plain": ONE, "0.by_helper": ONE})
+    assert isinstance(net[0].plain, nn.Linear)
+
+
+def test_an_owner_without_readable_source_is_no_obstacle():
+    scope = {"nn": nn}
+    exec("class Typed(nn.Sequential):\n    def forward(self, x): return self[0].weight", scope)
+    line = {
+        "forward": lambda self, x: (x, self[0].weight),  # no statement by itself
+    }
+    for owner in (scope["Typed"], type("Line", (nn.Sequential,), line)):
+        assert factorisable(owner(nn.Linear(12, 12)))["0"][1] is None
+
+
+def test_a_layer_is_refused_if_any_of_its_owners_reads_it():
+    net = nn.Sequential(nn.Linear(12, 12), Readers())
+    net[1].by_dtype = net[0]
+    assert "Readers reads its weight" in factorisable(net)["0"][1]
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 24), 1), nn.MultiheadAttention(12, 2)],
+    ids=lambda m: type(m).__name__,
+)
+def test_torchs_own_readers_are_found(owner):
+    assert all(why for _, why in factorisable(owner).values())
 
 
 def test_a_fused_block_is_not_taken_apart():

@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -516,6 +517,10 @@ def tamper(folder, change):
     save_file(state, file, {"format": "pt"})
 
 
+def cast(state, name, dtype):
+    state[name] = state[name].to(dtype)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -526,6 +531,9 @@ def tamper(folder, change):
             lambda s: s.update({f"bert.{QUERY}.c": torch.ones(1)}),
             rf"in surplus: bert\.{QUERY}\.c",
         ),
+        (lambda s: cast(s, f"bert.{QUERY}.a", torch.int32), rf"not of f.*{QUERY}\.a \(I32\)"),
+        (lambda s: cast(s, f"bert.{QUERY}.a", torch.bool), rf"not of f.*{QUERY}\.a \(BOOL\)"),
+        (lambda s: cast(s, f"bert.{WORDS}.b", torch.complex64), rf"not of f.*{WORDS}\.b \(C64\)"),
         (lambda s: s[f"bert.{QUERY}.b"][0, 0, 0].fill_(torch.nan), rf"{QUERY}\.b in .* has NaN"),
         (lambda s: s[f"bert.{WORDS}.a"][0, 3, 1].fill_(torch.inf), rf"{WORDS}\.a in .* has NaN"),
     ],
@@ -542,13 +550,21 @@ def test_a_tampered_checkpoint_is_refused_by_the_tensors_name(cls, change, messa
         CLASSES[cls].from_pretrained(tmp_path, output_loading_info=True)
 
 
-def test_factors_of_another_shape_are_refused_even_if_mismatches_are_ignored(tmp_path):
+@pytest.mark.parametrize("ignored", [False, True])
+def test_factors_of_another_shape_are_refused_even_if_mismatches_are_ignored(ignored, tmp_path):
     build(KroneckerBertModel).save_pretrained(tmp_path)
     other = KroneckerBertConfig.preset("kronecker-bert-21", BASE)
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        KroneckerBertModel.from_pretrained(tmp_path, config=other)
-    with pytest.raises(ValueError, match="of another shape: embeddings"):
-        KroneckerBertModel.from_pretrained(tmp_path, config=other, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError, match=r"of another shape: embeddings.*\.a \(.*\) instead of \("):
+        KroneckerBertModel.from_pretrained(tmp_path, config=other, ignore_mismatched_sizes=ignored)
+
+
+def test_a_head_of_another_shape_is_new_only_if_that_is_asked_for(tmp_path):
+    build(KroneckerBertForSequenceClassification).save_pretrained(tmp_path)
+    load = partial(KroneckerBertForSequenceClassification.from_pretrained, tmp_path, num_labels=5)
+    message = r"classifier.weight \(3, 32\) instead of \(5, 32\).* ignore_mismatched_sizes=True"
+    with pytest.raises(ValueError, match=message):
+        load()
+    assert load(ignore_mismatched_sizes=True).classifier.out_features == 5
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.001])
@@ -556,7 +572,7 @@ def test_a_truncated_file_is_refused(kept, tmp_path):
     build(KroneckerBertModel).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
-    with pytest.raises(OSError, match=f"weights of {tmp_path} are damaged or cut short"):
+    with pytest.raises(OSError, match=f"{tmp_path}: {file.name} is damaged or cut short"):
         KroneckerBertModel.from_pretrained(tmp_path)
 
 

