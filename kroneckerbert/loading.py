@@ -70,9 +70,7 @@ def reading(source: str | os.PathLike | None) -> Iterator[None]:
                 "model.save_pretrained(folder)."
             ) from error
         if isinstance(error, RecursionError):
-            raise ValueError(
-                f"{source} has a JSON file that is nested too deeply to be read."
-            ) from error
+            raise ValueError(f"{source} has a file that is nested too deeply to be read.") from error
         if isinstance(error, _FOREIGN):
             raise ValueError(
                 f"no model can be made of the configuration of {source} "
@@ -180,6 +178,8 @@ def _damage(folder: Path) -> str | None:
             continue
         try:
             content = json.loads((folder / name).read_text("utf-8"))
+        except RecursionError:
+            return f"{name} is nested too deeply to be read"
         except ValueError:
             return f"{name} is no JSON, damaged or cut short; copy or save the model again"
         if not isinstance(content, dict):
