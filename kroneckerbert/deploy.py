@@ -50,6 +50,7 @@ Format = Literal["onnx", "openvino", "torch_export", "aoti"]
 # one, all brought by the extra of the format's name.
 _BACKENDS = {"torch_export": "dynamo"}
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+_RUN_CODE = {"dynamo": "torch_export", "aoti": "aoti"}  # when they are loaded: pickles, a library
 
 # In units of float32's rounding, relative to an output's largest entry. Two orders of summation
 # drift apart like a random walk: by √(n d) roundings after d sums of n terms, 500 for BERT_BASE
@@ -229,11 +230,15 @@ def export(
     return ExportResult(Path(path), format, quantize, size, shapes, differences)
 
 
-def load_exported(path: str | os.PathLike, **options: Any) -> ExportedModel:
+def load_exported(
+    path: str | os.PathLike, *, trust_remote_code: bool = False, **options: Any
+) -> ExportedModel:
     """What ``export`` wrote, ready to run: called as the model it came from, with tensors.
 
     Args:
         path: Its folder.
+        trust_remote_code: Whether to load programs that run code of their own when they are loaded,
+            those of ``"torch_export"`` and ``"aoti"``. For folders that you trust.
         **options: To ``transformers.exporters.ExportedModel.from_pretrained``: ``device``, and of
             the runtime, such as ``session_options=`` for ONNX Runtime and ``config=`` for OpenVINO,
             which computes in float32 unless this says otherwise.
@@ -244,6 +249,7 @@ def load_exported(path: str | os.PathLike, **options: Any) -> ExportedModel:
     Raises:
         FileNotFoundError: If the folder holds no export.
         ImportError: If the runtime is not installed, with the command that installs it.
+        ValueError: If the program runs code when it is loaded, and ``trust_remote_code`` is false.
     """
     path = Path(path)
     if not (path / "export.json").is_file():
@@ -253,11 +259,17 @@ def load_exported(path: str | os.PathLike, **options: Any) -> ExportedModel:
         )
     format = json.loads((path / "export.json").read_text())["export_format"]
     _check_packages(format)
+    # As transformers does from 5.24 on; 5.23 loads them unasked.
+    if format in _RUN_CODE and not trust_remote_code:
+        raise ValueError(
+            f"{path} holds a program of format {_RUN_CODE[format]!r}, which runs code when it is "
+            "loaded: if you trust whoever wrote it, pass trust_remote_code=True."
+        )
     if format == "openvino":
         # It would choose bfloat16 by itself where the CPU has it, and be half a percent off.
         options["config"] = {"INFERENCE_PRECISION_HINT": "f32", **options.get("config", {})}
     with _quiet():
-        return ExportedModel.from_pretrained(path, **options)
+        return ExportedModel.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
 
 
 def _check_packages(format: str) -> None:
@@ -310,7 +322,7 @@ def _quantize(exported: ExportedModel, sample: dict[str, Tensor]) -> None:
 def _differences(
     model: PreTrainedModel, folder: Path, inputs: list[dict[str, Tensor]]
 ) -> dict[str, Difference]:
-    exported = load_exported(folder)
+    exported = load_exported(folder, trust_remote_code=True)  # it has just been written
     found: dict[str, list[Difference]] = {}
     for x in inputs:
         expected = _tensors(model(**x, **_flags(model)))

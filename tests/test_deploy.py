@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from kroneckerbert import deploy
 from kroneckerbert.deploy import export, load_exported
 from kroneckerbert.files import replace_folder
 
+load_trusted = partial(load_exported, trust_remote_code=True)
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -166,7 +168,7 @@ def test_torch_export_of_every_head_is_silent(head, tmp_path, capfd, caplog):
     x = batch(4, 20)
     with torch.inference_mode():
         expected = model(**x)
-        assert_near(load_exported(tmp_path / "pt2")(**x), expected)
+        assert_near(load_trusted(tmp_path / "pt2")(**x), expected)
     assert list(result.differences) == list(expected)
 
 
@@ -189,7 +191,7 @@ def test_decoders_without_their_cache(name, tmp_path):
     x["attention_mask"].fill_(1)
     with torch.inference_mode():
         expected = {"logits": model(**x, use_cache=False).logits}
-        assert_near({"logits": load_exported(tmp_path / "pt2")(**x).logits}, expected)
+        assert_near({"logits": load_trusted(tmp_path / "pt2")(**x).logits}, expected)
 
 
 def test_a_sample_names_the_inputs(tmp_path):
@@ -198,7 +200,7 @@ def test_a_sample_names_the_inputs(tmp_path):
     result = export(model, tmp_path / "pt2", format="torch_export", sample=sample)
 
     assert result.shapes == [(1, 5), (1, 2), (2, 5)]
-    assert list(load_exported(tmp_path / "pt2").runners["model"].metadata.kwargs) == ["input_ids"]
+    assert list(load_trusted(tmp_path / "pt2").runners["model"].metadata.kwargs) == ["input_ids"]
 
 
 def test_a_static_export_takes_its_sample_only(tmp_path):
@@ -208,7 +210,7 @@ def test_a_static_export_takes_its_sample_only(tmp_path):
 
     assert result.shapes == [(2, 6)]
     with pytest.raises((RuntimeError, AssertionError)):
-        load_exported(tmp_path / "pt2")(**batch(2, 7))
+        load_trusted(tmp_path / "pt2")(**batch(2, 7))
 
 
 def test_openvino(tmp_path):
@@ -228,7 +230,7 @@ def test_aoti(tmp_path):
 
     x = batch(5, 31)
     with torch.inference_mode():
-        assert_near(load_exported(tmp_path / "aoti")(**x), model(**x))
+        assert_near(load_trusted(tmp_path / "aoti")(**x), model(**x))
     assert result.bytes > 0
 
 
@@ -297,6 +299,13 @@ def test_arguments_are_checked(tmp_path):
     with pytest.raises(FileExistsError, match="not written by kroneckerbert"):
         export(model, out, format="torch_export")
     assert [f.name for f in out.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("format, ours", [("dynamo", "torch_export"), ("aoti", "aoti")])
+def test_a_program_that_runs_code_is_loaded_only_if_it_is_trusted(format, ours, tmp_path):
+    (tmp_path / "export.json").write_text(json.dumps({"export_format": format}))
+    with pytest.raises(ValueError, match=f"'{ours}', which runs code .* trust_remote_code=True"):
+        load_exported(tmp_path)
 
 
 @pytest.mark.parametrize(
