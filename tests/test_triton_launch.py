@@ -169,3 +169,22 @@ def test_without_a_triton_that_compiles_right_it_is_refused(version, reason, mon
                 kron_matmul(*operands, backend="triton")
     finally:
         triton_gpu.why_no_triton.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "reason"),
+    [
+        ((7, 5), "3.9.0", "it needs compute capability 8.0, and a GPU is older"),
+        ((8, 0), "3.5.1", None),
+        ((9, 0), "3.6.0", None),
+        ((10, 0), "3.6.0", "it needs Triton 3.7 or later, and 3.6.0 is installed; pip install -U "
+         "triton"),
+        ((10, 3), "3.7.1", None),
+        ((12, 0), "3.6.0", None),
+    ],
+)  # fmt: skip
+def test_a_gpu_and_a_triton_that_do_not_go_together(capability, version, reason, monkeypatch):
+    monkeypatch.setattr(triton_gpu, "_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    assert triton_gpu._too_old(0) == reason

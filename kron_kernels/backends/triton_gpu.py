@@ -25,6 +25,8 @@ from kron_kernels.shapes import KronShape
 # Triton 3.4 makes one of two sums that a loop carries (the factors' gradients), and stops with an
 # error if the mix is frozen. 3.5.1, 3.6, 3.8 and 3.9 pass the tests.
 OLDEST = (3, 5)
+# For sm_100 its pipeliner fails up to 3.6, the Triton of torch 2.11, where a mix comes first.
+OLDEST_SM_100 = (3, 7)
 
 _INT32 = 2**31  # factors are addressed in 32 bits, tokens in 64
 
@@ -84,19 +86,29 @@ def why_no_triton() -> str | None:
         import triton
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install triton"
-    if TorchVersion(triton.__version__) >= OLDEST:
+    return _older_than(triton.__version__, *OLDEST)
+
+
+def _older_than(installed: str, major: int, minor: int) -> str | None:
+    if TorchVersion(installed) >= (major, minor):
         return None
     return (
-        f"it needs Triton {'.'.join(map(str, OLDEST))} or later, and {triton.__version__} is "
-        "installed; pip install -U triton"
+        f"it needs Triton {major}.{minor} or later, and {installed} is installed; "
+        "pip install -U triton"
     )
 
 
 @constant
 def _too_old(index: int) -> str | None:
-    if torch.version.hip or _capability(index) >= (8, 0):
+    if torch.version.hip:
         return None
-    return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(index)} is older"
+    if _capability(index) < (8, 0):
+        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(index)} is older"
+    if _capability(index)[0] == 10:
+        import triton
+
+        return _older_than(triton.__version__, *OLDEST_SM_100)
+    return None
 
 
 _capability = lru_cache(maxsize=64)(torch.cuda.get_device_capability)
