@@ -22,11 +22,11 @@ from kron_kernels.backends.triton_launch import Geometry, Tile, device_of, geome
 from kron_kernels.checks import Activation, Layer
 from kron_kernels.shapes import KronShape
 
-# Triton 3.4 makes one of two sums that a loop carries (the factors' gradients), and stops with an
-# error if the mix is frozen. 3.5.1, 3.6, 3.8 and 3.9 pass the tests.
-OLDEST = (3, 5)
-# For sm_100 its pipeliner fails up to 3.6, the Triton of torch 2.11, where a mix comes first.
-OLDEST_SM_100 = (3, 7)
+# 3.4 merges two sums that a loop carries, so that the factors' gradients are wrong, and stops with
+# an error if the mix is frozen.
+OLDEST = "3.5"
+# Up to 3.6, the Triton of torch 2.11, the pipeliner fails where a mix comes first.
+OLDEST_SM_100 = "3.7"
 
 _INT32 = 2**31  # factors are addressed in 32 bits, tokens in 64
 
@@ -86,16 +86,14 @@ def why_no_triton() -> str | None:
         import triton
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install triton"
-    return _older_than(triton.__version__, *OLDEST)
+    return _older_than(triton.__version__, OLDEST)
 
 
-def _older_than(installed: str, major: int, minor: int) -> str | None:
-    if TorchVersion(installed) >= (major, minor):
+@lru_cache(maxsize=4)
+def _older_than(installed: str, needed: str) -> str | None:
+    if TorchVersion(installed) >= needed:
         return None
-    return (
-        f"it needs Triton {major}.{minor} or later, and {installed} is installed; "
-        "pip install -U triton"
-    )
+    return f"it needs Triton {needed} or later, and {installed} is installed; pip install -U triton"
 
 
 @constant
@@ -107,7 +105,7 @@ def _too_old(index: int) -> str | None:
     if _capability(index)[0] == 10:
         import triton
 
-        return _older_than(triton.__version__, *OLDEST_SM_100)
+        return _older_than(triton.__version__, OLDEST_SM_100)
     return None
 
 
