@@ -14,7 +14,7 @@ import torch
 
 import kron_kernels
 from kron_kernels import dispatch
-from kron_kernels.backends import cuda
+from kron_kernels.backends import cuda, triton_gpu
 from kron_kernels.shapes import KronShape
 
 # KroneckerBERT's layers, 8x and 21x (NAACL 2022, Table 1).
@@ -43,6 +43,8 @@ def report() -> str:
         "accelerate": "kroneckerbert's distillation: pip install kron-kernels[bert]",
     }.items():
         lines.append(f"{package:14}{_version(package) or f'not installed ({use})'}")
+        if package == "triton" and _version(package) and (reason := triton_gpu.why_no_triton()):
+            lines[-1] += f", not used: {reason}"
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     lines.append(
         f"{'C++ compiler':14}{'found' if compiler else 'not found'} "

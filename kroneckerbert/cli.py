@@ -745,7 +745,7 @@ def _model(source: str) -> PreTrainedModel:
     if config.is_encoder_decoder:
         raise TypeError(f"{source} has an encoder and a decoder; give a model with one of them.")
     # Checkpoints of bare encoders may name no class.
-    name = str((config.architectures or ["AutoModel"])[0])
+    name = (config.architectures or ["AutoModel"])[0]
     model_class: Any = getattr(kroneckerbert, name, None) or getattr(transformers, name, None)
     if not hasattr(model_class, "from_pretrained"):
         raise TypeError(

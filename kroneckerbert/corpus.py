@@ -304,7 +304,7 @@ class MaskedCollator(DataCollatorForLanguageModeling):
 
     seed: int = 0
 
-    def create_rng(self) -> None:
+    def create_rng(self, return_tensors: str | None = None) -> None:
         """The stock collator's stream: not needed, and an error in processes of other launchers."""
 
     def torch_mask_tokens(

@@ -51,6 +51,7 @@ Format = Literal["onnx", "openvino", "torch_export", "aoti"]
 # one, all brought by the extra of the format's name.
 _BACKENDS = {"torch_export": "dynamo"}
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+_RUN_CODE = {"dynamo": "torch_export", "aoti": "aoti"}  # when they are loaded: pickles, a library
 
 # In units of float32's rounding, relative to an output's largest entry. Two orders of summation
 # drift apart like a random walk: by √(n d) roundings after d sums of n terms, 500 for BERT_BASE
@@ -231,7 +232,9 @@ def export(
     return ExportResult(Path(path), format, quantize, size, shapes, differences)
 
 
-def load_exported(path: str | os.PathLike, **options: Any) -> ExportedModel:
+def load_exported(
+    path: str | os.PathLike, *, trust_remote_code: bool = False, **options: Any
+) -> ExportedModel:
     """What ``export`` wrote, ready to run: called as the model it came from, with tensors.
 
     All files are compared with the checksums that ``export`` wrote, in a second or two for a GB: a
@@ -239,6 +242,8 @@ def load_exported(path: str | os.PathLike, **options: Any) -> ExportedModel:
 
     Args:
         path: Its folder.
+        trust_remote_code: Whether to load programs that run code of their own when they are loaded,
+            those of ``"torch_export"`` and ``"aoti"``. For folders that you trust.
         **options: To ``transformers.exporters.ExportedModel.from_pretrained``: ``device``, and of
             the runtime, such as ``session_options=`` for ONNX Runtime and ``config=`` for OpenVINO,
             which computes in float32 unless this says otherwise.
@@ -250,6 +255,7 @@ def load_exported(path: str | os.PathLike, **options: Any) -> ExportedModel:
         FileNotFoundError: If the folder holds no export.
         OSError: If a file of it is missing, or not as ``export`` wrote it.
         ImportError: If the runtime is not installed, with the command that installs it.
+        ValueError: If the program runs code when it is loaded, and ``trust_remote_code`` is false.
     """
     path = Path(path)
     if problem := damaged(path):
@@ -267,12 +273,20 @@ def load_exported(path: str | os.PathLike, **options: Any) -> ExportedModel:
     except (ValueError, KeyError) as error:
         raise _unreadable(path / "export.json", error) from error
     _check_packages(format)
+    # As transformers does from 5.24 on; 5.23 loads them unasked.
+    if format in _RUN_CODE and not trust_remote_code:
+        raise ValueError(
+            f"{path} holds a program of format {_RUN_CODE[format]!r}, which runs code when it is "
+            "loaded: if you trust whoever wrote it, pass trust_remote_code=True."
+        )
     if format == "openvino":
         # It would choose bfloat16 by itself where the CPU has it, and be half a percent off.
         options["config"] = {"INFERENCE_PRECISION_HINT": "f32", **options.get("config", {})}
     with _quiet():
         try:
-            return ExportedModel.from_pretrained(path, **options)
+            return ExportedModel.from_pretrained(
+                path, trust_remote_code=trust_remote_code, **options
+            )
         except (ImportError, TypeError):
             raise
         except Exception as error:  # each runtime has errors of its own
@@ -339,7 +353,7 @@ def _quantize(exported: ExportedModel, sample: dict[str, Tensor]) -> None:
 def _differences(
     model: PreTrainedModel, folder: Path, inputs: list[dict[str, Tensor]]
 ) -> dict[str, Difference]:
-    exported = load_exported(folder)
+    exported = load_exported(folder, trust_remote_code=True)  # it has just been written
     found: dict[str, list[Difference]] = {}
     for x in inputs:
         expected = _tensors(model(**x, **_flags(model)))

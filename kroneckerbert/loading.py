@@ -70,7 +70,9 @@ def reading(source: str | os.PathLike | None) -> Iterator[None]:
                 "model.save_pretrained(folder)."
             ) from error
         if isinstance(error, RecursionError):
-            raise ValueError(f"{source} has a file that is nested too deeply to be read.") from error
+            raise ValueError(
+                f"{source} has a file that is nested too deeply to be read."
+            ) from error
         if isinstance(error, _FOREIGN):
             raise ValueError(
                 f"no model can be made of the configuration of {source} "
@@ -125,7 +127,14 @@ def read_config(source: str | os.PathLike) -> PreTrainedConfig:
                 f"{found.removeprefix(PREFIX)}: another version may have it; an architecture of "
                 "your own must be registered first, see kroneckerbert.register."
             )
-        return AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"architectures in {source}'s config.json must be a list of names of classes, got "
+            f"{names!r}; correct it."
+        )
+    return config
 
 
 def load(cls: type[PreTrainedModel], source: str | os.PathLike) -> PreTrainedModel:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from kroneckerbert import deploy
 from kroneckerbert.deploy import export, load_exported
 from kroneckerbert.files import CHECKSUMS, replace_folder
 
+load_trusted = partial(load_exported, trust_remote_code=True)
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -77,20 +79,20 @@ def assert_damage_is_found(folder) -> None:
         for damage in (whole[:half], whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]):
             file.write_bytes(damage)
             with pytest.raises(OSError, match=rf"{file} is damaged: .*export again"):
-                load_exported(folder)
+                load_trusted(folder)
         file.unlink()
         with pytest.raises(OSError, match=rf"{file} is missing.*export again"):
-            load_exported(folder)
+            load_trusted(folder)
         file.write_bytes(whole)
-    load_exported(folder)
+    load_trusted(folder)
     (folder / CHECKSUMS).unlink()
-    load_exported(folder)
+    load_trusted(folder)
     for file in files:
         if not file.name.startswith(("tokenizer", "special")):
             whole = file.read_bytes()
             file.write_bytes(whole[: len(whole) // 2])
             with pytest.raises(OSError, match=rf"{folder}.* cannot be read .*export again"):
-                load_exported(folder)
+                load_trusted(folder)
             file.write_bytes(whole)
 
 
@@ -199,7 +201,7 @@ def test_torch_export_of_every_head_is_silent(head, tmp_path, capfd, caplog):
     x = batch(4, 20)
     with torch.inference_mode():
         expected = model(**x)
-        assert_near(load_exported(tmp_path / "pt2")(**x), expected)
+        assert_near(load_trusted(tmp_path / "pt2")(**x), expected)
     assert list(result.differences) == list(expected)
 
 
@@ -222,7 +224,7 @@ def test_decoders_without_their_cache(name, tmp_path):
     x["attention_mask"].fill_(1)
     with torch.inference_mode():
         expected = {"logits": model(**x, use_cache=False).logits}
-        assert_near({"logits": load_exported(tmp_path / "pt2")(**x).logits}, expected)
+        assert_near({"logits": load_trusted(tmp_path / "pt2")(**x).logits}, expected)
 
 
 def test_a_sample_names_the_inputs(tmp_path):
@@ -231,7 +233,7 @@ def test_a_sample_names_the_inputs(tmp_path):
     result = export(model, tmp_path / "pt2", format="torch_export", sample=sample)
 
     assert result.shapes == [(1, 5), (1, 2), (2, 5)]
-    assert list(load_exported(tmp_path / "pt2").runners["model"].metadata.kwargs) == ["input_ids"]
+    assert list(load_trusted(tmp_path / "pt2").runners["model"].metadata.kwargs) == ["input_ids"]
 
 
 def test_a_static_export_takes_its_sample_only(tmp_path):
@@ -241,7 +243,7 @@ def test_a_static_export_takes_its_sample_only(tmp_path):
 
     assert result.shapes == [(2, 6)]
     with pytest.raises((RuntimeError, AssertionError)):
-        load_exported(tmp_path / "pt2")(**batch(2, 7))
+        load_trusted(tmp_path / "pt2")(**batch(2, 7))
     assert_damage_is_found(tmp_path / "pt2")
 
 
@@ -263,7 +265,7 @@ def test_aoti(tmp_path):
 
     x = batch(5, 31)
     with torch.inference_mode():
-        assert_near(load_exported(tmp_path / "aoti")(**x), model(**x))
+        assert_near(load_trusted(tmp_path / "aoti")(**x), model(**x))
     assert result.bytes > 0
 
 
@@ -337,6 +339,13 @@ def test_arguments_are_checked(tmp_path):
     with pytest.raises(FileExistsError, match="not written by kroneckerbert"):
         export(model, out, format="torch_export")
     assert [f.name for f in out.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("format, ours", [("dynamo", "torch_export"), ("aoti", "aoti")])
+def test_a_program_that_runs_code_is_loaded_only_if_it_is_trusted(format, ours, tmp_path):
+    (tmp_path / "export.json").write_text(json.dumps({"export_format": format}))
+    with pytest.raises(ValueError, match=f"'{ours}', which runs code .* trust_remote_code=True"):
+        load_exported(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 triton = pytest.importorskip("triton")
 
@@ -14,6 +15,7 @@ import triton.language as tl  # noqa: E402
 from simulator import Device, SimulationError, run_ptx  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*FP_FUSION.*")
+TRITON = TorchVersion(triton.__version__)
 
 
 @triton.jit
@@ -297,8 +299,10 @@ def survivors(arch: int, dtype: torch.dtype, old: str, new: str, most: int = 99)
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_dropped_barrier_is_a_race(arch):
-    # On sm_80 the loop begins with a barrier for data that the barrier before has guarded already.
-    assert len(survivors(arch, torch.float16, r"bar\.sync[^;]*;", "")) <= (arch == 80)
+    # Before 3.9 Triton put one between the copies of two steps, before anything is read; from 3.8
+    # on the loop for sm_80 begins with one for data that the barrier before has guarded already.
+    needless = (TRITON < (3, 9)) + (arch == 80 and TRITON >= (3, 8))
+    assert len(survivors(arch, torch.float16, r"bar\.sync[^;]*;", "")) == needless
 
 
 def test_swapped_registers_of_a_product():
@@ -556,11 +560,11 @@ def widening(x, y, out, n, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_of_16_bits_into_32(dtype):
-    """From sm_100 on one instruction widens and multiplies."""
+    """From sm_100 on one instruction widens and multiplies, if Triton's LLVM knows it."""
     x, y, out = torch.randn(50).to(dtype), torch.randn(50).to(dtype), torch.randn(50)
     expected = x.double() * y.double() + out.double()
     with Device(120) as gpu:
         widening[(1,)](x, y, out, 50, BLOCK=64)
     name = "f16" if dtype == torch.float16 else "bf16"
-    assert f"fma.rn.f32.{name}" in gpu.launches[0].asm["ptx"]
+    assert (f"fma.rn.f32.{name}" in gpu.launches[0].asm["ptx"]) == (TRITON >= (3, 7))
     torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)

@@ -1,6 +1,8 @@
 """Which factor mixes, which tiles, and the measured tables; needs neither Triton nor a GPU."""
 
 import json
+import sys
+import types
 import warnings
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kron_kernels import KronShape, explain_backends, kron_matmul
+from kron_kernels import KronShape, dispatch, explain_backends, kron_matmul
 from kron_kernels.backends import triton_gpu, triton_launch
 from kron_kernels.backends.triton_launch import Device, Tile, geometry, power_of_two, rule
 
@@ -126,7 +128,7 @@ def test_on_a_cpu_it_is_refused_with_the_reason(operands, reason):
 )
 def test_what_it_cannot_serve_is_refused_with_the_reason(s, dtype, reason, monkeypatch):
     monkeypatch.setattr(triton_launch, "simulating", True)
-    monkeypatch.setattr(triton_gpu, "_installed", lambda: True)
+    monkeypatch.setattr(triton_gpu, "why_no_triton", lambda: None)
     x = torch.ones(1, s.in_features, dtype=dtype)
     a = torch.ones(s.rank, s.m1, s.n1, dtype=dtype)
     b = torch.ones(s.rank, s.m2, s.n2, dtype=dtype)
@@ -136,8 +138,53 @@ def test_what_it_cannot_serve_is_refused_with_the_reason(s, dtype, reason, monke
         kron_matmul(x, a, b, backend="triton")
 
 
-def test_without_triton_it_is_refused_with_the_remedy(monkeypatch):
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "Triton cannot be imported (import of triton halted; None in sys.modules); pip "
+         "install triton"),
+        # 3.4 compiles wrong gradients.
+        ("2.1.0", "it needs Triton 3.5 or later, and 2.1.0 is installed; pip install -U triton"),
+        ("3.4.0", "it needs Triton 3.5 or later, and 3.4.0 is installed; pip install -U triton"),
+        ("3.5.0", None),
+        ("3.5.0+git1b0418a9", None),
+        ("3.10.0", None),
+    ],
+)  # fmt: skip
+def test_without_a_triton_that_compiles_right_it_is_refused(version, reason, monkeypatch):
+    triton = version and types.SimpleNamespace(__version__=version)
+    monkeypatch.setitem(sys.modules, "triton", triton)
     monkeypatch.setattr(triton_launch, "simulating", True)
-    monkeypatch.setattr(triton_gpu, "_installed", lambda: False)
-    operands = torch.ones(1, 4), torch.ones(2, 2), torch.ones(2, 2)
-    assert triton_gpu.why_not(*operands) == "Triton is not installed; pip install triton"
+    monkeypatch.setattr(dispatch, "_order", lambda *_: ("triton",))  # as on a GPU
+    triton_gpu.why_no_triton.cache_clear()
+    try:
+        operands = torch.ones(1, 4), torch.ones(2, 2), torch.ones(2, 2)
+        assert triton_gpu.why_not(*operands) == reason
+        assert triton_gpu.why_not_embedding(torch.ones(1, 2, 2), torch.ones(1, 1, 2)) == reason
+        served = dispatch.choose("auto", operands[0], operands[1:])
+        assert served == ("eager" if reason else "triton")
+        if reason:
+            assert f"triton  {reason}" in explain_backends(*operands)
+            with pytest.raises(ValueError, match="backend='triton' cannot serve this call: "):
+                kron_matmul(*operands, backend="triton")
+    finally:
+        triton_gpu.why_no_triton.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "reason"),
+    [
+        ((7, 5), "3.9.0", "it needs compute capability 8.0, and a GPU is older"),
+        ((8, 0), "3.5.1", None),
+        ((9, 0), "3.6.0", None),
+        ((10, 0), "3.6.0", "it needs Triton 3.7 or later, and 3.6.0 is installed; pip install -U "
+         "triton"),
+        ((10, 3), "3.7.1", None),
+        ((12, 0), "3.6.0", None),
+    ],
+)  # fmt: skip
+def test_a_gpu_and_a_triton_that_do_not_go_together(capability, version, reason, monkeypatch):
+    monkeypatch.setattr(triton_gpu, "_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    assert triton_gpu._too_old(0) == reason

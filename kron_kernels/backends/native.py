@@ -85,7 +85,7 @@ def kron_matmul(
     activation: Activation | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``act(x Wᵀ + bias) + residual`` of ``x (T, n)`` and any number of factors."""
+    """``act(x Wᵀ + bias) + residual`` of ``x (T, n)`` and up to ``_MAX_FACTORS`` factors."""
     if len(factors) > 2:
         return _kron_matmul_in_passes(x, factors, bias, activation, residual)
     x = x.contiguous()

@@ -9,18 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from importlib.util import find_spec
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from kron_kernels.backends import triton_launch
 from kron_kernels.backends.gpu import DTYPES, constant, precision
 from kron_kernels.backends.triton_launch import Geometry, Tile, device_of, geometry, power_of_two
 from kron_kernels.checks import Activation, Layer
 from kron_kernels.shapes import KronShape
+
+# 3.4 merges two sums that a loop carries, so that the factors' gradients are wrong, and stops with
+# an error if the mix is frozen.
+OLDEST = "3.5"
+# Up to 3.6, the Triton of torch 2.11, the pipeliner fails where a mix comes first.
+OLDEST_SM_100 = "3.7"
 
 _INT32 = 2**31  # factors are addressed in 32 bits, tokens in 64
 
@@ -59,8 +65,8 @@ def why_not_embedding(a: Tensor, b: Tensor) -> str | None:
 def _unserved(x: Tensor) -> str | None:
     if not (x.is_cuda or (triton_launch.simulating and x.device.type == "cpu")):
         return f"it runs on GPUs, and x is on {x.device}"
-    if not _has_triton():
-        return "Triton is not installed; pip install triton"
+    if reason := _without_triton():
+        return reason
     if x.is_cuda and (reason := _too_old(x.device.index)):
         return reason
     if x.dtype not in DTYPES:
@@ -69,20 +75,38 @@ def _unserved(x: Tensor) -> str | None:
 
 
 @constant
-def _has_triton() -> bool:
-    return _installed()
+def _without_triton() -> str | None:
+    return why_no_triton()
 
 
 @lru_cache(maxsize=1)
-def _installed() -> bool:
-    return find_spec("triton") is not None
+def why_no_triton() -> str | None:
+    """Why there is no Triton that compiles these kernels right, or None."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install triton"
+    return _older_than(triton.__version__, OLDEST)
+
+
+@lru_cache(maxsize=4)
+def _older_than(installed: str, needed: str) -> str | None:
+    if TorchVersion(installed) >= needed:
+        return None
+    return f"it needs Triton {needed} or later, and {installed} is installed; pip install -U triton"
 
 
 @constant
 def _too_old(index: int) -> str | None:
-    if torch.version.hip or _capability(index) >= (8, 0):
+    if torch.version.hip:
         return None
-    return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(index)} is older"
+    if _capability(index) < (8, 0):
+        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(index)} is older"
+    if _capability(index)[0] == 10:
+        import triton
+
+        return _older_than(triton.__version__, OLDEST_SM_100)
+    return None
 
 
 _capability = lru_cache(maxsize=64)(torch.cuda.get_device_capability)

@@ -252,17 +252,24 @@ def load(units: tuple[Unit, ...] | None = None) -> Emulator:
 
 def runtime(sanitizer: Sanitizer) -> str | None:
     """The sanitizer's shared library, which has to be loaded before everything else."""
-    name = {"address": "libasan.so", "thread": "libtsan.so"}[sanitizer]
+    return _library({"address": "libasan.so", "thread": "libtsan.so"}[sanitizer])
+
+
+def _library(name: str) -> str | None:
+    """The path of one of the compiler's libraries."""
     path = subprocess.check_output([*compiler(), f"-print-file-name={name}"], text=True).strip()
     return path if Path(path).is_absolute() else None
 
 
 def environment(sanitizer: Sanitizer, watched: Sequence[str] = MATH) -> dict[str, str]:
     """What a process of Python needs to load a module built with a sanitizer."""
+    # AddressSanitizer looks for what throws exceptions of C++ when it starts, and ends the process
+    # at the first one if Python loads that library only later. Triton 3.8 throws while imported.
+    preloaded = filter(None, [runtime(sanitizer), _library("libstdc++.so.6")])
     return os.environ | {
         "KRON_EMULATOR": sanitizer,
         "KRON_EMULATOR_MATH": " ".join(watched),
-        "LD_PRELOAD": runtime(sanitizer),
+        "LD_PRELOAD": ":".join(preloaded),
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "exitcode=66:halt_on_error=1:die_after_fork=0",

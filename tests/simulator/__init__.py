@@ -18,10 +18,10 @@ the kernel, the PTX line, the source line, the tensor, the CTA and the thread. F
 - barriers that only a part of a warp reaches, that threads meet at different places, or that never
   complete; warp-wide instructions of incomplete warps; shuffles from inactive lanes.
 
-Executed are the instructions that Triton 3.9 emits for sm_80 to sm_90 and sm_120: integer, float,
-half, bfloat and packed arithmetic, loads and stores, atomics, shuffles, votes, cp.async, ldmatrix,
-stmatrix, mma.sync (f16, bf16, tf32, int8) and wgmma (f16, bf16, tf32), with f32 sums. Anything
-else is refused by name when it is reached, never skipped.
+Executed are the instructions that Triton 3.5 to 3.9 emit for sm_80 to sm_90 and sm_120: integer,
+float, half, bfloat and packed arithmetic, loads and stores, atomics, shuffles, votes, cp.async,
+ldmatrix, stmatrix, mma.sync (f16, bf16, tf32, int8) and wgmma (f16, bf16, tf32), with f32 sums.
+Anything else is refused by name when it is reached, never skipped.
 
 Floats follow PTX's rounding, but: an fma is rounded once from a float64 sum (twice in rare ties;
 for f64 always twice), approximate functions give the exact value rounded, a tf32 operand loses its

@@ -13,10 +13,9 @@ from .memory import storage_bytes
 try:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase, decompose_descriptor
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from triton.backends.driver import DriverBase
 except ImportError:  # run_ptx needs none of it
-    triton, DriverBase, TensorDescriptor = None, object, ()
+    triton, DriverBase = None, object
 
 _MAX_SHARED = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448}
 _MAX_SHARED_OTHERS = {"cuda": 101376, "hip": 65536}
@@ -77,7 +76,7 @@ class Device(SimulatedDevice):
 
 
 def _arguments(signature: dict[str, Any], values: tuple) -> Iterator[Argument]:
-    """The kernel's parameters, in order: constants dropped, tuples and descriptors laid flat."""
+    """The kernel's parameters, in order: constants dropped, tuples laid flat."""
     for (name, type_), value in zip(signature.items(), values, strict=False):
         yield from _flat(name, type_, value)
 
@@ -88,9 +87,6 @@ def _flat(name: str, type_: Any, value: Any) -> Iterator[Argument]:
             yield from _flat(f"{name}[{i}]", one, part)
     elif type_ == "constexpr":
         return
-    elif isinstance(value, TensorDescriptor):
-        for part in decompose_descriptor(value):
-            yield name, part
     elif type_ in ("fp16", "bf16", "fp32", "fp64", "f32"):
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}.get(type_)
         yield name, _tensor_bytes(torch.tensor(float(value), dtype=dtype or torch.float32))
