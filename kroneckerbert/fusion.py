@@ -138,7 +138,8 @@ class _Attention(_Fused):
         return False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.shares_input:
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() or recorded or not self.shares_input:
             return super().forward(*args, **kwargs)
         layers: list[Any] = [self._modules.get(name) for name in self.projections]
         if not _of_one_call(layers):

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers import (
     AutoModel,
     BertConfig,
+    BertModel,
     DistilBertConfig,
     IBertConfig,
     IBertModel,
@@ -612,3 +613,16 @@ def test_a_class_derived_from_a_fused_one_stays_itself(layer):
     assert type(copy.deepcopy(layer)) is derived
     x = torch.randn(2, 5, 32)
     torch.testing.assert_close(result(layer, x), expected(layer, x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of transformers' own masks
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_torch_jit_trace_records_a_student():
+    student = compress(BertModel(BertConfig(**ENCODER)).eval(), "kronecker-bert-8")
+    student.requires_grad_(False)
+    student.config.return_dict = False
+    ids = torch.randint(5, 60, (2, 7))
+    with torch.no_grad():
+        traced = torch.jit.trace(student, (ids,))  # which compares two recordings
+        for tokens in (7, 3):
+            torch.testing.assert_close(traced(ids[:, :tokens])[0], student(ids[:, :tokens])[0])

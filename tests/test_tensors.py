@@ -344,6 +344,18 @@ def test_parameters_that_are_sharded_work_in_their_module_and_nowhere_else(proce
                 call()
 
 
+@pytest.mark.parametrize("grads", [False, True])
+def test_a_block_whose_layers_are_sharded(process_group, grads):
+    block = KroneckerFeedForward(KroneckerLinear(12, 24, (4, 2)), KroneckerLinear(24, 12, (2, 4)))
+    x = draw(5, 12)
+    y = block(x)
+    for layer in (block.up, block.down):
+        fully_shard(layer, mesh=process_group)
+    with torch.set_grad_enabled(grads):
+        torch.testing.assert_close(block(x), y)
+        torch.testing.assert_close(block(x, x), y + x)
+
+
 def test_a_batch_of_factors_is_refused_with_the_way_to_write_it():
     x, a, b = draw(5, 2, 12), draw(5, 1, 4, 3), draw(5, 1, 2, 4)
     with pytest.raises(
