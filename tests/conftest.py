@@ -17,13 +17,17 @@ def _unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_configure():
+    """One thread, for fixtures of a session, too: the last bits of a sum depend on the number."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Small operations on two busy cores wait for one another; tests of threads ask for them."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
