@@ -1,4 +1,4 @@
-// What a call must satisfy on any device. Nothing here looks behind a pointer.
+// What a call must satisfy on any device. No data pointer is dereferenced.
 #pragma once
 #include "kron.h"
 
@@ -28,15 +28,16 @@ inline const char *check_shape(const kron_product *product) {
   if (p.rank < 1) return "the rank must be at least 1";
   if (p.n_factors < 1 || p.n_factors > KRON_MAX_FACTORS) return "there must be 1 to 8 factors";
   if (p.activation < KRON_NONE || p.activation > KRON_SILU) return "there is no such activation";
-  double widest = double(p.rank), longest = 1; // of the vectors between contractions; of the sides
-  int64_t seen = 0;
+  double width = 1, longest = 1; // of x; of the sides
+  int64_t seen = 0, by_turn[KRON_MAX_FACTORS] = {};
   for (int64_t i = 0; i < p.n_factors; i++) {
     const kron_factor &f = p.factors[i];
     if (f.rows < 1 || f.cols < 1) return "a factor has an empty side";
     if (p.turns[i] < 0 || p.turns[i] >= p.n_factors) return "a turn is out of range";
     seen |= int64_t(1) << p.turns[i];
+    by_turn[i] = p.turns[i];
     const double side = double(f.rows > f.cols ? f.rows : f.cols);
-    widest *= side;
+    width *= double(f.cols);
     longest = side > longest ? side : longest;
     double extent = 0;
     const int64_t sizes[] = {p.rank, f.rows, f.cols};
@@ -47,6 +48,13 @@ inline const char *check_shape(const kron_product *product) {
       return "a factor is larger than memory can be";
   }
   if (seen != (int64_t(1) << p.n_factors) - 1) return "a factor has no turn";
+  double widest = width;
+  for (int64_t turn = 0; turn < p.n_factors; turn++) {
+    const kron_factor &f = p.factors[by_turn[turn]];
+    width = width / double(f.cols) * double(f.rows);
+    widest = width > widest ? width : widest;
+  }
+  widest *= double(p.rank);
   if (widest > MOST_NUMBERS || widest * longest > MOST_WORK)
     return "a product is larger than memory can be";
   return nullptr;

@@ -29,7 +29,7 @@ def kron_embedding(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None = 
 
 
 def _plain_is_best(a: Tensor, b: Tensor) -> bool:
-    return transformed() or torch.compiler.is_compiling() or traced() or not is_plain(a, b)
+    return transformed() or torch.compiler.is_compiling() or traced() or not is_plain((a, b))
 
 
 class Embedding(torch.autograd.Function):
@@ -39,7 +39,7 @@ class Embedding(torch.autograd.Function):
     def forward(ctx, ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None) -> Tensor:
         ctx.save_for_backward(ids, a, b)
         ctx.padding_idx = -1 if padding_idx is None else padding_idx % a.shape[1]
-        return ops.kron_embedding(ids.reshape(-1), a, b).view(*ids.shape, -1)
+        return ops.kron_embedding(ids.reshape(-1), a, b).view(*ids.shape, a.shape[2] * b.shape[2])
 
     @staticmethod
     def backward(ctx, dy: Tensor):

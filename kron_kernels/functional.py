@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -61,10 +63,15 @@ def kron_matmul(
         TypeError: If an operand is no dense tensor.
         ValueError: If shapes, dtypes or devices do not fit, or the backend cannot serve the call.
     """
-    watched = observed(x, *factors, bias, residual)
+    operands = (x, *factors)
+    if bias is not None:
+        operands += (bias,)
+    if residual is not None:
+        operands += (residual,)
+    watched = observed(operands)
     if watched and not torch.compiler.is_compiling():
         check_tensors(x, factors, bias, residual)
-    if (watched or torch._C._is_any_autocast_enabled()) and under_autocast(x):
+    if (watched or _any_autocast() or not x.is_cpu) and under_autocast(x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device)
         # Within, the products would be cast once more, those of float32 sums included.
@@ -81,7 +88,7 @@ def kron_matmul(
     factors = check_factors(x, factors)
     check_epilogue(x, factors, bias, activation, residual)
     backend = dispatch.choose(backend, x, factors)
-    with_grads = differentiable(x, *factors, bias, residual)
+    with_grads = differentiable(operands)
     if _plain_is_best(x, factors, backend, with_grads, watched):
         y = eager.kron_matmul(x, *factors, bias=bias)
         return eager.epilogue(y, activation, residual)
@@ -110,7 +117,11 @@ def as_rows(t: Tensor) -> Tensor:
     return t if t.ndim == 2 else t.flatten(0, -2) if t.ndim > 2 else t[None]
 
 
-def observed(*operands: Tensor | None) -> bool:
+# Quicker than to ask for one device; it knows CPUs and CUDA, not MPS.
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+def observed(operands: Sequence[Tensor]) -> bool:
     """Whether compiled kernels must be called through the dispatcher.
 
     Compilers, tracers and modes see such a call, and what is no plain tensor becomes one. It takes
@@ -120,7 +131,7 @@ def observed(*operands: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or not is_plain(*operands)
+        or not is_plain(operands)
     )
 
 
@@ -140,11 +151,11 @@ def under_autocast(x: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def differentiable(*operands: Tensor | None) -> bool:
+def differentiable(operands: Sequence[Tensor]) -> bool:
     """Whether autograd or a ``torch.func`` transform may act on this call."""
     if transformed():
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    return torch.is_grad_enabled() and any(t.requires_grad for t in operands)
 
 
 def transformed() -> bool:

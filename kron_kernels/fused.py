@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +13,10 @@ from kron_kernels.backends import COMPILED, eager
 from kron_kernels.checks import (
     Activation,
     Layer,
+    Shaped,
     check_epilogue,
     check_factors,
+    check_tensor,
     check_tensors,
 )
 from kron_kernels.dispatch import Backend
@@ -54,9 +56,9 @@ def kron_qkv(
         ValueError: As ``kron_matmul``, naming the layer.
     """
     layers = {"query": query, "key": key, "value": value}
-    watched = _watched(x, layers)
-    grads = differentiable(x, *(t for layer in layers.values() for t in layer))
-    if grads or _stepwise(x, backend, layers.values()):
+    operands = _operands(x, layers)
+    watched = _watched(operands, layers)
+    if differentiable(operands) or _stepwise(x, backend, (query, key, value)):
         q, k, v = (
             _of(name, kron_matmul, x, a, b, bias=bias, backend=backend)
             for name, (a, b, bias) in layers.items()
@@ -78,7 +80,7 @@ def kron_feed_forward(
     up: Layer,
     down: Layer,
     *,
-    activation: Activation = "gelu",
+    activation: Activation | None = "gelu",
     residual: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -95,7 +97,7 @@ def kron_feed_forward(
         up: ``(a, b, bias)``: factors ``(m1, n1)`` and ``(m2, n2)``, or ``(r, …)`` for a sum of r
             products, and a bias ``(m1 * m2,)`` or None.
         down: The same of the second layer, whose inputs are up's outputs.
-        activation: Between the two, as for ``kron_matmul``.
+        activation: Between the two, as for ``kron_matmul``; with None the block is two products.
         residual: Of the output's shape, added last.
         backend: As for ``kron_matmul``.
 
@@ -107,13 +109,17 @@ def kron_feed_forward(
         ValueError: As ``kron_matmul``, naming the layer, or if ``down`` does not take what ``up``
             gives.
     """
-    watched = _watched(x, {"up": up, "down": down}, residual)
-    with_grads = differentiable(x, *up, *down, residual)
-    stepwise = _stepwise(x, backend, (up, down))
+    layers = {"up": up, "down": down}
+    operands = _operands(x, layers, residual)
+    watched = _watched(operands, layers, residual)
+    with_grads = differentiable(operands)
+    # Without an activation the hidden vector is no more than the input of the second product.
+    stepwise = activation is None or _stepwise(x, backend, (up, down))
     if not stepwise:
         up = _of("up", _checked_layer, x, up, activation)
-        hidden = x.new_empty(1).expand(*x.shape[:-1], up[0].shape[1] * up[1].shape[1])
-        down = _of("down", _checked_layer, hidden, down, residual=residual)
+        shape = *x.shape[:-1], up[0].shape[1] * up[1].shape[1]
+        between = Shaped(shape, x.dtype, x.device)
+        down = _of("down", _checked_layer, between, down, residual=residual)
         backend = dispatch.choose(backend, x, up[:2], down[:2])
         fused = backend in COMPILED and COMPILED[backend].meet(*up[:2], *down[:2])
     if stepwise or (with_grads and (not fused or transformed() or torch.compiler.is_compiling())):
@@ -136,25 +142,46 @@ def kron_feed_forward(
     return y if last is not None or residual is None else y + residual
 
 
-def _watched(x: Tensor, layers: Mapping[str, Layer], residual: Tensor | None = None) -> bool:
-    """``observed`` of all operands, which must be dense tensors."""
+def _operands(
+    x: Tensor, layers: Mapping[str, Layer], residual: Tensor | None = None
+) -> list[Tensor]:
+    """All tensors of a call."""
+    operands = [x]
     for name, layer in layers.items():
-        if len(layer) != 3:
-            raise ValueError(f"{name} must be (a, b, bias), got {len(layer)} values.")
-        if x is None or layer[0] is None or layer[1] is None:
-            _of(name, check_tensors, x, layer[:2])
-    watched = observed(x, *(t for layer in layers.values() for t in layer), residual)
-    if watched and not torch.compiler.is_compiling():
+        try:
+            a, b, bias = layer
+        except (TypeError, ValueError):
+            kind = type(layer).__name__
+            values = f" of {len(layer)}" if isinstance(layer, tuple | list) else ""
+            raise TypeError(f"{name} must be (a, b, bias), got a {kind}{values}.") from None
+        operands += (a, b) if bias is None else (a, b, bias)
+    if residual is not None:
+        operands.append(residual)
+    return operands
+
+
+def _watched(
+    operands: Sequence[Tensor], layers: Mapping[str, Layer], residual: Tensor | None = None
+) -> bool:
+    """``observed`` of all operands, which must be dense tensors."""
+    if not observed(operands):
+        return False
+    if not torch.compiler.is_compiling():
         for name, (a, b, bias) in layers.items():
-            _of(name, check_tensors, x, (a, b), bias, residual)
-    return watched
+            _of(name, check_tensors, operands[0], (a, b), bias)
+        if residual is not None:
+            check_tensor("residual", residual)
+    return True
 
 
 def _checked_layer(
-    x: Tensor, layer: Layer, activation: Activation | None = None, residual: Tensor | None = None
+    x: Tensor | Shaped,
+    layer: Layer,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
 ) -> Layer:
-    *factors, bias = layer
-    a, b = check_factors(x, factors)
+    a, b, bias = layer
+    a, b = check_factors(x, (a, b))
     check_epilogue(x, (a, b), bias, activation, residual)
     return a, b, bias
 
@@ -165,10 +192,10 @@ def _of(name: str, function: Callable[..., Result], *args: Any, **options: Any) 
         return function(*args, **options)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name}: {error}") from None
+        raise kind(f"{name}: {error}") from error
 
 
-def _stepwise(x: Tensor, backend: str, layers: Collection[Layer]) -> bool:
+def _stepwise(x: Tensor, backend: str, layers: Sequence[Layer]) -> bool:
     """Whether the products one by one serve better: they cast, know shapes, and are exported.
 
     ``"auto"`` leaves low rank to eager, and a fused call has one backend: one low-rank product

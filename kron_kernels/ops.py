@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kron_kernels.backends import COMPILED, eager, triton_gpu
-from kron_kernels.checks import Activation, check_epilogue, check_factors
+from kron_kernels.checks import Activation, Shaped, check_epilogue, check_factors
 from kron_kernels.shapes import KronShape
 
 _SCHEMAS = {
@@ -47,7 +47,7 @@ Grads = tuple[Tensor, Tensor, Tensor]  # of x, a and b; empty where not needed
 
 
 def _check_product(
-    x: Tensor,
+    x: Tensor | Shaped,
     a: Tensor,
     b: Tensor,
     bias: Tensor | None = None,
@@ -55,7 +55,7 @@ def _check_product(
     residual: Tensor | None = None,
 ) -> int:
     """The number of columns that the product gives."""
-    if x.ndim != 2 or a.ndim != 3 or b.ndim != 3:
+    if len(x.shape) != 2 or a.ndim != 3 or b.ndim != 3:
         raise ValueError(
             "x must be (tokens, n) and the factors (rank, m, n), got "
             f"{', '.join(str(tuple(t.shape)) for t in (x, a, b))}."
@@ -82,7 +82,7 @@ def _check_block(
 ) -> int:
     """The number of columns that a feed-forward block gives."""
     between = _check_product(x, a1, b1, bias1, activation)
-    hidden = x.new_empty(1).expand(x.shape[0], between)
+    hidden = Shaped((x.shape[0], between), x.dtype, x.device)
     return _check_product(hidden, a2, b2, bias2, None, residual)
 
 
@@ -178,12 +178,14 @@ def _qkv(
     _check_layers(x, a, b, biases)
     _grant(backend, x, *zip(a, b, strict=True))
     if backend in COMPILED:
-        # The dispatcher gives zeros their memory, but not in lists of optional tensors.
-        biases = [
-            c if c is None or not c._is_zerotensor() else c.new_zeros(c.shape) for c in biases
-        ]
+        biases = [c if c is None else _resolved(c) for c in biases]
         return COMPILED[backend].kron_qkv(x, list(zip(a, b, biases, strict=True)))
     return [eager.forward(x, p, q, c) for p, q, c in zip(a, b, biases, strict=True)]
+
+
+def _resolved(t: Tensor) -> Tensor:
+    """With its sign, or its zeros, in memory: the dispatcher does not look into optional lists."""
+    return t.new_zeros(t.shape) if t._is_zerotensor() else t.resolve_neg()
 
 
 def _feed_forward(

@@ -91,7 +91,7 @@ def test_a_module_compiled_for_another_interface_is_refused(monkeypatch):
         loaded, reason = abi._load()
         assert loaded is None
         assert reason == (
-            f"old.so is of interface {number or 0}, and this kron_kernels needs {abi.ABI}; "
+            f"old.so was built for ABI {number or 0}, but this kron_kernels needs ABI {abi.ABI}; "
             "reinstall kron_kernels"
         )
 

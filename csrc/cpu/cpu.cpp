@@ -17,7 +17,7 @@ int64_t kron_cpu_isa(void) {
 
 namespace {
 
-// A part of the work has sums of its own, one a thread.
+// Each thread keeps partial sums of its own.
 constexpr int64_t MOST_THREADS = 65536;
 
 const Kernels &kernels(int64_t isa) {

@@ -17,14 +17,14 @@ ABI = 1  # KRON_ABI in csrc/kron.h
 
 
 def _load() -> tuple[Any, str]:
-    """The compiled module; or None, and why there is none with what helps."""
+    """The compiled module; or None, with the reason and the remedy."""
     try:
         import kron_kernels._native as found
     except ImportError as error:
         return None, f"the compiled module is missing ({error}); {_remedy()}"
     if (number := getattr(found, "abi", 0)) != ABI:
         return None, (
-            f"{found.__file__} is of interface {number}, and this kron_kernels needs {ABI}; "
+            f"{found.__file__} was built for ABI {number}, but this kron_kernels needs ABI {ABI}; "
             "reinstall kron_kernels"
         )
     return found, ""
@@ -60,7 +60,8 @@ def address(t: Tensor | None) -> int:
     if t is None:
         return 0
     start = t.data_ptr()
-    if not start and t.numel():
+    # Where a storage is null, an address is the offset into it.
+    if start < 2**40 and t.numel() and start == t.storage_offset() * t.element_size():
         raise ValueError(
             f"a tensor of shape {tuple(t.shape)} has no memory: its storage was freed, as FSDP "
             "frees what it has sharded. Call the module instead of using its parameters, or gather "

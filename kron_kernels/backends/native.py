@@ -50,7 +50,8 @@ def _stay_alone() -> None:
 
 
 # A forked child inherits torch's pool without its threads: to call it is to wait for ever.
-os.register_at_fork(after_in_child=_stay_alone)
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_stay_alone)
 
 
 def instruction_set() -> str:

@@ -86,7 +86,10 @@ def why_no_triton() -> str | None:
         import triton
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install triton"
-    return _older_than(triton.__version__, OLDEST)
+    found = getattr(triton, "__version__", None)
+    if found is None:  # a folder of this name, such as one of models to be served
+        return f"what is imported as triton is no package ({triton!r}); pip install triton"
+    return _older_than(found, OLDEST)
 
 
 @lru_cache(maxsize=4)
