@@ -58,14 +58,19 @@ def choose(backend: Backend, x: Tensor, *products: Sequence[Tensor]) -> Backend:
     if backend == "auto":
         if any(is_low_rank(*factors) for factors in products):
             return "eager"
-        for compiled in _order(x, *products[0]):
-            if not any(why_not(compiled, x, *factors) for factors in products):
-                return compiled
-        return "eager"
+        return fastest(x, *products)
     for factors in products:
         if reason := why_not(backend, x, *factors):
             raise ValueError(f"backend={backend!r} cannot serve this call: {reason}.")
     return backend
+
+
+def fastest(x: Tensor, *products: Sequence[Tensor]) -> Backend:
+    """The first backend in order that serves all of these products, none of which has low rank."""
+    for compiled in _order(x, *products[0]):
+        if not any(why_not(compiled, x, *factors) for factors in products):
+            return compiled
+    return "eager"
 
 
 def explain_backends(x: Tensor, *factors: Tensor) -> str:

@@ -65,13 +65,15 @@ def kron_qkv(
         )
         return q, k, v
     checked = [_of(name, _checked_layer, x, layer) for name, layer in layers.items()]
-    backend = dispatch.choose(backend, x, *(layer[:2] for layer in checked))
+    backend = _choose(backend, x, *[layer[:2] for layer in checked])
     if backend == "eager" or watched or profiled():
         a, b, biases = zip(*checked, strict=True)
         ys = ops.kron_qkv(as_rows(x), a, b, biases, backend)
     else:
         ys = COMPILED[backend].kron_qkv(as_rows(x), checked)
-    q, k, v = (y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    if x.ndim != 2:
+        ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    q, k, v = ys
     return q, k, v
 
 
@@ -120,7 +122,7 @@ def kron_feed_forward(
         shape = *x.shape[:-1], up[0].shape[1] * up[1].shape[1]
         between = Shaped(shape, x.dtype, x.device)
         down = _of("down", _checked_layer, between, down, residual=residual)
-        backend = dispatch.choose(backend, x, up[:2], down[:2])
+        backend = _choose(backend, x, up[:2], down[:2])
         fused = backend in COMPILED and COMPILED[backend].meet(*up[:2], *down[:2])
     if stepwise or (with_grads and (not fused or transformed() or torch.compiler.is_compiling())):
         a, b, bias = up
@@ -138,7 +140,8 @@ def kron_feed_forward(
         y = ops.kron_feed_forward(rows, *up, activation, *down, last, backend)
     else:
         y = COMPILED[backend].kron_feed_forward(rows, up, activation, down, last)
-    y = y.view(*x.shape[:-1], y.shape[-1])
+    if x.ndim != 2:
+        y = y.view(*x.shape[:-1], y.shape[-1])
     return y if last is not None or residual is None else y + residual
 
 
@@ -193,6 +196,13 @@ def _of(name: str, function: Callable[..., Result], *args: Any, **options: Any) 
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name}: {error}") from error
+
+
+def _choose(backend: Backend, x: Tensor, *products: Sequence[Tensor]) -> Backend:
+    """``dispatch.choose``; of ``"auto"`` ``_stepwise`` has taken the products of low rank."""
+    if backend == "auto":
+        return dispatch.fastest(x, *products)
+    return dispatch.choose(backend, x, *products)
 
 
 def _stepwise(x: Tensor, backend: str, layers: Sequence[Layer]) -> bool:

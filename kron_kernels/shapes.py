@@ -26,7 +26,9 @@ class KronShape(NamedTuple):
     @classmethod
     def of(cls, a: Tensor, b: Tensor) -> KronShape:
         """The shape of factors ``a (r, m1, n1)`` and ``b (r, m2, n2)``; 2-D factors mean r = 1."""
-        a_shape, b_shape = sizes(a), sizes(b)
+        a_shape, b_shape = a.shape, b.shape
+        if torch._C._get_tracing_state() is not None:
+            a_shape, b_shape = sizes(a), sizes(b)
         (m1, n1), (m2, n2) = a_shape[-2:], b_shape[-2:]
         return cls(m1, n1, m2, n2, a_shape[0] if a.ndim == 3 else 1)
 
