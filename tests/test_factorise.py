@@ -231,6 +231,105 @@ class Readers(nn.Module):
         return torch.nn.functional.linear(x, self.by_helper.weight) @ self.words.weight.mT
 
 
+class Aliases(nn.Module):
+    """Reads weights through local names, loop variables and ``getattr``."""
+
+    def __init__(self):
+        super().__init__()
+        names = ["local", "pair", "walrus", "got", "typed", "plain", "called"]
+        for name in names:
+            setattr(self, name, nn.Linear(12, 12))
+        lists = ["looped", "counted", "zipped", "reverse", "sliced", "listed", "children_"]
+        for name in lists:
+            setattr(self, name, nn.ModuleList([nn.Linear(12, 12)]))
+        self.table = nn.ModuleDict({"a": nn.Linear(12, 12), "b": nn.Linear(12, 12)})
+        self.by_value = nn.ModuleDict({"fc": nn.Linear(12, 12)})
+        self.by_item = nn.ModuleDict({"fc": nn.Linear(12, 12)})
+        self.by_name = nn.ModuleDict({"fc": nn.Linear(12, 12)})
+        self.blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(12, 12)})])
+
+    def forward(self, x, weight="fc"):
+        local = self.local
+        first, second = self.pair, self.plain
+        typed: nn.Linear = self.typed
+        x = x @ local.weight @ first.weight @ typed.weight
+        x = x @ getattr(self.got, "weight")  # noqa: B009
+        if (inside := self.walrus) is not None:
+            x = x @ inside.weight
+        for layer in self.looped:
+            x = nn.functional.linear(x, layer.weight)
+        for _i, layer in enumerate(self.counted):
+            x = x @ layer.weight
+        for layer, _ in zip(self.zipped, x, strict=False):
+            x = x @ layer.weight
+        for layer in reversed(self.reverse):
+            x = x @ layer.weight
+        for layer in self.sliced[:3]:
+            x = x @ layer.weight
+        x = sum(x @ layer.weight for layer in self.listed)
+        for layer in self.children_.children():
+            x = x @ layer.weight
+        for layer in self.by_value.values():
+            x = x @ layer.weight
+        for _, layer in self.by_item.items():
+            x = x @ layer.weight
+        for block in self.blocks:
+            fc = block.fc
+            x = x @ fc.weight
+        called = self.called
+        y = called(x)
+        return second(x) @ y.weight @ self.table["a"].weight @ self.by_name[weight].weight
+
+
+def test_a_weight_read_through_a_local_name_or_a_loop_is_found():
+    found = {path for path, (_, why) in factorisable(Aliases()).items() if why is None}
+    assert found == {"plain", "called", "table.b"}
+
+
+class Guarded(nn.Module):
+    """Reads weights only where there are any, but for the last two."""
+
+    def __init__(self):
+        super().__init__()
+        self.tested, self.negated, self.both, self.either, self.chosen, self.default = (
+            nn.Linear(12, 12) for _ in "012345"
+        )
+        self.optional, self.tried, self.other, self.unguarded = (nn.Linear(12, 12) for _ in "0123")
+
+    def forward(self, x):
+        if hasattr(self.tested, "weight"):
+            x = x.to(self.tested.weight.dtype)
+        if not hasattr(self.negated, "weight"):
+            pass
+        elif self.negated.weight.requires_grad:
+            x = x.to(self.negated.weight.dtype)
+        if hasattr(self.both, "weight") and self.both.weight.dtype != x.dtype:
+            x = x.to(self.both.weight.dtype)
+        if not hasattr(self.either, "weight") or self.either.weight.is_cuda:
+            x = x + 0
+        x = x.to(self.chosen.weight.dtype if hasattr(self.chosen, "weight") else x.dtype)
+        weight = getattr(self.default, "weight", None)
+        if getattr(self.optional, "weight", None) is not None:
+            x = x.to(self.optional.weight.dtype)
+        try:
+            x = x.to(self.tried.weight.dtype)
+        except AttributeError:
+            x = x.to(self.other.weight.dtype)
+        if hasattr(self.other, "weight"):
+            x = x.to(self.unguarded.weight.dtype)
+        for layer in self.children():
+            x = layer(x)
+        return x if weight is None else x.to(weight.dtype)
+
+
+def test_a_weight_read_only_if_there_is_one_is_no_obstacle():
+    net, x = Guarded(), torch.randn(2, 12)
+    found = {path for path, (_, why) in factorisable(net).items() if why}
+    assert found == {"other", "unguarded"}
+    others = {path: ONE | {"a_shape": [3, 4]} for path in net._modules if path not in found}
+    assert factorise_(net, others)(x).shape == x.shape
+
+
 READ = {"by_dtype", "by_helper", "blocks.0.fc", "blocks.1.fc", "inner.0.0", "words"}
 
 
