@@ -191,6 +191,26 @@ def test_second_moments_that_fit_no_layer_are_refused(moments, message):
     factorise_(net, {"0": None}, second_moments={"0": torch.eye(12)})  # no harm
 
 
+@pytest.mark.parametrize(
+    ("factors", "moments", "message"),
+    [
+        (["0"], None, r"factors = \['0'\] must be a mapping, such as \{\"0\": "),
+        ("0", None, "factors = '0' must be a mapping"),
+        (None, None, "factors = None must be a mapping"),
+        ({0: ONE}, None, r"factors has the key 0, but keys must be strings: \{\"0\": "),
+        ({None: ONE}, None, "factors has the key None, but keys must be strings"),
+        ({"0": ONE}, [torch.eye(12)], r"second_moments = \[tensor\(\[\[1\., .*\s.* must be a"),
+        ({"0": ONE}, {0: torch.eye(12)}, "second_moments has the key 0, but keys must be strings"),
+        ({"0": ONE}, {"0": [1.0]}, "^0: second_moment must be a torch.Tensor, got list; use"),
+        ({"0": [ONE, TWO]}, {"0": [1.0]}, "^0: second_moment must be a torch.Tensor, got list"),
+    ],
+    ids=range(9),
+)
+def test_an_argument_of_another_type_is_told_what_it_must_be(factors, moments, message):
+    with pytest.raises(TypeError, match=message):
+        factorise_(nn.Sequential(nn.Linear(12, 8)), factors, second_moments=moments)
+
+
 def test_a_weight_that_is_not_finite_is_told_by_its_path():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(12, 8))
     with torch.no_grad():
@@ -368,6 +388,93 @@ def test_a_layer_is_refused_if_any_of_its_owners_reads_it():
 )
 def test_torchs_own_readers_are_found(owner):
     assert all(why for _, why in factorisable(owner).values())
+
+
+def scaled(cls: type[nn.Module]) -> type[nn.Module]:
+    return type("Scaled", (cls,), {"forward": lambda self, x: 2 * cls.forward(self, x)})
+
+
+def of_class(cls):
+    return lambda layer: setattr(layer, "__class__", cls)
+
+
+def replaced(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+
+
+def part(change):
+    return lambda layer: layer.parts.__setitem__(1, change(layer.parts[1]))
+
+
+def in_place(change):
+    def changed(layer):
+        change(layer)
+        return layer
+
+    return changed
+
+
+MAKE = {
+    "linear": lambda: KroneckerLinear(12, 8, (2, 3)),
+    "table": lambda: KroneckerEmbedding(9, 12, 3),
+    "sum": lambda: KroneckerSum(12, 8, [((2, 3), 1), ((8, 1), 1)]),
+}
+OWN = "has a forward of its own, so that its dense layer is unknown; remove it, or override to_"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("linear", of_class(scaled(KroneckerLinear)), f"^1.0: Scaled {OWN}linear"),
+        ("table", of_class(scaled(KroneckerEmbedding)), f"^1.0: Scaled {OWN}embedding"),
+        ("sum", of_class(scaled(KroneckerSum)), f"^1.0: Scaled {OWN}linear"),
+        *((kind, replaced, f"^1.0: Kronecker\\w+ {OWN}") for kind in MAKE),
+        ("sum", part(in_place(of_class(scaled(KroneckerLinear)))), f"^1.0: parts.1: Scaled {OWN}"),
+        ("sum", part(in_place(replaced)), f"^1.0: parts.1: KroneckerLinear {OWN}"),
+        ("sum", part(KroneckerLinear.to_linear), "^1.0: parts.1 is a Linear, but must be"),
+        ("sum", part(lambda p: nn.Sequential(p, nn.Tanh())), "^1.0: parts.1 is a Sequential"),
+    ],
+)
+def test_what_computes_something_else_is_not_made_dense(kind, change, message):
+    net = nn.Sequential(KroneckerLinear(12, 8, (2, 3)), nn.Sequential(MAKE[kind]()))
+    change(net[1][0])
+    before = [*net.modules()]
+    with pytest.raises(ValueError, match=message):
+        densify_(net)
+    assert [*net.modules()] == before
+
+
+def test_subclasses_of_the_same_function_and_hooks_are_no_obstacle_to_a_dense_layer():
+    class Named(KroneckerLinear):
+        """Without a forward of its own."""
+
+    class Doubled(KroneckerLinear):
+        """With one, and with the dense layer that it stands for."""
+
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+        def to_linear(self):
+            linear = super().to_linear()
+            linear.weight.data.mul_(2)
+            linear.bias.data.mul_(2)
+            return linear
+
+    net = nn.Sequential(Named(12, 8, (2, 3)), Doubled(8, 12, (2, 2)), MAKE["sum"]())
+    net[2].parts[0].bias = nn.Parameter(torch.randn(8))
+    for layer in net.modules():
+        layer.register_forward_hook(lambda *_: None)
+    for bias in (True, False):
+        if not bias:
+            net[2].bias = None
+        x = torch.randn(3, 12)
+        want = net(x)
+        dense = densify_(copy.deepcopy(net))
+        assert {type(m) for m in dense} == {nn.Linear}
+        torch.testing.assert_close(dense(x), want)
+    net[2].parts[0].bias = None
+    assert densify_(net)[2].bias is None
 
 
 def test_a_fused_block_is_not_taken_apart():
