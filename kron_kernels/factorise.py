@@ -27,8 +27,6 @@ Entry = list[dict[str, Any]]
 Terms = tuple[tuple[tuple[int, int], int], ...]  # the same, ((m1, n1), rank) each; () is dense
 Dense = nn.Linear | nn.Embedding  # or transformers' Conv1D
 
-_FACTORS = '{"0": [{"a_shape": [16, 2], "rank": 1}]}'
-
 
 def factorise_(
     module: nn.Module,
@@ -72,7 +70,7 @@ def factorise_(
             )
 
     def nearest(path: str, layer: Dense, terms: Terms) -> nn.Module:
-        with naming(path):
+        with _naming(path):
             return _nearest_layer(layer, terms, moments.get(path))
 
     return swap_(module, factors, nearest)
@@ -118,17 +116,18 @@ def dense_layer(
     path: str, layer: KroneckerLinear | KroneckerSum | KroneckerEmbedding
 ) -> nn.Linear | nn.Embedding:
     """The dense layer of the same function; an error names the path."""
-    with naming(path):
+    with _naming(path):
         return layer.to_embedding() if isinstance(layer, KroneckerEmbedding) else layer.to_linear()
 
 
 @contextmanager
-def naming(path: str) -> Iterator[None]:
+def _naming(path: str) -> Iterator[None]:
     """Within, errors about a layer begin with its path."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{path or 'the module'}: {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{path or 'the module'}: {error}") from error
 
 
 def factorisable(
@@ -231,7 +230,7 @@ def swap_(
     make: Callable[[str, Dense, Terms], nn.Module],
 ) -> nn.Module:
     """``factorise_`` with layers from ``make(path, layer, terms)``."""
-    check_mapping("factors", factors, _FACTORS)
+    check_mapping("factors", factors, '{"0": {"a_shape": [16, 2], "rank": 1}}')
     layers, new = factorisable(module), {}
     for path, entry in factors.items():
         terms = terms_of(entry, f"factors[{path!r}]")

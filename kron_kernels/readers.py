@@ -70,7 +70,8 @@ def _methods(cls: type[nn.Module]) -> list[ast.FunctionDef]:
             continue
         try:
             source = textwrap.dedent(inspect.getsource(inspect.unwrap(method)))
-            tree = ast.parse(source).body[0] if "weight" in source else None
+            mentioned = re.search(r"\bweight\b", source)
+            tree = ast.parse(source).body[0] if mentioned else None
         except (OSError, TypeError, SyntaxError):  # from an interpreter, compiled, or a lambda
             continue
         names += [n for n in re.findall(r"\bself\.(\w+)", source) if n not in names]
@@ -127,7 +128,7 @@ class _Names:
                 return self.chains(value)
             case ast.Subscript(value, ast.Constant(str(name))):
                 return {(*chain, name) for chain in self.chains(value)}
-            case ast.Subscript(value):
+            case ast.Subscript(value) | ast.Call(ast.Name("getattr"), [value, _, *_]):
                 return {(*chain, "*") for chain in self.chains(value)}
         return {(ast.unparse(node),)}
 

@@ -268,12 +268,15 @@ class Aliases(nn.Module):
         self.by_name = nn.ModuleDict({"fc": nn.Linear(12, 12)})
         self.blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(12, 12)})])
 
+        self.by_attribute = nn.Sequential()
+        self.by_attribute.fc = nn.Linear(12, 12)
+
     def forward(self, x, weight="fc"):
         local = self.local
         first, second = self.pair, self.plain
         typed: nn.Linear = self.typed
         x = x @ local.weight @ first.weight @ typed.weight
-        x = x @ getattr(self.got, "weight")  # noqa: B009
+        x = x @ getattr(self.got, "weight") @ getattr(self.by_attribute, weight).weight  # noqa: B009
         if (inside := self.walrus) is not None:
             x = x @ inside.weight
         for layer in self.looped:

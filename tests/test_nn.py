@@ -372,7 +372,7 @@ def test_a_sum_in_autocast_gives_the_lower_dtype_as_linear_does(called):
         ([((2, 4), 1, 2)], r"parts\[0\] = \(\(2, 4\), 1, 2\) must be \(a_shape, rank\): \(\(16, "),
         ([((2, 4), 1), 3], r"parts\[1\] = 3 must be \(a_shape, rank\)"),
         ([{"a_shape": (2, 4), "rank": 1}], r"parts\[0\] = \{'a_shape': .* must be \(a_shape, rank"),
-        (((2, 4), 1), "parts.* must be|a_shape = 2 must be two integers"),
+        (((2, 4), 1), r"parts\[1\] = 1 must be \(a_shape, rank\)"),
         (3, r"parts = 3 must be a list of \(a_shape, rank\)"),
         (None, "parts = None must be a list"),
         ("ab", "parts = 'ab' must be a list"),
