@@ -9,12 +9,11 @@ from torch.nn.modules import module as torch_module
 def unobserved(module: nn.Module) -> bool:
     """Whether a call of this module runs its class's ``forward`` and nothing else.
 
-    Not so with a hook of any kind, on it or on all modules, nor if the module has a ``forward`` of
-    its own (accelerate moves parameters by one, other tools replace the computation) or was
-    compiled by ``module.compile()``. ``nn.utils.prune`` and ``weight_norm`` are hooks.
+    False if any hook is set, on the module or globally, if the instance has its own ``forward`` (as
+    accelerate's offloading sets), or after ``module.compile()``. ``nn.utils.prune`` and
+    ``weight_norm`` are hooks.
 
-    It asks what ``nn.Module.__call__`` asks. Whether the class is one whose forward the caller
-    knows is for the caller to say.
+    It asks what ``nn.Module.__call__`` asks. The caller must check the class.
     """
     own = module.__dict__
     return not (

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kron_kernels.shapes import KronShape, check_integer, check_number, check_rank
+from kron_kernels.checks import check_tensor
+from kron_kernels.shapes import KronShape, check_integer, check_number, check_rank, parts_of
 
 # Elements of W converted to float64 at a time. 2**22 are 32 MB: 30522 x 768 peaks below 0.3 GB.
 _CHUNK = 2**22
@@ -61,6 +62,7 @@ def nearest_kronecker(
         descending order and each with ``‖A_k‖ = ‖B_k‖`` (before ``rescale``).
 
     Raises:
+        TypeError: If W or C is not a dense tensor.
         ValueError: If W is not a finite real matrix, ``a_shape`` does not divide it, ``rank``
             exceeds what the shapes allow, or C does not fit.
     """
@@ -104,11 +106,10 @@ def nearest_kronecker_sum(
         dtype and device, their terms in descending order and of equal norms.
 
     Raises:
-        ValueError: If there is no part, or for what ``nearest_kronecker`` refuses.
+        TypeError: For what ``nearest_kronecker`` refuses so.
+        ValueError: If there is no part, or for what ``nearest_kronecker`` refuses so.
     """
-    if not parts:
-        raise ValueError("parts is empty, but a sum needs at least one (a_shape, rank).")
-    shapes = [_check(weight, a_shape, rank, second_moment) for a_shape, rank in parts]
+    shapes = [_check(weight, a_shape, rank, second_moment) for a_shape, rank in parts_of(parts)]
     max_iterations, tolerance = _check_effort(max_iterations, tolerance)
     w, root = unit(weight.detach())
     w = w.double()
@@ -202,24 +203,37 @@ def _check_effort(max_iterations: int, tolerance: float) -> tuple[int, float]:
 def _check(
     weight: Tensor, a_shape: tuple[int, int], rank: int, second_moment: Tensor | None
 ) -> KronShape:
+    check_tensor("weight", weight)
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(
             f"weight must be a real floating-point matrix, got {weight.dtype} of shape "
             f"{tuple(weight.shape)}; factorise real and imaginary parts, or slices, one by one."
         )
     m, n = weight.shape
+    if not m or not n:
+        raise ValueError(f"weight is {m} x {n} and has no entries; it needs at least one.")
     s = KronShape.split(m, n, a_shape, rank)
     check_rank(s)
     if weight.is_meta:
         raise ValueError("weight is on the meta device and has no values; load it first.")
     check_finite("weight", weight)
     if second_moment is not None:
+        check_tensor("second_moment", second_moment)
         if second_moment.shape != (n, n):
             raise ValueError(
                 f"second_moment must be E[x xᵀ] of shape ({n}, {n}), the weight's columns, "
                 f"got {tuple(second_moment.shape)}."
             )
-        if second_moment.is_complex() or not torch.isfinite(second_moment).all():
+        if not second_moment.is_floating_point():
+            raise ValueError(
+                f"second_moment must be real floating point, got {second_moment.dtype}; sum x xᵀ "
+                "of real x in float32 or better."
+            )
+        if second_moment.is_meta:
+            raise ValueError(
+                "second_moment is on the meta device and has no values; compute it first."
+            )
+        if not torch.isfinite(second_moment).all():
             raise ValueError(
                 f"second_moment must be real and finite, got {second_moment.dtype} with "
                 f"{int((~torch.isfinite(second_moment)).sum())} entries that are NaN or infinite; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from kron_kernels.nn import (
     filled,
 )
 from kron_kernels.readers import reader
-from kron_kernels.shapes import KronShape, check_integer, check_rank, sides_of
+from kron_kernels.shapes import KronShape, check_integer, check_mapping, check_rank, sides_of
 
 # The terms of a layer's weight, {"a_shape": [m1, n1], "rank": r} each; None is a dense layer.
 Entry = list[dict[str, Any]]
@@ -51,10 +52,13 @@ def factorise_(
         ``module``, or the layer that stands for it.
 
     Raises:
+        TypeError: If ``factors`` or ``second_moments`` is not a mapping from strings, or a second
+            moment not a dense tensor.
         ValueError: If a path leads to no layer that can be replaced, its terms do not fit, or its
             weight or second moment is not finite.
     """
-    moments = second_moments or {}
+    moments = {} if second_moments is None else second_moments
+    check_mapping("second_moments", moments, '{"0": x.T @ x / len(x)}')
     layers = factorisable(module)
     for path in moments:
         if path not in layers:
@@ -66,10 +70,8 @@ def factorise_(
             )
 
     def nearest(path: str, layer: Dense, terms: Terms) -> nn.Module:
-        try:
+        with _naming(path):
             return _nearest_layer(layer, terms, moments.get(path))
-        except ValueError as error:
-            raise ValueError(f"{path or 'the module'}: {error}") from error
 
     return swap_(module, factors, nearest)
 
@@ -86,13 +88,15 @@ def densify_(module: nn.Module) -> nn.Module:
         ``module``, or the dense layer that stands for it.
 
     Raises:
-        ValueError: If it has a ``KroneckerFeedForward``, which needs its layers' factors.
+        ValueError: If it has a ``KroneckerFeedForward``, which needs its layers' factors, or a
+            layer with a ``forward`` of its own. Nothing is replaced then.
     """
-    found: list[KroneckerLinear | KroneckerSum | KroneckerEmbedding] = []
+    dense: dict[nn.Module, nn.Module] = {}
 
     def visit(path: str, m: nn.Module) -> None:
         if isinstance(m, KroneckerLinear | KroneckerSum | KroneckerEmbedding):
-            found.append(m)
+            if m not in dense:
+                dense[m] = dense_layer(path, m)
             return
         if isinstance(m, KroneckerFeedForward):
             raise ValueError(
@@ -103,10 +107,27 @@ def densify_(module: nn.Module) -> nn.Module:
             visit(f"{path}.{name}" if path else name, child)
 
     visit("", module)
-    for m in found:
-        dense = m.to_embedding() if isinstance(m, KroneckerEmbedding) else m.to_linear()
-        module = _replaced(module, m, dense)
+    for old, new in dense.items():
+        module = _replaced(module, old, new)
     return module
+
+
+def dense_layer(
+    path: str, layer: KroneckerLinear | KroneckerSum | KroneckerEmbedding
+) -> nn.Linear | nn.Embedding:
+    """The dense layer of the same function; an error names the path."""
+    with _naming(path):
+        return layer.to_embedding() if isinstance(layer, KroneckerEmbedding) else layer.to_linear()
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Within, errors about a layer begin with its path."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{path or 'the module'}: {error}") from error
 
 
 def factorisable(
@@ -209,6 +230,7 @@ def swap_(
     make: Callable[[str, Dense, Terms], nn.Module],
 ) -> nn.Module:
     """``factorise_`` with layers from ``make(path, layer, terms)``."""
+    check_mapping("factors", factors, '{"0": {"a_shape": [16, 2], "rank": 1}}')
     layers, new = factorisable(module), {}
     for path, entry in factors.items():
         terms = terms_of(entry, f"factors[{path!r}]")

@@ -11,13 +11,19 @@ from torch import Tensor, nn
 
 from kron_kernels.backends import eager
 from kron_kernels.calls import unobserved
-from kron_kernels.checks import Activation
+from kron_kernels.checks import Activation, check_tensor
 from kron_kernels.decompose import dense_weight, nearest_kronecker, nearest_kronecker_sum
 from kron_kernels.dispatch import Backend
 from kron_kernels.embedding import kron_cross_entropy, kron_embedding
 from kron_kernels.functional import kron_matmul
 from kron_kernels.fused import kron_feed_forward
-from kron_kernels.shapes import KronShape, check_integer, check_number, nearest_divisors
+from kron_kernels.shapes import (
+    KronShape,
+    check_integer,
+    check_number,
+    nearest_divisors,
+    parts_of,
+)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -125,7 +131,12 @@ class KroneckerLinear(nn.Module):
         """The dense layer of the same function: an escape hatch for export and merging.
 
         Its weight is frozen if all factors are, and its bias if theirs is.
+
+        Raises:
+            ValueError: If the layer has a ``forward`` of its own. A subclass that has one may
+                override this method as well.
         """
+        _check_forward(self, "to_linear")
         linear = nn.utils.skip_init(
             nn.Linear,
             self.in_features,
@@ -164,6 +175,22 @@ def readable(layer: nn.Module) -> TypeGuard[KroneckerLinear]:
     )
 
 
+def _check_forward(layer: nn.Module, method: str) -> None:
+    """Raise if a layer's ``forward`` is not the one that this method makes a dense layer of.
+
+    That may be the layer's own, or that of a subclass which does not override the method.
+    """
+    classes = type(layer).__mro__
+    forward, dense = (
+        next(i for i, c in enumerate(classes) if name in vars(c)) for name in ("forward", method)
+    )
+    if forward < dense or "forward" in vars(layer):
+        raise ValueError(
+            f"{type(layer).__name__} has a forward of its own, so that its dense layer is unknown; "
+            f"remove it, or override {method} in its class."
+        )
+
+
 class KroneckerSum(nn.Module):
     """``y = x (Σ_p W_p)ᵀ + bias``, W_p the weight of a ``KroneckerLinear`` of its own shape.
 
@@ -192,12 +219,10 @@ class KroneckerSum(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if not parts:
-            raise ValueError("parts is empty, but a sum needs at least one (a_shape, rank).")
         new: dict[str, Any] = {"device": device, "dtype": dtype}
         self.parts: Sequence[KroneckerLinear] = nn.ModuleList(  # type: ignore[assignment]
             KroneckerLinear(in_features, out_features, shape, rank, False, backend=backend, **new)
-            for shape, rank in parts
+            for shape, rank in parts_of(parts)
         )
         first = self.parts[0]
         self.in_features, self.out_features = first.in_features, first.out_features
@@ -243,7 +268,7 @@ class KroneckerSum(nn.Module):
             rescale: Keep the weight's norm, see ``nearest_kronecker_sum``.
             backend: Passed to ``kron_matmul``.
         """
-        weight = linear.weight
+        weight, parts = linear.weight, parts_of(parts)
         fitted = nearest_kronecker_sum(weight, parts, second_moment=second_moment, rescale=rescale)
         layer = nn.utils.skip_init(
             cls,
@@ -264,25 +289,43 @@ class KroneckerSum(nn.Module):
         """The dense layer of the same function: an escape hatch for export and merging.
 
         Its weight is frozen if all factors are, and its bias if theirs is.
+
+        Raises:
+            ValueError: If the layer or a part has a ``forward`` of its own, see
+                ``KroneckerLinear.to_linear``, or a part is no longer a ``KroneckerLinear``.
         """
-        first, *others = self.parts
+        _check_forward(self, "to_linear")
+        dense = []
+        for i, part in enumerate(self.parts):
+            if not isinstance(part, KroneckerLinear):
+                raise ValueError(
+                    f"parts.{i} is a {type(part).__name__}, but must be a KroneckerLinear for the "
+                    "sum to be made dense; put one in its place."
+                )
+            try:
+                dense.append(part.to_linear())
+            except ValueError as error:
+                raise ValueError(f"parts.{i}: {error}") from error
+        weights = [layer.weight for layer in dense]
+        # A part may have been given a bias.
+        biases = [t for t in (self.bias, *(layer.bias for layer in dense)) if t is not None]
         linear = nn.utils.skip_init(
             nn.Linear,
             self.in_features,
             self.out_features,
-            self.bias is not None,
-            device=first.a.device,
-            dtype=first.a.dtype,
+            bool(biases),
+            device=weights[0].device,
+            dtype=weights[0].dtype,
         )
-        weight = sum((dense_weight(p.a, p.b) for p in others), dense_weight(first.a, first.b))
-        weight = as_trainable(weight, *(t for p in self.parts for t in (p.a, p.b)))
-        return filled(linear, like=self, weight=weight, bias=self.bias)
+        weight = as_trainable(sum(weights[1:], weights[0]), *weights)
+        bias = as_trainable(sum(biases[1:], biases[0]), *biases) if biases else None
+        return filled(linear, like=self, weight=weight, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (…, in_features)`` to ``y (…, out_features)``."""
-        # Each part adds the sum of those before it. A compiled kernel does so while it holds y, the
-        # two GEMMs of a low-rank part in a pass of its own: those come first, and before them the
-        # parts that must be called.
+        # Each part adds the sum of those before it. Parts that must be called come first, then
+        # low-rank ones (two GEMMs and a pass for the sum), then those whose kernel adds the sum
+        # while it holds y.
         read: list[KroneckerLinear] = []
         y: Any = None
         for part in self.parts:
@@ -291,7 +334,7 @@ class KroneckerSum(nn.Module):
             else:
                 y = part(x) if y is None else y + part(x)
         if not read:
-            return y if self.bias is None else y + self.bias
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         *first, last = sorted(read, key=lambda part: not part.shape.is_low_rank)
         for part in first:
             y = kron_matmul(x, part.a, part.b, residual=y, backend=part.backend)
@@ -314,8 +357,8 @@ class KroneckerFeedForward(nn.Module):
         up: From the model's width to the hidden one.
         down: And back; its ``in_features`` are up's ``out_features``.
         activation: Between the two, as for ``kron_matmul``.
-        backend: Passed to ``kron_feed_forward``. A layer whose own backend is not ``"auto"`` keeps
-            it, and so does a layer that is called.
+        backend: Passed to ``kron_feed_forward``. A layer keeps its own backend if that is not
+            ``"auto"``, or if the layer is called.
 
     Raises:
         ValueError: If the layers do not fit one another, or there is no such activation.
@@ -347,10 +390,13 @@ class KroneckerFeedForward(nn.Module):
         up, down = self.up, self.down
         if not (readable(up) and readable(down)):
             y = down(eager.epilogue(up(x), self.activation, None))
-            if residual is not None and residual.shape != y.shape:
-                raise ValueError(
-                    f"residual must have y's shape {tuple(y.shape)}, got {tuple(residual.shape)}."
-                )
+            if residual is not None:
+                check_tensor("residual", residual)
+                if residual.shape != y.shape:
+                    raise ValueError(
+                        f"residual must have y's shape {tuple(y.shape)}, "
+                        f"got {tuple(residual.shape)}."
+                    )
             return eager.epilogue(y, None, residual)
         first, second = (
             self.backend if layer.backend == "auto" else layer.backend for layer in (up, down)
@@ -473,7 +519,13 @@ class KroneckerEmbedding(nn.Module):
         return filled(table, like=embedding, a=a, b=b)
 
     def to_embedding(self) -> nn.Embedding:
-        """The dense table of the same rows, frozen if both factors are."""
+        """The dense table of the same rows, frozen if both factors are.
+
+        Raises:
+            ValueError: If the table has a ``forward`` of its own. A subclass that has one may
+                override this method as well.
+        """
+        _check_forward(self, "to_embedding")
         embedding = nn.utils.skip_init(
             nn.Embedding,
             self.num_embeddings,

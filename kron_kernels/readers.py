@@ -10,11 +10,14 @@ import ast
 import inspect
 import re
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 from torch import nn
+
+Chain = tuple[str, ...]  # ("self", "layers", "*", "linear1") for self.layers[0].linear1
 
 
 def reader(module: nn.Module, path: str) -> str | None:
@@ -27,25 +30,33 @@ def reader(module: nn.Module, path: str) -> str | None:
     names = path.split(".")
     for depth in reversed(range(len(names))):
         owner = module.get_submodule(".".join(names[:depth]))
-        below = tuple("*" if name.isdecimal() else name for name in names[depth:])
-        for root, *found in _reads(owner):
-            # `self.wo.weight` is exact; behind another variable is some module below.
-            chain = tuple(found)
-            if chain == below if root == "self" else chain and below[-len(chain) :] == chain:
-                return type(owner).__name__
+        if any(_leads_to(chain, names[depth:]) for chain in _reads(owner)):
+            return type(owner).__name__
     return None
 
 
-def _reads(owner: nn.Module) -> Iterator[list[str]]:
-    """``["self", "layers", "*", "linear1"]`` for each ``self.layers[0].linear1.weight``."""
+def _leads_to(chain: Chain, below: list[str]) -> bool:
+    """Whether what a method of a module reads may be the layer of this path below the module."""
+    root, *found = chain
+    # `self.wo` is exact; behind another variable is some module below.
+    exact = root == "self"
+    end = below if exact else below[-len(found) :]
+    return len(found) == len(end) > 0 and all(
+        f == name or (f == "*" and (exact or name.isdecimal()))
+        for f, name in zip(found, end, strict=True)
+    )
+
+
+def _reads(owner: nn.Module) -> Iterator[Chain]:
+    """Of what its methods read the weight."""
     # mypy has it that a class is not hashable.
     for method in _methods(type(owner)):  # type: ignore[arg-type]
         known = dict.fromkeys(_optional(method.args), None) | {"self": owner}
-        for node in _reachable(method, known):
-            if not isinstance(node, ast.Attribute) or node.attr != "weight":
-                continue
-            if isinstance(node.ctx, ast.Load):
-                yield re.sub(r"\[[^]]*\]", ".*", ast.unparse(node.value)).split(".")
+        nodes = [*_reachable(method, known)]
+        names = _Names(nodes)
+        for node in nodes:
+            if (value := _read(node)) is not None:
+                yield from names.chains(value)
 
 
 @cache
@@ -59,7 +70,8 @@ def _methods(cls: type[nn.Module]) -> list[ast.FunctionDef]:
             continue
         try:
             source = textwrap.dedent(inspect.getsource(inspect.unwrap(method)))
-            tree = ast.parse(source).body[0] if ".weight" in source else None
+            mentioned = re.search(r"\bweight\b", source)
+            tree = ast.parse(source).body[0] if mentioned else None
         except (OSError, TypeError, SyntaxError):  # from an interpreter, compiled, or a lambda
             continue
         names += [n for n in re.findall(r"\bself\.(\w+)", source) if n not in names]
@@ -76,18 +88,145 @@ def _optional(args: ast.arguments) -> list[str]:
     return [a.arg for a, d in pairs if isinstance(d, ast.Constant) and d.value is None]
 
 
-def _reachable(node: ast.AST, known: dict[str, Any]) -> Iterator[ast.AST]:
+def _read(node: ast.AST) -> ast.expr | None:
+    """``x`` of ``x.weight`` and ``getattr(x, "weight")``; with a default it reads nothing."""
+    match node:
+        case ast.Attribute(value, "weight", ast.Load()):
+            return value
+        case ast.Call(ast.Name("getattr"), [value, ast.Constant("weight")]):
+            return value
+    return None
+
+
+class _Names:
+    """What the local names of a method stand for, as far as that is something of ``self``."""
+
+    def __init__(self, nodes: list[ast.AST]):
+        self._of: dict[str, set[Chain]] = defaultdict(set)
+        for node in nodes:
+            match node:
+                case ast.Assign(targets, value):
+                    for target in targets:
+                        self._assign(target, value)
+                case ast.AnnAssign(target, value=ast.expr() as value) | ast.NamedExpr(
+                    target, value
+                ):
+                    self._assign(target, value)
+                case ast.For(target, each) | ast.comprehension(target, each):
+                    self._loop(target, each)
+
+    def chains(self, node: ast.expr) -> set[Chain]:
+        """What an expression may be."""
+        match node:
+            case ast.Name(name):
+                return self._of.get(name) or {(name,)}
+            case ast.Attribute(value, name):
+                return {(*chain, name) for chain in self.chains(value)}
+            case ast.Call(ast.Name("getattr"), [value, ast.Constant(str(name)), *_]):
+                return {(*chain, name) for chain in self.chains(value)}
+            case ast.Subscript(value, ast.Slice()):
+                return self.chains(value)
+            case ast.Subscript(value, ast.Constant(str(name))):
+                return {(*chain, name) for chain in self.chains(value)}
+            case ast.Subscript(value) | ast.Call(ast.Name("getattr"), [value, _, *_]):
+                return {(*chain, "*") for chain in self.chains(value)}
+        return {(ast.unparse(node),)}
+
+    def _bind(self, target: ast.expr, chains: set[Chain]) -> None:
+        if isinstance(target, ast.Name):
+            # A name that may be something else, too, is some variable as well.
+            self._of[target.id] |= {c if c[0] == "self" else (target.id,) for c in chains}
+
+    def _assign(self, target: ast.expr, value: ast.expr) -> None:
+        match target, value:
+            case ast.Tuple(targets) | ast.List(targets), ast.Tuple(values) | ast.List(values):
+                for one, other in zip(targets, values, strict=False):
+                    self._assign(one, other)
+            case _:
+                # `x = x[0]` may be repeated without end.
+                own = any(
+                    isinstance(n, ast.Name) and n.id == ast.unparse(target) for n in ast.walk(value)
+                )
+                self._bind(target, {("",)} if own else self.chains(value))
+
+    def _loop(self, target: ast.expr, each: ast.expr) -> None:
+        match each, target:
+            case ast.Call(ast.Name("enumerate"), [inner, *_]), ast.Tuple([_, item]):
+                self._loop(item, inner)
+            case ast.Call(ast.Name("zip"), inners), ast.Tuple(items):
+                for item, inner in zip(items, inners, strict=False):
+                    self._loop(item, inner)
+            case ast.Call(ast.Name("reversed" | "list" | "tuple"), [inner]), _:
+                self._loop(target, inner)
+            case ast.Call(ast.Attribute(inner, "values" | "children"), []), _:
+                self._loop(target, inner)
+            case (
+                ast.Call(ast.Attribute(inner, "items" | "named_children"), []),
+                ast.Tuple([_, item]),
+            ):
+                self._loop(item, inner)
+            case ast.Tuple(values) | ast.List(values), _:
+                for value in values:
+                    self._assign(target, value)
+            case _:
+                self._bind(target, {(*chain, "*") for chain in self.chains(each)})
+
+
+def _reachable(
+    node: ast.AST, known: dict[str, Any], guarded: frozenset[str] = frozenset()
+) -> Iterator[ast.AST]:
     """The nodes of a tree without branches that settings or missing arguments rule out.
 
     BLOOM, for one, reads weights only ``if self.pretraining_tp > 1 and self.slow_but_exact``, and
-    DeBERTa unless ``query_states is None``.
+    DeBERTa unless ``query_states is None``. And without reads of a weight only where there is one,
+    behind ``hasattr(x, "weight")`` or before ``except AttributeError``.
     """
-    yield node
-    children: Iterator[ast.AST] | list[ast.stmt] = ast.iter_child_nodes(node)
-    if isinstance(node, ast.If) and (taken := _value(node.test, known)) is not None:
-        children = node.body if taken else node.orelse
-    for child in children:
-        yield from _reachable(child, known)
+    child: ast.AST
+    value = _read(node)
+    if value is None or ast.unparse(value) not in guarded:
+        yield node
+    match node:
+        case ast.If(test) if (taken := _value(test, known)) is not None:
+            for child in node.body if taken else node.orelse:
+                yield from _reachable(child, known, guarded)
+        case ast.If(test) | ast.IfExp(test):
+            yield from _reachable(test, known, guarded)
+            for branch, holds in ((node.body, True), (node.orelse, False)):
+                for child in branch if isinstance(branch, list) else [branch]:
+                    yield from _reachable(child, known, guarded | _with_weight(test, holds))
+        case ast.BoolOp(op, operands):
+            for operand in operands:
+                yield from _reachable(operand, known, guarded)
+                guarded |= _with_weight(operand, isinstance(op, ast.And))
+        case ast.Try(handlers=handlers):
+            caught = any(
+                h.type is None or "AttributeError" in ast.unparse(h.type) for h in handlers
+            )
+            for child in ast.iter_child_nodes(node):
+                for found in _reachable(child, known, guarded):
+                    if not (caught and child in node.body and _read(found) is not None):
+                        yield found
+        case _:
+            for child in ast.iter_child_nodes(node):
+                yield from _reachable(child, known, guarded)
+
+
+def _with_weight(test: ast.expr, holds: bool) -> frozenset[str]:
+    """The expressions that have a weight if this condition holds, or if it does not."""
+    match test:
+        case ast.Call(ast.Name("hasattr"), [value, ast.Constant("weight")]) if holds:
+            return frozenset({ast.unparse(value)})
+        case ast.Compare(
+            ast.Call(ast.Name("getattr"), [value, ast.Constant("weight"), ast.Constant(None)]),
+            [ast.IsNot() | ast.Is() as op],
+            [ast.Constant(None)],
+        ) if holds == isinstance(op, ast.IsNot):
+            return frozenset({ast.unparse(value)})
+        case ast.UnaryOp(ast.Not(), operand):
+            return _with_weight(operand, not holds)
+        case ast.BoolOp(op, operands) if holds == isinstance(op, ast.And):
+            return frozenset[str]().union(*(_with_weight(o, holds) for o in operands))
+    return frozenset()
 
 
 _PLAIN = (

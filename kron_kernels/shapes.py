@@ -39,13 +39,11 @@ class KronShape(NamedTuple):
         """The shape whose left factor is ``a_shape``, for a weight of the given size.
 
         Raises:
-            ValueError: If ``a_shape`` is not two integers or does not divide the weight, or the
-                rank is not positive.
+            ValueError: If a size or the rank is not a positive integer, or ``a_shape`` is not two
+                integers or does not divide the weight.
         """
-        m = check_integer("out_features", out_features, 0)
-        n = check_integer("in_features", in_features, 0)
-        if not m or not n:
-            raise ValueError(f"a weight of {m} x {n} has no entries.")
+        m = check_integer("out_features", out_features)
+        n = check_integer("in_features", in_features)
         m1, n1 = sides_of(a_shape)
         check_divides("rows", m, m1, 0)
         check_divides("columns", n, n1, 1)
@@ -133,7 +131,7 @@ def check_integer(name: str, value: Any, least: int | None = 1) -> int:
     """The value as an ``int``: Python's, NumPy's and torch's integers, but no bool and no float.
 
     Raises:
-        ValueError: If it is none, or less than ``least``.
+        ValueError: If it is not an integer, or less than ``least``.
     """
     # NumPy's bools refuse to be an index, torch's do not.
     is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")) == "torch.bool"
@@ -155,7 +153,7 @@ def check_number(name: str, value: Any, least: float = 0.0) -> float:
     """
     try:
         number = math.nan if isinstance(value, bool | str) else float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # torch's are RuntimeErrors
         number = math.nan
     if not least <= number < math.inf:
         raise ValueError(f"{name} = {value!r} must be a finite number of at least {least:g}.")
@@ -166,7 +164,7 @@ def sides_of(a_shape: Any) -> tuple[int, int]:
     """``(m1, n1)`` of the left factor, from any sequence of two integers.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not two integers.
     """
     try:
         sides = () if isinstance(a_shape, str | bytes | Mapping | Set) else tuple(a_shape)
@@ -179,6 +177,39 @@ def sides_of(a_shape: Any) -> tuple[int, int]:
         )
     m1, n1 = (check_integer(f"a_shape[{i}]", side, None) for i, side in enumerate(sides))
     return m1, n1
+
+
+def parts_of(parts: Any) -> list[tuple[tuple[int, int], int]]:
+    """``(a_shape, rank)`` of each part of a sum, from any iterable of such pairs.
+
+    Raises:
+        ValueError: If it is not such an iterable, or is empty.
+    """
+    try:
+        found = None if isinstance(parts, str | bytes | Mapping | Set) else list(parts)
+    except TypeError:
+        found = None
+    if found is None:
+        raise ValueError(f"parts = {parts!r} must be a list of (a_shape, rank): [((16, 2), 1)].")
+    if not found:
+        raise ValueError("parts is empty, but a sum needs at least one (a_shape, rank).")
+    for i, part in enumerate(found):
+        if not isinstance(part, list | tuple) or len(part) != 2:
+            raise ValueError(f"parts[{i}] = {part!r} must be (a_shape, rank): ((16, 2), 1).")
+    return [(a_shape, rank) for a_shape, rank in found]
+
+
+def check_mapping(name: str, value: Any, example: str) -> None:
+    """Raise unless it is a mapping from strings.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} = {value!r:.80} must be a mapping, such as {example}.")
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} has the key {key!r:.80}, but keys must be strings: {example}.")
 
 
 # Trial division goes this far: exact up to 10**12, and 0.1 s for the largest prime below.

@@ -26,6 +26,7 @@ from kron_kernels import (
     nearest_kronecker_sum,
 )
 from kron_kernels.decompose import check_finite
+from kron_kernels.factorise import dense_layer
 from kron_kernels.nn import as_trainable
 from kron_kernels.plan import Plan
 from kroneckerbert.calibration import checked_batches, refit, second_moments
@@ -143,6 +144,7 @@ def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
 
     Raises:
         TypeError: If ``model`` is not a Kronecker model.
+        ValueError: If a factorised layer has a ``forward`` of its own.
     """
     if not isinstance(model, KroneckerPreTrainedModel):
         raise TypeError(
@@ -163,8 +165,7 @@ def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
             if key != "bias":
                 state.pop(f"{name}.{key}", None)  # the parts of a sum are modules, too
         if name in factorised:  # else it is tied: the dense decoder is so to the dense table
-            is_table = isinstance(module, KroneckerEmbedding)
-            weight = (module.to_embedding() if is_table else module.to_linear()).weight
+            weight = dense_layer(name, module).weight
             is_conv1d = isinstance(stock.get_submodule(name), Conv1D)
             state[f"{name}.weight"] = as_trainable(weight.mT if is_conv1d else weight, weight)
     return _rebuild(model.dense_class, config, state, like=model)

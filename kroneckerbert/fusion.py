@@ -158,6 +158,8 @@ class _Attention(_Fused):
 class KroneckerProjection(KroneckerLinear):
     """One of an attention's three, which hands out what is ready for this very input."""
 
+    to_linear = KroneckerLinear.to_linear  # its forward is of the same function
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and _calls.ahead is not None:
             y = _calls.ahead.take(self, x)

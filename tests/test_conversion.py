@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import Linear
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -16,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from kron_kernels import nearest_kronecker
+from kron_kernels import densify_, nearest_kronecker
 from kroneckerbert import (
     KroneckerBertConfig,
     KroneckerBertForMaskedLM,
@@ -31,6 +32,7 @@ from kroneckerbert import (
     second_moments,
 )
 from kroneckerbert.calibration import refit
+from kroneckerbert.fusion import KroneckerProjection
 
 BASE = BertConfig(
     vocab_size=64,
@@ -207,6 +209,18 @@ def test_decompress_gives_the_stock_class_and_the_same_outputs(cls, tmp_path):
     again, info = cls.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert torch.equal(again(**batch)[0], dense(**batch)[0])
+
+
+def test_decompress_refuses_a_layer_with_a_forward_of_its_own():
+    student = compress(teacher(BertModel))
+    layer = student.encoder.layer[1].attention.self.query
+    assert type(layer) is KroneckerProjection  # whose forward is of the same function
+    assert type(densify_(copy.deepcopy(student)).encoder.layer[1].attention.self.query) is Linear
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    for undo in (decompress, densify_):
+        with pytest.raises(ValueError, match=r"^encoder.layer.1.attention.self.query: Kronecker"):
+            undo(student)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

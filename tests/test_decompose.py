@@ -654,12 +654,20 @@ def test_a_sum_of_parts_that_do_not_fit_is_refused():
         (dict(weight=torch.full((4, 6), -math.inf)), "weight has 24 entries that are NaN or inf"),
         (dict(weight=torch.ones(4, 6, dtype=torch.int64)), "got torch.int64 of shape (4, 6)"),
         (dict(weight=torch.ones(4, 6, dtype=torch.complex64)), "got torch.complex64 of shape"),
+        (dict(weight=torch.ones(0, 6)), "weight is 0 x 6 and has no entries"),
+        (dict(tolerance=10**400), "must be a finite number of at least 0"),
+        (dict(tolerance=torch.ones(2)), "must be a finite number of at least 0"),
         (dict(weight=torch.ones(2, 4, 6)), "got torch.float32 of shape (2, 4, 6)"),
         (dict(weight=torch.ones(4)), "real floating-point matrix, got torch.float32 of shape (4,)"),
         (
             dict(second_moment=torch.eye(4)),
             "second_moment must be E[x xᵀ] of shape (6, 6), the weight's columns, got (4, 4).",
         ),
+        *(
+            (dict(second_moment=torch.eye(6).to(dtype)), f"real floating point, got {dtype}; sum")
+            for dtype in (torch.bool, torch.int64, torch.complex64)
+        ),
+        (dict(second_moment=torch.eye(6, device="meta")), "second_moment is on the meta device"),
         (dict(second_moment=torch.ones(6)), "of shape (6, 6), the weight's columns, got (6,)."),
         (
             dict(second_moment=torch.full((6, 6), torch.nan)),
@@ -676,6 +684,34 @@ def test_a_bad_call_is_told_the_value_the_rule_and_the_remedy(change, message):
     with pytest.raises(ValueError) as refusal:
         nearest_kronecker(**call)
     assert message in str(refusal.value)
+
+
+NO_DENSE_TENSORS = {
+    "list": torch.ones(6, 6).tolist(),
+    "ndarray": np.ones((6, 6)),
+    "sparse": torch.eye(6).to_sparse(),
+    "nested": torch.nested.nested_tensor([torch.ones(6)] * 2, layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("given", NO_DENSE_TENSORS)
+def test_what_is_no_dense_tensor_is_told_what_to_pass(given):
+    message = {
+        "list": "must be a torch.Tensor, got list; use torch.as_tensor",
+        "ndarray": "must be a torch.Tensor, got numpy.ndarray; use torch.as_tensor",
+        "sparse": "has layout torch.sparse_coo, but must be dense; use .to_dense()",
+        "nested": "is a nested tensor, but must be dense; pass its .values()",
+    }[given]
+    for fit in (
+        lambda *args, **more: nearest_kronecker(*args, (2, 2), **more),
+        lambda *args, **more: nearest_kronecker_sum(*args, [((2, 2), 1)], **more),
+    ):
+        with pytest.raises(TypeError, match=f"weight {message}"):
+            fit(NO_DENSE_TENSORS[given])
+        with pytest.raises(TypeError, match=f"second_moment {message}"):
+            fit(torch.ones(6, 6), second_moment=NO_DENSE_TENSORS[given])
+        with pytest.raises(TypeError, match=r"weight must be a torch.Tensor, got NoneType"):
+            fit(None)
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,26 @@ def test_second_moments_that_fit_no_layer_are_refused(moments, message):
     factorise_(net, {"0": None}, second_moments={"0": torch.eye(12)})  # no harm
 
 
+@pytest.mark.parametrize(
+    ("factors", "moments", "message"),
+    [
+        (["0"], None, r"factors = \['0'\] must be a mapping, such as \{\"0\": "),
+        ("0", None, "factors = '0' must be a mapping"),
+        (None, None, "factors = None must be a mapping"),
+        ({0: ONE}, None, r"factors has the key 0, but keys must be strings: \{\"0\": "),
+        ({None: ONE}, None, "factors has the key None, but keys must be strings"),
+        ({"0": ONE}, [torch.eye(12)], r"second_moments = \[tensor\(\[\[1\., .*\s.* must be a"),
+        ({"0": ONE}, {0: torch.eye(12)}, "second_moments has the key 0, but keys must be strings"),
+        ({"0": ONE}, {"0": [1.0]}, "^0: second_moment must be a torch.Tensor, got list; use"),
+        ({"0": [ONE, TWO]}, {"0": [1.0]}, "^0: second_moment must be a torch.Tensor, got list"),
+    ],
+    ids=range(9),
+)
+def test_an_argument_of_another_type_is_told_what_it_must_be(factors, moments, message):
+    with pytest.raises(TypeError, match=message):
+        factorise_(nn.Sequential(nn.Linear(12, 8)), factors, second_moments=moments)
+
+
 def test_a_weight_that_is_not_finite_is_told_by_its_path():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(12, 8))
     with torch.no_grad():
@@ -231,6 +251,108 @@ class Readers(nn.Module):
         return torch.nn.functional.linear(x, self.by_helper.weight) @ self.words.weight.mT
 
 
+class Aliases(nn.Module):
+    """Reads weights through local names, loop variables and ``getattr``."""
+
+    def __init__(self):
+        super().__init__()
+        names = ["local", "pair", "walrus", "got", "typed", "plain", "called"]
+        for name in names:
+            setattr(self, name, nn.Linear(12, 12))
+        lists = ["looped", "counted", "zipped", "reverse", "sliced", "listed", "children_"]
+        for name in lists:
+            setattr(self, name, nn.ModuleList([nn.Linear(12, 12)]))
+        self.table = nn.ModuleDict({"a": nn.Linear(12, 12), "b": nn.Linear(12, 12)})
+        self.by_value = nn.ModuleDict({"fc": nn.Linear(12, 12)})
+        self.by_item = nn.ModuleDict({"fc": nn.Linear(12, 12)})
+        self.by_name = nn.ModuleDict({"fc": nn.Linear(12, 12)})
+        self.blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(12, 12)})])
+
+        self.by_attribute = nn.Sequential()
+        self.by_attribute.fc = nn.Linear(12, 12)
+
+    def forward(self, x, weight="fc"):
+        local = self.local
+        first, second = self.pair, self.plain
+        typed: nn.Linear = self.typed
+        x = x @ local.weight @ first.weight @ typed.weight
+        x = x @ getattr(self.got, "weight") @ getattr(self.by_attribute, weight).weight  # noqa: B009
+        if (inside := self.walrus) is not None:
+            x = x @ inside.weight
+        for layer in self.looped:
+            x = nn.functional.linear(x, layer.weight)
+        for _i, layer in enumerate(self.counted):
+            x = x @ layer.weight
+        for layer, _ in zip(self.zipped, x, strict=False):
+            x = x @ layer.weight
+        for layer in reversed(self.reverse):
+            x = x @ layer.weight
+        for layer in self.sliced[:3]:
+            x = x @ layer.weight
+        x = sum(x @ layer.weight for layer in self.listed)
+        for layer in self.children_.children():
+            x = x @ layer.weight
+        for layer in self.by_value.values():
+            x = x @ layer.weight
+        for _, layer in self.by_item.items():
+            x = x @ layer.weight
+        for block in self.blocks:
+            fc = block.fc
+            x = x @ fc.weight
+        called = self.called
+        y = called(x)
+        return second(x) @ y.weight @ self.table["a"].weight @ self.by_name[weight].weight
+
+
+def test_a_weight_read_through_a_local_name_or_a_loop_is_found():
+    found = {path for path, (_, why) in factorisable(Aliases()).items() if why is None}
+    assert found == {"plain", "called", "table.b"}
+
+
+class Guarded(nn.Module):
+    """Reads weights only where there are any, but for the last two."""
+
+    def __init__(self):
+        super().__init__()
+        self.tested, self.negated, self.both, self.either, self.chosen, self.default = (
+            nn.Linear(12, 12) for _ in "012345"
+        )
+        self.optional, self.tried, self.other, self.unguarded = (nn.Linear(12, 12) for _ in "0123")
+
+    def forward(self, x):
+        if hasattr(self.tested, "weight"):
+            x = x.to(self.tested.weight.dtype)
+        if not hasattr(self.negated, "weight"):
+            pass
+        elif self.negated.weight.requires_grad:
+            x = x.to(self.negated.weight.dtype)
+        if hasattr(self.both, "weight") and self.both.weight.dtype != x.dtype:
+            x = x.to(self.both.weight.dtype)
+        if not hasattr(self.either, "weight") or self.either.weight.is_cuda:
+            x = x + 0
+        x = x.to(self.chosen.weight.dtype if hasattr(self.chosen, "weight") else x.dtype)
+        weight = getattr(self.default, "weight", None)
+        if getattr(self.optional, "weight", None) is not None:
+            x = x.to(self.optional.weight.dtype)
+        try:
+            x = x.to(self.tried.weight.dtype)
+        except AttributeError:
+            x = x.to(self.other.weight.dtype)
+        if hasattr(self.other, "weight"):
+            x = x.to(self.unguarded.weight.dtype)
+        for layer in self.children():
+            x = layer(x)
+        return x if weight is None else x.to(weight.dtype)
+
+
+def test_a_weight_read_only_if_there_is_one_is_no_obstacle():
+    net, x = Guarded(), torch.randn(2, 12)
+    found = {path for path, (_, why) in factorisable(net).items() if why}
+    assert found == {"other", "unguarded"}
+    others = {path: ONE | {"a_shape": [3, 4]} for path in net._modules if path not in found}
+    assert factorise_(net, others)(x).shape == x.shape
+
+
 READ = {"by_dtype", "by_helper", "blocks.0.fc", "blocks.1.fc", "inner.0.0", "words"}
 
 
@@ -269,6 +391,93 @@ def test_a_layer_is_refused_if_any_of_its_owners_reads_it():
 )
 def test_torchs_own_readers_are_found(owner):
     assert all(why for _, why in factorisable(owner).values())
+
+
+def scaled(cls: type[nn.Module]) -> type[nn.Module]:
+    return type("Scaled", (cls,), {"forward": lambda self, x: 2 * cls.forward(self, x)})
+
+
+def of_class(cls):
+    return lambda layer: setattr(layer, "__class__", cls)
+
+
+def replaced(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+
+
+def part(change):
+    return lambda layer: layer.parts.__setitem__(1, change(layer.parts[1]))
+
+
+def in_place(change):
+    def changed(layer):
+        change(layer)
+        return layer
+
+    return changed
+
+
+MAKE = {
+    "linear": lambda: KroneckerLinear(12, 8, (2, 3)),
+    "table": lambda: KroneckerEmbedding(9, 12, 3),
+    "sum": lambda: KroneckerSum(12, 8, [((2, 3), 1), ((8, 1), 1)]),
+}
+OWN = "has a forward of its own, so that its dense layer is unknown; remove it, or override to_"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("linear", of_class(scaled(KroneckerLinear)), f"^1.0: Scaled {OWN}linear"),
+        ("table", of_class(scaled(KroneckerEmbedding)), f"^1.0: Scaled {OWN}embedding"),
+        ("sum", of_class(scaled(KroneckerSum)), f"^1.0: Scaled {OWN}linear"),
+        *((kind, replaced, f"^1.0: Kronecker\\w+ {OWN}") for kind in MAKE),
+        ("sum", part(in_place(of_class(scaled(KroneckerLinear)))), f"^1.0: parts.1: Scaled {OWN}"),
+        ("sum", part(in_place(replaced)), f"^1.0: parts.1: KroneckerLinear {OWN}"),
+        ("sum", part(KroneckerLinear.to_linear), "^1.0: parts.1 is a Linear, but must be"),
+        ("sum", part(lambda p: nn.Sequential(p, nn.Tanh())), "^1.0: parts.1 is a Sequential"),
+    ],
+)
+def test_what_computes_something_else_is_not_made_dense(kind, change, message):
+    net = nn.Sequential(KroneckerLinear(12, 8, (2, 3)), nn.Sequential(MAKE[kind]()))
+    change(net[1][0])
+    before = [*net.modules()]
+    with pytest.raises(ValueError, match=message):
+        densify_(net)
+    assert [*net.modules()] == before
+
+
+def test_subclasses_of_the_same_function_and_hooks_are_no_obstacle_to_a_dense_layer():
+    class Named(KroneckerLinear):
+        """Without a forward of its own."""
+
+    class Doubled(KroneckerLinear):
+        """With one, and with the dense layer that it stands for."""
+
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+        def to_linear(self):
+            linear = super().to_linear()
+            linear.weight.data.mul_(2)
+            linear.bias.data.mul_(2)
+            return linear
+
+    net = nn.Sequential(Named(12, 8, (2, 3)), Doubled(8, 12, (2, 2)), MAKE["sum"]())
+    net[2].parts[0].bias = nn.Parameter(torch.randn(8))
+    for layer in net.modules():
+        layer.register_forward_hook(lambda *_: None)
+    for bias in (True, False):
+        if not bias:
+            net[2].bias = None
+        x = torch.randn(3, 12)
+        want = net(x)
+        dense = densify_(copy.deepcopy(net))
+        assert {type(m) for m in dense} == {nn.Linear}
+        torch.testing.assert_close(dense(x), want)
+    net[2].parts[0].bias = None
+    assert densify_(net)[2].bias is None
 
 
 def test_a_fused_block_is_not_taken_apart():

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 import kroneckerbert.files
-from kron_kernels.files import write_file
+from kron_kernels.files import sync, write_file
 from kron_kernels.plan import Plan
 from kroneckerbert.checkpoints import weights_last
 from kroneckerbert.files import (
@@ -387,6 +387,34 @@ def test_a_file_killed_at_any_step_is_the_old_one_or_the_new_one(writer, tmp_pat
     plain = tmp_path / "plain"
     plain.touch()
     assert path.stat().st_mode == plain.stat().st_mode  # others may read it
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400])
+def test_a_file_that_is_replaced_keeps_its_mode_and_is_never_open_to_more(
+    mode, tmp_path, monkeypatch
+):
+    path, modes = tmp_path / "out.json", set()
+    path.write_text("old")
+    path.chmod(mode)
+    monkeypatch.setattr(os, "fsync", lambda handle: modes.add(os.fstat(handle).st_mode & 0o777))
+    write_file(path, "new")
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == mode
+    assert modes == {mode, tmp_path.stat().st_mode & 0o777}
+
+
+def test_a_file_is_synced_through_a_handle_that_may_write(tmp_path, monkeypatch):
+    """Windows refuses others."""
+    opened, open_ = {}, os.open
+
+    def recorded(path, flags, *more):
+        opened[Path(path).name] = flags & (os.O_RDONLY | os.O_RDWR | os.O_WRONLY)
+        return open_(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", recorded)
+    (tmp_path / "file").write_text("1")
+    sync(tmp_path / "file")
+    sync(tmp_path)
+    assert opened == {"file": os.O_RDWR, tmp_path.name: os.O_RDONLY}
 
 
 def test_a_file_is_written_through_a_link_and_to_a_pipe(tmp_path):

@@ -131,8 +131,10 @@ def test_every_parameter_is_written_by_reset_and_no_other_name_is_stored():
         ((768, 3072, (5, 2)), r"3072 rows are not divisible by a_shape\[0\] = 5; .* 4 and 6"),
         ((768, 3072, (16, 5)), r"768 columns are not divisible by a_shape\[1\] = 5; .* 4 and 6"),
         ((768, 768, (16, 2), 0), "at least one term; use rank=1"),
+        ((-12, 768, (16, 2)), "in_features = -12 must be an integer of at least 1"),
+        ((768, 0, (16, 2)), "out_features = 0 must be an integer of at least 1"),
     ],
-    ids=["rows", "columns", "rank"],
+    ids=["rows", "columns", "rank", "negative", "zero"],
 )
 def test_a_shape_that_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
@@ -353,12 +355,56 @@ def test_a_sum_whose_parts_must_all_be_called():
         torch.testing.assert_close(layer(x), want)
 
 
+@pytest.mark.parametrize("called", [(), (0,), (0, 1, 2)], ids=str)
+def test_a_sum_in_autocast_gives_the_lower_dtype_as_linear_does(called):
+    layer, x = sum_of("three"), torch.randn(3, 12)
+    for i in called:
+        layer.parts[i].register_forward_hook(lambda *_: None)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == layer.to_linear()(x).dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([((2, 4), 1, 2)], r"parts\[0\] = \(\(2, 4\), 1, 2\) must be \(a_shape, rank\): \(\(16, "),
+        ([((2, 4), 1), 3], r"parts\[1\] = 3 must be \(a_shape, rank\)"),
+        ([{"a_shape": (2, 4), "rank": 1}], r"parts\[0\] = \{'a_shape': .* must be \(a_shape, rank"),
+        (((2, 4), 1), r"parts\[1\] = 1 must be \(a_shape, rank\)"),
+        (3, r"parts = 3 must be a list of \(a_shape, rank\)"),
+        (None, "parts = None must be a list"),
+        ("ab", "parts = 'ab' must be a list"),
+        (iter(()), "parts is empty, but a sum needs at least one"),
+    ],
+    ids=range(8),
+)
+def test_parts_that_are_no_pairs_are_refused(parts, message):
+    for call in (
+        lambda: KroneckerSum(12, 10, parts),
+        lambda: KroneckerSum.from_linear(nn.Linear(12, 10), parts),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_parts_may_be_read_once():
+    linear, parts = nn.Linear(12, 10), SUMS["low rank first"][2]
+    want = KroneckerSum.from_linear(linear, parts).state_dict()
+    got = KroneckerSum.from_linear(linear, (part for part in parts)).state_dict()
+    assert all(torch.equal(got[key], want[key]) for key in want)
+    assert len(KroneckerSum(12, 10, iter(parts)).parts) == 2
+
+
 def test_a_residual_of_another_shape_is_refused_however_a_block_is_computed():
     block, x = block_of(), torch.randn(3, 12)
     for _ in range(2):
         torch.testing.assert_close(block(x, residual=x), by_calls(block, x) + x)
         with pytest.raises(ValueError, match=r"residual must have y's shape \(3, 12\)"):
             block(x, residual=x[:1])
+        with pytest.raises(TypeError, match=r"residual must be a torch.Tensor, got list; use"):
+            block(x, residual=x.tolist())
         block.up.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="activation must be None or one of gelu"):
         KroneckerFeedForward(block.up, block.down, "swish")

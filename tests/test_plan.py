@@ -428,6 +428,27 @@ def test_a_decision_that_does_not_fit_is_told_the_layer_and_the_remedy(layers, m
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": "2x"}, r"budget = '2x' must be a mapping, such as \{\"parameters\": \"8x\"\}"),
+        ({"budget": None}, "budget = None must be a mapping"),
+        ({"budget": {0: "2x"}}, "budget has the key 0, but keys must be strings"),
+        ({"layers": ["up"]}, r"layers = \['up'\] must be a mapping, such as \{\"up\": "),
+        ({"layers": []}, r"layers = \[\] must be a mapping"),
+        ({"layers": {0: None}}, "layers has the key 0, but keys must be strings"),
+        ({"names": [0]}, "names has 0, but must be strings, the ends of paths"),
+        ({"names": 0}, "names = 0 must be a list of strings, the ends of paths"),
+    ],
+    ids=str,
+)
+def test_an_argument_of_another_type_is_told_what_it_must_be(change, message):
+    with pytest.raises(TypeError, match=message):
+        plan(
+            Net(1), **{"budget": {"parameters": "2x"}, "inputs": IDS, "objective": "size"} | change
+        )
+
+
+@pytest.mark.parametrize(
     ("budget", "objective", "message"),
     [
         ({"size": 3}, "error", "budget has 'size', but can have parameters, bytes, flops, lat"),
@@ -437,6 +458,7 @@ def test_a_decision_that_does_not_fit_is_told_the_layer_and_the_remedy(layers, m
         ({"flops": True}, "error", "budget"),
         ({"latency": -1.0}, "error", "budget"),
         ({"latency": float("nan")}, "error", "budget"),
+        ({"latency": 10**400}, "error", "must be a number, 'times smaller' as in '8x'"),
         ({"latency": float("inf")}, "error", r"budget\['latency'\] = inf must be a number"),
         ({}, "error", "the budget is empty, within which every layer could stay dense"),
         ({"flops": 1}, "speed", "objective = 'speed' must be 'error', 'size' or 'latency'"),
@@ -509,6 +531,7 @@ def test_the_module_is_left_as_it_was():
         ([], ValueError, "calibration is empty .* or leave it out"),
         (iter(()), ValueError, "calibration is empty"),
         ({"input_ids": IDS}, TypeError, r"one batch, a mapping; pass .* \[batch\]"),
+        (IDS, TypeError, r"one batch, a tensor; pass .* \[batch\]"),
         (
             [{"input_ids": IDS, "attention_mask": 0 * IDS}],
             ValueError,
@@ -800,6 +823,37 @@ def test_what_is_no_plan_is_refused(made):
     for wrong in ([], {}, told | {"version": 2}, told | {"more": 1}):
         with pytest.raises(ValueError, match="this is no plan of version 1"):
             Plan.from_json(json.dumps(wrong))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("totals", {}),
+        ("totals.parameters", 3),
+        ("totals.latency.planned", "x"),
+        ("setting", {}),
+        ("setting.inputs", None),
+        ("layers.0.parameters", "x"),
+        ("layers.0.parameters_dense", 0),
+        ("layers.0.path", None),
+        ("layers.0.rows", 1.5),
+        ("layers.0.terms", 3),
+        ("layers.0.terms", [{"a_shape": [7, 5], "rank": 1}]),
+        ("layers.0.error", None),
+        ("layers.0.latency", "x"),
+        ("layers.0.reason", 3),
+    ],
+    ids=str,
+)
+def test_a_plan_that_cannot_be_printed_is_refused(place, value, made):
+    told = json.loads(made.to_json())
+    *path, last = place.split(".")
+    inner = told
+    for key in path:
+        inner = inner[int(key) if key.isdecimal() else key]
+    inner[last] = value
+    with pytest.raises(ValueError, match="this is no plan: its table cannot be made of its values"):
+        Plan.from_json(json.dumps(told))
 
 
 def test_the_table_tells_equal_layers_once_with_their_totals(made):

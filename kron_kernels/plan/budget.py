@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from math import inf
+
+from kron_kernels.shapes import check_mapping
 
 KEYS = ("parameters", "bytes", "flops", "latency", "error")
 
@@ -12,6 +15,7 @@ KEYS = ("parameters", "bytes", "flops", "latency", "error")
 def check_arguments(budget: Mapping[str, float | str], objective: str) -> None:
     if objective not in ("error", "size", "latency"):
         raise ValueError(f"objective = {objective!r} must be 'error', 'size' or 'latency'.")
+    check_mapping("budget", budget, '{"parameters": "8x"}')
     if not budget and objective == "error":
         raise ValueError(
             "the budget is empty, within which every layer could stay dense; give one of "
@@ -31,8 +35,9 @@ def _limit(key: str, value: float | str, dense: float) -> float:
             share = 1 / float(text[1]) if text[2] == "x" else float(text[1]) / 100
             if key != "error" or text[2] == "%":  # the dense module has no error
                 number = share * dense
-    elif not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < inf:
-        number = float(value)
+    elif not isinstance(value, bool) and isinstance(value, int | float):
+        # 10**400, an int, is less than infinity.
+        number = float(value) if 0 <= value <= sys.float_info.max else None
     if number is None:
         raise ValueError(
             f"budget[{key!r}] = {value!r} must be a number"

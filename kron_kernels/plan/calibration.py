@@ -24,6 +24,8 @@ def second_moments(
     """
     if isinstance(calibration, Mapping):
         raise TypeError("calibration is one batch, a mapping; pass a list of such, [batch].")
+    if isinstance(calibration, Tensor):
+        raise TypeError("calibration is one batch, a tensor; pass a list of such, [batch].")
     linears = [t for t in targets if not t.embedding]
     found: dict[str, Tensor] = {}
     batches = 0
@@ -43,8 +45,8 @@ def second_moments(
             call(module, batch)
     if not batches:
         raise ValueError(
-            "calibration is empty (a generator that was read once is); pass batches of real "
-            "inputs, or leave it out for the errors of the weights."
+            "calibration is empty (perhaps a generator that was already read); pass batches of "
+            "real inputs, or leave it out for the errors of the weights."
         )
     for target in linears:
         path, moment = target.path or "the module", found.get(target.path)
@@ -64,5 +66,5 @@ def check_moment(path: str, moment: Tensor) -> None:
     if not torch.isfinite(moment).all():
         raise ValueError(
             f"the inputs of {path} on calibration are NaN, infinite or so large that their squares "
-            "are; find the batch, or the layer before it, that makes them so."
+            "overflow; find the batch, or the layer before it, that makes them so."
         )

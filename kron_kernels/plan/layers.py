@@ -22,6 +22,7 @@ from kron_kernels.factorise import (
     terms_of,
 )
 from kron_kernels.plan.result import terms_text
+from kron_kernels.shapes import check_mapping
 
 
 def _fits(name: str, path: str) -> bool:
@@ -53,7 +54,10 @@ class Target:
 
     @property
     def may_change(self) -> bool:
-        """Not if it is to stay dense, or is never called."""
+        """Whether the plan may replace it.
+
+        Not if it was decided to stay dense, nor if undecided and never called.
+        """
         return bool(self.terms or (self.inputs and not self.decided))
 
     @property
@@ -90,7 +94,14 @@ def find_targets(
     chosen = {p for p, (m, why) in plain.items() if not why and not isinstance(m, nn.Embedding)}
     if names is not None:
         names = [names] if isinstance(names, str) else names
+        if not isinstance(names, Iterable):
+            raise TypeError(f"names = {names!r} must be a list of strings, the ends of paths.")
+        names = list(names)
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"names has {name!r}, but must be strings, the ends of paths.")
         chosen = {path for name in names for path in fitting(name, "names")}
+    check_mapping("layers", decided, '{"up": {"a_shape": [16, 2], "rank": 1}}')
     decisions = {name: terms_of(e, f"layers[{name!r}]") for name, e in decided.items()}
     for name, terms in decisions.items():
         paths = fitting(name, "layers")

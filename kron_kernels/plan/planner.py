@@ -89,13 +89,16 @@ def plan(
         What becomes of each layer, and what the whole then takes, measured.
 
     Raises:
+        TypeError: If ``budget`` or ``layers`` is not a mapping from strings, a name not a string,
+            or ``calibration`` one batch instead of several.
         ValueError: If the budget cannot be met, with what could be; for an argument that does not
             fit, with what would; or if a weight or calibration input is not finite.
     """
     check_arguments(budget, objective)
     say = partial(_say, progress)
     with evaluating(module), torch.no_grad():
-        targets = find_targets(module, names, layers or {}, build is not None)
+        decided = {} if layers is None else layers
+        targets = find_targets(module, names, decided, build is not None)
         say(f"{len(targets)} layers; a forward pass")
         observe_shapes(module, inputs, targets)
         check_weights(targets)

@@ -100,7 +100,15 @@ class Plan:
                     f"this is no plan: each of its layers must have {sorted(columns)}, got "
                     f"{row!r:.80}; make it anew with kron_kernels.plan.plan."
                 )
-        return cls(**told | {"layers": [LayerPlan(**row) for row in told["layers"]]})
+        plan = cls(**told | {"layers": [LayerPlan(**row) for row in told["layers"]]})
+        try:
+            str(plan)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                "this is no plan: its table cannot be made of its values "
+                f"({type(error).__name__}: {error}); make it anew with kron_kernels.plan.plan."
+            ) from error
+        return plan
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it to a file, at once or not at all."""
