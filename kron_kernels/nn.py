@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self, TypeGuard, TypeVar, get_args
+from typing import Any, Self, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kron_kernels.backends import eager
 from kron_kernels.calls import unobserved
-from kron_kernels.checks import Activation, check_tensor
+from kron_kernels.checks import Activation, check_activation, check_tensor
 from kron_kernels.decompose import dense_weight, nearest_kronecker, nearest_kronecker_sum
 from kron_kernels.dispatch import Backend
 from kron_kernels.embedding import kron_cross_entropy, kron_embedding
@@ -368,16 +368,12 @@ class KroneckerFeedForward(nn.Module):
         self,
         up: KroneckerLinear,
         down: KroneckerLinear,
-        activation: Activation = "gelu",
+        activation: Activation | None = "gelu",
         *,
         backend: Backend = "auto",
     ):
         super().__init__()
-        known = get_args(Activation)
-        if activation not in (None, *known):
-            raise ValueError(
-                f"activation must be None or one of {', '.join(known)}, got {activation!r}."
-            )
+        check_activation(activation)
         if up.out_features != down.in_features:
             raise ValueError(
                 f"down takes {down.in_features} features, but up gives {up.out_features}; "

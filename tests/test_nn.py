@@ -786,3 +786,17 @@ def test_cross_entropy_is_told_what_does_not_fit():
         kron_cross_entropy(
             torch.ones(3, 12), table.a, table.b, torch.zeros(3, dtype=torch.int64), tokens=0
         )
+
+
+@pytest.mark.parametrize("how", ["fused", "two backends", "called"])
+@pytest.mark.parametrize("grads", [False, True])
+def test_a_block_without_an_activation(how, grads):
+    up, down = KroneckerLinear(12, 24, (4, 2)), KroneckerLinear(24, 12, (2, 4))
+    block = KroneckerFeedForward(up, down, None).requires_grad_(grads)
+    x = torch.randn(5, 12)
+    expected = down(up(x)) + x
+    if how == "two backends":
+        up.backend = "eager"
+    if how == "called":
+        up.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(block(x, x), expected)
