@@ -366,7 +366,7 @@ def distill(
     from kroneckerbert.files import replace_folder, writable_folder
     from kroneckerbert.heads import with_head_of
     from kroneckerbert.kept import find, keep
-    from kroneckerbert.loading import reading
+    from kroneckerbert.loading import naming_source
     from kroneckerbert.modeling_kroneckerbert import max_tokens, positions
     from kroneckerbert.provenance import digest, identity
     from kroneckerbert.signals import Interrupted, stoppable
@@ -405,7 +405,7 @@ def distill(
     labels = None
     if labelled:
         labels = label_targets(table.labels, _classifier(teacher, teacher_model).config)
-        with reading(student):
+        with naming_source(student):
             student_model = with_head_of(teacher_model, student).float()
     else:
         student_model = _model(student).float()
@@ -735,13 +735,14 @@ def _model(source: str) -> PreTrainedModel:
     import transformers
 
     import kroneckerbert
-    from kroneckerbert.loading import load, read_config
+    from kroneckerbert.loading import load, naming_source, read_config
 
     _check_source(source)
     # Bars and reports of weights; what matters of these is an error below.
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    config = read_config(source)
+    with naming_source(source):
+        config = read_config(source)
     if config.is_encoder_decoder:
         raise TypeError(f"{source} has an encoder and a decoder; give a model with one of them.")
     # Checkpoints of bare encoders may name no class.
@@ -752,21 +753,22 @@ def _model(source: str) -> PreTrainedModel:
             f"{source} is a {name} ({config.model_type}), which is no model of this version of "
             f"transformers ({transformers.__version__})."
         )
-    return load(model_class, source).eval()
+    with naming_source(source):
+        return load(model_class, source).eval()
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    from kroneckerbert.loading import reading
+    from kroneckerbert.loading import naming_source
 
     _check_source(source)
     absent = OSError(
         f"{source} has no tokenizer; save it there with tokenizer.save_pretrained({source!r})."
     )
-    with reading(source):
+    with naming_source(source):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except ValueError as error:
             if any(Path(source).glob("tokenizer*")):  # then it is damaged
                 raise

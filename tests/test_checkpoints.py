@@ -145,12 +145,6 @@ DAMAGE = {  # of a folder, of one with shards; then the error
         ValueError,
         "no model can be made of the configuration of .*'hidden_size'.* correct its config.json",
     ),
-    "no such activation": (
-        change("config.json", hidden_act="nope"),
-        None,
-        ValueError,
-        "no model can be made of the configuration of .*'nope'",
-    ),
     "no such dtype": (change("config.json", dtype="float13"), None, ValueError, "float13"),
 }
 
@@ -162,6 +156,49 @@ def test_a_damaged_folder_is_told_by_its_file(student, damage, of_shards, error,
     with pytest.raises(error, match=message) as caught:
         type(student).from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+class OfOnesOwn(KroneckerBertModel):
+    def __init__(self, config):
+        raise KeyError("a slip of the user's")
+
+
+class Full(KroneckerBertModel):
+    def __init__(self, config):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+class Unreachable(KroneckerBertModel):
+    def __init__(self, config):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "error", "message"),
+    [
+        (OfOnesOwn, {}, KeyError, '"a slip of the user\'s"'),
+        (Full, {}, torch.OutOfMemoryError, "CUDA out of memory."),
+        (Unreachable, {}, ConnectionResetError, "[Errno 104] Connection reset by peer"),
+        (KroneckerBertModel, {"foo": 1}, TypeError, None),
+        (KroneckerBertModel, {"dtype": "nonsense"}, Exception, None),
+        (KroneckerBertModel, {"attn_implementation": "nonsense"}, Exception, None),
+    ],
+)
+def test_errors_that_whole_files_do_not_cause_pass_unchanged(
+    student, tmp_path, cls, options, error, message
+):
+    student.save_pretrained(tmp_path)
+    with pytest.raises(error) as caught:
+        cls.from_pretrained(tmp_path, **options)
+    assert "config.json" not in str(caught.value) and str(tmp_path) not in str(caught.value)
+    assert message in (None, str(caught.value))
+    assert str(tmp_path) in caught.value.__notes__[0]
+    if cls is KroneckerBertModel:  # as from the stock class
+        BertModel(CONFIG).save_pretrained(tmp_path)
+        with pytest.raises(error) as stock:
+            BertModel.from_pretrained(tmp_path, **options)
+        assert type(caught.value) is type(stock.value)
+        assert str(caught.value).replace("Kronecker", "") == str(stock.value)
 
 
 def test_a_damaged_dense_folder_is_told_by_its_file(tmp_path):

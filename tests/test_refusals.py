@@ -352,6 +352,17 @@ def test_a_model_with_a_bad_file_is_named(place, tmp_path, file, content):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("found", [None, 5, "", [1], "none such"])
+def test_nobody_is_asked_whether_to_run_code_from_a_folder(place, tmp_path, found):
+    model = tmp_path / "model"
+    shutil.copytree(place / "student", model)
+    config = json.loads((model / "config.json").read_text()) | {"model_type": found}
+    (model / "config.json").write_text(json.dumps(config))
+    code, told = run("report", model)
+    assert code == 1 and told.startswith(f"Error: {model} ") and str(found) in told
+    assert told.count("\n") == 1 and "custom code" not in told
+
+
 @pytest.mark.parametrize(
     ("sizes", "told"),
     [
