@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from kroneckerbert.configuration_kroneckerbert import PREFIX
+from kroneckerbert.files import read_json
 
 _INDEX = "model.safetensors.index.json"
 # What transformers raises for values in a config.json that it cannot use.
@@ -235,13 +236,9 @@ def _damage(folder: Path) -> str | None:
         if not (folder / name).is_file():
             continue
         try:
-            content = json.loads((folder / name).read_text("utf-8"))
-        except RecursionError:
-            return f"{name} is nested too deeply to be read"
-        except ValueError:
-            return f"{name} is no JSON, damaged or cut short; copy or save the model again"
-        if not isinstance(content, dict):
-            return f"{name} must be an object with fields, and is a {type(content).__name__}"
+            content = read_json(folder / name)
+        except ValueError as error:
+            return f"{error}; copy or save the model again"
         if name == _INDEX and not _is_map(content.get("weight_map")):
             return f"{name} must map tensors to files in weight_map; copy or save the model again"
     for file in _weight_files(folder):

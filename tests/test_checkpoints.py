@@ -133,12 +133,32 @@ DAMAGE = {  # of a folder, of one with shards; then the error
     "pickle": (only_a_pickle, None, OSError, "has pickled weights that .* would run code"),
     "no shard": (None, drop_a_shard, OSError, "index.json names model-00002-of-.*, which is not"),
     "cut shard": (None, cut_a_shard, OSError, "model-00002-of-.* is damaged or cut short"),
-    "cut index": (None, write(INDEX, b"{"), OSError, f"{INDEX} is no JSON"),
+    "cut index": (None, write(INDEX, b"{"), OSError, f"{INDEX} is damaged: it is no JSON"),
     "no map": (None, write(INDEX, b"{}"), OSError, f"{INDEX} must map tensors to files"),
-    "list of shards": (None, write(INDEX, b"[]"), OSError, f"{INDEX} must be an object"),
-    "cut config": (write("config.json", b"{"), None, OSError, "config.json is no JSON"),
-    "binary config": (write("config.json", b"\xff\xfe"), None, OSError, "config.json is no JSON"),
-    "null config": (write("config.json", b"null"), None, OSError, "config.json must be an object"),
+    "list of shards": (
+        None,
+        write(INDEX, b"[]"),
+        OSError,
+        f"{INDEX} is damaged: it must be an object",
+    ),
+    "cut config": (
+        write("config.json", b"{"),
+        None,
+        OSError,
+        "config.json is damaged: it is no JSON",
+    ),
+    "binary config": (
+        write("config.json", b"\xff\xfe"),
+        None,
+        OSError,
+        "config.json is damaged: it is no JSON",
+    ),
+    "null config": (
+        write("config.json", b"null"),
+        None,
+        OSError,
+        "config.json is damaged: it must be an object",
+    ),
     "text for a number": (
         change("config.json", hidden_size="x"),
         None,
@@ -401,7 +421,7 @@ def test_a_damaged_index_of_shards_is_named(student, tmp_path, damage):
     student.save_pretrained(tmp_path, max_shard_size="12KB")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(damage(index.read_text()))
-    with pytest.raises(OSError, match=r"model\.safetensors\.index\.json is no JSON, damaged"):
+    with pytest.raises(OSError, match=r"model\.safetensors\.index\.json is damaged: it is no JSON"):
         AutoModel.from_pretrained(tmp_path)
 
 
@@ -442,7 +462,7 @@ def test_other_files_stay_and_old_shards_go(student, tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_named(student, tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(OSError, match=r"cannot write .* choose a folder"):
+    with pytest.raises(OSError, match=r"cannot write .* choose a name"):
         student.save_pretrained(tmp_path)
 
 
@@ -450,5 +470,12 @@ def test_a_file_in_the_place_of_the_folder_is_named(student, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file; choose another name"):
         student.save_pretrained(tmp_path / "file")
-    with pytest.raises(OSError, match=r"cannot write .* choose a folder"):
+    with pytest.raises(OSError, match=r"cannot write .* choose a name"):
         student.save_pretrained(tmp_path / "file" / "below")
+
+
+def test_a_folder_without_a_name_is_refused(student, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"name is empty; give one, or '\.'"):
+        student.save_pretrained("")
+    assert not list(tmp_path.iterdir())
