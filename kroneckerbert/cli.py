@@ -390,7 +390,7 @@ def distill(
         "learning_rate": learning_rate,
         "seed": seed,
     }
-    weights = {
+    weights: dict[str, Any] = {
         "embedding_weight": embedding_weight,
         "attention_weight": attention_weight,
         "hidden_weight": hidden_weight,

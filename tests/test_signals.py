@@ -172,8 +172,10 @@ def test_a_forked_child_does_not_take_signals_for_its_parent(handler, number, su
     with handled(handler):
         child = os.fork()
         if child == 0:
-            os.kill(os.getpid(), number)
-            os._exit(7)
+            try:
+                os.kill(os.getpid(), number)
+            finally:
+                os._exit(7)
         _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == (7 if survives else -number)
     assert capfd.readouterr().err == ""
