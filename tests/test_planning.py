@@ -176,7 +176,7 @@ def test_calibration_takes_batches_with_labels_and_padding():
 
 
 def test_what_is_no_dense_transformer_is_refused():
-    with pytest.raises(TypeError, match=r"a Linear.*kron_kernels\.plan\.plan"):
+    with pytest.raises(TypeError, match=r"class Linear.*kron_kernels\.plan\.plan"):
         plan(nn.Linear(4, 4), {"parameters": "2x"})
     with pytest.raises(TypeError, match="cannot plan a KroneckerBertModel"):
         plan(compress(teachers()[0]), {"parameters": "2x"})
