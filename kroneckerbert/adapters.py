@@ -73,8 +73,10 @@ def merge_and_unload(model: PeftModel, **options: Any) -> PreTrainedModel:
     """
     merged = model.merge_and_unload(**options)
     if isinstance(merged.config, KroneckerConfig):
+        # The longest name decides: no other of the same layer is longer than its full path.
+        prefix = merged.config.layout().prefix
         merged.config.kronecker_factors = merged.config.kronecker_factors | {
-            path: [{"a_shape": [s.m1, s.n1], "rank": s.rank} for s in module.shapes]
+            f"{prefix}.{path}": [{"a_shape": [s.m1, s.n1], "rank": s.rank} for s in module.shapes]
             for path, module in merged.base_model.named_modules()
             if isinstance(module, KroneckerSum)
         }

@@ -106,8 +106,6 @@ def plan(
     check_arguments(limits, objective)
     texts = _texts(calibration)
     writable_file(out, _inputs(teacher, calibration))
-    if out.exists() and not out.is_file():  # a plan is written beside it, and takes its place
-        raise FileExistsError(f"{out} is a pipe or a device; give the name of a file.")
     _use(threads)
     model = _on_gpu(_model(teacher))
     chosen = plan_model(
@@ -159,7 +157,7 @@ def compress(
     from kroneckerbert.files import writable_folder
 
     if sequential and calibration is None:
-        raise ValueError("--sequential refits on text: give --calibration TEXTS as well.")
+        raise typer.BadParameter("--sequential refits on text: give --calibration TEXTS as well.")
     out = writable_folder(out)
     texts = _texts(calibration)
     shapes = preset if plan is None else Plan.load(plan)
@@ -202,16 +200,18 @@ def report(
     from kroneckerbert.planning import report as measured
 
     if calibration is not None and teacher is None:
-        raise ValueError("--calibration is for errors, which need --teacher as well.")
+        raise typer.BadParameter("--calibration is for errors, which need --teacher as well.")
     texts = _texts(calibration)
     inputs = _inputs(model, teacher, calibration)
     if picture is not None:
         import matplotlib  # noqa: F401  missing after the measurement would be a pity
 
         if picture.suffix.lower() not in (endings := (".png", ".svg", ".pdf")):
-            raise ValueError(f"--picture {picture} must end in one of {', '.join(endings)}.")
+            raise typer.BadParameter(
+                f"--picture {picture} must end in one of {', '.join(endings)}."
+            )
         if json_file is not None and picture.resolve() == json_file.resolve():
-            raise ValueError(f"--json and --picture are one file, {picture}; give two.")
+            raise typer.BadParameter(f"--json and --picture are one file, {picture}; give two.")
         writable_file(picture, inputs)
     if json_file is not None:
         writable_file(json_file, inputs)
@@ -357,7 +357,9 @@ def distill(
     which the same command goes on. A second one quits at once.
     """
     if steps is not None and epochs is not None:
-        raise ValueError(f"--steps {steps} and --epochs {epochs:g} are two lengths; give one.")
+        raise typer.BadParameter(
+            f"--steps {steps} and --epochs {epochs:g} are two lengths; give one."
+        )
 
     import torch
 
@@ -366,7 +368,7 @@ def distill(
     from kroneckerbert.files import replace_folder, writable_folder
     from kroneckerbert.heads import with_head_of
     from kroneckerbert.kept import find, keep
-    from kroneckerbert.loading import reading
+    from kroneckerbert.loading import naming_source
     from kroneckerbert.modeling_kroneckerbert import max_tokens, positions
     from kroneckerbert.provenance import digest, identity
     from kroneckerbert.signals import Interrupted, stoppable
@@ -387,6 +389,8 @@ def distill(
         "per_device_train_batch_size": batch_size,
         "learning_rate": learning_rate,
         "seed": seed,
+    }
+    weights: dict[str, Any] = {
         "embedding_weight": embedding_weight,
         "attention_weight": attention_weight,
         "hidden_weight": hidden_weight,
@@ -394,7 +398,18 @@ def distill(
         "labels_weight": labels_weight,
     }
     models = {"teacher": teacher, "student": student}
-    made_of = options | {"max_length": max_length, "data": digest(data.read_bytes())}
+    # By the names of this command's options, for a message tells which of them has changed.
+    made_of = {
+        "--data": digest(data.read_bytes()),
+        "--minutes": minutes,
+        "--steps": steps,
+        "--epochs": epochs,
+        "--batch-size": batch_size,
+        "--learning-rate": learning_rate,
+        "--max-length": max_length,
+        "--seed": seed,
+        **{f"--{name.replace('_', '-')}": weight for name, weight in weights.items()},
+    }
     for name, source in models.items():
         _check_source(source)
         made_of[name] = identity(source)
@@ -405,7 +420,7 @@ def distill(
     labels = None
     if labelled:
         labels = label_targets(table.labels, _classifier(teacher, teacher_model).config)
-        with reading(student):
+        with naming_source(student):
             student_model = with_head_of(teacher_model, student).float()
     else:
         student_model = _model(student).float()
@@ -432,6 +447,7 @@ def distill(
                 save_strategy="no",
                 report_to="none",
                 **options,
+                **weights,
             ),
             train_dataset=dataset,
             processing_class=tokenizer,
@@ -509,8 +525,10 @@ def evaluate(
     if task is not None:
         _evaluate_task(names, task, split, data, batch_size)
         return
-    if data is None or data.is_dir() or split is not None:
-        raise ValueError("--data must be a file, unless --task says what is in a folder.")
+    if split is not None:
+        raise typer.BadParameter("--split is of a task; give --task as well.")
+    if data is None or data.is_dir():
+        raise typer.BadParameter("--data must be a file, unless --task says what is in a folder.")
     labelled = is_table(data)
     if not labelled and teacher is None:
         raise ValueError(
@@ -637,19 +655,14 @@ def benchmark(
 
     from kroneckerbert.files import writable_file
     from kroneckerbert.measure import bytes_on_disk, flops, latency, parameters
-    from kroneckerbert.modeling_kroneckerbert import positions
 
     if len(set(models)) < len(models):
-        raise ValueError(f"a model is named twice in {', '.join(models)}.")
+        raise typer.BadParameter(f"a model is named twice in {', '.join(models)}.")
     batch = batch or [1, 32]
     if json_file is not None:
         writable_file(json_file, _inputs(*models))
     _use(threads)
     loaded = {name: _on_gpu(_model(name)) for name in models}
-    for name, model in loaded.items():
-        if (longest := positions(model)) < tokens:
-            raise ValueError(f"--tokens {tokens} exceeds the {longest} positions of {name}.")
-
     timings = {size: latency(loaded, size, tokens, seconds) for size in batch}
     numbers: dict[str, dict[str, Any]] = {
         name: {
@@ -709,9 +722,13 @@ def _limits(texts: list[str]) -> dict[str, float | str]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--budget {text!r} must be a quantity and its limit: latency=2x.")
+            raise typer.BadParameter(
+                f"--budget {text!r} must be a quantity and its limit: latency=2x."
+            )
         if key in limits:
-            raise ValueError(f"--budget has two limits of {key!r}, {limits[key]} and {value}.")
+            raise typer.BadParameter(
+                f"--budget has two limits of {key!r}, {limits[key]} and {value}."
+            )
         try:
             limits[key] = float(value)
         except ValueError:
@@ -735,13 +752,14 @@ def _model(source: str) -> PreTrainedModel:
     import transformers
 
     import kroneckerbert
-    from kroneckerbert.loading import load, read_config
+    from kroneckerbert.loading import load, naming_source, read_config
 
     _check_source(source)
     # Bars and reports of weights; what matters of these is an error below.
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    config = read_config(source)
+    with naming_source(source):
+        config = read_config(source)
     if config.is_encoder_decoder:
         raise TypeError(f"{source} has an encoder and a decoder; give a model with one of them.")
     # Checkpoints of bare encoders may name no class.
@@ -752,21 +770,22 @@ def _model(source: str) -> PreTrainedModel:
             f"{source} is a {name} ({config.model_type}), which is no model of this version of "
             f"transformers ({transformers.__version__})."
         )
-    return load(model_class, source).eval()
+    with naming_source(source):
+        return load(model_class, source).eval()
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    from kroneckerbert.loading import reading
+    from kroneckerbert.loading import naming_source
 
     _check_source(source)
     absent = OSError(
         f"{source} has no tokenizer; save it there with tokenizer.save_pretrained({source!r})."
     )
-    with reading(source):
+    with naming_source(source):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except ValueError as error:
             if any(Path(source).glob("tokenizer*")):  # then it is damaged
                 raise

@@ -94,7 +94,7 @@ def compress(
             progress=progress,
         )
     if reason := why_not(model):
-        raise TypeError(f"cannot compress a {type(model).__name__}; {reason}.")
+        raise TypeError(f"cannot compress an object of class {type(model).__name__}; {reason}.")
     if not isinstance(model, PreTrainedModel):
         return _compress_module(model, config, calibration)
     student_class = kronecker_class(model)
@@ -231,7 +231,8 @@ def _student_config(
     if not isinstance(config, config_class):
         raise TypeError(
             f"config must be a preset's name, a plan, a mapping from module names to shapes or a "
-            f"{config_class.__name__}, got a {type(config).__name__}; write "
+            f"{config_class.__name__}, got an object of class "
+            f"{type(config).__name__}; write "
             f"{config_class.__name__}.from_dense(model.config, factors)."
         )
     differences = [

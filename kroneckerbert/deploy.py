@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import io
-import json
 import logging
 import os
 import warnings
@@ -43,7 +42,8 @@ except ImportError as error:
     ) from error
 
 from kron_kernels.plan.forward import evaluating
-from kroneckerbert.files import CHECKSUMS, damaged, replace_folder, write_checksums
+from kron_kernels.shapes import check_number
+from kroneckerbert.files import CHECKSUMS, damaged, read_json, replace_folder, write_checksums
 
 Format = Literal["onnx", "openvino", "torch_export", "aoti"]
 
@@ -205,6 +205,7 @@ def export(
                 "model.float(), or pass the tolerance that you accept."
             )
         tolerance = _ROUNDINGS * torch.finfo(torch.float32).eps
+    tolerance = check_number("tolerance", tolerance)
 
     sample = _sample(model) if sample is None else _checked(sample, model)
     batch, tokens = _shape(sample)
@@ -269,8 +270,10 @@ def load_exported(
             "kroneckerbert.deploy.export(model, path)."
         )
     try:
-        format = json.loads((path / "export.json").read_text())["export_format"]
-    except (ValueError, KeyError) as error:
+        format = read_json(path / "export.json", "export_format")["export_format"]
+        if not isinstance(format, str):
+            raise ValueError(f"export_format is {format!r}")
+    except ValueError as error:
         raise _unreadable(path / "export.json", error) from error
     _check_packages(format)
     # As transformers does from 5.24 on; 5.23 loads them unasked.

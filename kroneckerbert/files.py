@@ -154,22 +154,24 @@ def replacing_files(folder: str | os.PathLike, order: Order | None = None) -> It
         An empty folder on the same file system.
 
     Raises:
-        OSError: If the folder cannot be written.
+        OSError: If the folder cannot be written, or what a killed process left in it is damaged.
     """
+    if not os.fspath(folder):  # which is the current folder to Path
+        raise FileNotFoundError("the folder's name is empty; give one, or '.' for this folder.")
     folder = Path(folder)
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; choose another name for the folder.")
     partial = folder / _PARTIAL
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        finish(folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    finish(folder)
+    try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     except OSError as error:
-        raise OSError(
-            f"cannot write {folder}: {error.strerror} ({error.filename}); choose a folder in a "
-            "place that you can write to."
-        ) from error
+        raise _cannot_write(folder, error) from error
     try:
         yield partial
         remove, move = order(partial, folder) if order else ([], sorted(os.listdir(partial)))
@@ -224,16 +226,44 @@ def is_between(folder: str | os.PathLike) -> bool:
 def _plan(folder: Path) -> dict[str, list[str]] | None:
     path = folder / _WHOLE / _PLAN
     try:
-        plan = json.loads(path.read_text())
-        names = [*plan["remove"], *plan["move"]]
-        # The folder may have come from elsewhere: nothing outside it is removed or replaced.
-        if any(Path(name).name != name or name == ".." for name in names):
-            raise ValueError(f"it names {names}, which are not all files of the folder")
+        plan = read_json(path, "remove", "move")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise OSError(f"{path} is damaged ({error}); remove {path.parent}") from error
+    except ValueError as error:
+        raise OSError(f"{error}; remove {path.parent}.") from error
+    for names in (plan["remove"], plan["move"]):
+        # The folder may have come from elsewhere: nothing outside it is removed or replaced.
+        if not isinstance(names, list) or any(
+            not isinstance(name, str) or Path(name).name != name or name == ".." for name in names
+        ):
+            raise OSError(
+                f"{path} is damaged: it names {names!r:.80}, which are not all files of the "
+                f"folder; remove {path.parent}."
+            )
     return plan
+
+
+def read_json(path: Path, *fields: str) -> dict[str, Any]:
+    """The object that a JSON file holds, with at least these fields.
+
+    Raises:
+        ValueError: If it holds anything else, in a sentence to which a remedy can be added.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        why = "is nested too deeply to be read"
+    except ValueError as error:  # no UTF-8, or no JSON
+        why = f"is no JSON ({error})"
+    else:
+        if not isinstance(content, dict):
+            why = f"must be an object with fields, and is {content!r:.80}"
+        elif missing := [name for name in fields if name not in content]:
+            why = f"lacks {', '.join(missing)}"
+        else:
+            return content
+    raise ValueError(f"{path} is damaged: it {why}")
 
 
 def write_checksums(folder: Path, **about: Any) -> None:
@@ -265,19 +295,18 @@ def read_checksums(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        own = content.pop("sha256")
-    except (ValueError, KeyError, AttributeError):  # no UTF-8, no JSON, not as we write it
-        own = content = None
-    if own is None or own != hashlib.sha256(_text(content).encode()).hexdigest():
-        raise OSError(f"{path} is damaged")
+        content = read_json(path, "sha256", "files")
+    except ValueError as error:
+        raise OSError(str(error)) from error
+    if content.pop("sha256") != hashlib.sha256(_text(content).encode()).hexdigest():
+        raise OSError(f"{path} is damaged: its content has another checksum")
     return content
 
 
 def damaged(folder: Path) -> str | None:
     """The first file that is not as ``write_checksums`` found it, and why; None if there is none.
 
-    Files that have come since are none of its business.
+    Files added later are ignored.
     """
     try:
         content = read_checksums(folder)

@@ -50,7 +50,7 @@ _PROJECTIONS = (
 
 
 def fuse(model: nn.Module) -> None:
-    """Let ``kron_kernels.kron_feed_forward`` and ``kron_qkv`` compute a model, in place.
+    """Make a model's blocks call ``kron_feed_forward`` and ``kron_qkv``, in place.
 
     Names of modules and classes, keys and results stay as they are. Left alone are gated blocks
     (ModernBERT, Llama), and blocks whose forward does not put its parts together as BERT's does.

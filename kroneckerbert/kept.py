@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kroneckerbert.files import replace_folder
+from kron_kernels.shapes import check_number
+from kroneckerbert.files import damaged, replace_folder
 from kroneckerbert.provenance import MADE_OF, is_made_of, read_json, write_json
 
 _CHECKPOINT, _CLOCK = "checkpoint", "clock.json"
@@ -31,17 +32,28 @@ def keep(folder: Path, checkpoint: Path, made_of: Mapping[str, Any], seconds: fl
 
 
 def find(folder: Path, made_of: Mapping[str, Any]) -> tuple[Path | None, float]:
-    """The checkpoint that ``keep`` left in a folder, None if there is no folder, and its seconds.
+    """The checkpoint that ``keep`` left in a folder, None if there is none, and its seconds.
 
     Raises:
         ValueError: If it is of a training with other arguments, or damaged.
+        OSError: If a file of the checkpoint is missing or damaged.
         FileExistsError: If the folder is something else.
     """
     if not folder.exists():
         return None, 0.0
     if not is_made_of(folder, made_of, renew=False):
         raise FileExistsError(
-            f"{folder} is there, where an interrupted training would be kept, but is none; rename "
-            "it, or choose another output folder."
+            f"{folder} is not an interrupted training of `distill`, which would be kept there; "
+            "rename it, or choose another output folder."
         )
-    return folder / _CHECKPOINT, read_json(folder / _CLOCK)["seconds"]
+    checkpoint, clock = folder / _CHECKPOINT, folder / _CLOCK
+    if not checkpoint.exists():
+        return None, 0.0
+    if problem := damaged(checkpoint):
+        raise OSError(f"{problem}. To resolve: delete {folder} to begin anew.")
+    try:
+        return checkpoint, check_number("seconds", read_json(clock, "seconds")["seconds"])
+    except FileNotFoundError as error:
+        raise ValueError(f"{clock} is missing; delete {folder} to begin anew.") from error
+    except ValueError as error:
+        raise ValueError(f"{error} It is read from {clock}.") from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import (
     HFValidationError,
@@ -21,38 +23,34 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from kroneckerbert.configuration_kroneckerbert import PREFIX
+from kroneckerbert.files import read_json
 
 _INDEX = "model.safetensors.index.json"
 # What transformers raises for values in a config.json that it cannot use.
-_FOREIGN = (
-    StrictDataclassClassValidationError,
-    StrictDataclassFieldValidationError,
-    AttributeError,
-    KeyError,
-    ZeroDivisionError,
-)
+_INVALID = (StrictDataclassClassValidationError, StrictDataclassFieldValidationError)
 
 
 @contextmanager
-def reading(source: str | os.PathLike | None) -> Iterator[None]:
-    """Within, transformers reads a model's files; errors name the model and say what to do.
+def naming_damage(
+    source: str | os.PathLike | None, config_class: type[PreTrainedConfig] | None = None
+) -> Iterator[None]:
+    """Within, transformers reads a model's files; damage of these becomes an error that names it.
 
-    transformers takes what JSON says as it comes, so that a wrong value may end as any exception.
+    Errors of anything else (memory, the network, arguments, code) pass unchanged, with a note.
 
     Args:
-        source: The model's name or folder; None, with a configuration of one's own, is not named.
+        source: The model's name or folder. None if the model is made from a configuration and a
+            state_dict; errors then pass unchanged.
+        config_class: Of the configuration that is read within; None if none is.
 
     Raises:
         FileNotFoundError: If it is a path where nothing is.
         OSError: If a file is damaged or not there.
-        ValueError: If the files say what no model can be made of.
-        TypeError: As it comes from within, naming the model.
+        ValueError: If the configuration cannot be read.
     """
     check_source(source)
     try:
         yield
-    except (ImportError, MemoryError):  # what is missing is not in the files
-        raise
     except Exception as error:
         if source is None:
             raise
@@ -69,24 +67,65 @@ def reading(source: str | os.PathLike | None) -> Iterator[None]:
                 "read; get it as safetensors, or load it where you trust it and save it again with "
                 "model.save_pretrained(folder)."
             ) from error
+        if isinstance(error, _INVALID) or _comes_from_config(error, source, config_class):
+            raise _invalid_config(source, error) from error
+        error.add_note(f"This happened while {source} was loaded.")
+        raise
+
+
+@contextmanager
+def naming_source(source: str | os.PathLike) -> Iterator[None]:
+    """Within, a command reads a model's files; every error names the model and is one sentence.
+
+    transformers takes JSON as it comes, so a wrong value may end as any exception. A command has
+    no arguments of its own that could be the cause.
+
+    Raises:
+        FileNotFoundError: If it is a path where nothing is.
+        OSError: If a file is damaged or not there.
+        ValueError: If no model can be made from the files.
+        TypeError: Raised by transformers; the message names the model.
+    """
+    try:
+        with naming_damage(source):
+            yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):  # the files are not the cause
+        raise
+    except Exception as error:
         if isinstance(error, RecursionError):
             raise ValueError(
                 f"{source} has a file that is nested too deeply to be read."
             ) from error
-        if isinstance(error, _FOREIGN):
-            raise ValueError(
-                f"no model can be made of the configuration of {source} "
-                f"({type(error).__name__}: {' '.join(str(error).split())}); correct its "
-                "config.json."
-            ) from error
+        if isinstance(error, AttributeError | KeyError | ZeroDivisionError):
+            raise _invalid_config(source, error) from error
         kind = next((k for k in (OSError, ValueError, TypeError) if isinstance(error, k)), None)
-        if kind is not None and str(source) in str(error):
+        if kind is not None and re.search(rf"(?<!\w){re.escape(str(source))}(?!\w)", str(error)):
             raise
         what = f"{type(error).__name__}: {error}" if kind is None else error
         raise (kind or ValueError)(
             f"{source} cannot be loaded ({what}); check its config.json and its tokenizer's files, "
             "or save it again."
         ) from error
+
+
+def _comes_from_config(
+    error: Exception, source: str | os.PathLike, config_class: type[PreTrainedConfig] | None
+) -> bool:
+    """Whether reading the folder's configuration alone raises the same."""
+    if config_class is None or not (Path(source) / "config.json").is_file():
+        return False
+    try:
+        config_class.from_pretrained(source)
+    except Exception as found:
+        return type(found) is type(error) and str(found) == str(error)
+    return False
+
+
+def _invalid_config(source: str | os.PathLike, error: Exception) -> ValueError:
+    return ValueError(
+        f"no model can be made of the configuration of {source} "
+        f"({type(error).__name__}: {' '.join(str(error).split())}); correct its config.json."
+    )
 
 
 def check_source(source: str | os.PathLike | None) -> None:
@@ -117,17 +156,28 @@ def read_config(source: str | os.PathLike) -> PreTrainedConfig:
     """
     if Path(source).is_file():
         raise NotADirectoryError(f"{source} is a file; give the folder of config.json and weights.")
-    with reading(source):
+    with naming_damage(source):
         fields, _ = PreTrainedConfig.get_config_dict(source)
-        found = fields.get("model_type")
-        # transformers would ask to run the code in the folder, which cannot help either.
-        if str(found).startswith(PREFIX) and found not in CONFIG_MAPPING:
-            raise ValueError(
-                f"{source} is a {found}, and transformers {transformers.__version__} has no "
-                f"{found.removeprefix(PREFIX)}: another version may have it; an architecture of "
-                "your own must be registered first, see kroneckerbert.register."
-            )
-        config = AutoConfig.from_pretrained(source)
+    found = fields.get("model_type")
+    if not isinstance(found, str) or not found:
+        raise ValueError(
+            f"{source} has model_type {found!r} in its config.json, which must be a name such as "
+            "'bert'; correct it, or save the model again."
+        )
+    if found not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{source} is a {found}, and transformers {transformers.__version__} has no "
+            f"{found.removeprefix(PREFIX)}: another version may have it; an architecture of "
+            "your own must be registered first, see kroneckerbert.register."
+        )
+    with naming_damage(source):
+        try:
+            # The code in a folder is not run, and nobody is asked whether to run it.
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except (OSError, MemoryError, ImportError):
+            raise
+        except Exception as error:
+            raise _invalid_config(source, error) from error
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(
@@ -144,7 +194,7 @@ def load(cls: type[PreTrainedModel], source: str | os.PathLike) -> PreTrainedMod
         OSError: If there is none, or a file is damaged.
         ValueError: If a tensor is missing, or has another shape than the configuration says.
     """
-    with reading(source):
+    with naming_damage(source):
         model, info = cls.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -186,13 +236,9 @@ def _damage(folder: Path) -> str | None:
         if not (folder / name).is_file():
             continue
         try:
-            content = json.loads((folder / name).read_text("utf-8"))
-        except RecursionError:
-            return f"{name} is nested too deeply to be read"
-        except ValueError:
-            return f"{name} is no JSON, damaged or cut short; copy or save the model again"
-        if not isinstance(content, dict):
-            return f"{name} must be an object with fields, and is a {type(content).__name__}"
+            content = read_json(folder / name)
+        except ValueError as error:
+            return f"{error}; copy or save the model again"
         if name == _INDEX and not _is_map(content.get("weight_map")):
             return f"{name} must map tensors to files in weight_map; copy or save the model again"
     for file in _weight_files(folder):

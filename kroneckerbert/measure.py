@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kron_kernels.plan.forward import evaluating
 from kron_kernels.shapes import check_integer
 from kron_kernels.timing import Timing, interleaved
+from kroneckerbert.modeling_kroneckerbert import positions
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -30,22 +31,43 @@ def flops(model: PreTrainedModel, batch: int = 1, tokens: int = 128) -> int:
     """Floating-point operations of one forward pass of a ``(batch, tokens)`` input.
 
     Two per multiply-add, of matrix products and attention; on the meta device, so in no time.
+
+    Raises:
+        ValueError: If a size is no positive integer, or the model has fewer positions.
     """
-    shape = check_integer("batch", batch), check_integer("tokens", tokens)
+    shape = _shape(model, batch, tokens)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         meta = type(model)(model.config).eval()
         meta(input_ids=torch.zeros(shape, dtype=torch.long))
     return counter.get_total_flops()
 
 
-def random_ids(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
+def random_ids(model: PreTrainedModel, batch: int, tokens: int, name: str | None = None) -> Tensor:
     """Ids ``(batch, tokens)`` to time a model on.
 
+    Args:
+        model: Whose words are drawn.
+        batch: Sequences.
+        tokens: Tokens in each of them.
+        name: The model's, for errors.
+
     Raises:
-        ValueError: If a size is no positive integer.
+        ValueError: If a size is no positive integer, or the model has fewer positions.
     """
-    shape = check_integer("batch", batch), check_integer("tokens", tokens)
+    shape = _shape(model, batch, tokens, name)
     return torch.randint(model.config.vocab_size, shape, device=model.device)
+
+
+def _shape(
+    model: PreTrainedModel, batch: int, tokens: int, name: str | None = None
+) -> tuple[int, int]:
+    shape = check_integer("batch", batch), check_integer("tokens", tokens)
+    # Models with relative positions alone tell no limit.
+    limited = getattr(model.config, "max_position_embeddings", None) is not None
+    if limited and tokens > (longest := positions(model)):
+        what = name or f"this {type(model).__name__}"
+        raise ValueError(f"tokens = {tokens} exceeds the {longest} positions of {what}.")
+    return shape
 
 
 @torch.inference_mode()
@@ -61,11 +83,12 @@ def latency(
         seconds: Measure for about this long, all models together.
 
     Raises:
-        ValueError: If a size is no positive integer, or ``seconds`` no finite number.
+        ValueError: If a size is no positive integer, a model has fewer positions, or ``seconds`` is
+            no finite number.
     """
     calls = {}
     for name, model in models.items():
-        ids = random_ids(model, batch, tokens)
+        ids = random_ids(model, batch, tokens, name)
         calls[name] = lambda model=model, ids=ids: model(input_ids=ids)
     with evaluating(*models.values()):
         return interleaved(calls, seconds)

@@ -62,7 +62,7 @@ from kroneckerbert.configuration_kroneckerbert import (
 )
 from kroneckerbert.files import replacing_files
 from kroneckerbert.fusion import fuse
-from kroneckerbert.loading import reading
+from kroneckerbert.loading import naming_damage
 
 _AUTO_CLASSES = (
     AutoModel,
@@ -237,7 +237,8 @@ class KroneckerPreTrainedModel(_Base):
         source = pretrained_model_name_or_path
         if source is not None:
             checkpoints.check_whole(Path(source) / (kwargs.get("subfolder") or ""))
-        with reading(source):
+        config_class = None if kwargs.get("config") is not None else cls.config_class
+        with naming_damage(source, config_class):
             # Mismatches are errors below, which name them; transformers would only log them.
             model, info = super().from_pretrained(
                 source,

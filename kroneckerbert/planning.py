@@ -23,16 +23,11 @@ from kron_kernels import KroneckerEmbedding, KronShape
 from kron_kernels.files import write_file
 from kron_kernels.plan import Plan
 from kron_kernels.plan.forward import evaluating
-from kron_kernels.shapes import check_integer
 from kron_kernels.timing import interleaved
 from kroneckerbert import measure
 from kroneckerbert.calibration import Batch, checked_batches, layer_inputs, tokens_of
 from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
-from kroneckerbert.modeling_kroneckerbert import (
-    KroneckerPreTrainedModel,
-    kronecker_class,
-    positions,
-)
+from kroneckerbert.modeling_kroneckerbert import KroneckerPreTrainedModel, kronecker_class
 from kroneckerbert.refusals import is_sentence_transformer, why_not
 
 _LAYER_SECONDS, _MODEL_SECONDS = 0.2, 5.0  # of timing a kind of layer, and the whole, both forms
@@ -84,11 +79,12 @@ def plan(
     if is_sentence_transformer(model):
         model = model[0].auto_model
     if reason := why_not(model):
-        raise TypeError(f"cannot plan a {type(model).__name__}; {reason}.")
+        raise TypeError(f"cannot plan an object of class {type(model).__name__}; {reason}.")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"cannot plan a {type(model).__name__}; it must be a dense transformer. For other "
-            "modules there is kron_kernels.plan.plan(module, budget, inputs)."
+            f"cannot plan an object of class {type(model).__name__}; it must be a dense "
+            "transformer. For other modules there is kron_kernels.plan.plan(module, budget, "
+            "inputs)."
         )
     student_class = kronecker_class(model, "plan")
     encoder: Any = model.base_model
@@ -100,7 +96,7 @@ def plan(
         config = student_class.config_class.from_dense(model.config, factors)
         return student_class(config).to(encoder.device, encoder.dtype).eval()
 
-    ids = _ids(model, batch, tokens)
+    ids = measure.random_ids(model, batch, tokens)
     if calibration is not None:
         known = ("input_ids", "attention_mask", "token_type_ids")
         calibration = [
@@ -213,7 +209,7 @@ def report(
             )
     models: dict[str, PreTrainedModel] = {} if teacher is None else {"dense": teacher}
     models["compressed"] = model
-    ids = _ids(model, batch, tokens)
+    ids = measure.random_ids(model, batch, tokens)
     linears = [p for p in paths if not isinstance(encoder.get_submodule(p), KroneckerEmbedding)]
     with evaluating(*models.values()):
         output_errors = {}
@@ -243,13 +239,6 @@ def report(
         "tokens": tokens,
     }
     return Report(rows, totals, setting)
-
-
-def _ids(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
-    """Random ids ``(batch, tokens)`` to time a model on."""
-    if check_integer("tokens", tokens) > (longest := positions(model)):
-        raise ValueError(f"tokens = {tokens} exceeds the model's {longest} positions.")
-    return measure.random_ids(model, batch, tokens)
 
 
 def _layer(

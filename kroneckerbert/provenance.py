@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kron_kernels.files import write_file
+from kroneckerbert import files
 
 MADE_OF = "made_of.json"
 
@@ -53,19 +54,16 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "")
             yield f"{where}{key} was {old} and is {new}"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What ``write_json`` wrote.
+def read_json(path: Path, *fields: str) -> dict[str, Any]:
+    """What ``write_json`` wrote, with at least these fields.
 
     Raises:
         ValueError: If it is damaged.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {path.parent}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged, it holds {found!r:.80}; delete {path.parent}.")
-    return found
+        return files.read_json(path, *fields)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {path.parent}.") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 # Wrappers by their class's name: most are of packages that may be absent and take long to import.
+# A class of one's own may have the same name, so the package is looked at, too.
+_PACKAGES = ("peft", "torch", "transformers", "deepspeed", "optimum")
 _WRAPPERS = {
     "PeftModel": "it has adapters; pass model.merge_and_unload(), or compress the base model first "
     "and adapt the student with kroneckerbert.lora_config",
@@ -37,12 +39,12 @@ _INSIDE = {
 def why_not(model: Any) -> str | None:
     """Why this is no plain module of dense weights, with the remedy; None if it is one."""
     for cls in type(model).__mro__:
-        if cls.__name__ in _WRAPPERS:
+        if cls.__name__ in _WRAPPERS and _package(cls) in _PACKAGES:
             return _WRAPPERS[cls.__name__]
     if isinstance(model, type):
         return "it is a class; pass a model, such as one from its from_pretrained"
     if not isinstance(model, nn.Module):
-        return "it must be a model, or the name or folder of one"
+        return "it is no model; pass a loaded one, such as AutoModel.from_pretrained(name)"
     if not isinstance(model, PreTrainedModel):
         return None  # its layers are looked at one by one
     if getattr(model, "hf_quantizer", None) is not None:
@@ -59,6 +61,17 @@ def why_not(model: Any) -> str | None:
 def is_sentence_transformer(model: Any) -> bool:
     """Whether it is a model of sentence-transformers with a transformer in it."""
     # By name: an import would take seconds, and the package may be absent.
-    names = {cls.__name__ for cls in type(model).__mro__}
-    found = names & {"SentenceTransformer", "SparseEncoder", "CrossEncoder"}
-    return bool(found) and hasattr(model[0], "auto_model")
+    kinds = ("SentenceTransformer", "SparseEncoder", "CrossEncoder")
+    return (
+        any(
+            c.__name__ in kinds and _package(c) == "sentence_transformers"
+            for c in type(model).__mro__
+        )
+        and isinstance(model, nn.Sequential)
+        and len(model) > 0
+        and hasattr(model[0], "auto_model")
+    )
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]

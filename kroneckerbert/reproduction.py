@@ -53,7 +53,7 @@ from kroneckerbert.data import Table, TextDataset, label_targets
 from kroneckerbert.distillation import DistillationTrainer, resuming
 from kroneckerbert.files import replace_folder, replacing_files, resolved, writable_folder
 from kroneckerbert.heads import with_head_of
-from kroneckerbert.loading import read_config, reading
+from kroneckerbert.loading import naming_source, read_config
 from kroneckerbert.modeling_kroneckerbert import max_tokens
 from kroneckerbert.provenance import MADE_OF, digest, identity, is_made_of, read_json, write_json
 from kroneckerbert.recipe import Latency, Recipe, Stage, Stage1, load, select
@@ -128,8 +128,10 @@ class _Run:
         self.dense = _located(recipe.teacher)
         self.kind = _MODELS[len(recipe.stage1.heads) if recipe.stage1 else 0]
         self.auto = getattr(transformers, self.kind)
-        with reading(self.dense):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.dense)
+        with naming_source(self.dense):
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.dense, trust_remote_code=False
+            )
 
     def run(self) -> dict[str, Any]:
         recipe, stage1 = self.recipe, self.recipe.stage1
@@ -308,7 +310,7 @@ class _Run:
 
     def _dense_model(self) -> PreTrainedModel:
         """The teacher with the heads of stage 1, all of it from its file."""
-        with reading(self.dense):
+        with naming_source(self.dense):
             model, info = self.auto.from_pretrained(
                 self.dense, dtype=torch.float32, output_loading_info=True
             )
@@ -522,7 +524,7 @@ def _compared(teacher: _Metrics, ours: Mapping[int, _Metrics]) -> list[Score]:
 def _load(task: Task, source: str | Path, **config: Any) -> PreTrainedModel:
     head = "QuestionAnswering" if task.kind == "span" else "SequenceClassification"
     auto = getattr(transformers, f"AutoModelFor{head}")
-    with reading(source):
+    with naming_source(source):
         return auto.from_pretrained(source, dtype=torch.float32, **config)
 
 
@@ -565,7 +567,7 @@ def _without_weights(source: str | Path) -> PreTrainedModel:
     """The model that a name or folder holds, on the meta device: its sizes, at no cost."""
     config = read_config(source)
     name = (config.architectures or [""])[0]
-    with reading(source), torch.device("meta"):
+    with naming_source(source), torch.device("meta"):
         if hasattr(kroneckerbert, name):
             return getattr(kroneckerbert, name)(config)
         return AutoModel.from_config(config)

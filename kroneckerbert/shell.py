@@ -41,8 +41,8 @@ errors = Console(markup=False, highlight=False, stderr=True)
 class Commands(TyperGroup):
     """Ends with one line for what a user can put right, and no traceback.
 
-    The exit status is 2 for arguments that are wrong by themselves, 1 for other errors, 130 after
-    SIGINT and 143 after SIGTERM. With ``--debug`` the traceback is shown.
+    The exit status is 2 for options that cannot be read, or not together, 1 for other errors,
+    130 after SIGINT and 143 after SIGTERM. With ``--debug`` the traceback is shown.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -97,7 +97,7 @@ def _usage(error: Any) -> str:
 
 
 def _told(error: Exception) -> str | None:
-    """What to do about it; None if nobody has foreseen the error."""
+    """What to do about it; None if the error is a bug."""
     message = str(error) or type(error).__name__
     if isinstance(error, ImportError):
         package = (error.name or "").partition(".")[0]
@@ -122,8 +122,8 @@ def _told(error: Exception) -> str | None:
 
 def _unforeseen(error: Exception) -> str:
     return (
-        f"{type(error).__name__}: {error}. Nobody has foreseen this: kroneckerbert --debug, with "
-        "the same command behind it, shows where it happened. Please report that."
+        f"{type(error).__name__}: {error}. This is a bug. Run the same command as `kroneckerbert "
+        "--debug …` and report the traceback."
     )
 
 

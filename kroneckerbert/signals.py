@@ -38,11 +38,22 @@ def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
 
     Elsewhere than in the main thread nothing changes, nor under ``torchrun``: it sends signals of
     its own, to processes that must all stop at the same step. What is ignored stays so: a shell
-    starts jobs in the background without SIGINT.
+    starts jobs in the background without SIGINT. A forked child ends as it would without handlers.
     """
+    owner = os.getpid()
+
+    def act(received: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            handler(received, frame)
+        # A forked child has the handlers, too. Ctrl-C reaches all processes of a terminal: to end
+        # in good order, a training needs its workers for the step at hand.
+        elif received != signal.SIGINT or not isinstance(handler, Stop):
+            signal.signal(received, signal.SIG_DFL)
+            signal.raise_signal(received)
+
     is_ours = threading.current_thread() is threading.main_thread() and "RANK" not in os.environ
     before = {
-        number: signal.signal(number, handler)
+        number: signal.signal(number, act)
         for number in _NUMBERS
         if is_ours and signal.getsignal(number) is not signal.SIG_IGN
     }

@@ -31,7 +31,7 @@ def fails(*arguments, app=cli.app) -> str:
     assert code in (1, 2), output
     lines = [line for line in output.splitlines() if "Error" in line or "Traceback" in line]
     assert len(lines) == 1 and lines[0].startswith("Error: "), output
-    assert "Nobody has foreseen" not in lines[0]
+    assert "This is a bug" not in lines[0]
     return lines[0]
 
 

@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum
+from kron_kernels.plan import Plan
 from kron_kernels.testing import assert_close
-from kroneckerbert import KroneckerBertConfig, KroneckerBertForSequenceClassification
+from kroneckerbert import KroneckerBertConfig, KroneckerBertForSequenceClassification, compress
 
 peft = pytest.importorskip("peft", reason="pip install 'kron-kernels[peft]'")
 
@@ -216,6 +217,25 @@ def test_merge_and_unload_gives_a_model_that_saves_and_loads(model, batch, tmp_p
     merged.save_pretrained(tmp_path)
     again = expected_type.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again, batch), logits(merged, batch))
+
+
+@pytest.mark.parametrize("dense_class", [BertModel, BertForSequenceClassification])
+def test_a_planned_model_saves_and_loads_when_it_is_merged(dense_class, batch, tmp_path):
+    names = ("attention.self.query", "intermediate.dense")
+    prefix = "bert." if dense_class is BertForSequenceClassification else ""
+    factors = {
+        f"{prefix}encoder.layer.{i}.{name}": [{"a_shape": [4, 4], "rank": 2}]
+        for i in range(2)
+        for name in names
+    }
+    planned = Plan(factors, [], {}, {}, {}, "error")
+    student = compress(dense_class(BASE).eval(), planned)
+    merged = merge_and_unload(adapted(student))
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path).eval()
+    assert sum(isinstance(m, KroneckerSum) for m in again.modules()) == 4
+    with torch.inference_mode():
+        assert torch.equal(again(**batch)[0], merged(**batch)[0])
 
 
 def test_a_bias_that_is_trained_is_still_so_when_merged(model):

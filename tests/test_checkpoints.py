@@ -133,23 +133,37 @@ DAMAGE = {  # of a folder, of one with shards; then the error
     "pickle": (only_a_pickle, None, OSError, "has pickled weights that .* would run code"),
     "no shard": (None, drop_a_shard, OSError, "index.json names model-00002-of-.*, which is not"),
     "cut shard": (None, cut_a_shard, OSError, "model-00002-of-.* is damaged or cut short"),
-    "cut index": (None, write(INDEX, b"{"), OSError, f"{INDEX} is no JSON"),
+    "cut index": (None, write(INDEX, b"{"), OSError, f"{INDEX} is damaged: it is no JSON"),
     "no map": (None, write(INDEX, b"{}"), OSError, f"{INDEX} must map tensors to files"),
-    "list of shards": (None, write(INDEX, b"[]"), OSError, f"{INDEX} must be an object"),
-    "cut config": (write("config.json", b"{"), None, OSError, "config.json is no JSON"),
-    "binary config": (write("config.json", b"\xff\xfe"), None, OSError, "config.json is no JSON"),
-    "null config": (write("config.json", b"null"), None, OSError, "config.json must be an object"),
+    "list of shards": (
+        None,
+        write(INDEX, b"[]"),
+        OSError,
+        f"{INDEX} is damaged: it must be an object",
+    ),
+    "cut config": (
+        write("config.json", b"{"),
+        None,
+        OSError,
+        "config.json is damaged: it is no JSON",
+    ),
+    "binary config": (
+        write("config.json", b"\xff\xfe"),
+        None,
+        OSError,
+        "config.json is damaged: it is no JSON",
+    ),
+    "null config": (
+        write("config.json", b"null"),
+        None,
+        OSError,
+        "config.json is damaged: it must be an object",
+    ),
     "text for a number": (
         change("config.json", hidden_size="x"),
         None,
         ValueError,
         "no model can be made of the configuration of .*'hidden_size'.* correct its config.json",
-    ),
-    "no such activation": (
-        change("config.json", hidden_act="nope"),
-        None,
-        ValueError,
-        "no model can be made of the configuration of .*'nope'",
     ),
     "no such dtype": (change("config.json", dtype="float13"), None, ValueError, "float13"),
 }
@@ -162,6 +176,49 @@ def test_a_damaged_folder_is_told_by_its_file(student, damage, of_shards, error,
     with pytest.raises(error, match=message) as caught:
         type(student).from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+class OfOnesOwn(KroneckerBertModel):
+    def __init__(self, config):
+        raise KeyError("a slip of the user's")
+
+
+class Full(KroneckerBertModel):
+    def __init__(self, config):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+class Unreachable(KroneckerBertModel):
+    def __init__(self, config):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "error", "message"),
+    [
+        (OfOnesOwn, {}, KeyError, '"a slip of the user\'s"'),
+        (Full, {}, torch.OutOfMemoryError, "CUDA out of memory."),
+        (Unreachable, {}, ConnectionResetError, "[Errno 104] Connection reset by peer"),
+        (KroneckerBertModel, {"foo": 1}, TypeError, None),
+        (KroneckerBertModel, {"dtype": "nonsense"}, Exception, None),
+        (KroneckerBertModel, {"attn_implementation": "nonsense"}, Exception, None),
+    ],
+)
+def test_errors_that_whole_files_do_not_cause_pass_unchanged(
+    student, tmp_path, cls, options, error, message
+):
+    student.save_pretrained(tmp_path)
+    with pytest.raises(error) as caught:
+        cls.from_pretrained(tmp_path, **options)
+    assert "config.json" not in str(caught.value) and str(tmp_path) not in str(caught.value)
+    assert message in (None, str(caught.value))
+    assert str(tmp_path) in caught.value.__notes__[0]
+    if cls is KroneckerBertModel:  # as from the stock class
+        BertModel(CONFIG).save_pretrained(tmp_path)
+        with pytest.raises(error) as stock:
+            BertModel.from_pretrained(tmp_path, **options)
+        assert type(caught.value) is type(stock.value)
+        assert str(caught.value).replace("Kronecker", "") == str(stock.value)
 
 
 def test_a_damaged_dense_folder_is_told_by_its_file(tmp_path):
@@ -364,7 +421,7 @@ def test_a_damaged_index_of_shards_is_named(student, tmp_path, damage):
     student.save_pretrained(tmp_path, max_shard_size="12KB")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(damage(index.read_text()))
-    with pytest.raises(OSError, match=r"model\.safetensors\.index\.json is no JSON, damaged"):
+    with pytest.raises(OSError, match=r"model\.safetensors\.index\.json is damaged: it is no JSON"):
         AutoModel.from_pretrained(tmp_path)
 
 
@@ -405,7 +462,7 @@ def test_other_files_stay_and_old_shards_go(student, tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_named(student, tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(OSError, match=r"cannot write .* choose a folder"):
+    with pytest.raises(OSError, match=r"cannot write .* choose a name"):
         student.save_pretrained(tmp_path)
 
 
@@ -413,5 +470,12 @@ def test_a_file_in_the_place_of_the_folder_is_named(student, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file; choose another name"):
         student.save_pretrained(tmp_path / "file")
-    with pytest.raises(OSError, match=r"cannot write .* choose a folder"):
+    with pytest.raises(OSError, match=r"cannot write .* choose a name"):
         student.save_pretrained(tmp_path / "file" / "below")
+
+
+def test_a_folder_without_a_name_is_refused(student, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"name is empty; give one, or '\.'"):
+        student.save_pretrained("")
+    assert not list(tmp_path.iterdir())

@@ -110,7 +110,9 @@ def test_a_plan_is_made_shown_and_followed(tmp_path, teacher, texts, quickly_tim
     assert "quantity and its limit" in fails(*short, "parameters")
     assert "'parametres'" in fails(*short, "parametres=2x")
     assert "cannot be met" in fails(*short, "parameters=10")
-    assert "exceeds the model's 32 positions" in fails(*short, "flops=2x", "--tokens", 64)
+    assert "tokens = 64 exceeds the 32 positions of this BertModel" in fails(
+        *short, "flops=2x", "--tokens", 64
+    )
 
 
 def test_sequential_refits_on_the_texts(tmp_path, teacher, texts):
@@ -327,7 +329,10 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path, teacher, classifier,
         (["evaluate", classifier, "--data", broken], "broken.tsv, line 2: 1 tab-separated field"),
         (["evaluate", teacher, "--data", table], "BertModel has no head for labels"),
         (["benchmark", teacher, teacher], "a model is named twice"),
-        (["benchmark", teacher, "--tokens", 33], "--tokens 33 exceeds the 32 positions"),
+        (
+            ["benchmark", teacher, "--tokens", 33],
+            f"tokens = 33 exceeds the 32 positions of {teacher}",
+        ),
     ):
         assert message in fails(*arguments)
     for arguments, message in (

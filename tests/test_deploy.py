@@ -94,6 +94,11 @@ def assert_damage_is_found(folder) -> None:
             with pytest.raises(OSError, match=rf"{folder}.* cannot be read .*export again"):
                 load_trusted(folder)
             file.write_bytes(whole)
+    told = folder / "export.json"
+    for damage in ("[]", "null", "{}", '{"export_format": [1]}', "[" * 10**5):
+        told.write_text(damage)
+        with pytest.raises(OSError, match=rf"{told} cannot be read .*export again"):
+            load_trusted(folder)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +135,14 @@ def test_onnx_computes_the_same(onnx_folder):
     assert len(lines) == 3
     assert lines[0] == f"{folder}: onnx, {result.bytes / 1e6:.2f} MB"
     assert "2x16, 1x8, 3x16" in lines[1] and lines[2].startswith("  logits: at most ")
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), -1, "1e-3", None.__class__])
+def test_a_tolerance_that_is_none_is_refused_before_the_export(tmp_path, monkeypatch, tolerance):
+    monkeypatch.setattr(deploy, "_exported", None)  # calling it would raise
+    with pytest.raises(ValueError, match=r"tolerance = .* must be a finite number"):
+        export(model_with("Model"), tmp_path / "out", tolerance=tolerance)
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_files_of_an_export_are_named(onnx_folder, tmp_path):

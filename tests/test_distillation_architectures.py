@@ -445,6 +445,15 @@ def test_everything_is_restored_after_an_error(name):
         assert torch.equal(a, b)
 
 
+def test_scores_of_an_attention_that_someone_derived_are_not_guessed():
+    model = dense("mpnet")
+    for module in list(model.modules()):
+        if type(module).__name__ == "MPNetSelfAttention":
+            module.__class__ = type("OfOnesOwn", (type(module),), {})
+    with pytest.raises(ValueError, match="cannot be read"), attention_scores(model):
+        pass
+
+
 @pytest.mark.parametrize("name", HOOKED)
 def test_a_context_within_a_context_changes_nothing(name):
     model = dense(name)

@@ -429,6 +429,27 @@ def test_a_file_is_written_through_a_link_and_to_a_pipe(tmp_path):
 # Checksums
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is no JSON"),
+        (b"\xff", "it is no JSON"),
+        (b"[" * 10**5, "it is nested too deeply"),
+        (b"[]", r"it must be an object with fields, and is \[\]"),
+        (b"null", "it must be an object with fields, and is None"),
+        (b'{"a": 1}', "it lacks b, c"),
+    ],
+)
+def test_json_is_an_object_with_the_fields_that_are_read(tmp_path, content, why):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} is damaged: {why}"):
+        kroneckerbert.files.read_json(path, "a", "b", "c")
+    path.rename(tmp_path / CHECKSUMS)
+    with pytest.raises(OSError, match=f"{tmp_path / CHECKSUMS} is damaged"):
+        read_checksums(tmp_path)
+
+
 def test_any_flipped_bit_any_cut_and_any_missing_file_is_found(tmp_path):
     put(tmp_path, {"a.bin": "some bytes", "b.json": "{}"})
     (tmp_path / "deeper").mkdir()
@@ -461,6 +482,9 @@ def test_any_flipped_bit_any_cut_and_any_missing_file_is_found(tmp_path):
         '{"remove": [".."], "move": []}',
         '{"remove": [7], "move": []}',
         '{"remove": []}',
+        '{"remove": "ab", "move": []}',
+        "[" * 10**5,
+        "null",
         "[]",
         "{",
     ],
@@ -470,6 +494,7 @@ def test_a_folder_from_elsewhere_removes_nothing_outside_it(tmp_path, plan):
     waiting = tmp_path / "model" / kroneckerbert.files._WHOLE
     waiting.mkdir(parents=True)
     (waiting / kroneckerbert.files._PLAN).write_text(plan)
-    with pytest.raises(OSError, match="is damaged"):
-        finish(tmp_path / "model")
+    for act in (finish, lambda folder: replacing_files(folder).__enter__()):
+        with pytest.raises(OSError, match=rf"^{waiting}/.plan.json is damaged.*; remove {waiting}"):
+            act(tmp_path / "model")
     assert (tmp_path / "precious").exists()

@@ -120,6 +120,17 @@ def test_decisions_words_and_wrong_names():
         plan(model, {"parameters": 100}, **TOKENS)
 
 
+def test_no_more_tokens_than_the_model_has_positions_are_measured():
+    model = teachers()[0]
+    for measured in (
+        lambda: measure.flops(model, 1, 10**4),
+        lambda: measure.latency({"one": model}, 1, 10**4, seconds=0),
+        lambda: plan(model, {"parameters": "2x"}, tokens=10**4),
+    ):
+        with pytest.raises(ValueError, match=r"tokens = 10000 exceeds the \d+ positions of"):
+            measured()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -165,7 +176,7 @@ def test_calibration_takes_batches_with_labels_and_padding():
 
 
 def test_what_is_no_dense_transformer_is_refused():
-    with pytest.raises(TypeError, match=r"a Linear.*kron_kernels\.plan\.plan"):
+    with pytest.raises(TypeError, match=r"class Linear.*kron_kernels\.plan\.plan"):
         plan(nn.Linear(4, 4), {"parameters": "2x"})
     with pytest.raises(TypeError, match="cannot plan a KroneckerBertModel"):
         plan(compress(teachers()[0]), {"parameters": "2x"})

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -258,12 +259,39 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(place, tmp_pat
     assert {path.name for path in (tmp_path / "full").iterdir()} == {"file"}
 
 
-def test_a_plan_takes_the_place_of_no_device(tmp_path):
+def test_a_plan_is_written_to_a_pipe_like_other_results(place, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    line = fails("plan", MODEL, pipe, "--budget", "latency=2x")
-    assert line == f"Error: {pipe} is a pipe or a device; give the name of a file."
-    assert pipe.is_fifo()
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    succeeds("plan", place / "teacher", pipe, "--budget", "parameters=1.5x", "--tokens", 8)
+    reader.join(10)
+    assert "factors" in json.loads(read[0]) and pipe.is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["distill", MODEL, MODEL, "out", "--data", "texts.txt", "--steps", 2, "--epochs", 1],
+            "two",
+        ),
+        (["plan", MODEL, "plan.json", "--budget", "foo"], "quantity and its limit"),
+        (["plan", MODEL, "p", "--budget", "bytes=1", "--budget", "bytes=2"], "two limits"),
+        (["evaluate", MODEL, "--data", "texts.txt", "--split", "test"], "give --task as well"),
+        (["evaluate", MODEL], "--data must be a file"),
+        (["compress", MODEL, "out", "--sequential"], "give --calibration"),
+        (["report", MODEL, "--calibration", "texts.txt"], "--teacher"),
+        (["report", MODEL, "--json", "x.png", "--picture", "x.png"], "one file"),
+        (["report", MODEL, "--picture", "x.foo"], "must end in"),
+        (["benchmark", MODEL, MODEL], "named twice"),
+    ],
+)
+def test_options_that_do_not_go_together_end_with_status_2(place, monkeypatch, words, told):
+    monkeypatch.chdir(place)
+    code, output = run(*words)
+    assert code == 2 and told in output and output.startswith("Error: ")
 
 
 def test_an_input_is_not_overwritten(place, tmp_path):
@@ -350,6 +378,17 @@ def test_a_model_with_a_bad_file_is_named(place, tmp_path, file, content):
     assert str(model) in line and ("Error: " not in line[7:] or "RuntimeError" not in line[:20])
     assert file != "pytorch_model.bin" or "safetensors" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("found", [None, 5, "", [1], "none such"])
+def test_nobody_is_asked_whether_to_run_code_from_a_folder(place, tmp_path, found):
+    model = tmp_path / "model"
+    shutil.copytree(place / "student", model)
+    config = json.loads((model / "config.json").read_text()) | {"model_type": found}
+    (model / "config.json").write_text(json.dumps(config))
+    code, told = run("report", model)
+    assert code == 1 and told.startswith(f"Error: {model} ") and str(found) in told
+    assert told.count("\n") == 1 and "custom code" not in told
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,17 @@ def test_random_states_of_all_processes_are_wanted(output):
         start(1)
 
 
+def test_a_checkpoint_that_is_not_there_is_told_beside_those_that_are(output):
+    with pytest.raises(FileNotFoundError, match=r"no folder True .*are: checkpoint-2, checkpoint"):
+        run(output).train(resume_from_checkpoint="True")
+
+
+def test_a_checkpoint_of_transformers_own_trainer_is_no_older_one(output, recwarn):
+    (output / "checkpoint-4" / CHECKSUMS).unlink()
+    resuming.check(output / "checkpoint-4", [0], 1)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -237,6 +248,14 @@ def test_damaged_outputs_of_a_cached_teacher_are_named(tmp_path):
             with pytest.raises(OSError, match=rf"{file}, of the cached teacher's.*delete {folder}"):
                 read()
         file.write_bytes(whole)
+    whole = files[-1].read_text()
+    for damage in ("[]", "null", "{}", "[" * 10**5):
+        files[-1].write_text(damage)
+        with pytest.raises(
+            OSError, match=rf"{files[-1]}, of the cached teacher's.*delete {folder}"
+        ):
+            read()
+    files[-1].write_text(whole)
     read()
 
 

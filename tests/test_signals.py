@@ -3,15 +3,17 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 
 import pytest
 import torch
-from commands import WORDS, run, save, student_of, succeeds, weights
+from commands import WORDS, fails, run, save, student_of, succeeds, weights
 from transformers import TrainerCallback
 
 from kroneckerbert import cli
 from kroneckerbert.distillation import DistillationTrainer
+from kroneckerbert.signals import Stop, handled, interrupt
 
 
 @pytest.fixture
@@ -77,7 +79,9 @@ def test_what_is_kept_is_of_the_same_arguments_and_data(tmp_path, teacher, texts
     command = ["distill", teacher, student, out]
     interrupted(signal.SIGINT, *command, *options)
     code, told = run(*command, *options, "--learning-rate", 0.01)
-    assert code == 1 and "learning_rate was 0.001 and is 0.01" in told and str(kept) in told
+    assert code == 1 and "--learning-rate was 0.001 and is 0.01" in told and str(kept) in told
+    code, told = run(*command, *options[:2], "--steps", 6)
+    assert code == 1 and "--steps was 5 and is 6" in told
     texts.write_text(texts.read_text() + "\ngood")
     code, told = run(*command, *options)
     assert code == 1 and "data was" in told
@@ -86,8 +90,30 @@ def test_what_is_kept_is_of_the_same_arguments_and_data(tmp_path, teacher, texts
     assert code == 1 and "made_of.json is damaged" in told
     (kept / "made_of.json").unlink()
     code, told = run(*command, *options)
-    assert code == 1 and f"{kept} is there" in told
+    assert code == 1 and f"{kept} is not an interrupted training of" in told
     assert not out.exists()
+
+
+def test_a_damaged_training_says_what_to_delete_and_what_is_deleted_begins_anew(
+    tmp_path, teacher, texts, interrupted
+):
+    student, out, kept = student_of(teacher), tmp_path / "out", tmp_path / "out.training"
+    command = ["distill", teacher, student, out, "--data", texts, "--steps", 4]
+    interrupted(signal.SIGINT, *command)
+    clock, weights_file = kept / "clock.json", kept / "checkpoint" / "model.safetensors"
+    whole = clock.read_text()
+    for damage in ('{"seconds": "x"}', '{"seconds": null}', '{"seconds": NaN}', "{}", "[]", "["):
+        clock.write_text(damage)
+        assert str(clock) in fails(*command)
+    clock.unlink()
+    assert f"{clock} is missing; delete {kept}" in fails(*command)
+    clock.write_text(whole)
+    weights_file.write_bytes(b"")
+    line = fails(*command)
+    assert f"{weights_file} is damaged" in line and line.endswith(f"delete {kept} to begin anew.")
+    shutil.rmtree(kept / "checkpoint")
+    assert "Going on" not in succeeds(*command)
+    assert out.exists() and not kept.exists()
 
 
 def test_time_goes_on_from_where_it_stopped(tmp_path, teacher, texts, interrupted):
@@ -130,6 +156,29 @@ def test_a_signal_at_the_last_step_or_while_saving_loses_nothing(
     succeeds(*command)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(
+    ("handler", "number", "survives"),
+    [
+        (Stop(), signal.SIGTERM, False),
+        (Stop(), signal.SIGINT, True),  # its parent's step needs it
+        (interrupt, signal.SIGTERM, False),
+        (interrupt, signal.SIGINT, False),
+    ],
+)
+def test_a_forked_child_does_not_take_signals_for_its_parent(handler, number, survives, capfd):
+    with handled(handler):
+        child = os.fork()
+        if child == 0:
+            try:
+                os.kill(os.getpid(), number)
+            finally:
+                os._exit(7)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == (7 if survives else -number)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -68,8 +68,20 @@ def start(
     checkpoint = last(folder, now) if wanted is True else Path(wanted) if wanted else None
     if checkpoint is None:
         return None, time.time_ns()
+    if not checkpoint.exists():
+        there = ", ".join(path.name for path in sorted(_checkpoints(folder), key=_step)) or "none"
+        raise FileNotFoundError(
+            f"there is no folder {checkpoint} to go on from; the checkpoints in {folder} are: "
+            f"{there}. Pass the path of one, or True for the last."
+        )
     check(checkpoint, ranks, of)
     about = read_checksums(checkpoint)
+    if about is None:
+        warnings.warn(
+            f"{checkpoint} has no checksums, which earlier versions did not write: its files are "
+            "there and can be read, more is not known of them.",
+            stacklevel=2,
+        )
     goes_on = about is not None and not _changes(about["settings"], now)
     return str(checkpoint), about["run"] if about and goes_on else time.time_ns()
 
@@ -123,12 +135,6 @@ def check(checkpoint: Path, ranks: Sequence[int], of: int) -> None:
         OSError: With the file, and the last checkpoint beside it that is whole.
     """
     if (problem := _problem(checkpoint, ranks, of)) is None:
-        if _run(checkpoint) is None:
-            warnings.warn(
-                f"{checkpoint} has no checksums, which earlier versions did not write: its files "
-                "are there and can be read, more is not known of them.",
-                stacklevel=2,
-            )
         return
     run = _run(checkpoint)
     earlier = [

@@ -89,7 +89,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-_PROJECTIONS = {
+_PROJECTIONS: dict[type[nn.Module], _Projections] = {
     MPNetSelfAttention: _Projections(("q", "k"), _mpnet_scores),
     modeling_deberta.DisentangledSelfAttention: _Projections(("in_proj",), _deberta_scores),
     modeling_deberta_v2.DisentangledSelfAttention: _Projections(
@@ -98,9 +98,14 @@ _PROJECTIONS = {
 }
 
 
+def _stock(module: nn.Module) -> type[nn.Module]:
+    # Fused attentions have a class of their own, which knows the stock one. How a class computes
+    # that someone else has derived is not known.
+    return getattr(type(module), "stock", type(module))
+
+
 def _projections(attention: nn.Module) -> _Projections:
-    # By base class: fused attentions have a class of their own.
-    return next(p for cls, p in _PROJECTIONS.items() if isinstance(attention, cls))
+    return _PROJECTIONS[_stock(attention)]
 
 
 # What projections return, until used. By module, of which DataParallel's replicas have their own.
@@ -147,10 +152,9 @@ def attention_scores(*models: PreTrainedModel) -> Iterator[None]:
     Raises:
         ValueError: If a model's attention layers are of neither kind.
     """
-    kinds: tuple[type[nn.Module], ...] = tuple(_PROJECTIONS)
     with ExitStack() as stack:
         for model in models:
-            own = [m for m in model.modules() if isinstance(m, kinds)]
+            own = [m for m in model.modules() if _stock(m) in _PROJECTIONS]
             if not own and not _calls_the_interface(model):
                 raise ValueError(
                     f"the attention scores of {type(model).__name__} cannot be read: its layers do "
