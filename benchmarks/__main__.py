@@ -21,8 +21,8 @@ import typer
 from rich.console import Console
 
 from benchmarks.machine import RESULTS
+from kroneckerbert.cli.shell import Commands, input_file, number
 from kroneckerbert.files import writable_file
-from kroneckerbert.shell import Commands, input_file, number
 
 app = typer.Typer(
     cls=Commands,

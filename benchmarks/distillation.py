@@ -48,11 +48,12 @@ from transformers.utils import logging
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear
 from kron_kernels.files import write_file
-from kroneckerbert import DistillationConfig, DistillationTrainer, compress, curves
+from kroneckerbert import DistillationConfig, DistillationTrainer, compress
 from kroneckerbert.data import TextDataset, label_targets, read_lines, read_table
+from kroneckerbert.distillation.heads import with_head_of
 from kroneckerbert.evaluation import evaluate
-from kroneckerbert.heads import with_head_of
-from kroneckerbert.squad import SpanDataset, predict_spans, read_squad, squad_metrics
+from kroneckerbert.reproduction import curves
+from kroneckerbert.reproduction.squad import SpanDataset, predict_spans, read_squad, squad_metrics
 
 HERE = Path(__file__).parent
 SETTINGS = yaml.safe_load((HERE / "distillation.yaml").read_text())

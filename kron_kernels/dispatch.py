@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from kron_kernels.backends import cuda, eager, native, triton_gpu
+from kron_kernels.backends import cuda, eager, native
+from kron_kernels.backends.triton import launch as triton_gpu
 from kron_kernels.checks import check_factors, check_tensors
 from kron_kernels.shapes import KronShape
 

@@ -14,7 +14,8 @@ import torch
 
 import kron_kernels
 from kron_kernels import dispatch
-from kron_kernels.backends import cuda, triton_gpu
+from kron_kernels.backends import cuda
+from kron_kernels.backends.triton import launch as triton_gpu
 from kron_kernels.shapes import KronShape
 
 # KroneckerBERT's layers, 8x and 21x (NAACL 2022, Table 1).

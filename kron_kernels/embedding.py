@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kron_kernels import ops
-from kron_kernels.backends import triton_gpu
+from kron_kernels.backends.triton import launch as triton_gpu
 from kron_kernels.checks import is_plain
 from kron_kernels.functional import kron_matmul, traced, transformed
 from kron_kernels.shapes import check_integer

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kron_kernels.backends import COMPILED, eager, triton_gpu
+from kron_kernels.backends import COMPILED, eager
+from kron_kernels.backends.triton import launch as triton_gpu
 from kron_kernels.checks import Activation, Shaped, check_epilogue, check_factors
 from kron_kernels.shapes import KronShape
 

@@ -27,8 +27,8 @@ from kroneckerbert.planning import plan, report
 _LAZY = {
     "DistillationConfig": "distillation",
     "DistillationTrainer": "distillation",
-    "export": "deploy",
-    "load_exported": "deploy",
+    "export": "exporting",
+    "load_exported": "exporting",
     "load_adapter": "adapters",
     "lora_config": "adapters",
     "merge_and_unload": "adapters",

@@ -1,5 +1,5 @@
 """``python -m kroneckerbert``: the command line."""
 
-from kroneckerbert.cli import app
+from kroneckerbert.cli.app import app
 
 app(prog_name="kroneckerbert")

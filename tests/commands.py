@@ -6,7 +6,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 from typer.testing import CliRunner
 
-from kroneckerbert import cli
+from kroneckerbert.cli import app as cli
 
 WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 

@@ -23,5 +23,5 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 # The simulator and the emulator live in tests/, which is no package.
-if str(ROOT / "tests") not in sys.path:
-    sys.path.append(str(ROOT / "tests"))
+if str(ROOT / "tests/gpu") not in sys.path:
+    sys.path.append(str(ROOT / "tests/gpu"))

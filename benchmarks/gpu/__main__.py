@@ -71,7 +71,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--simulate",
         action="store_true",
-        help="without a GPU: the checks with small sizes, in the simulator of tests/simulator",
+        help="without a GPU: the checks with small sizes, in the simulator of tests/gpu/simulator",
     )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -12,8 +12,9 @@ from torch import Tensor
 from benchmarks.gpu.cases import ACTIVATIONS, draw
 from benchmarks.gpu.jobs import NotDone, Place
 from kron_kernels import KronShape, kron_feed_forward, kron_matmul, kron_qkv, reference
-from kron_kernels.backends import COMPILED, cuda, triton_gpu
+from kron_kernels.backends import COMPILED, cuda
 from kron_kernels.backends.gpu import precision
+from kron_kernels.backends.triton import launch as triton_gpu
 from kron_kernels.testing import assert_close
 
 

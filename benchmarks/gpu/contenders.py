@@ -14,7 +14,8 @@ from benchmarks import peers
 from benchmarks.gpu.checks import slack
 from benchmarks.gpu.jobs import ENGINES, Place
 from kron_kernels import kron_feed_forward, kron_matmul, kron_qkv, reference
-from kron_kernels.backends import COMPILED, eager, triton_gpu
+from kron_kernels.backends import COMPILED, eager
+from kron_kernels.backends.triton import launch as triton_gpu
 from kron_kernels.shapes import KronShape
 from kron_kernels.testing import assert_close
 

@@ -1,4 +1,4 @@
-"""Without a GPU: PTX executed by tests/simulator, CUDA sources compiled by tests/emulator."""
+"""Without a GPU: PTX executed by the simulator, CUDA sources compiled by the emulator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.gpu.clocks import Calls, Clock
-from kron_kernels.backends import triton_launch
+from kron_kernels.backends.triton import configs as triton_launch
 from kron_kernels.timing import Timing
 
 

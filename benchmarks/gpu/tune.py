@@ -34,15 +34,16 @@ from benchmarks.gpu import clocks, simulated
 from benchmarks.gpu.cases import DECODER, PRESETS, SQUARES
 from benchmarks.gpu.checks import require
 from benchmarks.gpu.jobs import Job, NotDone, Place
-from kron_kernels.backends import triton_gpu, triton_launch
-from kron_kernels.backends.triton_launch import Geometry, Tile
+from kron_kernels.backends.triton import configs as triton_launch
+from kron_kernels.backends.triton import launch as triton_gpu
+from kron_kernels.backends.triton.configs import Geometry, Tile
 from kron_kernels.shapes import KronShape
 from kron_kernels.testing import assert_close
 
 BETTER = 1.03  # what a tile must gain to replace the rule's
 NO_GPU = (
     "PyTorch finds no GPU here, and this command measures one; --simulate runs its checks, with "
-    "small sizes and without timing, in the simulator of tests/simulator."
+    "small sizes and without timing, in the simulator of tests/gpu/simulator."
 )
 _SUMS = 192 * 1024  # bytes of sums in a candidate: beyond it a thread has no registers for them
 _MIX = 192  # entries a thread of what is mixed in registers

@@ -1,5 +1,5 @@
 // What kernels are written in: CUDA's own words, and a name for each instruction that has none.
-// With KRON_EMULATED the same sources are compiled for the host, where tests/emulator runs them.
+// With KRON_EMULATED the same sources are compiled for the host, where tests/gpu/emulator runs them.
 #pragma once
 #include <stdint.h>
 

@@ -1,4 +1,4 @@
-// What launches need of a GPU's runtime. runtime.cpp asks CUDA; tests/emulator has its own.
+// What launches need of a GPU's runtime. runtime.cpp asks CUDA; tests/gpu/emulator has its own.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

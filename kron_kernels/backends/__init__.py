@@ -1,5 +1,6 @@
 """Backends by name. The compiled ones have the same functions: see ``ops`` for what each does."""
 
-from kron_kernels.backends import cuda, native, triton_gpu
+from kron_kernels.backends import cuda, native
+from kron_kernels.backends.triton import launch as triton_gpu
 
 COMPILED = {"native": native, "triton": triton_gpu, "cuda": cuda}

@@ -19,7 +19,7 @@ from benchmarks.gpu.side_by_side.mill import GPUS, Mill, Operation
 from benchmarks.gpu.side_by_side.triton import checked, pretending
 from benchmarks.gpu.side_by_side.works import TOKENS, Call, Case, Work, errors, layers_of, our_call
 from kron_kernels.backends import cuda as cuda_gpu
-from kron_kernels.backends import triton_gpu
+from kron_kernels.backends.triton import launch as triton_gpu
 
 
 def dense(work: Work, arch: int, direction: str) -> dict[str, Any]:

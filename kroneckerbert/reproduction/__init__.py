@@ -1,0 +1,1 @@
+"""The paper's procedure as a recipe: its stages, its tasks and its model card."""

@@ -1,0 +1,260 @@
+"""The model card of a student: what it is, how it was made, what it scores and how to load it."""
+
+from __future__ import annotations
+
+import platform
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from kroneckerbert.measure import parameters
+from kroneckerbert.modeling_kroneckerbert import KroneckerPreTrainedModel
+from kroneckerbert.reproduction.tasks import TASKS
+
+# The Hub's names of metrics.
+_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
+_PIPELINES = {
+    "SequenceClassification": "text-classification",
+    "QuestionAnswering": "question-answering",
+    "MaskedLM": "fill-mask",
+}
+_PACKAGES = ("kron-kernels", "torch", "transformers", "accelerate", "datasets")
+_PAPER = "Tahaei et al., [KroneckerBERT](https://aclanthology.org/2022.naacl-main.154/), NAACL 2022"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of a student, for every seed, beside its teacher's and the paper's, in per cent.
+
+    Args:
+        task: Name of the evaluation set, in ``kroneckerbert.reproduction.tasks.TASKS``.
+        split: Of that set.
+        metric: As in the task's ``metrics``.
+        teacher: The teacher's.
+        seeds: The student's by seed.
+        paper: What the paper reports, by the names of its models; often nothing.
+    """
+
+    task: str
+    split: str
+    metric: str
+    teacher: float
+    seeds: Mapping[int, float]
+    paper: Mapping[str, float]
+
+    def __str__(self) -> str:
+        """Mean ± standard deviation (lowest to highest) over seeds."""
+        values = list(self.seeds.values())
+        if len(values) == 1:
+            return f"{values[0]:.2f} (one seed)"
+        spread = f"{min(values):.2f} to {max(values):.2f}"
+        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({spread})"
+
+
+def machine() -> str:
+    """What kind of machine this is, without its name."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def model_card(
+    model: KroneckerPreTrainedModel,
+    *,
+    name: str,
+    dense_parameters: int,
+    recipe: Mapping[str, Any],
+    scores: Sequence[Score] = (),
+    seed: int | None = None,
+    latency: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """A card with the Hub's metadata; nothing is asked of a network.
+
+    Args:
+        model: The student.
+        name: What it is called.
+        dense_parameters: Those of its teacher, with the same head.
+        recipe: See ``kroneckerbert.reproduction.recipe``. The card shows all of it, with
+            only the last part of each path. Licence, language and data are in its ``card``.
+        scores: In the order of the table.
+        seed: The student's own, of those in ``scores``; its scores are the metadata's.
+        latency: What ``reproduction.run`` measured: ``machine``, ``threads``, ``tokens`` and, by
+            batch size, ``milliseconds`` of ``teacher`` and ``student``.
+
+    Returns:
+        ``str(card)`` is the file; ``card.save(path)`` writes it.
+    """
+    recipe = without_paths(recipe)
+    about = recipe.get("card", {})
+    teacher = recipe["teacher"]
+    sizes = parameters(model), dense_parameters
+    head = type(model).__name__.rpartition("For")[2]
+    hub = [TASKS[score.task].hub["path"] for score in scores]
+    corpus = recipe.get("stage1", {}).get("corpus", {}).get("source", "")
+    data = ModelCardData(
+        model_name=name,
+        base_model=teacher if _HUB_NAME.fullmatch(teacher) else None,
+        datasets=list(dict.fromkeys(n for n in (corpus, *hub) if _HUB_NAME.fullmatch(n))) or None,
+        library_name="transformers",
+        pipeline_tag=_PIPELINES.get(head),
+        license=about.get("license"),
+        language=about.get("language"),
+        tags=["kronecker", "compression", "distillation"],
+        eval_results=[
+            _eval_result(score, score.seeds[seed])
+            for score in scores
+            if seed is not None and seed in score.seeds
+        ]
+        or None,
+    )
+    sections = {
+        f"# {name}": (
+            f"A {type(model).__name__} of {sizes[0]:,} parameters, {sizes[1] / sizes[0]:.1f} times "
+            f"fewer than the {sizes[1]:,} of the dense model that taught it, `{teacher}`: its "
+            f"weights are Kronecker products, after {_PAPER}."
+        ),
+        "## Loading": _loading(head),
+        "## Scores": _scores(scores, seed),
+        "## Latency": _latency(latency),
+        "## Shapes": _shapes(model),
+        "## Data and licences": "\n".join(f"- {line}" for line in about.get("data", ())),
+        "## Hyper-parameters": _hyper_parameters(recipe, {score.task for score in scores}),
+        "## Recipe": f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```",
+        "## Versions": ", ".join(f"{name} {v}" for name in _PACKAGES if (v := _version(name))),
+    }
+    text = "\n\n".join(f"{heading}\n\n{body}" for heading, body in sections.items() if body)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def without_paths(value: Any) -> Any:
+    """The same with only the last part of every path: others have not these folders."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(entry) for entry in value]
+    is_path = isinstance(value, str) and (
+        value.startswith(("/", "~", ".", "\\")) or value.count("/") > 1 or value[1:3] == ":\\"
+    )
+    if is_path and " " not in value and "://" not in value and not value.startswith("package:"):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
+
+
+def _eval_result(score: Score, value: float) -> EvalResult:
+    task = TASKS[score.task]
+    return EvalResult(
+        task_type="question-answering" if task.kind == "span" else "text-classification",
+        dataset_type=task.hub["path"],
+        dataset_name=score.task,
+        dataset_config=task.hub.get("name"),
+        dataset_split=task.splits[score.split],
+        metric_type=_METRICS.get(score.metric, score.metric),
+        metric_name=score.metric,
+        metric_value=round(value, 4),
+    )
+
+
+def _loading(head: str) -> str:
+    auto = f"AutoModelFor{head}" if head in _PIPELINES or head == "PreTraining" else "AutoModel"
+    return (
+        "```sh\npip install 'kron-kernels[bert]'\n```\n\n"
+        "```python\n"
+        "import kroneckerbert  # registers the classes\n"
+        f"from transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        "```"
+    )
+
+
+def _scores(scores: Sequence[Score], seed: int | None) -> str:
+    if not scores:
+        return ""
+    published = list(dict.fromkeys(name for score in scores for name in score.paper))
+    seeds = list(dict.fromkeys(n for score in scores for n in score.seeds))
+    headings = ["set", "split", "metric", "teacher", *(f"seed {n}" for n in seeds), "all seeds"]
+    headings += [f"paper's {name}" for name in published]
+    rows = [
+        [
+            *(score.task, score.split, score.metric, f"{score.teacher:.2f}"),
+            *(f"{score.seeds[n]:.2f}" if n in score.seeds else "" for n in seeds),
+            str(score),
+            *(f"{score.paper[name]:g}" if name in score.paper else "" for name in published),
+        ]
+        for score in scores
+    ]
+    return (
+        f"In per cent; over seeds the mean ± standard deviation (lowest to highest). This model is "
+        f"that of seed {seed}. Seeds are those of stage 2: start, stage 1 and teacher are shared."
+        f"\n\n{_table(headings, rows)}"
+    )
+
+
+def _latency(latency: Mapping[str, Any] | None) -> str:
+    if latency is None:
+        return ""
+    rows = []
+    for batch, times in latency["milliseconds"].items():
+        teacher, student = times["teacher"], times["student"]
+        spans = [f"{t['median']:.2f} ({t['low']:.2f} to {t['high']:.2f})" for t in times.values()]
+        rows.append([str(batch), *spans, f"{teacher['median'] / student['median']:.2f}"])
+    return (
+        f"Milliseconds of a forward pass of {latency['tokens']} tokens, median and quartiles; "
+        f"{latency['machine']}, {latency['threads']} CPU threads, {latency['dtype']}.\n\n"
+        + _table(["batch", *times, "times faster"], rows)
+    )
+
+
+def _shapes(model: KroneckerPreTrainedModel) -> str:
+    """A row for each entry of the configuration, with the shapes of the first module it names."""
+    shapes = model.config.kronecker_shapes()
+    rows: dict[str, list[str]] = {}
+    counts: dict[str, int] = {}
+    for path, terms in shapes.items():
+        entry = model.config.entry_of(path) or path
+        counts[entry] = counts.get(entry, 0) + 1
+        told = " + ".join(
+            f"{f'{s.rank} of ' * (s.rank > 1)}{s.m1}x{s.n1} ⊗ {s.m2}x{s.n2}" for s in terms
+        )
+        s = terms[0]
+        rows.setdefault(entry, [f"`{entry}`", f"{s.m1 * s.m2}x{s.n1 * s.n2}", told])
+    table = [[*row, str(counts[entry])] for entry, row in rows.items()]
+    return _table(["layers", "weight", "A ⊗ B", "number"], table) + "\n\nAll else is dense."
+
+
+def _hyper_parameters(recipe: Mapping[str, Any], tasks: set[str]) -> str:
+    """What the stages were told, a row each."""
+    stages = {"stage 1": recipe.get("stage1") or {}}
+    for task in [name for name in recipe.get("tasks", {}) if name in tasks]:
+        own = recipe["tasks"][task] or {}
+        for key, name in (("fine_tuning", "teacher"), ("stage2", "stage 2")):
+            shared, special = recipe.get(key) or {}, own.get(key) or {}
+            arguments = {**shared.get("arguments", {}), **special.get("arguments", {})}
+            stages[f"{name}, {task}"] = {**shared, **special, "arguments": arguments}
+    rows = []
+    for name, stage in stages.items():
+        plain = {k: v for k, v in stage.items() if k not in ("arguments", "corpus")}
+        told = {**plain, **stage.get("arguments", {})}
+        rows += [[name, ", ".join(f"{key} {value}" for key, value in told.items())]] if told else []
+    return _table(["stage", "as given; all else is the default"], rows) if rows else ""
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

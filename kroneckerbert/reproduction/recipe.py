@@ -1,0 +1,427 @@
+"""A recipe: one YAML file that says all of what ``kroneckerbert.reproduction.run.run`` does.
+
+    recipe = load("kronecker-bert-8", ["stage1.corpus.source=texts.txt.gz"])
+
+It is a mapping with the fields of ``Recipe``; those in ``kroneckerbert/recipes`` say what the
+paper does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from transformers import TrainingArguments
+
+from kroneckerbert.configuration_kroneckerbert import PRESETS
+from kroneckerbert.distillation import DistillationConfig
+from kroneckerbert.reproduction.tasks import TASKS
+
+_RECIPES = Path(__file__).parent / "recipes"
+# Arguments that a recipe has elsewhere, or a run decides.
+_NOT_ARGUMENTS = {
+    "output_dir": "run chooses it",
+    "per_device_train_batch_size": "write batch_size, the rows of a step over all devices",
+    "teacher_cache": "write cache_teacher in stage2",
+    "resume_from_checkpoint": "a run that is started again goes on",
+    "use_cpu": "GPUs are used if there are any; hide them with CUDA_VISIBLE_DEVICES=",
+    "push_to_hub": "upload the finished folder",
+}
+# Of numbers that TrainingArguments takes as they come, where others make no training.
+_LEAST = {
+    "learning_rate": 0,
+    "num_train_epochs": 0,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 1,
+    "save_steps": 0,
+    "seed": 0,
+}
+_hints = cache(typing.get_type_hints)  # which takes a while of a class as large as these
+
+
+@dataclass(frozen=True)
+class CorpusSource:
+    """Arguments of ``kroneckerbert.reproduction.corpus.read_corpus``."""
+
+    source: str
+    config: str | None = None
+    share: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Student:
+    """What the teacher is compressed to: exactly one of preset, plan (its file) and factors.
+
+    ``calibration`` is a number of the corpus's sequences, on which the layers' outputs start
+    nearest; the rest is as of ``kroneckerbert.compress``.
+    """
+
+    preset: str | None = None
+    plan: str | None = None
+    factors: dict | None = None
+    calibration: int = 0
+    sequential: bool = False
+    rescale: bool = False
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """The teacher on a task: trained with ``TrainingArguments``, or ``model``, that was."""
+
+    arguments_class: ClassVar[type] = TrainingArguments
+    model: str | None = None
+    max_length: int = 128
+    batch_size: int = 32
+    arguments: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage1:
+    """Distillation on unlabelled text; ``heads`` are none, ``[mlm]`` or ``[mlm, nsp]``."""
+
+    arguments_class: ClassVar[type] = DistillationConfig
+    corpus: CorpusSource
+    heads: list[str] = field(default_factory=list)
+    pack: bool = False
+    max_length: int = 128
+    batch_size: int = 32
+    arguments: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage2:
+    """Distillation on a task; ``cache_teacher`` keeps what the teacher says, for all seeds."""
+
+    arguments_class: ClassVar[type] = DistillationConfig
+    max_length: int = 128
+    batch_size: int = 32
+    cache_teacher: bool = False
+    arguments: dict = field(default_factory=dict)
+
+
+Stage = Stage1 | FineTuning | Stage2
+
+
+@dataclass(frozen=True)
+class TaskRecipe:
+    """Of one task: what differs from the recipe's own ``fine_tuning`` and ``stage2``."""
+
+    fine_tuning: FineTuning = field(default_factory=FineTuning)
+    stage2: Stage2 = field(default_factory=Stage2)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``also`` names sets beside the tasks' own, such as imdb for the models of sst2."""
+
+    batch_size: int = 32
+    also: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What is measured of teacher and student, for about ``seconds`` per batch size."""
+
+    batch: list[int] = field(default_factory=lambda: [1])
+    tokens: int = 128
+    threads: int | None = None
+    seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class Card:
+    """For the model card: its Hub metadata, and a line for each set of data and its licence."""
+
+    license: str | None = None
+    language: str | None = None
+    data: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole procedure. ``batch_size`` is always the rows of a step, over all processes.
+
+    Args:
+        description: In one line.
+        teacher: Name or folder of a dense model; also ``package:NAME/PATH``, in a Python package.
+        student: See ``Student``.
+        stage1: See ``Stage1``; without it, tasks begin at the compressed model.
+        fine_tuning: Of every task, see ``FineTuning``.
+        stage2: Of every task, see ``Stage2``; its arguments, as stage 1's, are the fields of
+            ``DistillationConfig``.
+        tasks: By name, see ``TaskRecipe``.
+        seeds: Each has a student of its own in stage 2.
+        evaluation: See ``Evaluation``.
+        latency: See ``Latency``; without it nothing is timed.
+        card: See ``Card``.
+
+    Attributes:
+        given: The mapping that this was made of.
+    """
+
+    teacher: str
+    student: Student
+    description: str = ""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    stage1: Stage1 | None = None
+    fine_tuning: FineTuning = field(default_factory=FineTuning)
+    stage2: Stage2 = field(default_factory=Stage2)
+    tasks: dict[str, TaskRecipe] = field(default_factory=dict)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    latency: Latency | None = None
+    card: Card = field(default_factory=Card)
+    given: dict = field(default_factory=dict, init=False, repr=False)
+
+
+# Reading
+
+
+def shipped() -> dict[str, str]:
+    """The recipes that come with the package: the description of each by its name."""
+    return {
+        path.stem: _from_yaml(path.read_text(encoding="utf-8"), path.name)["description"]
+        for path in sorted(_RECIPES.glob("*.yaml"))
+    }
+
+
+def load(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: A YAML file, or the name of one that is shipped.
+        changes: ``"stage1.arguments.learning_rate=1e-4"``, with a YAML value.
+
+    Raises:
+        ValueError: If a key is unknown or missing, a value is out of range, or it is no YAML.
+        TypeError: If a value is of another type than its key.
+        FileNotFoundError: If there is no such file.
+    """
+    path = Path(source)
+    if not path.is_file():
+        path = _RECIPES / f"{str(source).removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no recipe {str(source)!r}: give a YAML file or one of "
+            f"{', '.join(shipped())}."
+        )
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise OSError(f"{source} cannot be read: {error.strerror}.") from error
+    given = _from_yaml(text, source)
+    if not isinstance(given, dict):
+        raise TypeError(f"{source} must be a mapping, with teacher, student, …; got {given!r:.80}.")
+    for change in changes:
+        _set(given, change)
+    try:
+        return parse(given)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{source}: {error}") from error
+
+
+def parse(given: Mapping[str, Any]) -> Recipe:
+    """The recipe that a mapping describes, checked.
+
+    Raises:
+        ValueError, TypeError: As ``load``.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    _build(Recipe, given)  # before tasks are merged, so that an error names the right place
+    tasks = given.get("tasks", {})
+    for name in tasks:
+        _known(name, [task for task in TASKS if "train" in TASKS[task].splits], "tasks.")
+    shared = {key: given.get(key, {}) for key in ("fine_tuning", "stage2")}
+    merged = {name: _merged(shared, own) for name, own in tasks.items()}
+    recipe = _build(Recipe, {**given, "tasks": merged})
+    recipe.given.update(given)
+    _check(recipe)
+    return recipe
+
+
+def select(recipe: Recipe, tasks: Sequence[str] | None, seeds: Sequence[int] | None) -> Recipe:
+    """A recipe for some of its tasks, and for other seeds; None leaves them.
+
+    Raises:
+        ValueError, TypeError: If it has no such task, or these are no seeds.
+    """
+    given = dict(recipe.given)
+    for name in tasks or ():
+        _known(name, recipe.tasks, "tasks.")
+    if tasks is not None:
+        given["tasks"] = {name: given["tasks"][name] for name in tasks}
+    if seeds is not None:
+        given["seeds"] = list(seeds)
+    return parse(given)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-4 for a word; here it is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _from_yaml(text: str | bytes, source: str | Path) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    # A date or a number may be impossible, and lists may be nested without end.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is no YAML: {error}") from error
+
+
+def _set(given: dict, change: str) -> None:
+    """``a.b.c=value``, in place."""
+    path, equals, value = change.partition("=")
+    *parents, key = path.split(".")
+    if not equals or not all((*parents, key)):
+        raise ValueError(
+            f"--set {change!r} must be a key and its value: stage1.arguments.learning_rate=1e-4."
+        )
+    for parent in parents:
+        if given.get(parent) is None:
+            given[parent] = {}
+        given = given[parent]
+        if not isinstance(given, dict):
+            raise TypeError(f"--set {change!r}: {parent} is {given!r}, which has no keys.")
+    given[key] = _from_yaml(value, f"--set {change!r}")
+
+
+def _merged(shared: Any, own: Any) -> Any:
+    if not isinstance(shared, Mapping) or not isinstance(own, Mapping):
+        return shared if own is None else own
+    return {**shared, **{key: _merged(shared.get(key), value) for key, value in own.items()}}
+
+
+def _build(cls: type, given: Any, where: str = "") -> Any:
+    """The dataclass that a mapping describes; None is an empty one."""
+    given = {} if given is None else given
+    known = {f.name: f for f in fields(cls) if f.init}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{where.rstrip('.')} must be a mapping with {', '.join(known)}; got {given!r}."
+        )
+    for key in given:
+        _known(key, known, where)
+    for name, f in known.items():
+        if name not in given and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{where}{name} is missing; a recipe needs it.")
+    hints = _hints(cls)
+    return cls(**{key: _value(hints[key], value, f"{where}{key}") for key, value in given.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    inner: Any = next((part for part in (hint, *typing.get_args(hint)) if is_dataclass(part)), None)
+    if inner is not None and typing.get_origin(hint) is not dict:
+        return _build(inner, value, f"{where}.")
+    if not _fits(value, dict if inner else hint):
+        told = hint if typing.get_args(hint) else hint.__name__
+        raise TypeError(f"{where} must be {told}, got {value!r}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be a finite number, got {value}.")
+    if inner is None:
+        return value
+    return {key: _build(inner, entry, f"{where}.{key}.") for key, entry in value.items()}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, parts[0]) for v in value)
+    if origin is typing.Literal:
+        return value in parts
+    if hint in (int, float):  # True is no number, 1 may stand for 1.0
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _known(key: Any, names: Iterable[str], where: str) -> None:
+    if key in names:
+        return
+    near = difflib.get_close_matches(str(key), names, 1, 0.5)
+    raise ValueError(
+        f"{where}{key} is unknown; "
+        + (f"did you mean {where}{near[0]}?" if near else f"there are {', '.join(names)}.")
+    )
+
+
+def _check(recipe: Recipe) -> None:
+    """What types do not say."""
+    student, stage1, latency = recipe.student, recipe.stage1, recipe.latency
+    ways = [way for way in ("preset", "plan", "factors") if getattr(student, way) is not None]
+    if len(ways) != 1:
+        told = " and ".join(ways) or "no shapes"
+        raise ValueError(f"student has {told}; give one of preset, plan (a file) and factors.")
+    if student.preset is not None:
+        _known(student.preset, PRESETS, "student.preset = ")
+    if stage1 is None and student.calibration:
+        raise ValueError("student.calibration needs stage1.corpus, whose text it is.")
+    if student.sequential and not student.calibration:
+        raise ValueError("student.sequential refits on text: set student.calibration, such as 512.")
+    if not recipe.seeds or len(set(recipe.seeds)) < len(recipe.seeds):
+        raise ValueError(f"seeds must be different numbers, at least one; got {recipe.seeds}.")
+    others = sorted({name for task in TASKS.values() for name in task.evaluated_on})
+    for name in recipe.evaluation.also:
+        _known(name, others, "evaluation.also: ")
+    if stage1 is not None:
+        if stage1.heads not in ([], ["mlm"], ["mlm", "nsp"]):
+            raise ValueError(f"stage1.heads must be [], [mlm] or [mlm, nsp]; got {stage1.heads}.")
+        _check_stage(stage1, "stage1")
+        if not 0 < stage1.corpus.share <= 1:
+            raise ValueError(f"stage1.corpus.share must be in (0, 1], got {stage1.corpus.share}.")
+    # What tasks share comes first: an error in it is not one of each.
+    parts: dict[str, Recipe | TaskRecipe] = {f"tasks.{n}.": t for n, t in recipe.tasks.items()}
+    for where, task in {"": recipe, **parts}.items():
+        _check_stage(task.fine_tuning, f"{where}fine_tuning")
+        _check_stage(task.stage2, f"{where}stage2")
+    if latency is not None:
+        if not (latency.seconds > 0 and min(latency.batch, default=0) > 0):
+            raise ValueError("latency needs batch sizes and seconds above 0.")
+        _in_range("latency.batch", max(latency.batch), 1)
+        _in_range("latency.tokens", latency.tokens, 1)
+        if latency.threads is not None:
+            _in_range("latency.threads", latency.threads, 1, os.cpu_count() or 1)
+    for seed in recipe.seeds:
+        _in_range("seeds", seed, 0, 2**32 - 1)
+    _in_range("student.calibration", student.calibration, 0)
+    _in_range("evaluation.batch_size", recipe.evaluation.batch_size, 1)
+
+
+def _check_stage(stage: Stage, where: str) -> None:
+    if stage.batch_size < 1 or stage.max_length < 8:
+        raise ValueError(
+            f"{where} needs a batch_size of at least 1 and a max_length of at least 8; got "
+            f"{stage.batch_size} and {stage.max_length}."
+        )
+    hints = _hints(stage.arguments_class)
+    elsewhere = _NOT_ARGUMENTS | ({"seed": "write seeds"} if isinstance(stage, Stage2) else {})
+    for key, value in stage.arguments.items():
+        if key in elsewhere:
+            raise ValueError(f"{where}.arguments.{key} is no argument here: {elsewhere[key]}.")
+        _known(key, hints, f"{where}.arguments.")
+        _value(hints[key], value, f"{where}.arguments.{key}")
+        if key in _LEAST and value is not None:
+            _in_range(f"{where}.arguments.{key}", value, _LEAST[key])
+
+
+def _in_range(where: str, value: float, least: float, most: float = 10**9) -> None:
+    if not least <= value <= most:
+        raise ValueError(
+            f"{where} must be at least {least:g} and at most {most:.10g}, got {value}."
+        )

@@ -1,0 +1,562 @@
+"""The tasks of the KroneckerBERT paper: their rows, metrics and published results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kroneckerbert.data import Table, read_lines, read_table
+from kroneckerbert.evaluation import classifies_sequences, evaluate
+from kroneckerbert.reproduction.squad import (
+    Question,
+    Questions,
+    predict_spans,
+    read_squad,
+    squad_metrics,
+)
+
+_SPELLINGS = {"train": ("train",), "validation": ("dev", "val", "validation"), "test": ("test",)}
+_PUBLISHED = ("BERT_BASE", "KroneckerBERT_8", "KroneckerBERT_21")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, or a set on which the models of another task are evaluated.
+
+    Args:
+        name: As on the command line.
+        kind: Classes, a number, or a span of a text.
+        labels: The classes in GLUE's order, that of the integers in a ``Table``.
+        metrics: What is reported, the headline first.
+        hub: Where ``datasets.load_dataset`` finds it.
+        columns: There, the one or two texts and, last, the label.
+        splits: What its splits are called there; no others can be read.
+        files: Where else than at ``<name>_<split>.tsv`` a folder may have it.
+        file_columns: As `columns`, in files whose header differs.
+        file_labels: As `labels`, in files whose words differ.
+        header: The columns of files that do not name them.
+        evaluated_on: Sets on which its models are evaluated besides, by name.
+        null_threshold: See ``kroneckerbert.reproduction.squad.predict_spans``.
+        paper: By split and metric what the paper reports of BERT_BASE, KroneckerBERT_8 and
+            KroneckerBERT_21, in per cent; None where it does not.
+    """
+
+    name: str
+    kind: Literal["classification", "regression", "span"]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    hub: Mapping[str, str]
+    columns: tuple[str, ...]
+    splits: Mapping[str, str]
+    files: tuple[str, ...] = ()
+    file_columns: tuple[str, ...] = ()
+    file_labels: tuple[str, ...] = ()
+    header: tuple[str, ...] = ()
+    evaluated_on: tuple[str, ...] = ()
+    null_threshold: float | None = None
+    paper: Mapping[tuple[str, str], tuple[float | None, ...]] = field(default_factory=dict)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether rows have two texts."""
+        return len(self.columns) == 3
+
+    @property
+    def evaluation(self) -> str:
+        """The split to evaluate on: the validation split, or the test split of those without."""
+        return "validation" if "validation" in self.splits else "test"
+
+
+def _glue(
+    name: str,
+    folder: str,
+    labels: tuple[str, ...],
+    metrics: tuple[str, ...],
+    texts: tuple[str, ...],
+    **others,
+) -> Task:
+    return Task(
+        name,
+        "classification" if labels else "regression",
+        labels,
+        metrics,
+        {"path": "nyu-mll/glue", "name": name},
+        (*texts, "label"),
+        **{
+            "splits": {split: split for split in _SPELLINGS},
+            "files": (f"{folder}/{{split}}.tsv",),
+            **others,
+        },
+    )
+
+
+def _squad(name: str, version: str, **others) -> Task:
+    return Task(
+        name,
+        "span",
+        (),
+        ("exact_match", "f1"),
+        {"path": f"rajpurkar/{name}"},
+        ("question", "context", "answers"),
+        {"train": "train", "validation": "validation"},
+        (f"squad_{{split}}_v{version}.json", f"{{split}}-v{version}.json"),
+        **others,
+    )
+
+
+# The paper's numbers are those of its tables 2 and 3 (test), 4 and 7 (validation), 5 (SQuAD) and 9
+# (out of distribution). It names no metrics: those of its test results are GLUE's; QQP's on
+# validation can only be the accuracy; MRPC's there is taken for F1.
+_TASKS = (
+    _glue(
+        "cola",
+        "CoLA",
+        ("unacceptable", "acceptable"),
+        ("matthews",),
+        ("sentence",),
+        header=("source", "label", "mark", "sentence"),
+        paper={
+            ("validation", "matthews"): (None, 43.6, 34.0),
+            ("test", "matthews"): (52.8, 39.8, 28.3),
+        },
+    ),
+    _glue(
+        "sst2",
+        "SST-2",
+        ("negative", "positive"),
+        ("accuracy",),
+        ("sentence",),
+        evaluated_on=("imdb",),
+        paper={
+            ("validation", "accuracy"): (None, 91.1, 88.9),
+            ("test", "accuracy"): (93.4, 91.9, 88.4),
+        },
+    ),
+    _glue(
+        "mrpc",
+        "MRPC",
+        ("not_equivalent", "equivalent"),
+        ("f1", "accuracy"),
+        ("sentence1", "sentence2"),
+        file_columns=("#1 String", "#2 String", "Quality"),
+        evaluated_on=("paws",),
+        paper={("validation", "f1"): (None, 87.5, 86.2), ("test", "f1"): (87.9, 88.5, 87.1)},
+    ),
+    _glue(
+        "stsb",
+        "STS-B",
+        (),
+        ("pearson", "spearman"),
+        ("sentence1", "sentence2"),
+        file_columns=("sentence1", "sentence2", "score"),
+        paper={
+            ("validation", "spearman"): (None, 88.0, 86.4),
+            ("test", "spearman"): (85.2, 84.5, 81.3),
+        },
+    ),
+    _glue(
+        "qqp",
+        "QQP",
+        ("not_duplicate", "duplicate"),
+        ("f1", "accuracy"),
+        ("question1", "question2"),
+        file_columns=("question1", "question2", "is_duplicate"),
+        paper={("validation", "accuracy"): (None, 90.9, 90.0), ("test", "f1"): (71.1, 71.5, 70.5)},
+    ),
+    mnli := _glue(
+        "mnli",
+        "MNLI",
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+        ("premise", "hypothesis"),
+        splits={"train": "train", "validation": "validation_matched", "test": "test_matched"},
+        files=("MNLI/{split}.tsv", "MNLI/{split}_matched.tsv"),
+        file_columns=("sentence1", "sentence2", "gold_label"),
+        evaluated_on=("mnli_mismatched",),
+        paper={
+            ("validation", "accuracy"): (None, 82.8, 80.6),
+            ("test", "accuracy"): (83.9, 83.0, 81.3),
+        },
+    ),
+    replace(
+        mnli,
+        name="mnli_mismatched",
+        splits={"validation": "validation_mismatched", "test": "test_mismatched"},
+        files=("MNLI/{split}_mismatched.tsv",),
+        evaluated_on=(),
+        paper={
+            ("validation", "accuracy"): (None, 83.5, 80.6),
+            ("test", "accuracy"): (83.4, 82.7, 80.1),
+        },
+    ),
+    _glue(
+        "qnli",
+        "QNLI",
+        ("entailment", "not_entailment"),
+        ("accuracy",),
+        ("question", "sentence"),
+        paper={
+            ("validation", "accuracy"): (None, 90.7, 87.2),
+            ("test", "accuracy"): (90.9, 90.2, 86.1),
+        },
+    ),
+    _glue(
+        "rte",
+        "RTE",
+        ("entailment", "not_entailment"),
+        ("accuracy",),
+        ("sentence1", "sentence2"),
+        evaluated_on=("hans",),
+        paper={
+            ("validation", "accuracy"): (None, 69.66, 66.4),
+            ("test", "accuracy"): (67.0, 67.2, 64.7),
+        },
+    ),
+    _glue(
+        "wnli",
+        "WNLI",
+        ("not_entailment", "entailment"),
+        ("accuracy",),
+        ("sentence1", "sentence2"),
+    ),
+    _squad(
+        "squad",
+        "1.1",
+        paper={
+            ("validation", "exact_match"): (80.5, 78.1, 70.7),
+            ("validation", "f1"): (88.0, 86.3, 80.5),
+        },
+    ),
+    _squad(
+        "squad_v2",
+        "2.0",
+        null_threshold=0.0,
+        paper={
+            ("validation", "exact_match"): (74.5, 70.4, 66.9),
+            ("validation", "f1"): (77.7, 73.8, 69.3),
+        },
+    ),
+    Task(
+        "trec",
+        "classification",
+        ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
+        ("accuracy",),
+        # The branch that the Hub converts: `datasets` runs no scripts any more.
+        {"path": "CogComp/trec", "revision": "refs/convert/parquet"},
+        ("text", "coarse_label"),
+        {"train": "train", "test": "test"},
+    ),
+    Task(
+        "paws",
+        "classification",
+        ("not_equivalent", "equivalent"),
+        ("accuracy",),
+        {"path": "google-research-datasets/paws", "name": "labeled_final"},
+        ("sentence1", "sentence2", "label"),
+        {"test": "test"},
+        ("PAWS/{split}.tsv",),
+        paper={("test", "accuracy"): (61.3, 61.4, None)},
+    ),
+    Task(
+        "imdb",
+        "classification",
+        ("negative", "positive"),
+        ("accuracy",),
+        {"path": "stanfordnlp/imdb"},
+        ("text", "label"),
+        {"test": "test"},
+        file_labels=("neg", "pos"),
+        paper={("test", "accuracy"): (88.0, 86.5, None)},
+    ),
+    Task(
+        "hans",
+        "classification",
+        ("entailment", "not_entailment"),
+        ("accuracy",),
+        {"path": "jhu-cogsci/hans", "revision": "refs/convert/parquet"},
+        ("premise", "hypothesis", "label"),
+        {"validation": "validation"},
+        ("heuristics_evaluation_set.txt", "HANS/heuristics_evaluation_set.txt"),
+        file_columns=("sentence1", "sentence2", "gold_label"),
+        file_labels=("entailment", "non-entailment"),
+        paper={("validation", "accuracy"): (50.7, 50.4, None)},
+    ),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+
+
+def find_task(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def read_task(name: str, split: str, data: str | Path | None = None) -> Table | Questions:
+    """The rows of one split of a task.
+
+    Args:
+        name: In ``TASKS``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        data: A folder with ``<name>_<split>.tsv``, see ``kroneckerbert.data.read_table``, or
+            with the task's official files: the unpacked archive of GLUE (``SST-2/train.tsv``),
+            SQuAD's ``train-v1.1.json``, ``PAWS/test.tsv``, ``heuristics_evaluation_set.txt``.
+            All may be compressed (``.gz``), and ``dev`` and ``val`` are ``validation``. None
+            downloads from the Hugging Face Hub.
+
+    Returns:
+        Questions if the task is one of spans; else a table whose labels are floats if it is a
+        regression, and otherwise positions in the task's ``labels``.
+
+    Raises:
+        ValueError: If there is no such task or split, or the rows break the format, have no labels
+            or labels that are not the task's.
+        FileNotFoundError: If the folder has none of these files.
+        ImportError: If ``datasets`` is needed and missing.
+        OSError: If a file cannot be read, or the Hub not be reached.
+    """
+    task = find_task(name)
+    if split not in task.splits:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(task.splits)}.")
+    if data is None:
+        return _from_hub(task, split)
+    return read_file(task, _find(task, split, Path(data)))
+
+
+def read_file(task: Task, path: Path) -> Table | Questions:
+    """All rows of a file of the task, whatever its name.
+
+    Args:
+        task: The task.
+        path: In a format of ``read_task``, plain or compressed (``.gz``).
+
+    Returns:
+        As ``read_task``.
+
+    Raises:
+        ValueError: If the rows break the format, have no labels or labels that are not the task's.
+        OSError: If the file cannot be read.
+    """
+    return read_squad(path) if task.kind == "span" else _read_rows(task, path)
+
+
+def match_labels(task: Task, table: Table, config: PreTrainedConfig) -> Table:
+    """The table with its labels as this model numbers them.
+
+    A model that names its labels may have them in any order; one that does not
+    (``LABEL_0``, ...) is taken to have GLUE's.
+
+    Args:
+        task: Of classification or regression.
+        table: Of ``read_task``.
+        config: Of a model for sequence classification.
+
+    Raises:
+        ValueError: If the labels of task and model are not the same.
+    """
+    ids = {str(name).lower(): i for name, i in config.label2id.items()}
+    names = [name.lower() for name in task.labels]
+    if config.num_labels == 1 and task.kind == "regression":
+        return table
+    if config.num_labels == len(names) and set(names) == set(ids):
+        return replace(table, labels=[ids[names[label]] for label in table.labels])
+    unnamed = all(name in (str(i), f"label_{i}") for name, i in ids.items())
+    if config.num_labels == len(names) and unnamed:
+        return table
+    raise ValueError(
+        f"the model's labels are {', '.join(config.label2id)}, but those of {task.name} are "
+        f"{', '.join(task.labels) or 'numbers (num_labels = 1)'}; use a model that was trained on "
+        "this task, or name its labels in config.label2id."
+    )
+
+
+def evaluate_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Table | Questions,
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """The task's metrics, the headline first.
+
+    Args:
+        model: Any transformer, dense or Kronecker, with the head of this kind of task; a
+            regression of pairs also takes one without, see
+            ``kroneckerbert.evaluation.evaluate``.
+        tokenizer: Its tokenizer.
+        task: The task.
+        rows: Of ``read_task``.
+        batch_size: Rows per forward pass; they are batched by length.
+
+    Returns:
+        As ``kroneckerbert.evaluation.evaluate``, of spans in per cent as
+        ``kroneckerbert.reproduction.squad.squad_metrics``.
+
+    Raises:
+        ValueError: If the model has no such head, or other labels than the task.
+    """
+    if not isinstance(rows, Table):
+        answers = predict_spans(model, tokenizer, rows, batch_size, task.null_threshold)
+        scores = squad_metrics(answers, rows)
+    else:
+        if classifies_sequences(model):
+            rows = match_labels(task, rows, model.config)
+        elif task.kind == "classification":
+            raise ValueError(
+                f"a {type(model).__name__} has no head for the labels of {task.name}; use a model "
+                "for sequence classification."
+            )
+        scores = evaluate(model, tokenizer, rows, batch_size)
+    return {metric: scores[metric] for metric in task.metrics}
+
+
+def compare(
+    task: Task, scores: Mapping[str, float], split: str | None = None
+) -> dict[str, dict[str, float]]:
+    """Scores beside the paper's, all in per cent.
+
+    Args:
+        task: The task.
+        scores: Of ``evaluate_task``.
+        split: That of the scores; None is the one the task is evaluated on.
+
+    Returns:
+        For every metric ``ours`` and what the paper reports of ``BERT_BASE``, ``KroneckerBERT_8``
+        and ``KroneckerBERT_21``; often nothing.
+    """
+    scale = 1 if task.kind == "span" else 100
+    compared = {}
+    for metric, score in scores.items():
+        published = task.paper.get((split or task.evaluation, metric), ())
+        compared[metric] = {"ours": scale * score} | {
+            model: value
+            for model, value in zip(_PUBLISHED, published, strict=bool(published))
+            if value is not None
+        }
+    return compared
+
+
+def _from_hub(task: Task, split: str) -> Table | Questions:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"{task.name} is downloaded with datasets ({error}): pip install 'kron-kernels[data]', "
+            "or name a folder that has its files: --data DIR",
+            name="datasets",
+        ) from error
+    path = task.hub["path"]
+    try:
+        rows = load_dataset(**task.hub, split=task.splits[split])
+    except Exception as error:  # httpx's and the scripts' are no OSErrors
+        raise OSError(
+            f"the Hub does not give {path} ({type(error).__name__}: {error}); name a folder that "
+            f"has the files of {task.name}: --data DIR"
+        ) from error
+    if task.kind == "span":
+        return [
+            Question(
+                row["id"],
+                row["question"],
+                row["context"],
+                tuple(row["answers"]["text"]),
+                tuple(row["answers"]["answer_start"]),
+            )
+            for row in rows
+        ]
+    *texts, labels = (list(rows[column]) for column in task.columns)
+    return Table(_targets(task, labels, path), *texts)
+
+
+def _find(task: Task, split: str, folder: Path) -> Path:
+    patterns = task.files
+    if task.kind != "span":
+        patterns = (f"{task.name}_{{split}}.tsv", f"{task.name}_{{split}}.raw.tsv", *patterns)
+    names = [p.format(split=spelling) for p in patterns for spelling in _SPELLINGS[split]]
+    names = list(dict.fromkeys(names))
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return path
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    raise FileNotFoundError(
+        f"{folder} has no {split} split of {task.name}; looked for {', '.join(names)}, plain or "
+        f".gz; the folder has {', '.join(there) or 'no files'}."
+    )
+
+
+def _read_rows(task: Task, path: Path) -> Table:
+    rows = [line.split("\t") for line in read_lines(path)]
+    columns = task.file_columns or task.columns
+    header: Sequence[str] = rows[0]
+    if header[0] in ("index", "id") and columns[-1] not in header:
+        raise ValueError(_without_labels(path))
+    if set(columns) <= set(header):
+        rows = rows[1:]
+    elif len(header) == len(task.header):
+        header = task.header
+    elif len(header) in (2, 3):
+        table = read_table(path)
+        if (table.texts_b is not None) != task.pairs:
+            raise ValueError(
+                f"{path}: its rows have {len(header) - 1} text(s), but those of {task.name} have "
+                f"{len(columns) - 1}."
+            )
+        return replace(table, labels=_targets(task, table.labels, path))
+    else:
+        raise ValueError(
+            f"{path}: its first row has {len(header)} fields, {', '.join(header)[:80]!r}; a file "
+            f"of {task.name} has rows label<TAB>text, or a header with {', '.join(columns)}."
+        )
+    if task.name == "qqp":  # the official files have a few questions torn over two lines
+        rows = [row for row in rows if len(row) >= len(header)]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            raise ValueError(
+                f"{path}, row {number}: {len(row)} tab-separated field(s), but the columns are "
+                f"{len(header)}: {', '.join(header)}."
+            )
+    if not rows:
+        raise ValueError(f"{path} has a header and no rows.")
+    *texts, labels = ([row[header.index(column)] for row in rows] for column in columns)
+    return Table(_targets(task, labels, path), *texts)
+
+
+def _targets(task: Task, labels: Sequence, source: Path | str) -> list[int] | list[float]:
+    """Floats for a regression, else positions in the task's labels."""
+    ids = {str(i): i for i in range(len(task.labels))}
+    for names in (task.labels, task.file_labels):
+        ids |= {name: i for i, name in enumerate(names)}
+    targets: list[Any] = [
+        _finite(label) if task.kind == "regression" else ids.get(str(label)) for label in labels
+    ]
+    for number, (label, target) in enumerate(zip(labels, targets, strict=True), 1):
+        if str(label) in ("-1", "-1.0"):  # how the Hub writes that there is none
+            raise ValueError(_without_labels(source))
+        if target is None:
+            raise ValueError(
+                f"{source}, row {number}: label {label!r}; {task.name} has "
+                f"{', '.join(task.labels) or 'finite numbers'}."
+            )
+    return targets
+
+
+def _without_labels(source: Path | str) -> str:
+    return f"{source} has no labels: GLUE keeps those of its test sets; use the validation split."
+
+
+def _finite(label: str | float) -> float | None:
+    try:
+        value = float(label)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -1,0 +1,462 @@
+"""A recipe from end to end on tiny models: what it does, does not do again, and goes on with."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForPreTraining, BertTokenizer, Trainer, TrainingArguments
+
+from kroneckerbert import DistillationConfig
+from kroneckerbert.reproduction import curves, recipe
+from kroneckerbert.reproduction import run as reproduction
+from kroneckerbert.signals import Interrupted
+
+WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
+GLUE = {"mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte"}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at import
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Pictures take a third of a tiny run's time; that of `finished` is done before, with them."""
+    stand_in = SimpleNamespace(read=curves.read, save=lambda *_: None)
+    monkeypatch.setattr(reproduction, "curves", stand_in)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """A teacher with the heads of pre-training, text, and the files of sst2, imdb and stsb."""
+    folder = tmp_path_factory.mktemp("sources")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 32, "vocab_size": 13}
+    BertForPreTraining(BertConfig(initializer_range=0.3, **sizes)).save_pretrained(folder / "bert")
+    vocabulary = folder / "words.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizer(str(vocabulary), model_max_length=32).save_pretrained(folder / "bert")
+    rows = (" ".join(WORDS[i % 8 :] + WORDS[: i % 5]) for i in range(40))
+    (folder / "texts.txt").write_text("\n".join(rows))
+    data = folder / "data"
+    data.mkdir()
+    for name in ("sst2_train", "sst2_dev", "imdb_test"):
+        (data / f"{name}.tsv").write_text("1\tgood film\n0\tthis is bad\n" * 8)
+    for name in ("stsb_train", "stsb_dev"):
+        (data / f"{name}.tsv").write_text("5\ta film\tthis film\n1.5\tgood\tbad a\n0\ta\tb\n" * 4)
+    for name in ("train-v1.1", "dev-v1.1"):
+        question = {"id": "1", "question": "is this ?"}
+        question["answers"] = [{"text": "good", "answer_start": 7}]
+        paragraph = {"context": "a film good this is bad", "qas": [question]}
+        told = {"version": "1.1", "data": [{"title": "", "paragraphs": [paragraph]}]}
+        (data / f"{name}.json").write_text(json.dumps(told))
+    return folder
+
+
+@pytest.fixture
+def given(sources) -> dict:
+    few = {"logging_steps": 1, "save_steps": 2, "disable_tqdm": True}
+    return {
+        "description": "a tiny one",
+        "teacher": str(sources / "bert"),
+        "student": {"preset": "kronecker-bert-8", "calibration": 8},
+        "seeds": [0, 1],
+        "stage1": {
+            "corpus": {"source": str(sources / "texts.txt")},
+            "heads": ["mlm", "nsp"],
+            "max_length": 16,
+            "batch_size": 8,
+            "arguments": {"max_steps": 6, "logits_weight": 0, **few},
+        },
+        "fine_tuning": {
+            "max_length": 16,
+            "batch_size": 4,
+            "arguments": {"max_steps": 5, "learning_rate": 1e-3, **few},
+        },
+        "stage2": {"max_length": 16, "batch_size": 4, "arguments": {"max_steps": 5, **few}},
+        "tasks": {"sst2": {"stage2": {"arguments": {"learning_rate": 1e-4}}}},
+        "evaluation": {"also": ["imdb"]},
+        "latency": {"tokens": 8, "seconds": 0.01, "threads": 1},
+        "card": {"license": "mit", "language": "en", "data": ["words: public domain"]},
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(first: Path, second: Path) -> bool:
+    theirs = weights(second)
+    ours = weights(first)
+    return ours.keys() == theirs.keys() and all(torch.equal(p, theirs[n]) for n, p in ours.items())
+
+
+def files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def finished(sources, tmp_path_factory) -> Path:
+    """The output of the tiny recipe, run without interruption."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    reproduction.run(recipe.parse(given.__wrapped__(sources)), output, sources / "data")
+    return output
+
+
+# What a recipe may be
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_every_shipped_recipe_is_one(name, tmp_path):
+    told = recipe.load(name)
+    assert told.description
+    for cls, stage in [
+        (DistillationConfig, told.stage1),
+        *((DistillationConfig, task.stage2) for task in told.tasks.values()),
+        *((TrainingArguments, task.fine_tuning) for task in told.tasks.values()),
+    ]:
+        cls(output_dir=str(tmp_path), **stage.arguments)
+    if name.startswith("kronecker-bert"):
+        assert told.student.preset == name
+        assert set(told.tasks) == GLUE | {"squad", "squad_v2"}
+        assert told.tasks["squad_v2"].stage2.max_length == 384
+
+
+def test_shipped_learning_rates_are_those_of_table_8():
+    eight, more = (recipe.load(f"kronecker-bert-{n}").tasks for n in (8, 21))
+
+    def rates(tasks):
+        return {name: tasks[name].stage2.arguments["learning_rate"] for name in GLUE}
+
+    assert rates(eight) == dict.fromkeys(GLUE, 1e-4) | {"cola": 5e-5, "rte": 1e-5}
+    assert rates(more) == dict.fromkeys(GLUE, 5e-4) | {"qqp": 1e-4, "rte": 5e-5}
+
+
+def test_launchers_are_what_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    folder = Path(recipe.__file__).parent / "recipes" / "accelerate"
+    configs = {path.stem: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
+    kinds = {name: config.distributed_type.value for name, config in configs.items()}
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed-zero2": "DEEPSPEED"}
+    assert configs["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert configs["deepspeed-zero2"].deepspeed_config["zero_stage"] == 2
+
+
+def test_changes_reach_any_key(tmp_path, given):
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(given))
+    changes = ["stage1.arguments.learning_rate=2e-4", "tasks.rte={}", "seeds=[3]", "latency="]
+    told = recipe.load(path, changes)
+    assert told.stage1.arguments["learning_rate"] == 2e-4
+    assert told.tasks["rte"].stage2.batch_size == 4
+    assert told.seeds == [3] and told.latency is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stge1={}", "stge1 is unknown; did you mean stage1?"),
+        ("stage1.arguments.lerning_rate=1", "did you mean stage1.arguments.learning_rate?"),
+        ("tasks.sst2.stage2.arguments.epochs=1", "tasks.sst2.stage2.arguments.epochs is unknown"),
+        ("tasks.sst3={}", "did you mean tasks.sst2?"),
+        ("student.preset=kronecker-bert-7", "kronecker-bert-7 is unknown; did you mean"),
+        ("student.factors={}", "student has preset and factors; give one"),
+        ("stage1.batch_size=many", "stage1.batch_size must be int, got 'many'"),
+        ("stage1.batch_size=0", "batch_size of at least 1 and a max_length of at least 8; got 0"),
+        ("stage2.arguments.learning_rate=fast", "must be float, got 'fast'"),
+        ("seeds=[1, 1]", "seeds must be different numbers, at least one; got [1, 1]"),
+        ("seeds=7", "seeds must be list[int], got 7"),
+        ("stage1.heads=[nsp]", "stage1.heads must be [], [mlm] or [mlm, nsp]; got ['nsp']"),
+        ("stage1.arguments.output_dir=x", "is no argument here: run chooses it"),
+        ("stage2.arguments.seed=1", "stage2.arguments.seed is no argument here: write seeds"),
+        ("evaluation.also=[imbd]", "did you mean evaluation.also: imdb?"),
+        ("student.sequential", "a key and its value: stage1.arguments.learning_rate=1e-4"),
+        ("teacher.name=x", "which has no keys"),
+        ("teacher=", "teacher is missing; a recipe needs it"),
+        ("stage1=", "student.calibration needs stage1.corpus"),
+        ("stage1=3", "stage1 must be a mapping with corpus, heads, pack"),
+        ("latency.seconds=0", "seconds above 0"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_right(tmp_path, given, change, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(given))
+    with pytest.raises((ValueError, TypeError)) as caught:
+        recipe.load(path, [change])
+    assert message in str(caught.value)
+
+
+def test_what_is_no_recipe_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"one of .*kronecker-bert-21"):
+        recipe.load("absent")
+    path = tmp_path / "own.yaml"
+    path.write_text("- a list")
+    with pytest.raises(TypeError, match="must be a mapping"):
+        recipe.load(path)
+    path.write_text("a: [")
+    with pytest.raises(ValueError, match="is no YAML"):
+        recipe.load(path)
+
+
+# What a run does
+
+
+def test_a_run_does_everything(finished):
+    for name in ("start", "stage1", "teacher/sst2", "stage2/sst2/seed-0", "stage2/sst2/seed-1"):
+        assert (finished / name / "model.safetensors").exists(), name
+        assert not (finished / name / "training_args.bin").exists()
+    assert not list((finished / "training").rglob("checkpoint-*"))
+    results = json.loads((finished / "results.json").read_text())
+    assert results["parameters"]["teacher"] > results["parameters"]["student"]
+    assert results["latency"]["milliseconds"]["1"]["student"]["median"] > 0
+    scores = {(score["task"], score["metric"]): score for score in results["scores"]}
+    assert set(scores) == {("sst2", "accuracy"), ("imdb", "accuracy")}
+    assert set(scores["sst2", "accuracy"]["seeds"]) == {"0", "1"}
+    assert "±" in scores["sst2", "accuracy"]["student"]
+    assert scores["sst2", "accuracy"]["paper"] == {
+        "KroneckerBERT_8": 91.1,
+        "KroneckerBERT_21": 88.9,
+    }
+    first, second = (finished / f"stage2/sst2/seed-{seed}" for seed in (0, 1))
+    assert not same(first, second)
+    for name in ("stage1", "stage2/sst2/seed-0", "stage2/sst2/seed-1"):
+        card = (finished / name / "README.md").read_text()
+        assert card.startswith("---\n") and "license: mit" in card
+        assert str(finished.parents[1]) not in card
+        assert ("± 0" in card) == (name != "stage1")
+    for picture in ("stage1", "sst2"):
+        assert (finished / "curves" / f"{picture}.png").stat().st_size > 5000
+    history = curves.read(first)
+    assert {"loss_embedding", "loss_attention", "loss_hidden", "loss_logits", "loss_labels"} <= set(
+        history[0]
+    )
+
+
+def test_a_second_run_does_nothing_and_a_new_seed_only_its_own(
+    finished, sources, given, tmp_path, capsys
+):
+    before = files(finished)
+    capsys.readouterr()
+    reproduction.run(recipe.parse(given), finished, sources / "data")
+    told = capsys.readouterr().out
+    assert files(finished) == before
+    assert not [line for line in told.splitlines() if line.startswith("- ")]
+    # The teacher's score is told before its student's, and the processes before everything.
+    assert told.index("process(es)") < told.index("sst2, stage 2: 4 rows a step = 1 device(s) x 4")
+    assert told.index("accuracy, teacher") < told.index("accuracy, student")
+    reproduction.run(recipe.parse(given), finished, sources / "data", seeds=[5])
+    new = files(finished).keys() - before.keys()
+    assert new == {finished / "stage2/sst2/seed-5/model.safetensors"}
+
+
+def test_a_changed_recipe_is_told_what_changed_and_what_to_delete(finished, sources, given):
+    given["stage1"]["arguments"]["learning_rate"] = 0.5
+    with pytest.raises(ValueError) as caught:
+        reproduction.run(recipe.parse(given), finished, sources / "data")
+    message = str(caught.value)
+    assert "stage1.arguments.learning_rate was not set and is 0.5" in message
+    assert f"Delete {finished / 'stage1'}" in message
+
+
+def test_other_evaluations_are_done_again(finished, sources, given):
+    before = files(finished)
+    given["evaluation"] = {}
+    given["stage1"]["arguments"]["logging_steps"] = 3  # no weight depends on it
+    results = reproduction.run(recipe.parse(given), finished, sources / "data")
+    assert {score["task"] for score in results["scores"]} == {"sst2"}
+    assert files(finished) == before
+
+
+def test_regressions_spans_own_teachers_caches_and_no_stage_1(finished, sources, given, tmp_path):
+    del given["stage1"], given["latency"]
+    given["student"] = {"factors": {"intermediate.dense": {"a_shape": [8, 1]}}}
+    given["evaluation"] = {}
+    given["seeds"] = [0]
+    given["tasks"] = {
+        "sst2": {"fine_tuning": {"model": str(finished / "teacher/sst2")}},
+        "stsb": {"stage2": {"cache_teacher": True}},
+        "squad": {"stage2": {"max_length": 32}, "fine_tuning": {"max_length": 32}},
+    }
+    results = reproduction.run(recipe.parse(given), tmp_path / "out", sources / "data")
+    assert results["latency"] is None
+    assert {s["task"] for s in results["scores"]} == {"sst2", "stsb", "squad"}
+    assert (tmp_path / "out/cache/stsb/about.json").exists()
+    assert not (tmp_path / "out/teacher/sst2").exists()
+
+
+# What stops a run
+
+
+def test_missing_things_are_told_before_any_work(sources, given, tmp_path):
+    output = tmp_path / "out"
+
+    def message(data=sources / "data", **changes) -> str:
+        with pytest.raises((ValueError, OSError, ImportError)) as caught:
+            reproduction.run(recipe.parse(given | changes), output, data)
+        assert not (output / "start").exists()
+        return str(caught.value)
+
+    told = message(tasks={"rte": {}})
+    assert "rte_train.tsv" in told and "leave the task out" in told
+    assert "sst2" in message(data=None) and "--data DIR" in message(data=None)
+    assert "is no file or folder" in message(teacher="./absent/bert")
+    assert "absent_package" in message(teacher="package:absent_package/model")
+    assert "max_length 64 exceeds the teacher's 32" in message(
+        stage2=given["stage2"] | {"max_length": 64}
+    )
+    arguments = given["stage1"]["arguments"] | {"gradient_accumulation_steps": 3}
+    assert "batch_size 8 cannot be divided by 3" in message(
+        stage1=given["stage1"] | {"arguments": arguments}
+    )
+    output = tmp_path / "file"
+    output.write_text("not a folder")
+    assert f"cannot write {output}" in message()
+
+
+def test_heads_that_the_teacher_lacks_are_refused(finished, sources, given, tmp_path):
+    given["teacher"] = str(finished / "teacher/sst2")
+    with pytest.raises(ValueError, match=r"has not the .* tensors of stage1\.heads"):
+        reproduction.run(recipe.parse(given), tmp_path / "out", sources / "data")
+
+
+KILLED = """
+    import os, signal, sys
+    from kroneckerbert.reproduction import run as reproduction
+    from transformers import Trainer
+    name, output, data, training, step = sys.argv[1:]
+    take = Trainer.training_step
+    def last_step(self, *args, **kwargs):
+        if training in self.args.output_dir and self.state.global_step == int(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take(self, *args, **kwargs)
+    Trainer.training_step = last_step
+    reproduction.run(name, output, data)
+"""
+
+
+def test_a_stopped_run_keeps_the_last_step_and_goes_on_to_the_same_weights(
+    finished, sources, given, tmp_path, monkeypatch
+):
+    output, name = tmp_path / "out", "stage2/sst2/seed-1"
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / name)
+    training_step = Trainer.training_step
+
+    def stopped(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return training_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted) as stop:
+        patched.setattr(Trainer, "training_step", stopped)
+        reproduction.run(recipe.parse(given), output, sources / "data")
+    kept = output / "training" / name
+    assert stop.value.number == signal.SIGTERM
+    assert stop.value.kept == f"Stopped after step 3, kept in {kept}."
+    assert (kept / "checkpoint-3").is_dir() and not (output / name).exists()
+    reproduction.run(recipe.parse(given), output, sources / "data")
+    assert same(output / name, finished / name)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights(finished, sources, given, tmp_path):
+    path, output = tmp_path / "own.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(given))
+    for training in ("stage1", "teacher", "stage2/sst2/seed-0"):
+        arguments = [path, output, sources / "data", f"training/{training}", 3]
+        process = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(KILLED), *map(str, arguments)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == -9, process.stderr
+        assert list((output / "training").rglob("checkpoint-2")), process.stdout
+    reproduction.run(recipe.load(path), output, sources / "data")
+    for name in ("stage1", "teacher/sst2", "stage2/sst2/seed-0", "stage2/sst2/seed-1"):
+        assert same(output / name, finished / name), name
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_step(finished, sources, given, tmp_path):
+    # Without masks and dropout, which are drawn for each process's own batch.
+    given["stage1"]["heads"] = []
+    given["tasks"] = {"sst2": {"fine_tuning": {"model": str(finished / "teacher/sst2")}}}
+    given["seeds"] = [0]
+    reproduction.run(recipe.parse(given), tmp_path / "one", sources / "data")
+    path, output = tmp_path / "own.yaml", tmp_path / "two"
+    path.write_text(yaml.safe_dump(given))
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+    ]
+    command = ["-m", "kroneckerbert", "reproduce", path, "--output", output]
+    process = subprocess.run(
+        [*launch, *map(str, command), "--data", str(sources / "data")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=180,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert process.stdout.count("8 rows a step = 2 device(s) x 4 rows x 1 accumulated") == 1
+    for name in ("stage1", "stage2/sst2/seed-0"):
+        one, two = (weights(tmp_path / folder / name) for folder in ("one", "two"))
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, atol=1e-4, rtol=1e-3)
+    assert not list(output.rglob("training/**/checkpoint-*"))
+
+
+# Curves
+
+
+def test_curves_have_a_panel_for_each_term(tmp_path, monkeypatch):
+    history = [{"step": s, "loss": 1 / s, "loss_hidden": 2 / s} for s in range(1, 30)]
+    history += [
+        {"step": 30, "eval_loss": 0.1, "eval_loss_hidden": 0.2},
+        {"step": 30, "train_loss": 1},
+    ]
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self)
+    )
+    curves.save({"seed 0": history, "seed 1": history[:10]}, tmp_path / "curves.png")
+    panels = [axes for axes in drawn[0].axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["loss", "loss hidden"]
+    assert all(axes.get_yscale() == "log" and len(axes.lines) == 6 for axes in panels)
+    assert drawn[0].legends[0].texts[1].get_text() == "seed 1"
+
+
+def test_curves_without_a_loss_or_matplotlib_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no loss to draw"):
+        curves.save({"run": [{"step": 1, "epoch": 1}]}, tmp_path / "curves.png")
+    for text in ("{}", "[]", '{"log_history": [1]}', '{"log_history": 1}', "[" * 2000, ""):
+        (tmp_path / "trainer_state.json").write_text(text)
+        with pytest.raises(ValueError, match=r"no trainer_state\.json"):
+            curves.read(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"kron-kernels\[demo\]"):
+        curves.save({"run": [{"step": 1, "loss": 1}]}, tmp_path / "curves.png")
+
+
+def test_a_recipe_documents_its_fields():
+    for field in fields(recipe.Recipe):
+        assert f"{field.name}:" in recipe.Recipe.__doc__

@@ -1,0 +1,36 @@
+"""csrc/example, as a C++ user would compile it: no Python, no torch, no build system."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "csrc" / "example"
+CXX = os.environ.get("CXX", "c++")
+
+pytestmark = pytest.mark.skipif(not shutil.which(CXX.split()[0]), reason="no C++ compiler")
+
+
+def build_and_run(folder: Path, **variables: str) -> str:
+    command = [EXAMPLE / "build.sh", folder]
+    built = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([folder / "example"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_it_is_right_on_the_cpu(tmp_path):
+    said = build_and_run(tmp_path / "a folder", CUDA_ARCH="", CXXFLAGS="-O0 -Werror -Wall -Wextra")
+    assert said.startswith("CPU: right")
+    assert "GPU" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_it_is_right_on_a_gpu_or_says_why_not(tmp_path):
+    lines = build_and_run(tmp_path, CXXFLAGS="-O0").splitlines()
+    assert lines[0].startswith("CPU: right")
+    assert lines[1].startswith(("GPU: right", "GPU: not tried: "))
