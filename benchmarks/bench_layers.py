@@ -1,7 +1,7 @@
 """KroneckerBERT's layers beside the dense ones they replace, to compare with earlier commits.
 
-    pytest benchmarks -n0 --benchmark-autosave
-    pytest benchmarks -n0 --benchmark-compare
+    pytest benchmarks/bench_layers.py -n0 --benchmark-autosave
+    pytest benchmarks/bench_layers.py -n0 --benchmark-compare
 
 One contender after the other: for a claim about speed use ``python -m benchmarks layers``, where
 they take turns.

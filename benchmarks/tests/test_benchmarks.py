@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from benchmarks import layer_tables, layers, machine, memory, model, peers, plots, training
 from benchmarks.__main__ import app
 
-COMMITTED = Path(machine.__file__).parent / "results"
+COMMITTED = machine.RESULTS
 
 
 def invoke(*arguments: str) -> str:
