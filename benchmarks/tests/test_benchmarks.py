@@ -1,59 +1,63 @@
-"""The benchmarks measure what is right and say what they leave out; pictures need JSON only."""
+"""Benchmarks measure correct results, name what they leave out, and refuse bad options early."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import layer_tables, layers, machine, memory, model, peers, plots, training
-from benchmarks.__main__ import app
-
-COMMITTED = machine.RESULTS
+from benchmarks import __main__ as command
+from benchmarks import layers, machine, peers, plots, training
 
 
 def invoke(*arguments: str) -> str:
-    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    done = CliRunner().invoke(command.app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
 
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch):
+    torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(machine, "gemm_rate", lambda: 80.0)
     monkeypatch.setattr(machine, "bandwidth", lambda: 20.0)
     monkeypatch.setattr(machine.psutil, "cpu_percent", lambda interval: 0.0)
 
 
-def test_a_cell_is_measured_written_told_and_compared(tmp_path):
-    options = ["--only", "width", "--match", "^16x16", "--seconds", "0.001", "--to", str(tmp_path)]
-    told = invoke("layers", *options)
-    assert "16x16 ⊗ 16x16" in told and "x dense" in told
-    results = json.loads((tmp_path / "layers.json").read_text())
+def test_a_cell_is_measured_written_shown_and_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "SECONDS", 0.01)
+    options = ["--only", "width", "--match", "^16x16", "--quick", "--to", str(tmp_path)]
+    output = invoke("layers", *options)
+    assert "16x16 ⊗ 16x16" in output and "x dense" in output
+    results = machine.read(tmp_path / "layers.json")
     (row,) = results["rows"]
     assert set(row["us"]) == set(layers.SWEPT) and row["left_out"] == {}
     assert row["flops"] == 128 * 2 * 2 * 16**3 and row["sets"] == layers.ROTATED
     assert {"cpu", "flags", "threads", "gemm_gflops", "others_busy"} <= set(results["machine"])
 
-    for name in row["us"]:  # twice as slow as it was: a drop beyond any noise
-        row["us"][name] = [us * (0.5 if name == "auto" else 1) for us in row["us"][name]]
-    row["us"]["auto"] = row["us"]["auto"][:1] * 3
-    row["us"]["dense"] = row["us"]["dense"][:1] * 3
-    now, then = json.loads(json.dumps(row)), row
-    now["us"]["auto"] = [2 * us for us in now["us"]["auto"]]
-    told = layer_tables.compare([layer_tables.Row(now)], [layer_tables.Row(then)])
-    assert "DROP" in told and "1 drops" in told
+    for name in ("auto", "dense"):  # a thousand times faster, beyond any noise
+        row["us"][name] = [row["us"][name][0]] * 3
+    row["us"]["auto"] = [us / 1000 for us in row["us"]["auto"]]
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps(results))
+    output = invoke("layers", *options, "--compare", str(earlier))
+    assert "DROP" in output and "1 drops" in output
 
 
-def test_groups_and_cells_that_are_not_there_are_named():
-    runner = CliRunner()
-    assert "no_such" in runner.invoke(app, ["layers", "--only", "no_such"]).output
-    assert "no cell matches" in runner.invoke(app, ["layers", "--match", "3x3"]).output
+def test_a_drop_needs_disjoint_quartiles():
+    def row(auto: list[float]) -> layers.Row:
+        us = {"dense": [10.0] * 3, "auto": auto}
+        cell = {"group": "width", "layers": "2x2 2x2", "tokens": 1}
+        return layers.Row({**cell, "flops": 1, "us": us, "slow": [], "left_out": {}})
+
+    then = [row([1.0, 0.9, 1.1])]
+    assert "1 drops" in layers.compare([row([2.0, 1.9, 2.1])], then)
+    assert "0 drops" in layers.compare([row([2.0, 1.0, 2.1])], then)
+    assert "0 drops" in layers.compare(then, then)
 
 
-def test_who_is_wrong_or_raises_is_left_out_with_the_reason(monkeypatch):
+def test_wrong_or_raising_contenders_are_left_out_with_the_reason():
     def wrong(x, *factors):
         return lambda: peers.einsum(x, *factors) + 1e-3
 
@@ -61,24 +65,24 @@ def test_who_is_wrong_or_raises_is_left_out_with_the_reason(monkeypatch):
         raise RuntimeError("no kernel")
 
     library = peers.Library("a-package", "a_module", {"wrong": wrong, "raising": raising})
-    row = layers.measure(layers.Cell("forward", "4x4 3x3", 5), [library], 0.001)
+    row = layers.time_cell(layers.Cell("forward", "4x4 3x3", 5), [library], 0.001)
     assert row["left_out"]["raising"] == "RuntimeError: no kernel"
     assert row["left_out"]["wrong"].startswith("AssertionError")
     assert "wrong" not in row["us"] and "dense" in row["us"]
 
 
-def test_a_library_that_is_missing_is_skipped_with_a_word(monkeypatch):
+def test_a_missing_library_is_skipped_with_the_command_that_installs_it(monkeypatch):
     missing = peers.Library("not-there", "not_there", {})
     monkeypatch.setattr(peers, "LIBRARIES", [missing])
-    found, words = peers.installed()
-    assert found == [] and "pip install not-there" in words[0]
+    found, lines = peers.installed()
+    assert found == [] and "pip install not-there" in lines[0]
 
 
-@pytest.mark.parametrize("group", ["training", "feed_forward", "bf16", "equal_size"])
+@pytest.mark.parametrize("group", ["training", "feed_forward", "bf16", "equal_size", "fastkron"])
 def test_every_kind_of_cell_is_checked_and_measured(group):
-    shapes = "4x2 6x6, 2x4 6x6" if group == "feed_forward" else "4x2 6x6"
-    row = layers.measure(layers.Cell(group, shapes, 7), [], 0.001)
-    assert layer_tables.Row(row).ours in row["us"] and "dense" in row["us"]
+    shapes = {"feed_forward": "4x2 6x6, 2x4 6x6", "fastkron": "2x2 2x2 2x2"}.get(group, "4x2 6x6")
+    row = layers.time_cell(layers.Cell(group, shapes, 7), [], 0.001)
+    assert layers.Row(row).ours in row["us"] and "dense" in row["us"]
     assert row["left_out"] == {}
 
 
@@ -87,21 +91,29 @@ def test_sets_of_operands_take_turns():
     assert [call() for _ in range(4)] == [0, 1, 2, 0]
 
 
-def test_other_work_on_the_machine_is_told(monkeypatch, capsys):
+def test_a_busy_machine_is_warned_about_and_recorded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine.psutil, "cpu_percent", lambda interval: 80.0)
     seconds = iter([0.0, 100.0])
     monkeypatch.setattr(machine, "_busy", lambda: next(seconds))
-    results = {"machine": {}}
-    with machine.watched(results):
+    with machine.recording(tmp_path / "results.json", 1):
         pass
-    told = capsys.readouterr().err
-    assert "takes 80% of the cores" in told and "measure again" in told
-    assert results["machine"]["others_busy"] > machine.BUSY
+    warnings = capsys.readouterr().err
+    assert "takes 80% of the cores" in warnings and "measure again" in warnings
+    written = machine.read(tmp_path / "results.json")
+    assert written["machine"]["others_busy"] > machine.BUSY
+
+
+def test_rows_are_on_disk_before_the_run_ends(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    with pytest.raises(RuntimeError), machine.recording(path, 1, [{"n": 0}]) as record:
+        record.add({"n": 1})
+        raise RuntimeError("a long run is cut off")
+    assert machine.read(path)["rows"] == [{"n": 0}, {"n": 1}]
 
 
 def test_an_exponent_is_that_of_the_power_law():
     sizes = [2.0, 5.0, 11.0]
-    assert layer_tables.exponent(sizes, [3 * x**1.5 for x in sizes]) == pytest.approx(1.5)
+    assert layers.exponent(sizes, [3 * x**1.5 for x in sizes]) == pytest.approx(1.5)
 
 
 def test_flops_and_bytes_of_a_cell():
@@ -112,10 +124,11 @@ def test_flops_and_bytes_of_a_cell():
     assert cell.bytes_moved == 4 * (10 * (768 + 3072) + cell.entries)
 
 
-def test_our_gradients_are_held_to_pytorchs_before_steps_are_timed(monkeypatch):
-    config = {"num_hidden_layers": 1, "vocab_size": 100}
-    monkeypatch.setattr(training, "batch_of", lambda *_: _tiny_batch())
-    contenders = {name: training.model(name, **config) for name in training.CONTENDERS}
+def test_our_gradients_are_compared_with_pytorchs_before_steps_are_timed(monkeypatch):
+    tiny = {"input_ids": torch.arange(1, 21).view(2, 10), "labels": torch.tensor([0, 1])}
+    monkeypatch.setattr(training, "batch_of", lambda *_: tiny)
+    sizes = {"num_hidden_layers": 1, "vocab_size": 100}
+    contenders = {name: training.model(name, **sizes) for name in training.CONTENDERS}
     training.check(contenders)
     broken = contenders["8x"].bert.encoder.layer[0].intermediate.dense
     with torch.no_grad():
@@ -124,63 +137,64 @@ def test_our_gradients_are_held_to_pytorchs_before_steps_are_timed(monkeypatch):
         training.check(contenders)
 
 
-def _tiny_batch():
-    return {"input_ids": torch.arange(1, 21).view(2, 10), "labels": torch.tensor([0, 1])}
+def test_committed_results_are_reported(tmp_path):
+    output = invoke("report", "--pictures", str(tmp_path))
+    assert "geometric means" in output
+    for heading in (
+        "BERT_BASE, median ms",
+        "a step of training BERT_BASE",
+        "peak memory of a training step",
+        "budgets of plans",
+        "MPNet: encoder linears",
+        "stage 2 without a teacher",
+        "a pass of distillation",
+    ):
+        assert heading in output
+    pictures = {"speed", "scaling", "roofline", "layers", "model", "training", "quality"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == pictures
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in pictures)
 
 
-@pytest.mark.parametrize("name", ["layers", "model", "training", "memory"])
-def test_tables_of_the_committed_results(name):
-    results = json.loads((COMMITTED / f"{name}.json").read_text())
-    if name == "layers":
-        assert "geometric means" in layer_tables.report(results)
-    else:
-        module = {"model": model, "training": training, "memory": memory}[name]
-        assert all(table.row_count for table in module.tables(results))
+def test_pictures_of_committed_results_go_to_the_documentation(tmp_path):
+    assert machine.pictures_of(machine.RESULTS) == machine.PICTURES
+    assert machine.pictures_of(tmp_path) == tmp_path
+    assert plots.draw_all(tmp_path, tmp_path) == []
 
 
-def test_every_picture_is_drawn_from_the_committed_results(tmp_path):
-    drawn = {path.stem for path in plots.draw_all(COMMITTED, tmp_path)}
-    assert {"speed", "scaling", "roofline", "layers", "model", "training", "quality"} == drawn
-    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in drawn)
-
-
-README = (COMMITTED.parents[1] / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_readmes_table_of_layers_is_that_of_the_results():
-    rows = map(layer_tables.Row, json.loads((COMMITTED / "layers.json").read_text())["rows"])
-    told = {}
-    for row in rows:
-        if row.cell.group in ("presets", "feed_forward"):
-            best = row.families().get("torch")
-            cell = f"{row.speed('dense'):.1f}"
-            told.setdefault(row.cell.layers, []).append(
-                f"{cell} ({row.speed('dense', best):.1f})" if best else cell
-            )
-    assert len(told) == 8
-    for cells in told.values():
-        assert f"| {' | '.join(cells)} |" in README
-
-
-def test_the_readmes_tables_of_models_are_those_of_the_results():
-    cells = json.loads((COMMITTED / "model.json").read_text())["cells"]
-    shown = {(1, 16), (1, 128), (1, 512), (8, 128)}
-    for name in ("dense eager", "dense torch.compile", "8x", "21x", "dense onnxruntime int8"):
-        times = [
-            (cell["ms"][name][0], cell["ms"]["dense eager"][0] / cell["ms"][name][0])
-            for cell in cells
-            if (cell["batch"], cell["tokens"]) in shown
-        ]
-        told = (f"{ms:.{1 if ms < 100 else 0}f} ({ratio:.1f})" for ms, ratio in times)
-        assert f"| {' | '.join(told)} |" in README
-    steps = json.loads((COMMITTED / "training.json").read_text())["cells"]
-    peaks = json.loads((COMMITTED / "memory.json").read_text())["cells"]
-    peak = next(cell["mb"] for cell in peaks if cell["batch"] == 8)
-    for name in training.CONTENDERS:
-        ratios = [cell["ms"]["dense eager"][0] / cell["ms"][name][0] for cell in steps]
-        told = [
-            f"{cell['ms'][name][0]:.0f} ms ({r:.1f})" for cell, r in zip(steps, ratios, strict=True)
-        ]
-        less = peak["dense eager"]["peak"] / peak[name]["peak"]
-        told.append(f"{peak[name]['peak']} MB ({less:.1f})")
-        assert f"| {' | '.join(told)} |" in README
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("layers --threads 0", "'0' must be a whole number of at least 1"),
+        ("layers --threads 1000000000", "'1000000000' must be a whole number of at least 1"),
+        ("model --tokens 513", "'513' must be a whole number of at least 1 and at most 512"),
+        ("model --batch x", "'x' must be a whole number"),
+        ("layers --match (", "'(' is no regular expression"),
+        ("layers --match 3x3", "no cell matches '3x3'"),
+        ("layers --only none", "none: there are"),
+        ("layers --compare list.json", "list.json holds no results of this benchmark"),
+        ("layers --compare missing.json", "missing.json"),
+        *((f"{verb} --to list.json/x", "list.json/x") for verb in command.ALL),
+        ("eager-forms --to list.json/x", "list.json/x"),
+        ("distillation-speed --to list.json/x", "list.json/x"),
+        ("budgets MiniLM", "'MiniLM' must be NAME=FOLDER"),
+        ("budgets a=b --to list.json/x", "list.json/x"),
+        ("starts a=b --data missing", "missing"),
+        ("distillation --data missing", "missing"),
+        ("report empty", "empty has no results"),
+        ("report bad", "bad/layers.json holds no results"),
+        ("report full --pictures list.json/x", "cannot write list.json/x"),
+        ("frobnicate", "No such command 'frobnicate'"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line_before_any_work(
+    tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "bad", "full"):
+        (tmp_path / folder).mkdir()
+    for file in ("list.json", "bad/layers.json", "full/layers.json"):
+        (tmp_path / file).write_text("[1]")
+    done = CliRunner().invoke(command.app, arguments.split())
+    assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit), done.output
+    (line,) = [s for s in done.output.splitlines() if "Error" in s or "Traceback" in s]
+    assert line.startswith("Error: ") and message in line and "This is a bug" not in line
