@@ -42,7 +42,7 @@ ALL = MODULES[:4]
 
 To = Annotated[Path, typer.Option(help="Folder for the results.")]
 Threads = Annotated[int, number(int, "Threads of every contender.", 1, os.cpu_count() or 1)]
-Quick = Annotated[bool, typer.Option("--quick", help="A tenth of the time and data: not to quote.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A tenth of the time and data; not to quote.")]
 Teachers = Annotated[
     list[str], typer.Argument(metavar="NAME=FOLDER...", help="Sentence encoders with tokenizers.")
 ]

@@ -36,7 +36,7 @@ def run(path: Path, threads: int, effort: float) -> None:
         contenders = {name: model(name) for name in CONTENDERS}
         check(contenders)
         optimizers = {n: torch.optim.AdamW(m.train().parameters()) for n, m in contenders.items()}
-        for batch, tokens in SIZES:
+        for batch, tokens in SIZES if effort == 1 else SIZES[:1]:
             machine.progress(f"training: {batch} x {tokens}")
             inputs = batch_of(batch, tokens)
             calls: dict[str, Callable[[], None]] = {
