@@ -59,10 +59,9 @@ def follow(model: PreTrainedModel, chosen: Plan, seconds: float) -> dict[str, fl
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    shown = Table(
-        *("teacher", "budget", "planned in", "ms", "MB", "layers' error"),
-        title=f"budgets of plans\n{machine.title(results['machine'])}",
-    )
+    columns = ("teacher", "budget", "planned in", "ms", "MB", "layers' error")
+    heading = f"budgets of plans\n{machine.title(results['machine'])}"
+    shown = machine.table(heading, columns, left=("teacher", "budget"))
 
     def change(dense: float, student: float) -> str:
         return f"{dense:.1f} to {student:.1f} ({dense / student:.2f}x)"

@@ -70,10 +70,9 @@ def forward_and_backward(
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    shown = Table(
-        *("sequences x tokens", "what", "ms", "tokens/s", "times eager", "times dense"),
-        title=f"a pass of distillation\n{machine.title(results['machine'])}",
-    )
+    columns = ("sequences x tokens", "pass", "ms", "tokens/s", "times eager", "times dense")
+    heading = f"a pass of distillation\n{machine.title(results['machine'])}"
+    shown = machine.table(heading, columns, left=("pass",))
     ms = {(row["batch"], row["tokens"], row["what"]): row["ms"] for row in results["rows"]}
     for row in results["rows"]:
         others = (

@@ -78,10 +78,9 @@ def time_forms(s: KronShape, tokens: int, seconds: float) -> dict[str, float]:
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    each = Table("shape", title=machine.title(results["machine"]))
-    for heading in ("tokens", "dense ms", "ours ms", "x dense", "GFLOP/s"):
-        each.add_column(heading, justify="right")
-    each.add_column("best form, ours over it")
+    last = "best form, ours over it"
+    headings = ("shape", "tokens", "dense ms", "ours ms", "x dense", "GFLOP/s", last)
+    each = machine.table(machine.title(results["machine"]), headings, left=("shape", last))
     regrets = defaultdict(list)
     for row in results["rows"]:
         ms, shape = row["ms"], KronShape(*row["sides"])
@@ -89,14 +88,13 @@ def tables(results: dict[str, Any]) -> list[Table]:
         ours, dense = ms["kron_matmul"], ms["dense"]
         rate = row["tokens"] * shape.flops / ours / 1e6
         numbers = (f"{dense:.3f}", f"{ours:.3f}", f"{dense / ours:.2f}", f"{rate:.0f}")
-        last = f"{best}, {ours / ms[best]:.2f}x its time"
-        each.add_row(row["shape"], str(row["tokens"]), *numbers, last)
+        choice = f"{best}, {ours / ms[best]:.2f}x its time"
+        each.add_row(row["shape"], str(row["tokens"]), *numbers, choice)
         for name in ms:
             limit = min(ms[best], dense if name == "dense" else math.inf)
             regrets[name].append(ms[name] / limit)
-    regret = Table("form", title="regret over the rows that have the form")
-    for heading in ("geometric mean", "worst", "rows"):
-        regret.add_column(heading, justify="right")
+    headings = ("form", "geometric mean", "worst", "rows")
+    regret = machine.table("regret over the rows that have the form", headings, left=("form",))
     for name, ratios in sorted(regrets.items()):
         mean = geometric_mean(ratios)
         regret.add_row(name, f"{mean:.2f}", f"{max(ratios):.1f}", str(len(ratios)))

@@ -263,10 +263,9 @@ def tables(results: dict[str, Any]) -> list[Table | str]:
 def table(group: str, rows: list[Row], gemm: float) -> Table:
     """A line for each cell, a column for each family of contenders."""
     families = dict.fromkeys(["dense", *(f for row in rows for f in row.families())])
-    shown = Table("", title=group, title_justify="left", box=None)
-    for heading in ("T", *families, "x dense", "x best", "GFLOP/s", "share"):
-        shown.add_column(heading, justify="right")
-    shown.add_column("best other")
+    headings = ("", "T", *families, "x dense", "x best", "GFLOP/s", "share", "best other")
+    plain = {"title_justify": "left", "box": None}
+    shown = machine.table(group, headings, left=("", "best other"), **plain)
 
     def entry(value: float, form: str) -> str:
         return "-" if math.isnan(value) else f"{value:{form}}"

@@ -13,14 +13,14 @@ import re
 import sys
 import time
 import timeit
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 import kron_kernels
 from kron_kernels.backends import native
@@ -159,6 +159,12 @@ def title(machine: dict[str, Any]) -> str:
     return ", ".join(filter(None, parts))
 
 
+def table(title: str, headings: Iterable[str], left: Collection[str] = (), **options) -> Table:
+    """An empty table; the columns are aligned to the right, except those in ``left``."""
+    columns = (Column(h, justify="left" if h in left else "right") for h in headings)
+    return Table(*columns, title=title, **options)
+
+
 def versus_dense(
     heading: str,
     results: dict[str, Any],
@@ -167,9 +173,8 @@ def versus_dense(
 ) -> Table:
     """A line for each row, a column for each contender: its value, and dense's over it."""
     names = [*values(results["rows"][0])]
-    shown = Table(title=f"{heading} (times less than {DENSE})\n{title(results['machine'])}")
-    for column in ("batch", "tokens", *names):
-        shown.add_column(column, justify="right")
+    heading = f"{heading} (times less than {DENSE})\n{title(results['machine'])}"
+    shown = table(heading, ("batch", "tokens", *names))
     for row in results["rows"]:
         of = values(row)
         entries = (f"{of[name]:.{digits}f} ({of[DENSE] / of[name]:.1f})" for name in names)

@@ -230,9 +230,8 @@ def tables(results: dict[str, Any]) -> list[Shown]:
         teacher = row["teacher"]
         if teacher not in shown:
             heading = f"{teacher}: encoder linears c times smaller, no training"
-            shown[teacher] = Shown(title=heading)
-            for column in ("c", "start", "kept", "output error", *METRICS[1:]):
-                shown[teacher].add_column(column, justify="left" if column == "start" else "right")
+            columns = ("c", "start", "kept", "output error", *METRICS[1:])
+            shown[teacher] = machine.table(heading, columns, left=("start",))
         elif row["ratio"] != before:
             shown[teacher].add_section()
         before = row["ratio"]
