@@ -1,9 +1,9 @@
 // The C ABI of the compiled kernels: raw pointers and sizes, no torch and no Python headers.
 //
-// Sizes and strides count elements. Functions that return a string return nullptr on success, or an error
-// in static storage; after an error in the arguments, nothing was written. They refuse null pointers,
-// sizes that no memory holds and numbers outside an enum. They cannot check that buffers are as large
-// as the sizes require: that is up to the caller.
+// Sizes and strides count elements. Functions that return a string return nullptr on success, or an
+// error in static storage; after an error in the arguments, nothing was written. They refuse null
+// pointers, sizes that no memory holds and numbers outside an enum. They cannot check that buffers are
+// as large as the sizes require: that is up to the caller.
 #pragma once
 #include <stdint.h>
 
@@ -73,8 +73,8 @@ const char *kron_cpu_feed_forward(const kron_execution *, int64_t dtype, int64_t
                                   const void *x, const kron_product *up, const kron_product *down);
 
 // Gradients of a product of two factors; its bias, residual and y are not read, and its activation is
-// not applied. dx (tokens, n) is in the dtype of x. da and db are contiguous, in float32, or float64 for
-// KRON_FLOAT64. Each may be null. The number of threads fixes the order of sums over tokens.
+// not applied. dx (tokens, n) is in the dtype of x. da and db are contiguous, in float32, or in float64
+// for KRON_FLOAT64. Each may be null. The number of threads fixes the order of sums over tokens.
 const char *kron_cpu_backward(const kron_execution *, int64_t dtype, int64_t tokens, const void *dy,
                               const void *x, const kron_product *product, void *dx, void *da,
                               void *db);

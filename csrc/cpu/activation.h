@@ -136,8 +136,8 @@ template <class Body> KRON_INLINE void with_activation(int64_t activation, Body 
   }
 }
 
-// out = act(in + bias) of rows of NV vectors, in_step and out_step numbers apart; out may be in. A row has
-// one bias; bias may be null.
+// out = act(in + bias) of rows of NV vectors, in_step and out_step numbers apart; out may be in. The bias
+// has one number for each row and may be null.
 template <class T, int NV>
 void activate_rows(const T *in, int64_t in_step, T *out, int64_t out_step, int64_t rows,
                    int64_t activation, const T *bias) {

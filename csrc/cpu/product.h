@@ -198,7 +198,7 @@ private:
   T *const memory;
 };
 
-constexpr int MAX_NV = 3;     // vectors of tokens in a block: with 8 rows of a factor they fill the registers
+constexpr int MAX_NV = 3;     // vectors of tokens in a block; with 8 rows they fill the registers
 constexpr double GRAIN = 1e6; // multiply-adds (about 20 us) below which another thread costs time
 
 // The number of parts to divide `units` vectors of tokens into.
@@ -208,7 +208,8 @@ inline Int parts_of(const kron_execution &e, Int units, double multiply_adds) {
   return larger(1, smaller(e.threads, most));
 }
 
-// Calls body(part, first, end) for equal ranges of units, on threads. It returns false if memory ran out.
+// Calls body(part, first, end) for equal ranges of units, on threads. A body returns false if memory ran
+// out.
 template <class Body> const char *split(const kron_execution &e, Int units, Int parts, Body body) {
   struct Context {
     Body &body;

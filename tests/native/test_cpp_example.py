@@ -23,7 +23,8 @@ def build_and_run(folder: Path, **variables: str) -> str:
 
 
 def test_the_cpu_result_is_right(tmp_path):
-    output = build_and_run(tmp_path / "a folder", CUDA_ARCH="", CXXFLAGS="-O0 -Werror -Wall -Wextra")
+    flags = "-O0 -Werror -Wall -Wextra"
+    output = build_and_run(tmp_path / "a folder", CUDA_ARCH="", CXXFLAGS=flags)
     assert output.startswith("CPU: right")
     assert "GPU" not in output
 
