@@ -40,7 +40,7 @@ template <class S, int NV>
 void write_block(const Compute<S> *block, Int token, Int tokens, Int m, const kron_product &p) {
   typedef Compute<S> T;
   constexpr int L = LANES<T>;
-  constexpr Int ROWS = 64; // activated at a time: they stay in the first-level cache
+  constexpr Int ROWS = 16; // activated at a time: of 64, the activations would not overlap the stores
   T activated[ROWS * L];
   const T *bias = static_cast<const T *>(p.bias);
   for (int v = 0; v < NV; v++, token += L) {

@@ -10,7 +10,7 @@ const char *const OUT_OF_MEMORY = "out of memory for a block of tokens";
 
 // A product with its factors and bias in the dtype of computation: 16-bit ones are widened, once a call.
 template <class T> struct Product : kron_product {
-  Product() : kron_product() {}
+  Product() {}
   Product(const Product &) = delete;
   ~Product() { free(widened); }
 
