@@ -19,59 +19,38 @@ if find_spec("transformers") is None:
     raise ImportError("kroneckerbert needs transformers: pip install 'kron-kernels[bert]'")
 
 if TYPE_CHECKING:
-    from kroneckerbert.adapters import load_adapter, lora_config, merge_and_unload
-    from kroneckerbert.calibration import second_moments
-    from kroneckerbert.configuration_kroneckerbert import KroneckerConfig
-    from kroneckerbert.conversion import compress, decompress
-    from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
-    from kroneckerbert.exporting import export, load_exported
+    from kroneckerbert.adapters import load_adapter as load_adapter
+    from kroneckerbert.adapters import lora_config as lora_config
+    from kroneckerbert.adapters import merge_and_unload as merge_and_unload
+    from kroneckerbert.calibration import second_moments as second_moments
+    from kroneckerbert.configuration_kroneckerbert import KroneckerConfig as KroneckerConfig
+    from kroneckerbert.conversion import compress as compress
+    from kroneckerbert.conversion import decompress as decompress
+    from kroneckerbert.distillation import DistillationConfig as DistillationConfig
+    from kroneckerbert.distillation import DistillationTrainer as DistillationTrainer
+    from kroneckerbert.exporting import export as export
+    from kroneckerbert.exporting import load_exported as load_exported
     from kroneckerbert.modeling_kroneckerbert import (
-        KroneckerPreTrainedModel,
-        embed,
-        mean_pooling,
-        register,
+        KroneckerPreTrainedModel as KroneckerPreTrainedModel,
     )
-    from kroneckerbert.planning import plan, report
+    from kroneckerbert.modeling_kroneckerbert import embed as embed
+    from kroneckerbert.modeling_kroneckerbert import mean_pooling as mean_pooling
+    from kroneckerbert.modeling_kroneckerbert import register as register
+    from kroneckerbert.planning import plan as plan
+    from kroneckerbert.planning import report as report
 
-_MODULES = {  # of each public name
-    "DistillationConfig": "distillation",
-    "DistillationTrainer": "distillation",
-    "KroneckerConfig": "configuration_kroneckerbert",
-    "KroneckerPreTrainedModel": "modeling_kroneckerbert",
-    "compress": "conversion",
-    "decompress": "conversion",
-    "embed": "modeling_kroneckerbert",
-    "export": "exporting",
-    "load_adapter": "adapters",
-    "load_exported": "exporting",
-    "lora_config": "adapters",
-    "mean_pooling": "modeling_kroneckerbert",
-    "merge_and_unload": "adapters",
-    "plan": "planning",
-    "register": "modeling_kroneckerbert",
-    "report": "planning",
-    "second_moments": "calibration",
+_NAMES = {
+    "adapters": ["load_adapter", "lora_config", "merge_and_unload"],
+    "calibration": ["second_moments"],
+    "configuration_kroneckerbert": ["KroneckerConfig"],
+    "conversion": ["compress", "decompress"],
+    "distillation": ["DistillationConfig", "DistillationTrainer"],
+    "exporting": ["export", "load_exported"],
+    "modeling_kroneckerbert": ["KroneckerPreTrainedModel", "embed", "mean_pooling", "register"],
+    "planning": ["plan", "report"],
 }
-
-__all__ = [
-    "DistillationConfig",
-    "DistillationTrainer",
-    "KroneckerConfig",
-    "KroneckerPreTrainedModel",
-    "compress",
-    "decompress",
-    "embed",
-    "export",
-    "load_adapter",
-    "load_exported",
-    "lora_config",
-    "mean_pooling",
-    "merge_and_unload",
-    "plan",
-    "register",
-    "report",
-    "second_moments",
-]
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
@@ -85,7 +64,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULES})
 
 
 # --- registration with transformers

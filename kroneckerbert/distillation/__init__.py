@@ -10,25 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kroneckerbert.distillation.config import DistillationConfig
-    from kroneckerbert.distillation.scores import attention_scores
-    from kroneckerbert.distillation.terms import TERMS, distillation_terms
-    from kroneckerbert.distillation.trainer import DistillationTrainer
+    from kroneckerbert.distillation.config import DistillationConfig as DistillationConfig
+    from kroneckerbert.distillation.scores import attention_scores as attention_scores
+    from kroneckerbert.distillation.terms import TERMS as TERMS
+    from kroneckerbert.distillation.terms import distillation_terms as distillation_terms
+    from kroneckerbert.distillation.trainer import DistillationTrainer as DistillationTrainer
 
-__all__ = [
-    "TERMS",
-    "DistillationConfig",
-    "DistillationTrainer",
-    "attention_scores",
-    "distillation_terms",
-]
-_MODULES = {  # of each public name; imported on first use, for the command line needs no torch
+_MODULES = {  # imported on first use: the command line needs signals.py without torch
     "TERMS": "terms",
     "DistillationConfig": "config",
     "DistillationTrainer": "trainer",
     "attention_scores": "scores",
     "distillation_terms": "terms",
 }
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     BertForMaskedLM,
     BertModel,
     BertPreTrainedModel,
@@ -83,24 +82,8 @@ def all_finite(model) -> bool:
 
 @pytest.fixture
 def tokenizer():
-    return tiny_tokenizer(
-        [
-            "the",
-            "a",
-            "cat",
-            "dog",
-            "sat",
-            "ran",
-            "on",
-            "under",
-            "mat",
-            "tree",
-            ".",
-            ",",
-            "big",
-            "small",
-        ]
-    )
+    words = "the a cat dog sat ran on under mat tree . , big small"
+    return tiny_tokenizer(words.split())
 
 
 # Construction
@@ -448,13 +431,6 @@ def test_a_saved_model_comes_back_bit_for_bit(cls, tmp_path):
             assert torch.equal(x, y)
 
 
-def test_auto_tokenizer_needs_only_the_saved_files(tokenizer, tmp_path):
-    build(KroneckerBertModel).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    again = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert again("the cat")["input_ids"] == tokenizer("the cat")["input_ids"]
-
-
 def test_pipelines_run_by_path(tokenizer, tmp_path):
     encoder = build(KroneckerBertModel)
     encoder.save_pretrained(tmp_path / "encoder")
@@ -535,15 +511,6 @@ def test_a_head_of_another_shape_is_new_only_if_that_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match=message):
         load()
     assert load(ignore_mismatched_sizes=True).classifier.out_features == 5
-
-
-@pytest.mark.parametrize("kept", [0.5, 0.001])
-def test_a_truncated_file_is_refused(kept, tmp_path):
-    build(KroneckerBertModel).save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
-    with pytest.raises(OSError, match=f"{tmp_path}: {file.name} is damaged or cut short"):
-        KroneckerBertModel.from_pretrained(tmp_path)
 
 
 def test_a_dense_checkpoint_is_refused_with_the_way_to_compress(tmp_path):
