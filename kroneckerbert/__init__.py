@@ -10,7 +10,6 @@ The import itself loads neither torch nor a model: each public name is imported 
 import sys
 from importlib import import_module
 from importlib.abc import MetaPathFinder
-from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -113,22 +112,24 @@ class _Announcer(MetaPathFinder):
     To import it here would take torch's 1.5 s.
     """
 
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _AUTO or (spec := PathFinder.find_spec(name, path, target)) is None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _AUTO:
             return None
-        loader: Any = spec.loader
-        execute = loader.exec_module
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(name, path, target) for finder in others)
+        if spec := next(filter(None, found), None):
+            loader: Any = spec.loader
+            execute = loader.exec_module
 
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            _announce(module)
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _announce(module)
 
-        loader.exec_module = exec_module
+            loader.exec_module = exec_module
         return spec
 
 
-sys.meta_path[:] = [f for f in sys.meta_path if type(f).__qualname__ != _Announcer.__qualname__]
+sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != __name__]  # of a reload
 sys.meta_path.insert(0, _Announcer())
 if _AUTO in sys.modules:
     _announce(sys.modules[_AUTO])

@@ -8,8 +8,8 @@ half of another block are therefore correct without further code.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import cache
 from types import MethodType
 from typing import Any, ClassVar
@@ -112,11 +112,8 @@ def _blank(mixin: Any, stock: Any) -> nn.Module:
 # --- an attention's three products
 
 
-class _Calls(threading.local):
-    ahead: _Ahead | None = None
-
-
-_calls = _Calls()  # the attention that is running in this thread
+# Of the attention that is running in this thread.
+_ahead: ContextVar[_Ahead | None] = ContextVar("ahead", default=None)
 
 
 class _Attention(_Fused):
@@ -143,12 +140,12 @@ class _Attention(_Fused):
         layers: list[Any] = [self._modules.get(name) for name in self.projections]
         if not _of_one_call(layers):
             return super().forward(*args, **kwargs)
-        outer, ahead = _calls.ahead, _Ahead(layers)
-        _calls.ahead = ahead
+        ahead = _Ahead(layers)
+        outer = _ahead.set(ahead)
         try:
             y = super().forward(*args, **kwargs)
         finally:
-            _calls.ahead = outer
+            _ahead.reset(outer)
         if ahead.ready:  # computed but not used, as in a cross-attention
             self.shares_input = False
         return y
@@ -160,8 +157,8 @@ class KroneckerProjection(KroneckerLinear):
     to_linear = KroneckerLinear.to_linear  # which requires that forward is not overridden
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and _calls.ahead is not None:
-            y = _calls.ahead.take(self, x)
+        if not torch.compiler.is_compiling() and (ahead := _ahead.get()) is not None:
+            y = ahead.take(self, x)
             if y is not None:
                 return y
         return super().forward(x)
@@ -369,17 +366,12 @@ def _expression(module: nn.Module, *inputs: tuple) -> Any:
     inputs)``, and the only operation is ``+``, which joins tuples. It has methods and children but
     no other attributes of the module; the expression therefore holds for the whole class.
     """
-    cls = type(module)
 
     def child(name: str) -> Callable[..., tuple]:
         return lambda *given: (name, *given)
 
-    children: dict[str, Any] = {name: child(name) for name in module._modules}
-    chunks = {"chunk_size_feed_forward": 0, "seq_len_dim": 1}
-    try:
-        return cls.forward(_StandIn(cls.__new__(cls), **children, **chunks), *inputs)  # type: ignore[arg-type]
-    except Exception:  # it does something else with its inputs
-        return None
+    cls = type(module)
+    return _result(cls.__new__(cls), {name: child(name) for name in module._modules}, *inputs)
 
 
 def _calls_one_after_the_other(layer: nn.Module) -> bool:
@@ -403,22 +395,24 @@ def _calls_one_after_the_other(layer: nn.Module) -> bool:
         given.extend((x, residual))
         return ("output",)
 
-    children = dict.fromkeys(layer._modules, other)
-    stand_in: Any = _StandIn(
-        layer,
-        **children | {"intermediate": intermediate, "output": output, "chunk_size_feed_forward": 0},
-    )
-    forward = type(layer).forward
+    children: dict[str, Any] = dict.fromkeys(layer._modules, other)
+    children |= {"intermediate": intermediate, "output": output}
     required = [
         p
-        for p in list(inspect.signature(forward).parameters.values())[1:]
+        for p in list(inspect.signature(type(layer).forward).parameters.values())[1:]
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    try:
-        result = forward(stand_in, *[("x",) for _ in required])
-    except Exception:  # as in _expression
-        return False
+    result = _result(layer, children, *[("x",) for _ in required])
     results = result if isinstance(result, tuple) else (result,)
-    if len(given) != 3 or any(value is hidden for value in results):
+    if result is None or len(given) != 3 or any(value is hidden for value in results):
         return False
     return given[1] is hidden and given[0] is given[2]
+
+
+def _result(module: Any, children: dict[str, Any], *inputs: tuple) -> Any:
+    """The result of a module's stock forward with these children; None if it fails."""
+    stand_in: Any = _StandIn(module, **children, chunk_size_feed_forward=0, seq_len_dim=1)
+    try:
+        return type(module).forward(stand_in, *inputs)
+    except Exception:  # it does something else with its inputs
+        return None

@@ -169,7 +169,9 @@ DAMAGE = {  # of a folder, of one with shards; then the error
 
 
 @pytest.mark.parametrize(("damage", "of_shards", "error", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_folder_is_told_by_its_file(student, damage, of_shards, error, message, tmp_path):
+def test_the_damaged_file_of_a_folder_is_named(
+    student, damage, of_shards, error, message, tmp_path
+):
     student.save_pretrained(tmp_path, max_shard_size="20KB" if of_shards else "1GB")
     (damage or of_shards)(tmp_path)
     with pytest.raises(error, match=message) as caught:
@@ -203,7 +205,7 @@ class Unreachable(KroneckerBertModel):
         (KroneckerBertModel, {"attn_implementation": "nonsense"}, Exception, None),
     ],
 )
-def test_errors_that_whole_files_do_not_cause_pass_unchanged(
+def test_errors_with_other_causes_than_the_files_pass_unchanged(
     student, tmp_path, cls, options, error, message
 ):
     student.save_pretrained(tmp_path)
@@ -220,7 +222,7 @@ def test_errors_that_whole_files_do_not_cause_pass_unchanged(
         assert str(caught.value).replace("Kronecker", "") == str(stock.value)
 
 
-def test_a_damaged_dense_folder_is_told_by_its_file(tmp_path):
+def test_the_damaged_file_of_a_dense_folder_is_named(tmp_path):
     tiny_bert().save_pretrained(tmp_path)
     write(WEIGHTS, b"")(tmp_path)
     with pytest.raises(OSError, match=f"{WEIGHTS} is damaged or cut short"):
@@ -235,7 +237,7 @@ def test_a_damaged_dense_folder_is_told_by_its_file(tmp_path):
 
 @pytest.mark.parametrize("source", ["./missing", "../missing", "{}/missing", "a/b/c", "x/", "~/x"])
 @pytest.mark.parametrize("load", [compress, KroneckerBertModel.from_pretrained])
-def test_a_path_where_nothing_is_is_named(load, source, tmp_path, monkeypatch):
+def test_a_missing_path_is_named(load, source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     source = source.format(tmp_path)
@@ -245,7 +247,7 @@ def test_a_path_where_nothing_is_is_named(load, source, tmp_path, monkeypatch):
         load(Path("missing"))
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_is_not_a_folder(tmp_path):
     file = tmp_path / "model.safetensors"
     file.touch()
     with pytest.raises(NotADirectoryError, match="is a file; give the folder"):
@@ -382,7 +384,7 @@ def test_a_save_killed_at_any_step_leaves_the_old_model_or_the_new_one(
         assert seen == {"old", "new"}  # the most common save has no state in between
 
 
-def test_an_interruption_while_files_take_their_places_comes_after_it(tmp_path, monkeypatch):
+def test_an_interruption_waits_until_the_files_are_in_place(tmp_path, monkeypatch):
     put(tmp_path, files_of("old", TWO))
     replace, moved = os.replace, []
 
@@ -414,7 +416,7 @@ def test_finish_removes_nothing_outside_the_folder_and_names_a_damaged_index(tmp
 
 
 def model_in(folder) -> tuple[str, str | None]:
-    """What tells the models in a folder apart: a digest of the weights, and their config."""
+    """A digest of the weights in a folder, and a field of its configuration."""
     model = AutoModel.from_pretrained(folder)
     digest = hashlib.sha256()
     for p in model.parameters():
@@ -425,7 +427,7 @@ def model_in(folder) -> tuple[str, str | None]:
 def test_a_save_killed_at_any_step_leaves_the_old_model_or_the_new_one_or_says_so(
     student, tmp_path
 ):
-    """The weights of one and the config of the other would load as well: sizes are equal."""
+    """Sizes are equal: weights of one model would load with the configuration of the other."""
     other = compress(tiny_bert())
     other.config.problem_type = "regression"
     student.save_pretrained(tmp_path / "old", max_shard_size="8KB")
@@ -489,7 +491,7 @@ def test_a_save_killed_at_a_random_time_leaves_one_model_or_says_so(student, tmp
 
 
 @pytest.mark.parametrize("how", [{}, {"max_shard_size": "12KB"}, {"variant": "fp16"}])
-def test_a_save_removes_nothing_but_its_own_variants_weights(student, tmp_path, how):
+def test_a_save_removes_only_weights_of_its_own_variant(student, tmp_path, how):
     others = {
         "model_ema.safetensors",
         "model-best.safetensors",
@@ -510,7 +512,7 @@ def test_a_save_removes_nothing_but_its_own_variants_weights(student, tmp_path, 
         assert (tmp_path / ".partial" / "notes").read_text() == "mine"
 
 
-def test_shards_of_a_variant_take_the_place_of_its_single_file_and_back(student, tmp_path):
+def test_shards_of_a_variant_replace_its_single_file_and_back(student, tmp_path):
     student.save_pretrained(tmp_path)
     base = (tmp_path / "model.safetensors").read_bytes()
     with torch.no_grad():
@@ -537,10 +539,12 @@ def test_the_loader_is_uploaded_with_the_model(student, tmp_path, monkeypatch):
     (tmp_path / "out" / "notes.txt").write_text("mine")
     student.save_pretrained(tmp_path / "out", push_to_hub=True, private=True, token="t")
     hub.create_repo.assert_called_once_with("out", exist_ok=True, token="t", private=True)
-    told = hub.upload_folder.call_args.kwargs
+    uploaded = hub.upload_folder.call_args.kwargs
     names = ["config.json", "load_kroneckerbert.py", "model.safetensors"]
-    assert sorted(told["allow_patterns"]) == names
-    assert told["folder_path"] == tmp_path / "out" and AutoModel.from_pretrained(tmp_path / "out")
+    assert sorted(uploaded["allow_patterns"]) == names
+    assert uploaded["folder_path"] == tmp_path / "out" and AutoModel.from_pretrained(
+        tmp_path / "out"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -550,7 +554,7 @@ def test_a_read_only_folder_is_named(student, tmp_path):
         student.save_pretrained(tmp_path)
 
 
-def test_a_file_in_the_place_of_the_folder_is_named(student, tmp_path):
+def test_a_file_instead_of_the_folder_is_named(student, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file; choose another name"):
         student.save_pretrained(tmp_path / "file")

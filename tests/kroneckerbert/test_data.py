@@ -1,4 +1,4 @@
-"""Files to batches, and what is said of files that break the rules."""
+"""Reading files into batches, and errors of files that break the rules."""
 
 import gzip
 
@@ -57,7 +57,7 @@ def test_a_header_is_skipped_and_a_quotation_mark_is_text(tmp_path, name):
     assert is_table(path)
 
 
-def test_a_table_is_known_by_the_tab_in_its_first_line(tmp_path):
+def test_a_tab_in_the_first_line_marks_a_table(tmp_path):
     assert is_table(file(tmp_path, "\n1\ta film\n"))
     assert not is_table(file(tmp_path, "a film\n1\tb\n"))
     assert not is_table(file(tmp_path, ""))
@@ -97,7 +97,7 @@ def test_a_file_without_text_or_a_damaged_one_is_refused(tmp_path):
         read_lines(tmp_path / "absent")
 
 
-def test_labels_become_what_the_model_is_trained_on():
+def test_labels_become_training_targets():
     classifier = BertConfig(id2label={0: "NUM", 1: "LOC"}, label2id={"NUM": 0, "LOC": 1})
     assert label_targets(["LOC", "NUM"], classifier) == [1, 0]
     assert label_targets([1, 0], classifier) == [1, 0]

@@ -1,4 +1,4 @@
-"""Exports are loaded and run, and the compressed model in other precisions and compilers."""
+"""Exports, loaded and run; compressed models in other precisions and compilers."""
 
 import copy
 import importlib
@@ -38,7 +38,7 @@ PRECISION = torch.finfo(torch.float32).eps
 
 
 def model_with(head: str, layers: int = 1) -> KroneckerPreTrainedModel:
-    """Weights of a size that lets every layer matter."""
+    """A model with weights so large that every layer matters."""
     config = KroneckerBertConfig.preset(
         "kronecker-bert-21", BASE, initializer_range=0.2, num_hidden_layers=layers
     )
@@ -66,7 +66,7 @@ def assert_near(actual, expected, roundings=2**10) -> None:
 
 
 def assert_damage_is_found(folder) -> None:
-    """A flipped bit, a cut and a missing file, of each; then again as exports without checksums."""
+    """Flip a bit of, cut and remove each file; then again without checksums."""
     files = [file for file in folder.iterdir() if file.name not in (".kroneckerbert", CHECKSUMS)]
     assert {"config.json", "export.json"} < {file.name for file in files}
     for file in files:
@@ -89,10 +89,10 @@ def assert_damage_is_found(folder) -> None:
             with pytest.raises(OSError, match=rf"{folder}.* cannot be read .*export again"):
                 load_trusted(folder)
             file.write_bytes(whole)
-    told = folder / "export.json"
+    about = folder / "export.json"
     for damage in ("[]", "null", "{}", '{"export_format": [1]}', "[" * 10**5):
-        told.write_text(damage)
-        with pytest.raises(OSError, match=rf"{told} cannot be read .*export again"):
+        about.write_text(damage)
+        with pytest.raises(OSError, match=rf"{about} cannot be read .*export again"):
             load_trusted(folder)
 
 
@@ -131,7 +131,7 @@ def test_onnx_computes_the_same(onnx_folder):
 
 
 @pytest.mark.parametrize("tolerance", [float("nan"), -1, "1e-3", None.__class__])
-def test_a_tolerance_that_is_none_is_refused_before_the_export(tmp_path, monkeypatch, tolerance):
+def test_an_invalid_tolerance_is_refused_before_the_export(tmp_path, monkeypatch, tolerance):
     monkeypatch.setattr(deploy, "_exported", None)  # calling it would raise
     with pytest.raises(ValueError, match=r"tolerance = .* must be a finite number"):
         export(model_with("Model"), tmp_path / "out", tolerance=tolerance)
@@ -139,7 +139,7 @@ def test_a_tolerance_that_is_none_is_refused_before_the_export(tmp_path, monkeyp
 
 
 def test_damaged_files_of_an_export_are_named(onnx_folder, tmp_path):
-    """A runtime loads weights with a flipped bit without a word."""
+    """A runtime loads weights with a flipped bit without an error."""
     assert_damage_is_found(Path(shutil.copytree(onnx_folder[0], tmp_path / "copy")))
 
 
@@ -170,7 +170,7 @@ def test_onnx_runs_without_this_project(onnx_folder):
 
 
 def test_int8_quantises_every_layer(tmp_path):
-    """A factor is transposed in the graph: unless that is folded first, it would be skipped."""
+    """Quantisation would skip a factor whose transpose in the graph is not folded."""
     onnx = pytest.importorskip("onnx", reason="pip install 'kron-kernels[onnx]'")
     pytest.importorskip("onnxruntime", reason="pip install 'kron-kernels[onnx]'")
     # Factors of 128 x 128: constants of some kilobytes are folded anyway.
@@ -348,7 +348,7 @@ def test_arguments_are_checked(tmp_path):
 
 
 @pytest.mark.parametrize("format, ours", [("dynamo", "torch_export"), ("aoti", "aoti")])
-def test_a_program_that_runs_code_is_loaded_only_if_it_is_trusted(format, ours, tmp_path):
+def test_a_program_that_runs_code_needs_trust(format, ours, tmp_path):
     (tmp_path / "export.json").write_text(json.dumps({"export_format": format}))
     with pytest.raises(ValueError, match=f"'{ours}', which runs code .* trust_remote_code=True"):
         load_exported(tmp_path)
@@ -427,7 +427,7 @@ def test_inductor_computes_the_same():
 
 
 def test_torch_export_by_hand():
-    """Without transformers' exporters, in the strict mode that they do not use."""
+    """Without transformers' exporters."""
     model = model_with("ForSequenceClassification")
     tokens = torch.export.Dim("tokens", min=2, max=32)
     x = batch(2, 8)
@@ -441,7 +441,7 @@ def test_torch_export_by_hand():
 
 
 def test_stock_int8_takes_the_dense_layers():
-    """``torch.ao`` quantises what is left dense, here the pooler and a head; factors stay."""
+    """``torch.ao`` quantises the dense layers, here the pooler and a head; factors stay."""
     model = model_with("ForSequenceClassification")
     dense = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     assert dense == ["bert.pooler.dense", "classifier"]
@@ -462,7 +462,7 @@ def test_stock_int8_takes_the_dense_layers():
 
 
 def test_shapes_propagate_without_data():
-    """What compilers and exporters ask first."""
+    """Compilers and exporters ask for shapes first."""
     model = model_with("ForMaskedLM")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         ids = torch.zeros(3, 7, dtype=torch.long)

@@ -35,7 +35,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_folder_appears_whole_at_the_end_and_nothing_is_left_beside_it(tmp_path):
+def test_a_folder_appears_complete_at_the_end_and_leaves_nothing_beside_it(tmp_path):
     out = tmp_path / "deep" / "out"
     with replace_folder(out) as new:
         (new / "weights").write_text("1")
@@ -85,7 +85,7 @@ def test_a_failure_of_the_last_rename_puts_the_old_folder_back(tmp_path, monkeyp
     assert names(tmp_path) == {"out"}
 
 
-def test_a_folder_of_something_else_is_never_replaced(tmp_path):
+def test_a_folder_with_other_content_is_never_replaced(tmp_path):
     (tmp_path / "thesis").touch()
     with pytest.raises(FileExistsError, match="not written by kroneckerbert"):
         write(tmp_path, "1")
@@ -93,7 +93,7 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("check", [writable_folder, lambda folder: write(folder, "1")])
-def test_a_place_that_cannot_take_a_folder_is_refused_with_the_reason(check, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_refused_with_the_reason(check, tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(FileExistsError, match="is a file"):
@@ -113,7 +113,7 @@ def test_a_place_that_cannot_take_a_folder_is_refused_with_the_reason(check, tmp
         check(tmp_path / "new")
 
 
-def test_the_check_leaves_no_trace_and_takes_new_and_empty_folders_only(tmp_path):
+def test_the_check_leaves_no_trace_and_accepts_only_new_and_empty_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
         assert writable_folder(tmp_path / name) == tmp_path / name
@@ -204,7 +204,7 @@ def written_by_replacing_model(tmp_path):
 
 
 @pytest.mark.parametrize("act", [written_by_replace_folder, written_by_replacing_model])
-def test_bytes_are_on_the_disk_before_a_folder_takes_its_name(act, tmp_path, monkeypatch):
+def test_bytes_are_on_the_disk_before_a_folder_is_renamed(act, tmp_path, monkeypatch):
     """After a loss of power a rename may be there without what was written before it."""
     on_disk, sizes = [], {}
     monkeypatch.setattr(os, "fsync", lambda handle: on_disk.append(os.fstat(handle).st_ino))
@@ -245,7 +245,7 @@ def test_a_file_killed_at_any_step_is_the_old_one_or_the_new_one(writer, tmp_pat
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o400])
-def test_a_file_that_is_replaced_keeps_its_mode_and_is_never_open_to_more(
+def test_a_replaced_file_keeps_its_mode_and_is_never_readable_by_more_users(
     mode, tmp_path, monkeypatch
 ):
     path, modes = tmp_path / "out.json", set()
@@ -295,7 +295,7 @@ def test_a_file_is_written_through_a_link_and_to_a_pipe(tmp_path):
         (b'{"a": 1}', "it lacks b, c"),
     ],
 )
-def test_json_is_an_object_with_the_fields_that_are_read(tmp_path, content, why):
+def test_json_must_be_an_object_with_the_fields(tmp_path, content, why):
     path = tmp_path / "x.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{path} is damaged: {why}"):
