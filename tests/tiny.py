@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 SIZES = {
@@ -28,3 +29,12 @@ def tiny_tokenizer(words: Sequence[str] = WORDS, **options) -> BertTokenizer:
     """A tokenizer of whole words, whose ids count from 5."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     return BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, **options)
+
+
+def tiny_batch(rows: int = 3, tokens: int = 9, padding: int = 0) -> dict[str, torch.Tensor]:
+    """Random ids and their mask, both ``(rows, tokens)``; the first row is padded from 5 on."""
+    ids = torch.randint(5, SIZES["vocab_size"], (rows, tokens))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    ids[mask == 0] = padding
+    return {"input_ids": ids, "attention_mask": mask}

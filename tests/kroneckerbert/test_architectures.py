@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tiny import SIZES as ENCODER
+from tiny import tiny_batch
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -102,11 +103,7 @@ def teacher(cls, name):
 
 
 def batch(model, rows: int = 3, tokens: int = 9) -> dict[str, torch.Tensor]:
-    ids = torch.randint(5, 64, (rows, tokens))
-    mask = torch.ones_like(ids)
-    mask[0, 5:] = 0
-    ids[mask == 0] = model.config.pad_token_id or 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs = tiny_batch(rows, tokens, model.config.pad_token_id or 0)
     if "MultipleChoice" in type(model).__name__:
         inputs = {key: value[:, None].repeat(1, 2, 1) for key, value in inputs.items()}
     return inputs

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, safe_open, save_file
-from tiny import tiny_config, tiny_tokenizer
+from tiny import tiny_batch, tiny_config, tiny_tokenizer
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -62,13 +62,6 @@ def build(cls):
     # More labels than start and end are an error of the stock head for questions.
     num_labels = 2 if cls is KroneckerBertForQuestionAnswering else 3
     return cls(kronecker_config(num_labels=num_labels)).eval()
-
-
-def inputs() -> dict[str, torch.Tensor]:
-    ids = torch.randint(1, BASE.vocab_size, (3, 9))
-    mask = torch.ones_like(ids)
-    mask[0, 5:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def tensors(model) -> dict[str, torch.Tensor]:
@@ -152,7 +145,7 @@ def test_only_the_head_is_new_on_a_saved_encoder(tmp_path):
 
 
 def test_sdpa_and_eager_agree():
-    batch = inputs()
+    batch = tiny_batch()
     model = build(KroneckerBertModel)
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
@@ -162,7 +155,7 @@ def test_sdpa_and_eager_agree():
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
-    batch = inputs() | {"labels": torch.tensor([0, 1, 2])}
+    batch = tiny_batch() | {"labels": torch.tensor([0, 1, 2])}
     plain = build(KroneckerBertForSequenceClassification)
     checkpointed = copy.deepcopy(plain)
     checkpointed.gradient_checkpointing_enable()
@@ -220,7 +213,7 @@ def test_an_invalid_batch_size_is_refused(size, tokenizer):
         lambda model, tokenizer: embed(model, tokenizer, ["a dog"]),
         lambda model, _: measure.latency({"one": model, "two": model.bert}, 1, 4, seconds=0.0),
         lambda model, _: report(model, tokens=4),
-        lambda model, _: second_moments(model, [inputs()], ["encoder.layer.0.output.dense"]),
+        lambda model, _: second_moments(model, [tiny_batch()], ["encoder.layer.0.output.dense"]),
         lambda model, tokenizer: evaluate(model, tokenizer, Table([1.0, 2.0], *[["a", "b"]] * 2)),
     ],
     ids=["embed", "latency", "report", "second_moments", "evaluate"],
@@ -278,7 +271,7 @@ def test_the_tied_decoder_multiplies_by_the_embedding():
 
 
 def test_the_shared_factors_get_the_gradients_of_lookup_and_decoder():
-    tied, batch = build(KroneckerBertForMaskedLM), inputs()
+    tied, batch = build(KroneckerBertForMaskedLM), tiny_batch()
     untied = copy.deepcopy(tied)
     decoder = untied.cls.predictions.decoder
     decoder.a, decoder.b = (
@@ -309,13 +302,13 @@ def test_a_dense_embedding_is_tied_as_in_stock_bert(tmp_path):
     model.resize_token_embeddings(70)
     model.save_pretrained(tmp_path)
     model = KroneckerBertForMaskedLM.from_pretrained(tmp_path)
-    assert model(**inputs()).logits.shape[-1] == 70
+    assert model(**tiny_batch()).logits.shape[-1] == 70
 
 
 @pytest.mark.parametrize("mean", [True, False])
 def test_the_vocabulary_grows_and_shrinks_at_its_end(mean, tmp_path):
     model = build(KroneckerBertForMaskedLM)
-    batch = inputs()
+    batch = tiny_batch()
     before = model(**batch).logits
     old = model.bert.embeddings.word_embeddings.to_embedding().weight
     table = model.resize_token_embeddings(70, pad_to_multiple_of=16, mean_resizing=mean)
@@ -404,7 +397,7 @@ def test_frozen_parameters_stay_frozen_with_a_new_vocabulary(words, tied):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_saved_model_is_loaded_bit_for_bit(cls, tmp_path):
-    model, batch = build(cls), inputs()
+    model, batch = build(cls), tiny_batch()
     model.save_pretrained(tmp_path)
     expected = model(**batch)
     for loader in (cls, CLASSES[cls]):
@@ -437,7 +430,7 @@ def test_half_precision_loads_and_runs(tmp_path):
     build(KroneckerBertModel).save_pretrained(tmp_path)
     model = KroneckerBertModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert model.get_submodule(QUERY).a.dtype == torch.bfloat16
-    assert model(**inputs()).last_hidden_state.isfinite().all()
+    assert model(**tiny_batch()).last_hidden_state.isfinite().all()
 
 
 # Damaged and foreign checkpoints
