@@ -339,9 +339,7 @@ def test_arguments_are_checked(tmp_path):
         export(model, out, format="torch_export", sample=sample)
     with pytest.raises(TypeError, match=r"cannot export a Linear.*merge_and_unload"):
         export(nn.Linear(2, 2), out)
-    with pytest.raises(
-        FileNotFoundError, match=r"no export.json.*exporting\.export"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no export.json.*exporting\.export"):
         load_exported(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
