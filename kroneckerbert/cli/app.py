@@ -17,7 +17,6 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from kron_kernels.files import write_file
 from kroneckerbert.cli.shell import MOST_SEED, Commands, choice, errors, input_file, number, regular
 
 if TYPE_CHECKING:
@@ -368,10 +367,10 @@ def distill(
     from kroneckerbert.distillation.heads import with_head_of
     from kroneckerbert.distillation.kept import find, keep
     from kroneckerbert.distillation.provenance import digest, identity
+    from kroneckerbert.distillation.signals import Interrupted, stoppable
     from kroneckerbert.files import replace_folder, writable_folder
-    from kroneckerbert.loading import naming_source
+    from kroneckerbert.loading import check_source
     from kroneckerbert.modeling_kroneckerbert import max_tokens, positions
-    from kroneckerbert.signals import Interrupted, stoppable
 
     out = writable_folder(out)
     labelled = is_table(data)
@@ -411,7 +410,7 @@ def distill(
         **{f"--{name.replace('_', '-')}": weight for name, weight in weights.items()},
     }
     for name, source in models.items():
-        _check_source(source)
+        check_source(source)
         made_of[name] = identity(source)
     kept = out.with_name(f"{out.name}.training")
     checkpoint, seconds = find(kept, made_of)
@@ -420,8 +419,7 @@ def distill(
     labels = None
     if labelled:
         labels = label_targets(table.labels, _classifier(teacher, teacher_model).config)
-        with naming_source(student):
-            student_model = with_head_of(teacher_model, student).float()
+        student_model = with_head_of(teacher_model, student).float()
     else:
         student_model = _model(student).float()
     longest = min(max_tokens(teacher_model, tokenizer), positions(student_model))
@@ -747,6 +745,8 @@ def _inputs(*sources: str | Path | None) -> list[Path]:
 
 
 def _write(path: Path, text: str) -> None:
+    from kron_kernels.files import write_file
+
     try:
         write_file(path, text + "\n")
     except OSError as error:  # which does not name the file if the disk is full
@@ -757,63 +757,18 @@ def _model(source: str) -> PreTrainedModel:
     """A saved model in the class that its configuration names, every weight of it from the file."""
     import transformers
 
-    import kroneckerbert
-    from kroneckerbert.loading import load, naming_source, read_config
+    from kroneckerbert.loading import load
 
-    _check_source(source)
-    # Bars and reports of weights; what matters of these is an error below.
+    # Progress bars and weight reports: any real problem is raised as an error.
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    with naming_source(source):
-        config = read_config(source)
-    if config.is_encoder_decoder:
-        raise TypeError(f"{source} has an encoder and a decoder; give a model with one of them.")
-    # Checkpoints of bare encoders may name no class.
-    name = (config.architectures or ["AutoModel"])[0]
-    model_class: Any = getattr(kroneckerbert, name, None) or getattr(transformers, name, None)
-    if not hasattr(model_class, "from_pretrained"):
-        raise TypeError(
-            f"{source} is a {name} ({config.model_type}), which is no model of this version of "
-            f"transformers ({transformers.__version__})."
-        )
-    with naming_source(source):
-        return load(model_class, source).eval()
+    return load(source)
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    from kroneckerbert.loading import load_tokenizer
 
-    from kroneckerbert.loading import naming_source
-
-    _check_source(source)
-    absent = OSError(
-        f"{source} has no tokenizer; save it there with tokenizer.save_pretrained({source!r})."
-    )
-    with naming_source(source):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except ValueError as error:
-            if any(Path(source).glob("tokenizer*")):  # then it is damaged
-                raise
-            raise absent from error
-    # transformers makes up a vocabulary of special tokens where it finds none.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise absent
-    return tokenizer
-
-
-def _check_source(source: str) -> None:
-    # The hub's "owner/name" has no other form; its client would complain about that alone.
-    is_local = not source or source.startswith((".", "~", "/")) or source.count("/") > 1
-    if (is_local or os.path.isfile(source)) and not os.path.isdir(source):
-        raise FileNotFoundError(
-            f"{source or repr(source)} is not a folder; give a saved model's, or a hub name."
-        )
-    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
-        raise FileNotFoundError(
-            f"{source} holds no model, for it has no config.json; give a folder that "
-            "save_pretrained wrote."
-        )
+    return load_tokenizer(source)
 
 
 def _folder(source: str) -> Path:

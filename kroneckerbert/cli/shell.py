@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from kroneckerbert.signals import Interrupted, handled, interrupt
+from kroneckerbert.distillation.signals import Interrupted, handled, interrupt
 
 # Click's errors, which newer versions of typer have under a name of their own.
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]

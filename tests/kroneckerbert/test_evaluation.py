@@ -1,43 +1,33 @@
-"""Metrics against numbers worked out by hand."""
+"""Metrics compared with numbers computed by hand."""
 
 import math
 
 import pytest
 import torch
+from tiny import tiny_bert, tiny_tokenizer
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from transformers import BertForSequenceClassification, BertModel
 
 from kroneckerbert import compress, embed
 from kroneckerbert.data import Table
 from kroneckerbert.evaluation import evaluate, similarity
 
 WORDS = ["zero", "one", "two", "three", "x", "y"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+SIZES = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 1, "initializer_range": 0.3}
 
 
 @pytest.fixture
-def tokenizer(tmp_path):
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    return BertTokenizer(str(vocabulary))
+def tokenizer():
+    return tiny_tokenizer(WORDS)
 
 
 def bert(cls=BertModel, seed: int = 0, **overrides):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "max_position_embeddings": 32}
-    return cls(BertConfig(vocab_size=11, initializer_range=0.3, **(sizes | overrides))).eval()
+    return tiny_bert(cls, **SIZES | overrides)
 
 
 class Oracle(nn.Module):
-    """In the place of a head: what it predicts is what the second token says."""
+    """A head that predicts the label named by the second token."""
 
     def __init__(self, num_labels: int):
         super().__init__()
@@ -51,7 +41,7 @@ class Oracle(nn.Module):
 
 
 def predicting(words: str, num_labels: int, labels: list, tokenizer) -> dict[str, float]:
-    """Metrics of a model that predicts what the words say; the lengths of the texts differ."""
+    """Metrics of a model that predicts the labels named by the words, on texts of mixed lengths."""
     model = bert(BertForSequenceClassification, num_labels=num_labels)
     oracle = Oracle(num_labels)
 
@@ -75,7 +65,7 @@ def test_a_binary_classifier_has_the_f1_of_label_1(tokenizer):
     )
 
 
-def test_a_classifier_of_more_labels_has_the_mean_f1(tokenizer):
+def test_a_classifier_of_several_labels_has_the_mean_f1(tokenizer):
     metrics = predicting("zero one two two", 3, [0, 1, 2, 1], tokenizer)
     # By label: 1, 2/3, 2/3. Matthews in Gorodkin's form: c = 3 right of s = 4,
     # predicted (1, 1, 2) and true (1, 2, 1) times.
@@ -93,7 +83,7 @@ def test_a_regression_has_the_correlations_of_its_predictions(tokenizer):
     assert metrics["pearson"] == pytest.approx(covariance / math.sqrt(5 * squares))
 
 
-def test_words_are_labels_by_the_models_own_names(tokenizer):
+def test_words_are_labels_by_label2id(tokenizer):
     model = bert(
         BertForSequenceClassification, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}
     )
@@ -113,7 +103,7 @@ def test_predictions_do_not_depend_on_batches_and_the_mode_is_restored(tokenizer
     assert model.training
 
 
-def test_a_bare_encoder_is_judged_by_the_cosines_of_pairs(tokenizer):
+def test_a_bare_encoder_is_evaluated_by_the_cosines_of_pairs(tokenizer):
     model = bert()
     table = Table([1, 5, 3], ["one x", "two", "x"], ["x", "two", "y y"])
     first, second = (embed(model, tokenizer, texts) for texts in (table.texts, table.texts_b))
@@ -131,7 +121,7 @@ def test_a_model_without_a_head_refuses_labels_it_cannot_predict(tokenizer):
             evaluate(bert(), tokenizer, table)
 
 
-def test_a_copy_is_alike_and_a_stranger_is_not(tokenizer):
+def test_a_copy_is_similar_and_an_unrelated_model_is_not(tokenizer):
     teacher = bert()
     sentences = [" ".join(WORDS[i % 6 :] + WORDS[: i // 6]) for i in range(24)]
     same = similarity(teacher, teacher, tokenizer, sentences)

@@ -1,4 +1,4 @@
-"""Exports are loaded and run, and the compressed model in other precisions and compilers."""
+"""Exports, loaded and run; compressed models in other precisions and compilers."""
 
 import copy
 import importlib
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,21 +30,15 @@ from kroneckerbert.exporting import export, load_exported
 from kroneckerbert.files import CHECKSUMS, replace_folder
 
 load_trusted = partial(load_exported, trust_remote_code=True)
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-}
-BASE = BertConfig(**SIZES, max_position_embeddings=32)
+SIZES = tiny.SIZES | {"intermediate_size": 128, "num_hidden_layers": 1}
+BASE = BertConfig(**SIZES)
 HEADS = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering"]
 HEADS += ["ForTokenClassification"]
 PRECISION = torch.finfo(torch.float32).eps
 
 
 def model_with(head: str, layers: int = 1) -> KroneckerPreTrainedModel:
-    """Weights of a size that lets every layer matter."""
+    """A model with weights so large that every layer matters."""
     config = KroneckerBertConfig.preset(
         "kronecker-bert-21", BASE, initializer_range=0.2, num_hidden_layers=layers
     )
@@ -71,7 +66,7 @@ def assert_near(actual, expected, roundings=2**10) -> None:
 
 
 def assert_damage_is_found(folder) -> None:
-    """A flipped bit, a cut and a missing file, of each; then again as exports without checksums."""
+    """Flip a bit of, cut and remove each file; then again without checksums."""
     files = [file for file in folder.iterdir() if file.name not in (".kroneckerbert", CHECKSUMS)]
     assert {"config.json", "export.json"} < {file.name for file in files}
     for file in files:
@@ -94,10 +89,10 @@ def assert_damage_is_found(folder) -> None:
             with pytest.raises(OSError, match=rf"{folder}.* cannot be read .*export again"):
                 load_trusted(folder)
             file.write_bytes(whole)
-    told = folder / "export.json"
+    about = folder / "export.json"
     for damage in ("[]", "null", "{}", '{"export_format": [1]}', "[" * 10**5):
-        told.write_text(damage)
-        with pytest.raises(OSError, match=rf"{told} cannot be read .*export again"):
+        about.write_text(damage)
+        with pytest.raises(OSError, match=rf"{about} cannot be read .*export again"):
             load_trusted(folder)
 
 
@@ -109,9 +104,7 @@ def onnx_folder(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("exports") / "new" / "onnx"
     model = model_with("ForMaskedLM").train()
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
-    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocab)})
-    result = export(model, folder, tokenizer=tokenizer)
+    result = export(model, folder, tokenizer=tiny.tiny_tokenizer(["a", "b"]))
     return folder, result, model
 
 
@@ -138,7 +131,7 @@ def test_onnx_computes_the_same(onnx_folder):
 
 
 @pytest.mark.parametrize("tolerance", [float("nan"), -1, "1e-3", None.__class__])
-def test_a_tolerance_that_is_none_is_refused_before_the_export(tmp_path, monkeypatch, tolerance):
+def test_an_invalid_tolerance_is_refused_before_the_export(tmp_path, monkeypatch, tolerance):
     monkeypatch.setattr(deploy, "_exported", None)  # calling it would raise
     with pytest.raises(ValueError, match=r"tolerance = .* must be a finite number"):
         export(model_with("Model"), tmp_path / "out", tolerance=tolerance)
@@ -146,7 +139,7 @@ def test_a_tolerance_that_is_none_is_refused_before_the_export(tmp_path, monkeyp
 
 
 def test_damaged_files_of_an_export_are_named(onnx_folder, tmp_path):
-    """A runtime loads weights with a flipped bit without a word."""
+    """A runtime loads weights with a flipped bit without an error."""
     assert_damage_is_found(Path(shutil.copytree(onnx_folder[0], tmp_path / "copy")))
 
 
@@ -177,11 +170,12 @@ def test_onnx_runs_without_this_project(onnx_folder):
 
 
 def test_int8_quantises_every_layer(tmp_path):
-    """A factor is transposed in the graph: unless that is folded first, it would be skipped."""
+    """Quantisation would skip a factor whose transpose in the graph is not folded."""
     onnx = pytest.importorskip("onnx", reason="pip install 'kron-kernels[onnx]'")
     pytest.importorskip("onnxruntime", reason="pip install 'kron-kernels[onnx]'")
     # Factors of 128 x 128: constants of some kilobytes are folded anyway.
-    wide = BertConfig(**SIZES | {"hidden_size": 256, "intermediate_size": 1024})
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 512}
+    wide = tiny.tiny_config(num_hidden_layers=1, **sizes)
     config = KroneckerBertConfig.preset("kronecker-bert-8", wide, initializer_range=0.1)
     model = kroneckerbert.KroneckerBertForMaskedLM(config)
     result = export(model, tmp_path / "int8", quantize="int8-dynamic")
@@ -224,7 +218,7 @@ def test_decoders_without_their_cache(name, tmp_path):
     if name == "gpt2":
         dense = GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=32, **common)
     else:
-        dense = LlamaConfig(**SIZES | common, max_position_embeddings=32)
+        dense = LlamaConfig(**SIZES | common)
     config = kroneckerbert.register(type(dense)).preset("kronecker-bert-8", dense)
     head = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[name]
     model = getattr(kroneckerbert, f"Kronecker{head}")(config).eval()
@@ -345,7 +339,7 @@ def test_arguments_are_checked(tmp_path):
         export(model, out, format="torch_export", sample=sample)
     with pytest.raises(TypeError, match=r"cannot export a Linear.*merge_and_unload"):
         export(nn.Linear(2, 2), out)
-    with pytest.raises(FileNotFoundError, match=r"no export.json.*deploy.export"):
+    with pytest.raises(FileNotFoundError, match=r"no export.json.*exporting\.export"):
         load_exported(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
@@ -355,7 +349,7 @@ def test_arguments_are_checked(tmp_path):
 
 
 @pytest.mark.parametrize("format, ours", [("dynamo", "torch_export"), ("aoti", "aoti")])
-def test_a_program_that_runs_code_is_loaded_only_if_it_is_trusted(format, ours, tmp_path):
+def test_a_program_that_runs_code_needs_trust(format, ours, tmp_path):
     (tmp_path / "export.json").write_text(json.dumps({"export_format": format}))
     with pytest.raises(ValueError, match=f"'{ours}', which runs code .* trust_remote_code=True"):
         load_exported(tmp_path)
@@ -434,7 +428,7 @@ def test_inductor_computes_the_same():
 
 
 def test_torch_export_by_hand():
-    """Without transformers' exporters, in the strict mode that they do not use."""
+    """Without transformers' exporters."""
     model = model_with("ForSequenceClassification")
     tokens = torch.export.Dim("tokens", min=2, max=32)
     x = batch(2, 8)
@@ -448,7 +442,7 @@ def test_torch_export_by_hand():
 
 
 def test_stock_int8_takes_the_dense_layers():
-    """``torch.ao`` quantises what is left dense, here the pooler and a head; factors stay."""
+    """``torch.ao`` quantises the dense layers, here the pooler and a head; factors stay."""
     model = model_with("ForSequenceClassification")
     dense = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     assert dense == ["bert.pooler.dense", "classifier"]
@@ -469,7 +463,7 @@ def test_stock_int8_takes_the_dense_layers():
 
 
 def test_shapes_propagate_without_data():
-    """What compilers and exporters ask first."""
+    """Compilers and exporters ask for shapes first."""
     model = model_with("ForMaskedLM")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         ids = torch.zeros(3, 7, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Fused blocks and projections compute what calls of their parts would, or call them."""
+"""Fused blocks and projections equal calls of their parts, and call parts that need it."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ PROJECTIONS = [f"attention.self.{name}" for name in ("query", "key", "value")]
 
 
 def factorised(module: nn.Module, **more) -> nn.Module:
-    """Its linear layers as Kronecker ones, and fused."""
+    """The module with its linear layers factorised, and fused."""
     for path, m in list(module.named_modules()):
         if type(m) is nn.Linear:
             parent, _, name = path.rpartition(".")
@@ -72,7 +72,7 @@ def layer(request):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The backends of the fused calls."""
+    """Name and backend of each fused call."""
     seen = []
 
     def spy(name, function):
@@ -88,7 +88,7 @@ def calls(monkeypatch):
 
 
 def feed_forward(layer, x):
-    """By calls of the parts, as transformers makes them."""
+    """The block by calls of its parts, as in transformers."""
     up, act = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
     y = layer.output.dropout(layer.output.dense(act(up(x))))
     return layer.output.LayerNorm(y + x)
@@ -111,10 +111,10 @@ def assert_stepwise(layer, calls, x=None):
     assert not [name for name, _ in calls if name == "kron_feed_forward"]
 
 
-# --- who is asked
+# --- parts that must be called
 
 
-def test_a_block_and_an_attention_are_fused_where_nothing_is_in_the_way(layer, calls):
+def test_a_block_and_an_attention_are_fused(layer, calls):
     x = torch.randn(2, 5, 32)
     want = expected(layer, x)
     torch.testing.assert_close(result(layer, x), want)
@@ -127,14 +127,14 @@ def test_a_block_and_an_attention_are_fused_where_nothing_is_in_the_way(layer, c
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"])
-def test_every_activation_that_the_kernels_know(activation, calls):
+def test_every_activation_of_the_kernels_is_fused(activation, calls):
     layer, x = bert_layer(hidden_act=activation), torch.randn(2, 5, 32)
     torch.testing.assert_close(result(layer, x), expected(layer, x))
     assert calls == [("kron_feed_forward", "auto")]
     assert_stepwise(bert_layer(hidden_act="tanh"), calls)
 
 
-def test_training_drops_out(layer, calls):
+def test_dropout_is_applied_in_training(layer, calls):
     layer.train()
     x, gradients = torch.randn(2, 5, 32), []
     for forward in (result, expected):
@@ -148,20 +148,24 @@ def test_training_drops_out(layer, calls):
 @pytest.mark.filterwarnings("ignore:.*non-full backward hook")
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("kind", watching.ALL)
-def test_whoever_watches_a_part_or_replaces_its_forward_is_asked(kind, layer):
-    x = torch.randn(2, 5, 32)
-    want = expected(layer, x)
-    for path in (*HALVES, *INSIDE, "output.dropout", "output.LayerNorm"):
+@pytest.mark.parametrize("make", [bert_layer, mpnet_layer, ffn])
+def test_hooks_and_replaced_forwards_of_parts_are_called(make, kind):
+    module, x = make(), torch.randn(2, 5, 32)
+    want = result(module, x)
+    parts = (*HALVES, *INSIDE, "output.dropout", "output.LayerNorm")
+    if make is ffn:
+        parts = ("lin1", "activation", "lin2", "dropout")
+    for path in parts:
         seen = []
-        with watching.ALL[kind](layer.get_submodule(path), seen):
-            y = result(layer, x)
+        with watching.ALL[kind](module.get_submodule(path), seen):
+            y = result(module, x)
             y.sum().backward()
         assert len(seen) == 1, path
         torch.testing.assert_close(y, want)
 
 
 @pytest.mark.parametrize("kind", watching.FORWARD)
-def test_whoever_watches_a_projection_is_asked(kind):
+def test_hooks_and_replaced_forwards_of_projections_are_called(kind):
     layer, x = bert_layer(), torch.randn(2, 5, 32)
     with torch.no_grad():
         want = result(layer, x)
@@ -170,18 +174,6 @@ def test_whoever_watches_a_projection_is_asked(kind):
             with watching.FORWARD[kind](layer.get_submodule(path), seen):
                 torch.testing.assert_close(result(layer, x), want)
             assert len(seen) == 1, path
-
-
-@pytest.mark.parametrize("kind", watching.ALL)
-@pytest.mark.filterwarnings("ignore:.*non-full backward hook")
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-def test_whoever_watches_a_part_of_a_whole_block_is_asked(kind):
-    block, x = ffn(), torch.randn(2, 5, 32)
-    for path in ("lin1", "activation", "lin2", "dropout"):
-        seen = []
-        with watching.ALL[kind](block.get_submodule(path), seen):
-            block(x).sum().backward()
-        assert len(seen) == 1, path
 
 
 class Doubled(KroneckerLinear):
@@ -210,7 +202,7 @@ def doubled(layer):
 @pytest.mark.parametrize(
     "change", [pruned, normed, parametrized, doubled], ids=lambda change: change.__name__
 )
-def test_a_layer_whose_factors_are_made_anew_at_each_call(change, path, calls):
+def test_factors_that_are_computed_at_each_call_are_not_fused(change, path, calls):
     layer, x = bert_layer(), torch.randn(2, 5, 32)
     change(layer.get_submodule(path))
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
@@ -226,7 +218,7 @@ def test_a_layer_whose_factors_are_made_anew_at_each_call(change, path, calls):
     assert ("kron_feed_forward" if "dense" in path else "kron_qkv") not in dict(calls)
 
 
-def test_a_class_that_is_patched_is_asked(layer, calls, monkeypatch):
+def test_a_patched_class_is_called(layer, calls, monkeypatch):
     x = torch.randn(2, 5, 32)
     half = next(c for c in type(layer.output).__mro__ if "forward" in vars(c))
     for cls in (KroneckerLinear, type(layer.intermediate.intermediate_act_fn), nn.Dropout, half):
@@ -242,7 +234,7 @@ def test_a_class_that_is_patched_is_asked(layer, calls, monkeypatch):
                     torch.testing.assert_close(result(layer, x), expected(layer, x))
 
 
-def test_parameters_that_accelerate_fetches_for_each_call(layer):
+def test_parameters_that_accelerate_loads_for_each_call(layer):
     x = torch.randn(2, 5, 32)
     with torch.no_grad():
         want = result(layer, x)
@@ -265,8 +257,8 @@ def test_a_compiler_sees_the_fused_block(layer):
     assert "kron_kernels.kron_feed_forward.default" in targets
 
 
-def test_a_dropout_that_drops_in_evaluation_is_asked(layer):
-    """As for an uncertainty by Monte Carlo."""
+def test_dropout_in_evaluation_is_applied(layer):
+    """As in Monte Carlo estimates of uncertainty."""
     layer.output.dropout.train()
     torch.manual_seed(1)
     want = expected(layer, torch.ones(2, 5, 32))
@@ -274,12 +266,12 @@ def test_a_dropout_that_drops_in_evaluation_is_asked(layer):
     torch.testing.assert_close(result(layer, torch.ones(2, 5, 32)), want)
 
 
-# --- the present halves
+# --- replaced and shared halves
 
 
 @pytest.mark.parametrize("name", HALVES)
 @pytest.mark.parametrize("training", [False, True])
-def test_a_half_of_another_block_and_one_that_two_share(name, training, layer):
+def test_a_half_that_two_blocks_share(name, training, layer):
     other = copy.deepcopy(layer)
     for p in other.parameters():
         nn.init.normal_(p)
@@ -320,7 +312,7 @@ def test_a_factorised_half_of_the_same_class_is_fused(calls):
 
 
 def replica_of(module, change):
-    """As nn.parallel.replicate, on one device."""
+    """Like nn.parallel.replicate, on one device."""
     replica = module._replicate_for_data_parallel()
     for name, child in module._modules.items():
         setattr(replica, name, replica_of(child, change))
@@ -357,7 +349,7 @@ def test_a_shallow_copy_with_another_half(layer):
 # --- the layers' backends
 
 
-def test_the_layers_backend_is_handed_on(layer, calls):
+def test_the_layers_backend_is_passed_on(layer, calls):
     for m in layer.modules():
         if isinstance(m, KroneckerLinear):
             m.backend = "eager"
@@ -372,15 +364,15 @@ def test_the_layers_backend_is_handed_on(layer, calls):
 
 
 @pytest.mark.parametrize("path", [INSIDE[0], INSIDE[2], *PROJECTIONS])
-def test_layers_that_ask_for_different_backends_have_their_own(path, calls):
+def test_layers_with_different_backends_run_separately(path, calls):
     layer = bert_layer()
-    layer.get_submodule(path).backend = "triton"  # which cannot be granted here
+    layer.get_submodule(path).backend = "triton"  # not available here
     with torch.no_grad(), pytest.raises(ValueError, match="backend='triton' cannot serve"):
         result(layer, torch.randn(2, 5, 32))
     assert ("kron_feed_forward" if "dense" in path else "kron_qkv") not in dict(calls)
 
 
-# --- what is computed ahead
+# --- outputs that are computed ahead
 
 
 def test_nothing_is_computed_ahead_by_a_layer_alone():
@@ -404,7 +396,7 @@ def test_nothing_is_computed_ahead_by_a_layer_alone():
 
 
 class Attention(nn.Module):
-    """One that a test may do anything in, between its projections."""
+    """An attention that calls a test's function between its projections."""
 
     def __init__(self, between, width: int = 32):
         super().__init__()
@@ -419,7 +411,7 @@ class Attention(nn.Module):
             return q, self.key(z), self.value(z)
 
 
-def test_nothing_is_kept_behind_a_call_that_fails():
+def test_a_failed_call_keeps_no_tensor():
     def fail(attention, x):
         raise ValueError("between")
 
@@ -431,7 +423,7 @@ def test_nothing_is_kept_behind_a_call_that_fails():
     assert kept() is None
 
 
-def test_what_an_attention_changes_between_its_projections_counts():
+def test_changes_between_the_projections_count():
     def write(attention, x):
         x.mul_(2)
 
@@ -450,7 +442,7 @@ def test_what_an_attention_changes_between_its_projections_counts():
 
 
 @pytest.mark.parametrize("width", [32, 8])
-def test_keys_of_another_input_are_left_alone(width, calls):
+def test_keys_of_another_input_are_computed_from_it(width, calls):
     attention = factorised(Attention(lambda *_: None, width))
     x, z = torch.randn(2, 5, 32), torch.randn(2, 5, width)
     with torch.inference_mode():
@@ -459,11 +451,11 @@ def test_keys_of_another_input_are_left_alone(width, calls):
             torch.testing.assert_close(q, F.linear(x, *attention.query.to_linear().parameters()))
             torch.testing.assert_close(k, F.linear(z, *attention.key.to_linear().parameters()))
             torch.testing.assert_close(v, F.linear(z, *attention.value.to_linear().parameters()))
-    assert len(calls) <= 1, "in vain but once"
+    assert len(calls) <= 1, "computed in vain at most once"
 
 
 def test_two_threads_in_one_attention(calls):
-    """Both have asked for queries before either asks for keys."""
+    """Both compute queries before either computes keys."""
     barrier = threading.Barrier(2, timeout=30)
 
     def wait(attention, x):
@@ -487,7 +479,7 @@ def test_two_threads_in_one_attention(calls):
     assert len(calls) == 2
 
 
-# --- forwards that are not the usual ones
+# --- other forwards
 
 
 class Between(BertLayer):
@@ -516,7 +508,7 @@ class Unscaled(BertIntermediate):
 
 
 @pytest.mark.parametrize("cls", [Between, Twice, Leaking])
-def test_a_layer_with_a_forward_of_its_own_is_left_alone(cls, calls):
+def test_a_layer_with_another_forward_is_not_fused(cls, calls):
     layer, x = bert_layer(cls), torch.randn(2, 5, 32)
     torch.testing.assert_close(
         layer(x), cls.feed_forward_chunk(layer, layer.attention(x)[0]), rtol=0, atol=0
@@ -524,7 +516,7 @@ def test_a_layer_with_a_forward_of_its_own_is_left_alone(cls, calls):
     assert not calls
 
 
-def test_what_changes_a_layers_forward_later_counts(calls, monkeypatch):
+def test_a_forward_that_changes_later_is_not_fused(calls, monkeypatch):
     layer, x = bert_layer(), torch.randn(2, 5, 32)
     want = Between.feed_forward_chunk(layer, layer.attention(x)[0])
     for target in (layer, BertLayer):
@@ -579,7 +571,7 @@ def kinds(model) -> list[type]:
 
 
 @each_architecture
-def test_a_copy_and_a_pickle_are_fused_and_their_own(name):
+def test_copies_and_pickles_are_fused_and_independent(name):
     student = compress(teacher(AutoModel._model_mapping[type(CONFIGS[name])], name))
     inputs = batch(student)
     want = outputs(student, inputs)
@@ -598,7 +590,7 @@ def test_a_copy_and_a_pickle_are_fused_and_their_own(name):
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_a_layer_and_a_block_are_pickled_alone(protocol, layer, calls):
+def test_a_layer_and_a_block_can_be_pickled_alone(protocol, layer, calls):
     x = torch.randn(2, 5, 32)
     for module in (layer, ffn()):
         other = pickle.loads(pickle.dumps(module, protocol))
@@ -607,8 +599,8 @@ def test_a_layer_and_a_block_are_pickled_alone(protocol, layer, calls):
     assert len(calls) == 4
 
 
-def test_a_class_derived_from_a_fused_one_stays_itself(layer):
-    """As FSDP2 makes them."""
+def test_a_class_derived_from_a_fused_one_is_kept(layer):
+    """FSDP2 makes such classes."""
     layer.__class__ = derived = type("Sharded", (type(layer),), {})
     assert type(copy.deepcopy(layer)) is derived
     x = torch.randn(2, 5, 32)
@@ -623,6 +615,6 @@ def test_torch_jit_trace_records_a_student():
     student.config.return_dict = False
     ids = torch.randint(5, 60, (2, 7))
     with torch.no_grad():
-        traced = torch.jit.trace(student, (ids,))  # which compares two recordings
+        traced = torch.jit.trace(student, (ids,))  # compares two recordings
         for tokens in (7, 3):
             torch.testing.assert_close(traced(ids[:, :tokens])[0], student(ids[:, :tokens])[0])

@@ -1,4 +1,4 @@
-"""A method that overrides a stock one can be called as the stock one is."""
+"""Methods that override stock ones accept the same calls."""
 
 import inspect
 
@@ -37,13 +37,19 @@ def overridden(ours: type, stock: type):
 
 
 @pytest.mark.parametrize("ours", OURS)
-def test_arguments_by_place_and_by_name_are_those_of_the_stock_method(ours):
+def test_overrides_accept_the_arguments_of_the_stock_method(ours):
     for name, own, stock in overridden(ours, OURS[ours]):
-        mine = inspect.signature(own).parameters.values()
-        kinds = {p.kind for p in mine}
-        by_place = [p.name for p in mine if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        ours_parameters = inspect.signature(own).parameters.values()
+        kinds = {p.kind for p in ours_parameters}
+        by_place = [
+            p.name
+            for p in ours_parameters
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
         by_name = {
-            p.name: p.default for p in mine if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            p.name: p.default
+            for p in ours_parameters
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         }
         for place, p in enumerate(inspect.signature(stock).parameters.values()):
             where = f"{ours.__name__}.{name}({p.name})"

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from kroneckerbert.cli import app as cli
 from kroneckerbert.distillation import DistillationTrainer
-from kroneckerbert.signals import Stop, handled, interrupt
+from kroneckerbert.distillation.signals import Stop, handled, interrupt
 
 
 @pytest.fixture
