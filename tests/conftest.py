@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from benchmarks.gpu.checks import arithmetic
+from kron_kernels.testing.checks import arithmetic
 
 
 @pytest.fixture(autouse=True)

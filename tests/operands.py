@@ -1,5 +1,5 @@
 """Shapes and operands that every test draws alike; the benchmarks have them too."""
 
-from benchmarks.gpu.cases import SHAPES, draw, name
+from kron_kernels.testing.cases import SHAPES, draw, name
 
 __all__ = ["SHAPES", "draw", "name"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu.cases import DECODER
-from benchmarks.gpu.checks import (
+from kron_kernels.testing.cases import DECODER
+from kron_kernels.testing.checks import (
     arithmetic,
     check_feed_forward,
     close,

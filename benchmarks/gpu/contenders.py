@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.gpu.checks import slack
+from kron_kernels.testing.checks import slack
 from benchmarks.gpu.jobs import ENGINES, Place
 from kron_kernels import kron_feed_forward, kron_matmul, kron_qkv, reference
 from kron_kernels.backends import COMPILED, eager

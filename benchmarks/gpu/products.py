@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import FEED_FORWARDS, PAIRS, PRESETS, SHAPES
-from benchmarks.gpu.checks import (
+from kron_kernels.testing.cases import FEED_FORWARDS, PAIRS, PRESETS, SHAPES
+from kron_kernels.testing.checks import (
     arithmetic,
     check_forward,
     check_gradients,

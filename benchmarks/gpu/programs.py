@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import PAIRS, PRESETS, SHAPES, draw
-from benchmarks.gpu.checks import (
+from kron_kernels.testing.cases import PAIRS, PRESETS, SHAPES, draw
+from kron_kernels.testing.checks import (
     close,
     drawn,
     hold,

@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from turns import in_turns
 
-from benchmarks.gpu.cases import (
+from kron_kernels.testing.cases import (
     ACTIVATIONS,
     DTYPES,
     MIXED,
@@ -25,7 +25,7 @@ from benchmarks.gpu.cases import (
     draw,
     name,
 )
-from benchmarks.gpu.checks import check_feed_forward, check_forward, check_gradients, hold, terms
+from kron_kernels.testing.checks import check_feed_forward, check_forward, check_gradients, hold, terms
 from kron_kernels import (
     KronShape,
     dispatch,

@@ -8,8 +8,8 @@ import torch
 from simulator.cuda import why_not
 
 from benchmarks.gpu import cuda_budget
-from benchmarks.gpu.budget import check_budget
-from benchmarks.gpu.static import nvidia_tool
+from static.budget import check_budget
+from static.reading import nvidia_tool
 
 BUDGET = json.loads(cuda_budget.BUDGET.read_text())
 try:

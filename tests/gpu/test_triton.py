@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.func import vmap
 from turns import in_turns
 
-from benchmarks.gpu.cases import (
+from kron_kernels.testing.cases import (
     ACTIVATIONS,
     DTYPES,
     FEED_FORWARDS,
@@ -23,7 +23,7 @@ from benchmarks.gpu.cases import (
     draw,
     name,
 )
-from benchmarks.gpu.checks import (
+from kron_kernels.testing.checks import (
     check_feed_forward,
     check_forward,
     check_gradients,

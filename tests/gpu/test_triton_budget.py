@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.gpu import triton_budget
-from benchmarks.gpu.budget import check_budget
+from static.budget import check_budget
 
 BUDGET = json.loads(triton_budget.BUDGET.read_text())
 KERNELS = list(dict.fromkeys(entry["match"]["kernel"] for entry in BUDGET))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.cases import name
+from kron_kernels.testing.cases import name
 
 
 def slow(cases: Iterable[Sequence[Any]]) -> list:

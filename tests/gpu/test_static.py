@@ -16,10 +16,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks.gpu import static  # noqa: E402
-from benchmarks.gpu.bounds import lower_bound  # noqa: E402
-from benchmarks.gpu.budget import check_budget  # noqa: E402
-from benchmarks.gpu.devices import DEVICES, MULTIPROCESSORS  # noqa: E402
-from benchmarks.gpu.static import Static, occupancy, static_report  # noqa: E402
+from static.bounds import lower_bound  # noqa: E402
+from static.budget import check_budget  # noqa: E402
+from static.multiprocessors import DEVICES, MULTIPROCESSORS  # noqa: E402
+from static.reading import Static, occupancy, static_report  # noqa: E402
 
 NVIDIA = [80, 90, 100, 120]
 AMD = "gfx942"

@@ -17,7 +17,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from benchmarks.gpu.devices import MULTIPROCESSORS, Multiprocessor
+from static.multiprocessors import MULTIPROCESSORS, Multiprocessor
 
 Arch = int | str  # 80 for sm_80, or "gfx942"
 Limit = Literal["registers", "shared", "threads", "blocks"]

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from benchmarks.gpu.devices import Device
-from benchmarks.gpu.static import Arch, Static, occupancy
+from static.multiprocessors import Device
+from static.reading import Arch, Static, occupancy
 
 _SECTOR = 32  # bytes: what the caches move at once
 _SCHEDULERS = 4  # per SM, each of which issues one warp instruction per clock

@@ -1,6 +1,6 @@
 """What the compiled Triton kernels cost, for every GPU generation; needs no GPU.
 
-    python -m benchmarks.gpu.triton_budget [--match TEXT] [--arch 80 90 …] [--write]
+    python -m static.triton_budget [--match TEXT] [--arch 80 90 …] [--write]
 
 Compiles KroneckerBERT's layers as a large batch would run them and prints registers, spills, shared
 memory, occupancy and tensor-core instructions. ``triton_budget.json`` says what is allowed of what
@@ -20,9 +20,9 @@ import triton
 from simulator import Device
 from torch.torch_version import TorchVersion
 
-from benchmarks.gpu.budget import command
-from benchmarks.gpu.cases import PRESETS, SQUARES
-from benchmarks.gpu.static import Static, static_report
+from static.budget import command
+from kron_kernels.testing.cases import PRESETS, SQUARES
+from static.reading import Static, static_report
 from kron_kernels import KroneckerEmbedding, KronShape, kron_feed_forward, kron_matmul, kron_qkv
 from kron_kernels.backends.triton import configs as triton_launch
 from kron_kernels.backends.triton import launch as triton_gpu

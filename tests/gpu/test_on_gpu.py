@@ -17,7 +17,7 @@ from benchmarks.gpu.blocks import (
     tied_decoder,
     unknown_ids,
 )
-from benchmarks.gpu.cases import (
+from kron_kernels.testing.cases import (
     ACTIVATIONS,
     DTYPES,
     FEED_FORWARDS,

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import clocks, simulated
-from benchmarks.gpu.cases import DECODER, PRESETS, SQUARES
-from benchmarks.gpu.checks import require
+from kron_kernels.testing.cases import DECODER, PRESETS, SQUARES
+from kron_kernels.testing.checks import require
 from benchmarks.gpu.jobs import Job, NotDone, Place
 from kron_kernels.backends.triton import configs as triton_launch
 from kron_kernels.backends.triton import launch as triton_gpu

@@ -1,6 +1,6 @@
 """What the compiled CUDA C++ kernels cost, for every GPU generation; needs no GPU.
 
-    python -m benchmarks.gpu.cuda_budget [--match TEXT] [--arch 80 90 …] [--write]
+    python -m static.cuda_budget [--match TEXT] [--arch 80 90 …] [--write]
 
 Reads the machine code in the installed module or, where that has no kernels for a generation, has
 nvcc compile what is missing. Prints what each kernel takes and holds, and how many of its blocks a
@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from simulator import cuda
 
-from benchmarks.gpu.budget import command
-from benchmarks.gpu.devices import DEVICES
-from benchmarks.gpu.static import nvidia_kernels, nvidia_tool, occupancy, run
-from benchmarks.gpu.triton_budget import LAYERS
+from static.budget import command
+from static.multiprocessors import DEVICES
+from static.reading import nvidia_kernels, nvidia_tool, occupancy, run
+from static.triton_budget import LAYERS
 from kron_kernels import KronShape, kron_feed_forward, kron_matmul, kron_qkv
 from kron_kernels.backends import cuda as backend
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import ACTIVATIONS, draw
+from kron_kernels.testing.cases import ACTIVATIONS, draw
 from benchmarks.gpu.jobs import NotDone, Place
 from kron_kernels import KronShape, kron_feed_forward, kron_matmul, kron_qkv, reference
 from kron_kernels.backends import COMPILED, cuda
