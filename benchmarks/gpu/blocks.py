@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from benchmarks.gpu.jobs import Place
+from kron_kernels import KroneckerEmbedding, kron_feed_forward, kron_matmul, reference
+from kron_kernels.shapes import KronShape
 from kron_kernels.testing.cases import DECODER
 from kron_kernels.testing.checks import (
     arithmetic,
@@ -17,9 +20,6 @@ from kron_kernels.testing.checks import (
     terms,
     wide,
 )
-from benchmarks.gpu.jobs import Place
-from kron_kernels import KroneckerEmbedding, kron_feed_forward, kron_matmul, reference
-from kron_kernels.shapes import KronShape
 
 
 def feed_forward(

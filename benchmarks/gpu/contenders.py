@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
-from kron_kernels.testing.checks import slack
 from benchmarks.gpu.jobs import ENGINES, Place
 from kron_kernels import kron_feed_forward, kron_matmul, kron_qkv, reference
 from kron_kernels.backends import COMPILED, eager
 from kron_kernels.backends.triton import launch as triton_gpu
 from kron_kernels.shapes import KronShape
 from kron_kernels.testing import assert_close
+from kron_kernels.testing.checks import slack
 
 Step = Callable[[], Any]
 # By one kernel, or what an engine has nearest to it: a block and qkv are Triton's "fused". The

@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.jobs import Place
+from kron_kernels import dispatch, kron_matmul, reference
+from kron_kernels.shapes import KronShape
 from kron_kernels.testing.cases import FEED_FORWARDS, PAIRS, PRESETS, SHAPES
 from kron_kernels.testing.checks import (
     arithmetic,
@@ -24,9 +27,6 @@ from kron_kernels.testing.checks import (
     terms,
     wide,
 )
-from benchmarks.gpu.jobs import Place
-from kron_kernels import dispatch, kron_matmul, reference
-from kron_kernels.shapes import KronShape
 
 
 def forward(place: Place, s: KronShape, name: str, tokens: int, turn: int) -> None:

@@ -8,6 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.jobs import NotDone, Place
+from benchmarks.gpu.products import gradients
+from kron_kernels import (
+    KroneckerEmbedding,
+    KroneckerFeedForward,
+    KroneckerLinear,
+    kron_feed_forward,
+    kron_matmul,
+    kron_qkv,
+    reference,
+)
 from kron_kernels.testing.cases import PAIRS, PRESETS, SHAPES, draw
 from kron_kernels.testing.checks import (
     close,
@@ -21,17 +32,6 @@ from kron_kernels.testing.checks import (
     same,
     terms,
     wide,
-)
-from benchmarks.gpu.jobs import NotDone, Place
-from benchmarks.gpu.products import gradients
-from kron_kernels import (
-    KroneckerEmbedding,
-    KroneckerFeedForward,
-    KroneckerLinear,
-    kron_feed_forward,
-    kron_matmul,
-    kron_qkv,
-    reference,
 )
 
 

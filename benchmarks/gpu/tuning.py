@@ -31,14 +31,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import clocks, simulated
-from kron_kernels.testing.cases import DECODER, PRESETS, SQUARES
-from kron_kernels.testing.checks import require
 from benchmarks.gpu.jobs import Job, NotDone, Place
 from kron_kernels.backends.triton import configs as triton_launch
 from kron_kernels.backends.triton import launch as triton_gpu
 from kron_kernels.backends.triton.configs import Geometry, Tile
 from kron_kernels.shapes import KronShape
 from kron_kernels.testing import assert_close
+from kron_kernels.testing.cases import DECODER, PRESETS, SQUARES
+from kron_kernels.testing.checks import require
 
 BETTER = 1.03  # what a tile must gain to replace the rule's
 NO_GPU = (

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 
 from benchmarks import peers
 from benchmarks.gpu import clocks
-from kron_kernels.testing.cases import PAIRS, PRESETS, SQUARES, name
-from kron_kernels.testing.checks import arithmetic
 from benchmarks.gpu.contenders import OURS, Cell, Contender, Step, contenders, fresh_layer
 from benchmarks.gpu.jobs import ENGINES, Job, NotDone, Place, lost
 from kron_kernels import dispatch, kron_matmul, reference
 from kron_kernels.backends import COMPILED
+from kron_kernels.testing.cases import PAIRS, PRESETS, SQUARES, name
+from kron_kernels.testing.checks import arithmetic
 from kron_kernels.timing import Timing
 
 

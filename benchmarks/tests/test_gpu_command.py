@@ -14,6 +14,8 @@ import torch
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
+from benchmarks.gpu.correctness import of_engine  # noqa: E402
+
 from benchmarks.gpu import (  # noqa: E402
     __main__,
     clocks,
@@ -24,7 +26,6 @@ from benchmarks.gpu import (  # noqa: E402
 )
 from benchmarks.gpu.blocks import unknown_ids  # noqa: E402
 from benchmarks.gpu.contenders import Cell  # noqa: E402
-from benchmarks.gpu.correctness import of_engine  # noqa: E402
 from benchmarks.gpu.jobs import ENGINES, Job, Place, attempt  # noqa: E402
 from benchmarks.gpu.processes import in_processes, read_lines  # noqa: E402
 from benchmarks.gpu.products import forward, strides  # noqa: E402

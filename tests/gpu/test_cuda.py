@@ -14,6 +14,16 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from turns import in_turns
 
+from kron_kernels import (
+    KronShape,
+    dispatch,
+    explain_backends,
+    kron_feed_forward,
+    kron_matmul,
+    kron_qkv,
+    reference,
+)
+from kron_kernels.backends import abi, cuda
 from kron_kernels.testing.cases import (
     ACTIVATIONS,
     DTYPES,
@@ -25,17 +35,13 @@ from kron_kernels.testing.cases import (
     draw,
     name,
 )
-from kron_kernels.testing.checks import check_feed_forward, check_forward, check_gradients, hold, terms
-from kron_kernels import (
-    KronShape,
-    dispatch,
-    explain_backends,
-    kron_feed_forward,
-    kron_matmul,
-    kron_qkv,
-    reference,
+from kron_kernels.testing.checks import (
+    check_feed_forward,
+    check_forward,
+    check_gradients,
+    hold,
+    terms,
 )
-from kron_kernels.backends import abi, cuda
 
 pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=str(emulator.why_not()))
 

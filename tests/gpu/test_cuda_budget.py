@@ -1,4 +1,4 @@
-"""What the compiled CUDA C++ kernels cost stays within benchmarks/gpu/cuda_budget.json."""
+"""Resources of the compiled CUDA C++ kernels stay within static/cuda_budget.json."""
 
 import json
 import subprocess
@@ -6,8 +6,7 @@ import subprocess
 import pytest
 import torch
 from simulator.cuda import why_not
-
-from benchmarks.gpu import cuda_budget
+from static import cuda_budget
 from static.budget import check_budget
 from static.reading import nvidia_tool
 

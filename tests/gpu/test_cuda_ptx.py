@@ -5,6 +5,7 @@ import torch
 from simulator.cuda import CudaDevice, why_not
 from turns import in_turns, slow
 
+from kron_kernels import KronShape, kron_matmul, reference
 from kron_kernels.testing.cases import (
     ACTIVATIONS,
     MIXED,
@@ -22,7 +23,6 @@ from kron_kernels.testing.checks import (
     hold,
     terms,
 )
-from kron_kernels import KronShape, kron_matmul, reference
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
 

@@ -17,18 +17,6 @@ from benchmarks.gpu.blocks import (
     tied_decoder,
     unknown_ids,
 )
-from kron_kernels.testing.cases import (
-    ACTIVATIONS,
-    DTYPES,
-    FEED_FORWARDS,
-    MIXED,
-    PAIRS,
-    PRESETS,
-    SHAPES,
-    SQUARES,
-    SUMS,
-    name,
-)
 from benchmarks.gpu.jobs import Job, Place
 from benchmarks.gpu.products import (
     autocast,
@@ -55,6 +43,18 @@ from benchmarks.gpu.programs import (
     side_stream,
 )
 from kron_kernels import KronShape
+from kron_kernels.testing.cases import (
+    ACTIVATIONS,
+    DTYPES,
+    FEED_FORWARDS,
+    MIXED,
+    PAIRS,
+    PRESETS,
+    SHAPES,
+    SQUARES,
+    SUMS,
+    name,
+)
 
 # Those of modules that take an engine by themselves, and those of kernels that only Triton has.
 BY_ITSELF = (cross_entropy, compiled_module)

@@ -10,6 +10,16 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.func import vmap
 from turns import in_turns
 
+from kron_kernels import (
+    KroneckerEmbedding,
+    KronShape,
+    kron_feed_forward,
+    kron_matmul,
+    kron_qkv,
+    reference,
+)
+from kron_kernels.backends.triton import configs as triton_launch
+from kron_kernels.backends.triton import launch as triton_gpu
 from kron_kernels.testing.cases import (
     ACTIVATIONS,
     DTYPES,
@@ -32,16 +42,6 @@ from kron_kernels.testing.checks import (
     hold,
     terms,
 )
-from kron_kernels import (
-    KroneckerEmbedding,
-    KronShape,
-    kron_feed_forward,
-    kron_matmul,
-    kron_qkv,
-    reference,
-)
-from kron_kernels.backends.triton import configs as triton_launch
-from kron_kernels.backends.triton import launch as triton_gpu
 
 pytest.importorskip("triton")
 from simulator import Device

@@ -1,57 +1,33 @@
-"""What compiled kernels may cost: limits written down before, and the commands that renew them."""
+"""Budgets: committed limits on the resources of compiled kernels."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 
 
-def command(
-    doc: str,
-    file: Path,
-    archs: Sequence[int | str],
-    rows: Callable[[str, Sequence[int | str]], Iterable[Row]],
-    show: Callable[[Row], str],
-    entry: Callable[[Row], Row],
-) -> None:
-    """Print the rows of kernels and architectures; with --write renew their limits in the file."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--match", default="", help="only kernels whose name contains this")
-    parser.add_argument("--arch", nargs="*", default=archs)
-    parser.add_argument("--write", action="store_true", help=f"write {file.name}")
-    arguments = parser.parse_args()
-    named = {str(arch): arch for arch in archs}
-    seen = []
-    for row in rows(arguments.match, [named[str(arch)] for arch in arguments.arch]):
-        seen.append(row)
-        print(show(row), flush=True)
-    if arguments.write:
-        new = [entry(row) for row in seen]
-        old = json.loads(file.read_text()) if file.exists() else []
-        kept = [e for e in old if e["match"] not in [n["match"] for n in new]]
-        file.write_text(one_a_line([*kept, *new]))
-
-
-def one_a_line(entries: Sequence[Row]) -> str:
-    """JSON of which a change is a line."""
-    return "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n"
+def write_budget(file: Path, entries: Sequence[Row]) -> None:
+    """Replace the entries that match the same rows, and keep the others; an entry a line."""
+    old = json.loads(file.read_text()) if file.exists() else []
+    new = [entry["match"] for entry in entries]
+    lines = map(json.dumps, [*(e for e in old if e["match"] not in new), *entries])
+    file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def check_budget(
     budget: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]
 ) -> list[str]:
-    """What in ``rows`` exceeds ``budget``, one readable line for each violation.
+    """Violations of ``budget`` by ``rows``, one line each.
 
-    A row is a report as a dictionary, with ``kernel`` and ``arch`` and whatever else was measured.
-    An entry of the budget applies to the rows whose fields equal all of its ``match``, and gives
-    limits by field as ``max`` and ``min``, both inclusive; a field that counts by kind (``tensor``)
-    is summed. A budget that checks nothing is a defect: an entry that matches no row or has no
-    limit, and a row that lacks a limited field, are violations too.
+    A row is a report as a dictionary, with ``kernel``, ``arch`` and the measured fields. An entry
+    of the budget applies to the rows whose fields equal all of its ``match``, and limits fields by
+    ``max`` and ``min``, both inclusive; a field that counts by kind (``tensor``) is summed. A
+    budget that checks nothing is a defect: an entry that matches no row or has no limit, and a row
+    that lacks a limited field, are violations too.
     """
     rows = list(rows)
     violations = []
@@ -77,7 +53,7 @@ def _excess(row: Mapping[str, Any], way: str, quantity: str, limit: float) -> st
     value = row[quantity]
     if isinstance(value, Mapping):
         value = sum(value.values())
-    # Not the other way round: a NaN is within no limit.
+    # Not negated: a NaN is within no limit.
     within = value <= limit if way == "max" else value >= limit
     return None if within else f"{quantity} = {value}, {way} {limit}"
 
