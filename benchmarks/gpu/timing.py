@@ -1,4 +1,4 @@
-"""Clocks: a GPU's events around CUDA graphs, and the simulator's count of instructions."""
+"""Times of calls on a GPU, by CUDA events."""
 
 from __future__ import annotations
 
@@ -12,69 +12,76 @@ import torch
 
 from kron_kernels.timing import Timing
 
-Calls = Mapping[str, Sequence[Callable[[], Any]]]  # by contender, one for each set of operands
-Clock = Callable[[Calls], dict[str, Timing]]
+Call = Callable[[], Any]
 
 
-def cache_size() -> int:
-    """Bytes of the L2 cache; many, where PyTorch does not say."""
-    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 2**27
+class Gpu:
+    """The current GPU: its memory, and the times of calls on it. Tests replace it."""
+
+    device = "cuda"
+
+    def free_memory(self) -> int:
+        """Bytes."""
+        return torch.cuda.mem_get_info()[0]
+
+    def cache_size(self) -> int:
+        """Bytes of the L2 cache; 128 MiB, more than any has, if PyTorch does not know."""
+        return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 2**27
+
+    def rotation(self, each: int) -> int:
+        """Number of sets of operands, of ``each`` bytes, that outgrow the L2 cache."""
+        room = self.free_memory() // 4 // max(each, 1)
+        return max(1, min(max(2, ceil(2 * self.cache_size() / max(each, 1))), 256, room))
+
+    def pool(self) -> Any:
+        """Memory for CUDA graphs, which overwrite one another's results in it."""
+        return torch.cuda.graph_pool_handle()
+
+    def captured(self, calls: Sequence[Call], pool: Any) -> Call:
+        """The calls as one CUDA graph; a replay has no cost of launching each."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in calls[:2]:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            for call in calls:
+                call()
+        return graph.replay
+
+    def time(
+        self, turns: Mapping[str, Call], each: int, seconds: float, at_least: int = 7
+    ) -> dict[str, Timing]:
+        """Milliseconds of one of a turn's ``each`` calls; turns alternate, in rotating order."""
+        rounds: list[dict[str, float]] = []
+        names = list(turns)
+        end, warm = time.perf_counter() + seconds, 2
+        while len(rounds) < warm + at_least or time.perf_counter() < end:
+            names = names[1:] + names[:1]
+            events = {name: _between_events(turns[name]) for name in names}
+            torch.cuda.synchronize()
+            rounds.append(
+                {n: first.elapsed_time(last) / each for n, (first, last) in events.items()}
+            )
+        return {name: _summary([r[name] for r in rounds[warm:]]) for name in turns}
+
+    def time_graphs(self, calls: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
+        """Milliseconds of each contender's calls, one for each set of operands, as CUDA graphs."""
+        pool = self.pool()
+        graphs = {name: self.captured(some, pool) for name, some in calls.items()}
+        return self.time(graphs, len(next(iter(calls.values()))), seconds=0.2)
 
 
-def rotation(each: int) -> int:
-    """How many sets of operands of ``each`` bytes outgrow the L2 cache, where memory allows."""
-    room = torch.cuda.mem_get_info()[0] // 4 // max(each, 1)
-    return max(1, min(max(2, ceil(2 * cache_size() / max(each, 1))), 256, room))
-
-
-def captured(calls: Sequence[Callable[[], Any]], pool: Any = None) -> Callable[[], None]:
-    """The calls as a CUDA graph, whose replay has no cost of launching each.
-
-    Graphs that share a pool of memory overwrite one another's results.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        for call in calls:
-            call()
-    return graph.replay
-
-
-def by_events(
-    turns: Mapping[str, Callable[[], Any]], each: int, seconds: float, at_least: int = 7
-) -> dict[str, Timing]:
-    """Milliseconds of one of the ``each`` calls of a turn; turns alternate, in rotating order."""
-    rounds: list[dict[str, float]] = []
-    names = list(turns)
-    end, warm = time.perf_counter() + seconds, 2
-    while len(rounds) < warm + at_least or time.perf_counter() < end:
-        names = names[1:] + names[:1]
-        events = {name: _between_events(turns[name]) for name in names}
-        torch.cuda.synchronize()
-        rounds.append({n: start.elapsed_time(stop) / each for n, (start, stop) in events.items()})
-    return {name: summary([r[name] for r in rounds[warm:]]) for name in turns}
-
-
-def _between_events(turn: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+def _between_events(turn: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
     turn()
-    stop.record()
-    return start, stop
+    last.record()
+    return first, last
 
 
-def summary(values: list[float]) -> Timing:
+def _summary(values: list[float]) -> Timing:
     low, median, high = statistics.quantiles(values, n=4)
     return Timing(median, low, high)
-
-
-def graph_clock(calls: Calls, seconds: float = 0.2) -> dict[str, Timing]:
-    """Milliseconds on the GPU."""
-    pool = torch.cuda.graph_pool_handle()
-    turns = {name: captured(some, pool) for name, some in calls.items()}
-    return by_events(turns, len(next(iter(calls.values()))), seconds)

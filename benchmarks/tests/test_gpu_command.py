@@ -1,231 +1,161 @@
-"""The command for owners of a GPU, and the tuner, as far as they go without one."""
+"""The command for GPU owners and its measurements, without a GPU."""
 
 import json
-import subprocess
-import sys
-from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 
-import emulator
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from benchmarks.gpu import __main__, contenders, environment, tuning
+from benchmarks.gpu.contenders import Workload
+from benchmarks.gpu.report import Result, not_done, order_table, timing_tables
+from benchmarks.gpu.workloads import time_workload, workloads
+from kron_kernels import KronShape, dispatch
+from kron_kernels.backends.triton import configs, launch
+from kron_kernels.backends.triton.configs import Tile
+
+pytest_plugins = ["benchmarks.tests.simulated_gpu"]
 ROOT = Path(__file__).parents[2]
-
-from benchmarks.gpu.correctness import of_engine  # noqa: E402
-
-from benchmarks.gpu import (  # noqa: E402
-    __main__,
-    clocks,
-    contenders,
-    correctness,
-    simulated,
-    tune,
-)
-from benchmarks.gpu.blocks import unknown_ids  # noqa: E402
-from benchmarks.gpu.contenders import Cell  # noqa: E402
-from benchmarks.gpu.jobs import ENGINES, Job, Place, attempt  # noqa: E402
-from benchmarks.gpu.processes import in_processes, read_lines  # noqa: E402
-from benchmarks.gpu.products import forward, strides  # noqa: E402
-from benchmarks.gpu.report import not_done, order_table, timing_tables  # noqa: E402
-from benchmarks.gpu.timing import time_cell  # noqa: E402
-from kron_kernels import KronShape, dispatch  # noqa: E402
-from kron_kernels.backends import cuda  # noqa: E402
-from kron_kernels.backends.triton import configs as triton_launch  # noqa: E402
-from kron_kernels.backends.triton import launch as triton_gpu  # noqa: E402
-from kron_kernels.backends.triton.configs import Tile  # noqa: E402
-from kron_kernels.timing import Timing  # noqa: E402
-
-TINY = tune.Case(KronShape(4, 2, 16, 32), torch.float16, 16)
-OTHER = tune.Case(KronShape(3, 4, 5, 2), torch.float16, 4)
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch):
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def report_of(folder):
-    return json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
+TINY = tuning.Case(KronShape(4, 2, 16, 32), torch.float16, 16)
+OTHER = tuning.Case(KronShape(3, 4, 5, 2), torch.float16, 4)
+UP, DOWN = KronShape(4, 2, 12, 24), KronShape(2, 4, 24, 12)
 
 
 # --- the command
 
 
-@pytest.mark.parametrize("module", [__main__, tune])
-def test_without_a_gpu_it_says_so(module, tmp_path, capsys):
-    assert module.main(["--out", str(tmp_path / "out")]) == 2
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Run the command as if there were a GPU; returns its exit status and report."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(__main__, "environment", lambda: ({"gpu": "no GPU"}, []))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+
+    def run(sections, *pytest_arguments, plugin="", tests=""):
+        """With a plugin of pytest, and other tests in place of those of correctness."""
+        (tmp_path / "planted.py").write_text(plugin)
+        if tests:
+            path = tmp_path / "test_planted.py"
+            path.write_text(f"import pytest\npytestmark = pytest.mark.gpu\n{tests}")
+            monkeypatch.setitem(__main__.TESTS, "correctness", [str(path), "-c", "pyproject.toml"])
+        arguments = ["--quick", "--only", *sections, "--out", str(tmp_path / "out")]
+        status = __main__.main([*arguments, "--", "-p", "planted", *pytest_arguments])
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        return status, report, (tmp_path / "out" / "report.md").read_text()
+
+    return run
+
+
+def states(report):
+    return {r["name"]: r["state"] for r in report["results"]}
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert __main__.main(["--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "no GPU" in said and "--simulate" in said
+    assert said.count("\n") == 1 and "no GPU" in said and "simulator" in said
     assert not (tmp_path / "out").exists()
 
 
-def test_a_simulated_quick_run_reports_what_was_not_done(tmp_path):
-    assert __main__.main(["--simulate", "--quick", "--out", str(tmp_path)]) == 0
-    report, text = report_of(tmp_path)
-    assert report["simulated"] and "failed" not in report["counts"]
-    states = {(r["section"], r["state"]) for r in report["results"]}
-    assert {s for s, state in states if state == "passed"} == {
-        "environment",
-        "correctness",
-        "tuning",
-    }
-    assert ("timing", "passed") not in states
-    gaps = "\n".join(report["not_done"])
-    words = "no clock", "no CUDA graphs", "no streams", "one GPU", "nothing here was run on one"
-    for word in words:
-        assert word in gaps and word in text
+def test_the_environment_is_read_in_a_process_that_may_fail(monkeypatch):
+    facts = environment.software()
+    assert facts["torch"] == torch.__version__ and facts["triton"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found, (failed,) = __main__.environment()
+    assert not found and failed.state == "failed" and "Traceback" in failed.traceback
+
+
+def test_measurements_by_the_command(command, tmp_path):
+    """Of small cases, in the simulator."""
+    plugin = f"""
+from torch import float16
+from benchmarks.gpu import tuning, workloads
+from benchmarks.gpu.contenders import Workload
+from benchmarks.tests.simulated_gpu import gpu
+from kron_kernels import KronShape
+workloads.workloads = lambda quick: [Workload("forward", "a label", ({UP},), 5, "float16")]
+tuning.cases = lambda quick: [tuning.Case({OTHER.shape}, float16, 4)] * quick
+"""
+    status, report, text = command(["timing", "tuning"], "-k", "not overhead", plugin=plugin)
+    assert status == 0 and report["counts"] == {"passed": 2}, text
+    timing, tile = (r["data"] for r in report["results"])
+    assert set(timing["loop"]) >= {"triton", "eager", "dense"} and tile["key"] == OTHER.key
+    assert set(tuning.measured(tmp_path / "out" / "tuning.jsonl", "simulated")) == {OTHER.key}
+    assert "### forward, float16" in text and "## Tuning" in text
     assert "Nothing that was done failed" in text and str(ROOT) not in text
-    assert not (ROOT / "kron_kernels/backends/tuned/simulated.json").exists()
+    assert "the section correctness: it was not asked for" in text
+    assert not (ROOT / "kron_kernels/backends/triton/tuned/simulated.json").exists()
 
 
-def test_a_wrong_kernel_is_a_failure(tmp_path, monkeypatch, capsys):
-    right, some = triton_gpu.kron_matmul, []
-
-    def wrong(*operands):
-        return right(*operands) + 1
-
-    monkeypatch.setattr(triton_gpu, "kron_matmul", wrong)
-    monkeypatch.setattr(correctness, "_shape_jobs", lambda place: [])
-    monkeypatch.setattr(correctness, "_few_jobs", lambda: some)
-    monkeypatch.setattr(correctness, "_simulated_cuda_jobs", lambda: [])
-    some.append(Job("forward", "strides", strides))
-    some.append(Job("tables", "ids that are no rows", unknown_ids))
-    arguments = ["--simulate", "--quick", "--only", "correctness", "--out", str(tmp_path)]
-    assert __main__.main(arguments) == 1
-    report, text = report_of(tmp_path)
-    assert report["counts"] == {"failed": 1, "passed": 1}
+def test_a_wrong_kernel_is_a_failure(command):
+    plugin = """
+from kron_kernels.backends.triton import launch
+right = launch.kron_matmul
+launch.kron_matmul = lambda *operands: right(*operands) + 1
+"""
+    chosen = "simulated and triton and (contiguous or no_row)"
+    status, report, text = command(
+        ["correctness"], "-m", "not gpu and not slow", "-k", chosen, plugin=plugin
+    )
+    assert status == 1 and report["counts"] == {"failed": 1, "passed": 1}
     (failed,) = (r for r in report["results"] if r["state"] == "failed")
+    assert (
+        failed["name"] == "test_operands_that_are_not_contiguous_or_not_aligned[simulated triton]"
+    )
     assert "in units of" in failed["message"] and "assert_close" in failed["traceback"]
     assert text.index("## Failures") < text.index("## What was done")
-    assert "strides FAILED" in capsys.readouterr().err
     assert any("section timing" in gap for gap in report["not_done"])
 
 
-@contextmanager
-def emulated_cuda():
-    from simulator.cuda import serving
-
-    with serving(emulator.load()):
-        yield
-
-
-needs_emulator = pytest.mark.skipif(bool(emulator.why_not()), reason=str(emulator.why_not()))
-
-
-@needs_emulator
-def test_each_engine_is_checked_by_its_own_kernels(tmp_path, monkeypatch):
-    """CUDA's are wrong here, the emulator standing for its simulator."""
-    right, up = cuda.kron_matmul, KronShape(32, 32, 24, 24)  # which CUDA's kernels do not serve
-    monkeypatch.setattr(cuda, "kron_matmul", lambda *operands: right(*operands) + 1)
-    monkeypatch.setattr(simulated, "cuda", emulated_cuda)
-    large = partial(forward, s=up, name="float16", tokens=2, turn=0)
-    some = [
-        Job("forward", "strides", strides),
-        Job("forward", "large", large),
-        Job("tables", "ids that are no rows", unknown_ids),
-    ]
-    jobs = [job for engine in ENGINES for job in of_engine(engine, some)]
-    place = Place("cpu", True, tmp_path, None)
-    with simulated.clock(tmp_path / "tuned"):
-        results = [attempt("correctness", job, place) for job in jobs]
-    assert {r["name"]: r["state"] for r in results} == {
-        "triton: strides": "passed",
-        "triton: large": "passed",
-        "triton: ids that are no rows": "passed",
-        "cuda: strides": "failed",
-        "cuda: large": "not done",
-    }
-    assert "sides of 64 at most" in "\n".join(not_done(results))
-
-
-def test_a_missing_engine_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda, "why_not", lambda *operands: "there are no such kernels")
-    monkeypatch.setattr(simulated, "cuda", nullcontext)
-    jobs = of_engine("cuda", correctness._few_jobs())
-    place = Place("cpu", True, tmp_path, None)
-    results = [attempt("correctness", job, place) for job in jobs]
-    assert {r["state"] for r in results} == {"not done"} and len(results) > 5
-    (line,) = not_done(results)
-    assert "cuda: strides" in line and line.endswith("there are no such kernels")
-
-
-def test_a_command_that_dies_or_hangs_costs_one_job(tmp_path):
-    """What stands for a section's process: job 1 crashes, job 3 hangs, job 4 loses the GPU."""
-    jobs = [Job("group", f"job {i}", lambda place: None) for i in range(6)]
-    lines = tmp_path / "lines"
-    child = """
-import json, os, sys, time
-path, first = sys.argv[1], int(sys.argv[2])
-for i in range(first, 6):
-    if i == 1: os.abort()
-    if i == 3: time.sleep(60)
-    with open(path, "a") as file:
-        state = "failed" if i == 4 else "passed"
-        file.write(json.dumps({"name": f"job {i}", "state": state}) + "\\n")
-    if i == 4: sys.exit(3)
+def test_a_crash_a_hang_and_a_lost_gpu_cost_one_test_each(command, monkeypatch):
+    monkeypatch.setattr(__main__, "PATIENCE", 3)
+    tests = """
+import os, time
+from benchmarks.gpu import plugin
+def test_0(): pass
+def test_1(): os.abort()
+def test_2(): pass
+def test_3(): time.sleep(100)
+def test_4():
+    plugin._lost = lambda: True
+    assert 1 == 2, "an illegal address"
+def test_5(): pass
+def test_6(): pytest.skip("no reason")
 """
-    start = [sys.executable, "-c", child, str(lines)]
-    in_processes("timing", jobs, lines, lambda first: [*start, str(first)], patience=2)
-    results = read_lines(lines)
-    assert [r["name"] for r in results] == [job.name for job in jobs]
-    assert [r["state"] == "passed" for r in results] == [True, False, True, False, False, True]
-    assert "exit status" in results[1]["message"] and "no result for 2 s" in results[3]["message"]
+    status, report, text = command(["correctness"], tests=tests)
+    assert status == 1
+    assert list(states(report)) == [f"test_{i}" for i in range(7)]
+    assert "".join(state[0] for state in states(report).values()) == "pfpffpn"
+    messages = [r["message"] for r in report["results"]]
+    assert "crashed while running" in messages[1] and "crashed while running" in messages[3]
+    assert "an illegal address" in messages[4]
+    assert "correctness: test_6: no reason" in text
 
 
-def test_processes_that_end_at_once_are_not_started_for_ever(tmp_path):
-    jobs = [Job("group", f"job {i}", lambda place: None) for i in range(50)]
-    lines, starts = tmp_path / "lines", []
-
-    def command(first):
-        starts.append(first)
-        return [sys.executable, "-c", "raise SystemExit(1)"]
-
-    in_processes("timing", jobs, lines, command)
-    assert len(starts) == 2
-    states = [r["state"] for r in read_lines(lines)]
-    assert states == ["failed"] * 2 + ["not done"] * 48
+def test_workers_that_end_at_once_are_not_started_for_ever(command, monkeypatch):
+    monkeypatch.setattr(__main__, "RESTARTS", 1)
+    tests = """
+@pytest.mark.parametrize("i", range(50))
+def test_it(i): import os; os.abort()
+"""
+    status, report, text = command(["correctness"], tests=tests)
+    assert status == 1 and report["counts"]["failed"] < 5
+    assert "some tests may not have been run" in text
 
 
-def test_a_section_in_a_process_of_its_own(tmp_path):
-    """The child's side of it, by the simulator."""
-    flags = ["--simulate", "--quick", "--out", str(tmp_path), "--child", "environment", "0"]
-    subprocess.run([sys.executable, "-m", "benchmarks.gpu", *flags], cwd=ROOT, check=True)
-    (result,) = read_lines(tmp_path / "jobs-environment.jsonl")
-    assert result["state"] == "passed" and result["data"]["torch"] == torch.__version__
+def test_skipped_tests_are_one_line_for_each_reason():
+    results = [Result("correctness", f"test_{i}[cuda]", "not done", "no CUDA") for i in range(6)]
+    results.append(Result("correctness", "test_9", "not done", "one GPU"))
+    many, one = not_done(results)
+    assert many.startswith("correctness: test_0[cuda]; ") and many.endswith("and 2 more: no CUDA")
+    assert one == "correctness: test_9: one GPU"
+    assert results[0].group == "cuda: 0" and results[-1].group == "9"
 
 
-# --- timing, with a pretended clock
-
-
-@pytest.fixture
-def pretended(monkeypatch, tmp_path):
-    """A GPU that the simulator stands for, and every turn takes as long."""
-
-    def by_events(turns, each, seconds):
-        for turn in turns.values():
-            turn()
-        return {name: Timing(1e-3 * i, 1e-3 * i, 1e-3 * i) for i, name in enumerate(turns, 1)}
-
-    def captured(calls, pool=None):
-        return lambda: [call() for call in calls]
-
-    monkeypatch.setattr(clocks, "by_events", by_events)
-    monkeypatch.setattr(clocks, "captured", captured)
-    monkeypatch.setattr(clocks, "rotation", lambda each: 2)
-    monkeypatch.setattr(clocks, "cache_size", lambda: 1000)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(Place, "needs_gpu", lambda self, why: None)
-    with simulated.clock(tmp_path / "tuned") as clock:
-        yield Place("cpu", True, tmp_path, clock)
-
-
-UP, DOWN = KronShape(4, 2, 12, 24), KronShape(2, 4, 24, 12)
+# --- timing
 
 
 @pytest.mark.parametrize(
@@ -237,135 +167,134 @@ UP, DOWN = KronShape(4, 2, 12, 24), KronShape(2, 4, 24, 12)
         ("qkv forward", (UP,) * 3, {"fused", "calls", "dense"}),
     ],
 )
-def test_a_timing_cell_checks_and_times_everyone(kind, shapes, names, pretended):
+def test_every_contender_of_a_workload_is_checked_and_timed(kind, shapes, names, gpu):
     dtype = "float32" if kind == "training" else "float16"
-    cell = Cell(kind, "a label", shapes, 5, dtype)
-    job = Job(kind, str(cell), lambda place: time_cell(place, cell))
-    result = attempt("timing", job, pretended)
-    assert result["state"] == "passed", result
-    data = json.loads(json.dumps(result))["data"]
+    data = time_workload(Workload(kind, "a label", shapes, 5, dtype), gpu)
     assert set(data["loop"]) == set(data["graph"]) >= names
+    result = Result("timing", "test_workload", "passed", data=json.loads(json.dumps(data)))
     assert "a label" in "\n".join(timing_tables([result]))
 
 
-BOTH = [
-    ("forward", (UP,), {"triton", "cuda", "eager"}),
-    ("block training", (UP, DOWN), {"fused", "calls", "cuda", "cuda calls"}),
-    ("qkv forward", (UP,) * 3, {"fused", "calls", "cuda", "cuda calls"}),
-]
-
-
-@needs_emulator
-@pytest.mark.parametrize("kind, shapes, names", BOTH)
-def test_both_engines_are_timed_and_compared_by_the_order(kind, shapes, names, pretended):
-    results = []
-    for tokens in (1, 19):
-        cell = Cell(kind, "a label", shapes, tokens, "float16")
-        job = Job(kind, str(cell), partial(time_cell, cell=cell))
-        with emulated_cuda():
-            results.append(attempt("timing", job, pretended))
-    assert [r["state"] for r in results] == ["passed"] * 2, results
-    assert all(set(r["data"]["loop"]) == set(r["data"]["graph"]) >= names for r in results)
+@pytest.mark.parametrize(
+    "kind, shapes, names",
+    [
+        ("forward", (UP,), {"triton", "cuda", "eager"}),
+        ("block training", (UP, DOWN), {"fused", "calls", "cuda", "cuda calls"}),
+        ("qkv forward", (UP,) * 3, {"fused", "calls", "cuda", "cuda calls"}),
+    ],
+)
+def test_both_engines_are_timed_and_compared_with_the_order(
+    kind, shapes, names, gpu, emulated_cuda
+):
+    timed = [
+        time_workload(Workload(kind, "a label", shapes, tokens, "float16"), gpu)
+        for tokens in (1, 19)
+    ]
+    assert all(set(data["loop"]) == set(data["graph"]) >= names for data in timed)
+    results = [Result("timing", "test_workload", "passed", data=data) for data in timed]
     header = next(line for line in timing_tables(results) if "tokens" in line)
     assert " cuda |" in header and " cuda, graph |" in header
-    # The pretended clock gives the first contender, Triton's, one unit, and CUDA's more.
+    # The simulated clock gives the first contender, Triton's, one unit, and CUDA's more.
     table = order_table(results)
     (few,) = (line for line in table if "| up to 4 tokens |" in line)
     assert f"| cuda, triton | {kind.split()[-1]} | up to 4 | 1 | 0 | 0 | 0." in few
     (more,) = (line for line in table if "| more |" in line)
     assert " | 1 | 0 | 0 | 0." in more
-    assert sum("No cell of the row" in line for line in table) == len(dispatch.GPU_ORDER) - 2
+    missing = sum("No workload of the row" in line for line in table)
+    assert missing == len(dispatch.GPU_ORDER) - 2
 
 
-def test_a_wrong_contender_is_left_out_and_one_of_ours_fails(pretended, monkeypatch):
-    cell = Cell("forward", "a label", (UP,), 5, "float16")
-    monkeypatch.setattr(contenders, "dense_call", lambda cell, x, layers: x.new_zeros(5, 48))
-    assert "dense" in time_cell(pretended, cell)["left_out"]
-    right = triton_gpu.kron_matmul
-    monkeypatch.setattr(triton_gpu, "kron_matmul", lambda *o, **more: right(*o, **more) + 1)
+def test_a_wrong_contender_is_left_out_and_one_of_ours_fails(gpu, monkeypatch):
+    workload = Workload("forward", "a label", (UP,), 5, "float16")
+    monkeypatch.setattr(contenders, "dense_call", lambda workload, x, layers: x.new_zeros(5, 48))
+    assert "dense" in time_workload(workload, gpu)["left_out"]
+    right = launch.kron_matmul
+    monkeypatch.setattr(launch, "kron_matmul", lambda *o, **more: right(*o, **more) + 1)
     with pytest.raises(AssertionError, match="in units of"):
-        time_cell(pretended, cell)
+        time_workload(workload, gpu)
 
 
-# --- the tuner
+def test_a_quick_run_times_a_part_of_the_workloads():
+    quick, full = workloads(quick=True), workloads(quick=False)
+    assert len(full) == len(set(full)) == 3 * 7 * 22 and len(quick) == 4 * 22
+    assert {w.kind for w in quick} == {w.kind for w in full}
+
+
+# --- tuning
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch):
-    """With a rule that is easily beaten."""
+def slow_rule(monkeypatch):
+    """A rule that is easily beaten."""
     bad = Tile(tokens=8, depth=16, columns=16, tiles=1, warps=8, stages=2)
-    monkeypatch.setattr(triton_launch, "rule", lambda *case: bad)
-    with simulated.clock(tmp_path / "tuned") as clock:
-        yield tune.Bench("cpu", clock, rounds=1)
+    monkeypatch.setattr(configs, "rule", lambda *case: bad)
 
 
-def test_the_tuner_writes_a_table_that_launches_take(bench, tmp_path):
-    (record,) = tune.run([TINY], bench, tmp_path / "tuning.jsonl")
-    assert record["gain"] > tune.BETTER and not record["wrong"] and len(record["times"]) > 4
+@pytest.mark.usefixtures("slow_rule")
+def test_tuning_writes_a_table_that_launches_read(gpu, tmp_path):
+    record = tuning.tune(TINY, gpu, 1, tmp_path / "tuning.jsonl")
+    assert record["gain"] > tuning.BETTER and not record["wrong"] and len(record["times"]) > 4
     best = Tile(**record["best"])
     assert best != Tile(**record["rule"])
-    device = triton_launch.SIMULATED
-    assert triton_launch.tile(TINY.geometry, 16, torch.float16, False, device) == best
-    assert triton_launch.tile(TINY.geometry, 9, torch.float16, False, device) == best
-    assert triton_launch.tile(TINY.geometry, 8, torch.float16, False, device) != best
+    device = configs.SIMULATED
+    assert configs.tile(TINY.geometry, 16, torch.float16, False, device) == best
+    assert configs.tile(TINY.geometry, 9, torch.float16, False, device) == best
+    assert configs.tile(TINY.geometry, 8, torch.float16, False, device) != best
     assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["simulated.json"]
 
 
-def test_the_tuner_by_its_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "SIMULATED", [OTHER])
-    path = tmp_path / "tuning.jsonl"
-    assert tune.main(["--simulate", "--quick", "--out", str(path)]) == 0
-    assert list(tune.measured(path, "simulated")) == [OTHER.key]
-    said = capsys.readouterr().out
-    assert OTHER.key in said and "1 cases" in said
-    assert not triton_launch.simulating and triton_launch.TUNED.name == "tuned"
-
-
-def test_an_interrupted_run_goes_on_where_it_was(bench, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("slow_rule")
+def test_an_interrupted_tuning_continues(gpu, tmp_path, monkeypatch):
     path, seen = tmp_path / "tuning.jsonl", []
-    real = tune.tune_case
+    real = tuning.tune_case
 
-    def interrupted(case, bench):
+    def interrupted(case, *more):
         seen.append(case)
         if case == OTHER and seen.count(OTHER) == 1:
             raise KeyboardInterrupt
-        return real(case, bench)
+        return real(case, *more)
 
-    monkeypatch.setattr(tune, "tune_case", interrupted)
+    def tune():
+        for case in (TINY, OTHER):
+            tuning.tune(case, gpu, 1, path)
+
+    monkeypatch.setattr(tuning, "tune_case", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tune.run([TINY, OTHER], bench, path)
+        tune()
     (tmp_path / "tuned" / "simulated.json").unlink()
-    triton_launch._table.cache_clear()
+    configs._table.cache_clear()
     with path.open("a") as file:
         file.write('{"device": "simul')  # torn off
-    tune.run([TINY, OTHER], bench, path)
+    tune()
     assert seen == [TINY, OTHER, OTHER]
-    assert set(tune.measured(path, "simulated")) == {TINY.key, OTHER.key}
+    assert set(tuning.measured(path, "simulated")) == {TINY.key, OTHER.key}
     table = json.loads((tmp_path / "tuned" / "simulated.json").read_text())
-    assert TINY.key in table  # with what was measured before the interruption
+    assert TINY.key in table  # measured before the interruption
 
 
-def test_candidates_that_do_not_compile_are_counted_and_wrong_ones_named(bench, monkeypatch):
-    launch = tune.launch
+@pytest.mark.usefixtures("slow_rule")
+def test_candidates_that_do_not_compile_are_counted_and_wrong_ones_named(gpu, monkeypatch):
+    run = tuning.run
 
     def planted(key, tile, *operands):
         if tile.warps == 4:
             raise RuntimeError("out of resource")
-        ys = launch(key, tile, *operands)
+        ys = run(key, tile, *operands)
         return [y + 1 for y in ys] if tile.stages == 4 else ys
 
-    monkeypatch.setattr(tune, "launch", planted)
-    record = tune.tune_case(TINY, bench)
+    monkeypatch.setattr(tuning, "run", planted)
+    record = tuning.tune_case(TINY, gpu, 1)
     assert record["left_out"] == {"RuntimeError": 1}
     (wrong,) = record["wrong"]
-    assert "stages 4" in wrong and "1 WRONG" in tune.line(record)
+    assert "stages 4" in wrong and "1 WRONG" in tuning.summary(record)
 
 
 def test_only_possible_neighbours_are_tried():
-    for case in tune.cases(quick=True):
+    for case in tuning.cases(quick=True):
         g, products = case.geometry, case.products
-        t = triton_launch.rule(g, case.tokens, 2, False, triton_launch.SIMULATED, products)
-        near = tune.neighbours(g, t, products)
+        t = configs.rule(g, case.tokens, 2, False, configs.SIMULATED, products)
+        near = tuning.neighbours(g, t, products)
         assert t not in near and len(set(near)) == len(near) > 3
         assert all(n.tokens * g.vectors >= 16 and min(n.depth, n.columns) >= 16 for n in near)
-    assert len({case.key for case in tune.cases(quick=False)}) == len(tune.cases(quick=False))
+    cases = tuning.cases(quick=False)
+    assert len({case.key for case in cases}) == len(cases)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from kron_kernels import KronShape
 from kron_kernels.backends import COMPILED
+from kron_kernels.backends.triton import configs
 from kron_kernels.testing.cases import draw, name
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns while it is unset
@@ -92,45 +94,42 @@ def simulated(engine: str) -> Iterator[Any]:
     else:
         from simulator import Device
 
-        from kron_kernels.backends.triton import configs
-
         with pytest.MonkeyPatch.context() as patch, Device(80) as gpu:
             patch.setattr(configs, "simulating", True)
             yield gpu
 
 
 def why_not(machine: Machine) -> str | None:
-    """Why the machine cannot be had here, or None."""
+    """Why the machine is not available here, or None."""
     if not machine.simulated:
         return None if torch.cuda.is_available() else "needs an NVIDIA GPU"
     if machine.engine == "triton":
-        pytest.importorskip("triton")
-        return None
+        return None if find_spec("triton") else "the simulator needs Triton"
     import emulator
     from simulator import cuda
 
     return cuda.why_not() or emulator.why_not()
 
 
-@pytest.fixture
-def machine(request) -> Iterator[Machine]:
-    """The machine of a case, ready to run its engine's kernels."""
-    machine = request.param
+@contextmanager
+def ready(machine: Machine) -> Iterator[None]:
+    """Start a simulated machine; skip the test if the machine or its engine is missing."""
     if reason := why_not(machine):
         pytest.skip(reason)
-    with ExitStack() as stack:
-        if machine.simulated:
-            stack.enter_context(simulated(machine.engine))
-        if reason := machine.kernels.why_not(*(t.to(machine.device) for t in _smallest())):
+    with simulated(machine.engine) if machine.simulated else nullcontext():
+        smallest = draw(KronShape(1, 1, 1, 1), 1, torch.float16)
+        if reason := machine.kernels.why_not(*(t.to(machine.device) for t in smallest)):
             pytest.skip(reason)
-        yield machine
-    if not machine.simulated:
+        yield
+
+
+@pytest.fixture
+def machine(request) -> Iterator[Machine]:
+    with ready(request.param):
+        yield request.param
+    if not request.param.simulated:
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _smallest() -> tuple[Tensor, ...]:
-    return draw(KronShape(1, 1, 1, 1), 1, torch.float16)
 
 
 @pytest.fixture
@@ -139,3 +138,27 @@ def gpu_device() -> str:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     return "cuda"
+
+
+@pytest.fixture
+def simulator(tmp_path, monkeypatch):
+    """The simulated GPU, which runs Triton's kernels; measured tiles go to a temporary folder."""
+    monkeypatch.setattr(configs, "TUNED", tmp_path / "tuned")
+    configs._table.cache_clear()
+    if reason := why_not(TRITON):
+        pytest.skip(reason)
+    with simulated("triton") as gpu:
+        yield gpu
+    configs._table.cache_clear()
+
+
+@pytest.fixture
+def emulated_cuda():
+    """CUDA's kernels run on CPU tensors, by the emulator."""
+    import emulator
+    from simulator.cuda import serving
+
+    if reason := emulator.why_not():
+        pytest.skip(reason)
+    with serving(emulator.load()):
+        yield
