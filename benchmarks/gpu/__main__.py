@@ -101,7 +101,13 @@ def run_section(section: str, args: argparse.Namespace) -> list[Result]:
     xml.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", *TESTS[section], "-p", "benchmarks.gpu.plugin"]
     command += ["-m", "gpu and not slow", "--quick"] if args.quick else ["-m", "gpu"]
-    command += ["-n1", "--dist=load", f"--max-worker-restart={RESTARTS}", "-vv", f"--junitxml={xml}"]
+    command += [
+        "-n1",
+        "--dist=load",
+        f"--max-worker-restart={RESTARTS}",
+        "-vv",
+        f"--junitxml={xml}",
+    ]
     command += ["-o", f"faulthandler_timeout={PATIENCE}", "-o", "faulthandler_exit_on_timeout=true"]
     command += [f"--tiles={args.out / 'tuning.jsonl'}", *args.pytest]
     with (
@@ -113,10 +119,17 @@ def run_section(section: str, args: argparse.Namespace) -> list[Result]:
         except KeyboardInterrupt:  # pytest gets it as well, and writes what it has
             status = process.wait()
     results = read_results(section, xml)
+    return results + unfinished(section, status, results)
+
+
+def unfinished(section: str, status: int, results: list[Result]) -> list[Result]:
+    """What keeps tests from being run at all: a status of pytest, or too many crashes."""
     if status > 1:  # neither passed nor failed
         message = f"pytest ended with status {status}; some tests may not have been run"
-        results.append(Result(section, "pytest", FAILED, message))
-    return results
+        return [Result(section, "pytest", FAILED, message)]
+    if sum("crashed while running" in r.message for r in results) > RESTARTS:
+        return [Result(section, "other tests", NOT_DONE, f"more than {RESTARTS} tests crashed")]
+    return []
 
 
 if __name__ == "__main__":
