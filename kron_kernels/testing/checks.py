@@ -12,6 +12,7 @@ from torch import Tensor
 from kron_kernels import kron_feed_forward, kron_matmul, kron_qkv, reference
 from kron_kernels.backends import COMPILED
 from kron_kernels.backends.gpu import precision
+from kron_kernels.dispatch import Backend
 from kron_kernels.shapes import KronShape
 from kron_kernels.testing import assert_close
 from kron_kernels.testing.cases import ACTIVATIONS, draw
@@ -103,7 +104,7 @@ def epilogue_of(
 
 
 def check_forward(
-    s: KronShape, tokens: int, dtype: torch.dtype, backend: str, turn: int, device: str = "cpu"
+    s: KronShape, tokens: int, dtype: torch.dtype, backend: Backend, turn: int, device: str = "cpu"
 ) -> None:
     """Check a product; ``turn`` cycles through the epilogues and the strides of the factors."""
     x, a, b = (t.to(device) for t in draw(s, tokens, dtype))
@@ -118,7 +119,7 @@ def check_forward(
 
 
 def check_gradients(
-    s: KronShape, tokens: int, dtype: torch.dtype, backend: str, device: str = "cpu"
+    s: KronShape, tokens: int, dtype: torch.dtype, backend: Backend, device: str = "cpu"
 ) -> None:
     x, a, b = (t.to(device).requires_grad_() for t in draw(s, tokens, dtype))
     dy = torch.randn(tokens, s.out_features).to(device, dtype)
@@ -149,7 +150,7 @@ def hold_gradients(
 
 
 def check_qkv(
-    s: KronShape, tokens: int, dtype: torch.dtype, backend: str, device: str = "cpu"
+    s: KronShape, tokens: int, dtype: torch.dtype, backend: Backend, device: str = "cpu"
 ) -> None:
     """Check three products of one x with different factors, one of them without a bias."""
     x, a, b = (t.to(device) for t in draw(s, tokens, dtype))
@@ -165,7 +166,7 @@ def check_feed_forward(
     tokens: int,
     dtype: torch.dtype,
     activation: str,
-    backend: str,
+    backend: Backend,
     bias: bool = True,
     meets: bool | None = True,
     device: str = "cpu",
