@@ -14,18 +14,6 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from turns import in_turns
 
-from benchmarks.gpu.cases import (
-    ACTIVATIONS,
-    DTYPES,
-    MIXED,
-    PAIRS,
-    PRESETS,
-    SHAPES,
-    SUMS,
-    draw,
-    name,
-)
-from benchmarks.gpu.checks import check_feed_forward, check_forward, check_gradients, hold, terms
 from kron_kernels import (
     KronShape,
     dispatch,
@@ -36,6 +24,24 @@ from kron_kernels import (
     reference,
 )
 from kron_kernels.backends import abi, cuda
+from kron_kernels.testing.cases import (
+    ACTIVATIONS,
+    DTYPES,
+    MIXED,
+    PAIRS,
+    PRESETS,
+    SHAPES,
+    SUMS,
+    draw,
+    name,
+)
+from kron_kernels.testing.checks import (
+    check_feed_forward,
+    check_forward,
+    check_gradients,
+    hold,
+    terms,
+)
 
 pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=str(emulator.why_not()))
 

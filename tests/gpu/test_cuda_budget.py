@@ -1,4 +1,4 @@
-"""What the compiled CUDA C++ kernels cost stays within benchmarks/gpu/cuda_budget.json."""
+"""Resources of the compiled CUDA C++ kernels stay within static/cuda_budget.json."""
 
 import json
 import subprocess
@@ -6,21 +6,20 @@ import subprocess
 import pytest
 import torch
 from simulator.cuda import why_not
-
-from benchmarks.gpu import cuda_budget
-from benchmarks.gpu.budget import check_budget
-from benchmarks.gpu.static import nvidia_tool
+from static import cuda_budget
+from static.budget import check_budget
+from static.reading import nvidia_tool
 
 BUDGET = json.loads(cuda_budget.BUDGET.read_text())
 try:
     COMPILED = set(cuda_budget.embedded(module) if (module := cuda_budget.installed()) else ())
-except ImportError:  # without the tools, which the tests skip for
+except ImportError:  # the tools are missing: the tests skip
     COMPILED = set()
 
 
 @pytest.fixture(autouse=True)
 def _tools(monkeypatch):
-    # Launches are recorded, not run: nobody need touch the memory of their results.
+    # Launches are recorded, not run: do not touch the memory of their results.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     try:
         nvidia_tool("cuobjdump"), nvidia_tool("nvdisasm")
@@ -28,7 +27,7 @@ def _tools(monkeypatch):
         pytest.skip("needs cuobjdump and nvdisasm, of the CUDA toolkit or of Triton")
 
 
-# What the installation has not compiled takes nvcc a minute for each architecture.
+# nvcc takes a minute for each architecture that the installation has not compiled.
 @pytest.mark.parametrize(
     "arch",
     [
@@ -60,7 +59,7 @@ def test_the_budget_has_every_kernel_and_no_spill():
     assert all(entry["min"]["blocks_per_sm"] > 0 for entry in launched)
 
 
-# ---- the reading itself, of a module with kernels of its own
+# --- the reading itself, of a module with toy kernels
 
 TOY = """
 extern "C" __global__ void spilling(float *x, int n) {

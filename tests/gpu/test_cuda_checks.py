@@ -12,10 +12,10 @@ import pytest
 import torch
 from simulator.cuda import KERNELS, CudaDevice, serving, why_not
 
-from benchmarks.gpu.cases import draw
 from kron_kernels import KronShape, kron_feed_forward, kron_matmul, reference
 from kron_kernels.backends import cuda as backend
 from kron_kernels.testing import assert_close
+from kron_kernels.testing.cases import draw
 
 pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=str(emulator.why_not()))
 needs_nvcc = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))

@@ -5,7 +5,8 @@ import torch
 from simulator.cuda import CudaDevice, why_not
 from turns import in_turns, slow
 
-from benchmarks.gpu.cases import (
+from kron_kernels import KronShape, kron_matmul, reference
+from kron_kernels.testing.cases import (
     ACTIVATIONS,
     MIXED,
     PAIRS,
@@ -14,7 +15,7 @@ from benchmarks.gpu.cases import (
     draw,
     name,
 )
-from benchmarks.gpu.checks import (
+from kron_kernels.testing.checks import (
     check_feed_forward,
     check_forward,
     check_gradients,
@@ -22,7 +23,6 @@ from benchmarks.gpu.checks import (
     hold,
     terms,
 )
-from kron_kernels import KronShape, kron_matmul, reference
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
 

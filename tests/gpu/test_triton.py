@@ -10,7 +10,17 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.func import vmap
 from turns import in_turns
 
-from benchmarks.gpu.cases import (
+from kron_kernels import (
+    KroneckerEmbedding,
+    KronShape,
+    kron_feed_forward,
+    kron_matmul,
+    kron_qkv,
+    reference,
+)
+from kron_kernels.backends.triton import configs as triton_launch
+from kron_kernels.backends.triton import launch as triton_gpu
+from kron_kernels.testing.cases import (
     ACTIVATIONS,
     DTYPES,
     FEED_FORWARDS,
@@ -23,7 +33,7 @@ from benchmarks.gpu.cases import (
     draw,
     name,
 )
-from benchmarks.gpu.checks import (
+from kron_kernels.testing.checks import (
     check_feed_forward,
     check_forward,
     check_gradients,
@@ -32,16 +42,6 @@ from benchmarks.gpu.checks import (
     hold,
     terms,
 )
-from kron_kernels import (
-    KroneckerEmbedding,
-    KronShape,
-    kron_feed_forward,
-    kron_matmul,
-    kron_qkv,
-    reference,
-)
-from kron_kernels.backends.triton import configs as triton_launch
-from kron_kernels.backends.triton import launch as triton_gpu
 
 pytest.importorskip("triton")
 from simulator import Device

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from benchmarks.gpu.cases import draw
 from kron_kernels import KronShape, kron_feed_forward, kron_matmul, reference
 from kron_kernels.backends.triton import configs as triton_launch
 from kron_kernels.backends.triton import launch as triton_gpu
 from kron_kernels.testing import assert_close
+from kron_kernels.testing.cases import draw
 
 pytest.importorskip("triton")
 from simulator import Device, SimulationError

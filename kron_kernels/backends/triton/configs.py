@@ -1,7 +1,7 @@
 """How a product is laid on a GPU: which factor mixes, and the tiles of a launch; needs torch only.
 
 The choice is a rule with reasons. A table measured on a device, ``tuned/<device>.json`` written by
-``benchmarks/tune.py``, overrides it.
+``python -m benchmarks.gpu --only tuning``, overrides it.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def _table(device: str) -> dict[str, Tile]:
     if device != SIMULATED.name:
         warnings.warn(
             f"kron_kernels has no tiles measured on {device!r} and takes those of its rule; "
-            "python -m benchmarks.tune measures them.",
+            "python -m benchmarks.gpu --only tuning measures them.",
             stacklevel=2,
         )
     return {}
