@@ -21,8 +21,8 @@ from kron_kernels import (
     nearest_kronecker_sum,
 )
 from kron_kernels.factorise import no_such_layer
-from kron_kernels.plan.calibration import check_moment
-from kron_kernels.plan.forward import evaluating
+from kron_kernels.modules import evaluating
+from kron_kernels.moments import check_moment
 from kroneckerbert.configuration_kroneckerbert import linear_weight
 
 Batch = Mapping[str, Tensor]

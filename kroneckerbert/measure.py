@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from kron_kernels.plan.forward import evaluating
+from kron_kernels.modules import evaluating
 from kron_kernels.shapes import check_integer
 from kron_kernels.timing import Timing, interleaved
 from kroneckerbert.modeling_kroneckerbert import positions

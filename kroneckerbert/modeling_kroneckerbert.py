@@ -48,7 +48,7 @@ from transformers import (
 )
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, KronShape
-from kron_kernels.plan.forward import evaluating
+from kron_kernels.modules import evaluating
 from kron_kernels.readers import reader
 from kron_kernels.shapes import check_integer
 from kroneckerbert import checkpoints

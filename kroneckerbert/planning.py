@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 import kron_kernels.plan as engine
 from kron_kernels import KroneckerEmbedding, KronShape
 from kron_kernels.files import write_file
+from kron_kernels.modules import evaluating
 from kron_kernels.plan import Plan
-from kron_kernels.plan.forward import evaluating
 from kron_kernels.timing import interleaved
 from kroneckerbert import measure
 from kroneckerbert.calibration import Batch, checked_batches, layer_inputs, tokens_of

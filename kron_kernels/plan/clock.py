@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kron_kernels.factorise import Terms, random_layer
-from kron_kernels.plan.forward import call
+from kron_kernels.modules import call
 from kron_kernels.plan.layers import Candidate, Target
 from kron_kernels.timing import interleaved
 

@@ -11,11 +11,7 @@ import torch
 from torch import nn
 
 from kron_kernels.factorise import Entry, Terms
-from kron_kernels.plan.budget import KEYS, check_arguments, limits_of
-from kron_kernels.plan.calibration import second_moments
-from kron_kernels.plan.candidates import candidates_of
-from kron_kernels.plan.clock import MODULE_SECONDS, Clock, milliseconds
-from kron_kernels.plan.forward import (
+from kron_kernels.modules import (
     call,
     evaluating,
     observe_shapes,
@@ -23,6 +19,10 @@ from kron_kernels.plan.forward import (
     totals_of,
     with_random_factors,
 )
+from kron_kernels.moments import second_moments
+from kron_kernels.plan.budget import KEYS, check_arguments, limits_of
+from kron_kernels.plan.candidates import candidates_of
+from kron_kernels.plan.clock import MODULE_SECONDS, Clock, milliseconds
 from kron_kernels.plan.layers import (
     Candidate,
     Target,

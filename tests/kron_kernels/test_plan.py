@@ -23,9 +23,9 @@ from kron_kernels import (
 )
 from kron_kernels.decompose import dense_weight, shrunk
 from kron_kernels.factorise import random_layer
+from kron_kernels.moments import second_moments
 from kron_kernels.plan import LayerPlan, Plan, plan, planner, result, solver
 from kron_kernels.plan import clock as clocks
-from kron_kernels.plan.calibration import second_moments
 from kron_kernels.plan.candidates import candidates_of
 from kron_kernels.plan.layers import Candidate, Target, entry_of, find_targets
 from kron_kernels.plan.solver import solve

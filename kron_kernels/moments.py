@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kron_kernels.plan.forward import call, hooked
+from kron_kernels.modules import call, hooked
 from kron_kernels.plan.layers import Target
 
 
