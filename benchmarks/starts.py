@@ -30,7 +30,7 @@ from torchmetrics.functional.regression import spearman_corrcoef
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
 from kroneckerbert import compress, embed, plan
-from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
+from kroneckerbert.configuration_kroneckerbert import layout_of
 from kroneckerbert.data import TextDataset, read_lines, read_table
 
 RATIOS = (4, 8, 16)
@@ -136,20 +136,17 @@ def svd(model: nn.Module, ratio: int) -> dict:
 
 
 def sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    return {p: tuple(linear_weight(m).shape) for p, m in factorisable(model) if is_linear(model, m)}
-
-
-def is_linear(model: nn.Module, module: nn.Module) -> bool:
-    return module is not model.get_input_embeddings()
+    layout = layout_of(model)
+    return {path: size for path, size in layout.sizes.items() if path != layout.table}
 
 
 def linears(model: nn.Module) -> int:
     """Parameters of the encoder's linear layers, without biases, whatever form they have."""
+    dense = sum(rows * columns for rows, columns in sizes(model).values())
     if hasattr(model.config, "kronecker_factors"):
         shapes = model.config.kronecker_shapes().values()
-        dense = sum(linear_weight(m).numel() for _, m in factorisable(model) if is_linear(model, m))
         return dense + sum(s.parameters for terms in shapes for s in terms)
-    return sum(rows * columns for rows, columns in sizes(model).values())
+    return dense
 
 
 class Tasks:

@@ -93,7 +93,6 @@ class KroneckerLinear(nn.Module):
         rank: int = 1,
         *,
         second_moment: Tensor | None = None,
-        rescale: bool = False,
         backend: Backend = "auto",
     ) -> Self:
         """The layer nearest to ``linear``, on its device and in its dtype, with its bias.
@@ -106,13 +105,10 @@ class KroneckerLinear(nn.Module):
             rank: Kronecker rank.
             second_moment: ``E[x xᵀ]`` of the layer's inputs, ``(in_features, in_features)``: the
                 layer nearest in its outputs instead of in its weights.
-            rescale: Keep the weight's norm, see ``nearest_kronecker``.
             backend: Passed to ``kron_matmul``.
         """
         weight = linear.weight
-        a, b = nearest_kronecker(
-            weight, a_shape, rank, second_moment=second_moment, rescale=rescale
-        )
+        a, b = nearest_kronecker(weight, a_shape, rank, second_moment=second_moment)
         layer = nn.utils.skip_init(
             cls,
             linear.in_features,
@@ -253,7 +249,6 @@ class KroneckerSum(nn.Module):
         parts: Sequence[tuple[tuple[int, int], int]],
         *,
         second_moment: Tensor | None = None,
-        rescale: bool = False,
         backend: Backend = "auto",
     ) -> Self:
         """The sum near ``linear``, on its device and in its dtype, with its bias.
@@ -265,11 +260,10 @@ class KroneckerSum(nn.Module):
             parts: ``(a_shape, rank)`` of each part, fitted in this order.
             second_moment: ``E[x xᵀ]`` of the layer's inputs, ``(in_features, in_features)``: near
                 in its outputs instead of in its weights.
-            rescale: Keep the weight's norm, see ``nearest_kronecker_sum``.
             backend: Passed to ``kron_matmul``.
         """
         weight, parts = linear.weight, parts_of(parts)
-        fitted = nearest_kronecker_sum(weight, parts, second_moment=second_moment, rescale=rescale)
+        fitted = nearest_kronecker_sum(weight, parts, second_moment=second_moment)
         layer = nn.utils.skip_init(
             cls,
             linear.in_features,
@@ -481,9 +475,7 @@ class KroneckerEmbedding(nn.Module):
             nn.init.zeros_(self.a[:, self.padding_idx])
 
     @classmethod
-    def from_embedding(
-        cls, embedding: nn.Embedding, b_size: int, rank: int = 1, *, rescale: bool = False
-    ) -> Self:
+    def from_embedding(cls, embedding: nn.Embedding, b_size: int, rank: int = 1) -> Self:
         """The table nearest to ``embedding`` in the Frobenius norm, on its device, in its dtype.
 
         The factors are as trainable as its weight is.
@@ -510,7 +502,7 @@ class KroneckerEmbedding(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        fitted = nearest_kronecker(weight, (rows, dim // b_size), rank, rescale=rescale)
+        fitted = nearest_kronecker(weight, (rows, dim // b_size), rank)
         a, b = (as_trainable(t, weight) for t in fitted)
         return filled(table, like=embedding, a=a, b=b)
 

@@ -21,7 +21,8 @@ from kroneckerbert.modeling_kroneckerbert import (
     mean_pooling,
     register,
 )
-from kroneckerbert.planning import plan, report
+from kroneckerbert.planning import plan
+from kroneckerbert.reporting import report
 
 # What needs more than transformers, imported when it is asked for.
 _LAZY = {

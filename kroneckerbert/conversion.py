@@ -14,7 +14,6 @@ import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from kron_kernels import (
@@ -22,13 +21,14 @@ from kron_kernels import (
     KroneckerLinear,
     KroneckerSum,
     factorise_,
-    nearest_kronecker,
     nearest_kronecker_sum,
 )
 from kron_kernels.decompose import check_finite
 from kron_kernels.factorise import dense_layer
+from kron_kernels.modules import is_conv1d, linear_weight
 from kron_kernels.nn import as_trainable
 from kron_kernels.plan import Plan
+from kron_kernels.shapes import naming
 from kroneckerbert.calibration import checked_batches, refit, second_moments
 from kroneckerbert.configuration_kroneckerbert import KroneckerConfig
 from kroneckerbert.loading import load, read_config
@@ -49,7 +49,6 @@ def compress(
     *,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
     sequential: bool = False,
-    rescale: bool = False,
     progress: bool = False,
 ) -> KroneckerPreTrainedModel | nn.Module:
     """A model whose factorised weights are the nearest to the given model's own.
@@ -72,7 +71,6 @@ def compress(
             ``second_moments``; word embeddings, which are looked up, do not.
         sequential: Refit layer by layer on the calibration inputs, as they come out of the layers
             before, biases included, see ``kroneckerbert.calibration.refit``.
-        rescale: Give each product its weight's norm, see ``kron_kernels.nearest_kronecker``.
         progress: Show a bar over the factorised modules.
 
     Raises:
@@ -90,7 +88,6 @@ def compress(
             config,
             calibration=calibration,
             sequential=sequential,
-            rescale=rescale,
             progress=progress,
         )
     if reason := why_not(model):
@@ -99,36 +96,32 @@ def compress(
         return _compress_module(model, config, calibration)
     student_class = kronecker_class(model)
     config = _student_config(config, student_class, model)
-    shapes = config.kronecker_shapes()
+    factorised = config.kronecker_shapes()
     _check_class(student_class, config)
     encoder = model.base_model
     table = model.get_input_embeddings()
-    linears = [path for path in shapes if encoder.get_submodule(path) is not table]
+    linears = [path for path in factorised if encoder.get_submodule(path) is not table]
     batches = None if calibration is None else checked_batches(calibration)
-    for path in shapes:  # before calibration, which would blame the layers behind
+    for path in factorised:  # before calibration, whose error would name a later layer
         check_finite(f"the weight of {path}", encoder.get_submodule(path).weight)
     moments = {} if batches is None else second_moments(encoder, batches, linears)
 
     state = model.state_dict(keep_vars=True)
     prefix = "" if model is encoder else f"{model.base_model_prefix}."
-    for path, terms in tqdm(shapes.items(), desc="factorising", disable=not progress):
+    for path, shapes in tqdm(factorised.items(), desc="factorising", disable=not progress):
         name = f"{prefix}{path}"
         if encoder.get_submodule(path) is table and is_tied(config):
             for decoder in _tied_to(model, f"{name}.weight"):
                 state.pop(decoder, None)  # tied to the factors instead
         source = state.pop(f"{name}.weight")
-        weight = source.mT if isinstance(encoder.get_submodule(path), Conv1D) else source
-        parts = [((s.m1, s.n1), s.rank) for s in terms]
-        how: dict[str, Any] = {"second_moment": moments.get(path), "rescale": rescale}
-        try:
-            if len(parts) == 1:
-                fitted = {name: nearest_kronecker(weight, *parts[0], **how)}
-            else:
-                sums = enumerate(nearest_kronecker_sum(weight, parts, **how))
-                fitted = {f"{name}.parts.{i}": factors for i, factors in sums}
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        for part, (a, b) in fitted.items():
+        with naming(path):
+            fitted = nearest_kronecker_sum(
+                linear_weight(encoder.get_submodule(path)),
+                [s.part for s in shapes],
+                second_moment=moments.get(path),
+            )
+        for i, (a, b) in enumerate(fitted):
+            part = f"{name}.parts.{i}" if len(fitted) > 1 else name
             state[f"{part}.a"], state[f"{part}.b"] = (as_trainable(t, source) for t in (a, b))
     student = _rebuild(student_class, config, state, like=model)
     if sequential and batches is not None:
@@ -166,8 +159,8 @@ def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
                 state.pop(f"{name}.{key}", None)  # the parts of a sum are modules, too
         if name in factorised:  # else it is tied: the dense decoder is so to the dense table
             weight = dense_layer(name, module).weight
-            is_conv1d = isinstance(stock.get_submodule(name), Conv1D)
-            state[f"{name}.weight"] = as_trainable(weight.mT if is_conv1d else weight, weight)
+            is_transposed = is_conv1d(stock.get_submodule(name))
+            state[f"{name}.weight"] = as_trainable(weight.mT if is_transposed else weight, weight)
     return _rebuild(model.dense_class, config, state, like=model)
 
 

@@ -40,8 +40,8 @@ def _quickly_timed(monkeypatch):
     """No choice here depends on a time: what is timed is timed a few times only."""
     monkeypatch.setattr("kron_kernels.plan.clock.LAYER_SECONDS", 0.0)
     monkeypatch.setattr("kron_kernels.plan.planner.MODULE_SECONDS", 0.0)
-    monkeypatch.setattr("kroneckerbert.planning._LAYER_SECONDS", 0.0)
-    monkeypatch.setattr("kroneckerbert.planning._MODEL_SECONDS", 0.0)
+    monkeypatch.setattr("kroneckerbert.reporting._LAYER_SECONDS", 0.0)
+    monkeypatch.setattr("kroneckerbert.reporting._MODEL_SECONDS", 0.0)
 
 
 def teachers():
