@@ -122,11 +122,16 @@ def deciding_name(names: Iterable[str], path: str) -> str | None:
     return max((name for name in names if names_layer(name, path)), key=len, default=None)
 
 
-def no_such_layer(name: str, paths: Iterable[str]) -> str:
-    """The end of an error message about a name that is no layer's, with the nearest names."""
-    # All ends of the paths: those of the first layer stand for the others.
-    ends = {".".join(p.split(".")[i:]): None for p in paths for i in range(p.count(".") + 1)}
-    nearest = difflib.get_close_matches(name, ends, n=3, cutoff=0.3) or list(ends)[:3]
+def ends_of(paths: Iterable[str]) -> list[str]:
+    """All names of the layers at these paths."""
+    ends = (".".join(p.split(".")[i:]) for p in paths for i in range(p.count(".") + 1))
+    return list(dict.fromkeys(ends))
+
+
+def no_such_layer(name: str, names: Iterable[str]) -> str:
+    """The end of an error message about a name that is not among these, with the nearest ones."""
+    names = list(names)
+    nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
     return (
         "which is no layer that could be factorised; "
         f"the nearest are {', '.join(nearest) or 'none: it has no nn.Linear or nn.Embedding'}."

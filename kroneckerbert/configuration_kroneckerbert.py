@@ -13,7 +13,14 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from kron_kernels import KronShape
-from kron_kernels.factors import deciding_name, names_layer, no_such_layer, parse, shapes_of
+from kron_kernels.factors import (
+    deciding_name,
+    ends_of,
+    names_layer,
+    no_such_layer,
+    parse,
+    shapes_of,
+)
 from kron_kernels.modules import dense_layers, linear_weight, obstacles
 from kron_kernels.plan import Plan
 from kroneckerbert.presets import preset_factors
@@ -101,9 +108,8 @@ class KroneckerConfig(_Base):
                 continue
             reasons = {p: why for p, why in layout.obstacles.items() if layout.fits(name, p)}
             if not reasons:
-                raise ValueError(
-                    f"kronecker_factors has {name!r}, {no_such_layer(name, layout.sizes)}"
-                )
+                nearest = no_such_layer(name, ends_of(layout.sizes))
+                raise ValueError(f"kronecker_factors has {name!r}, {nearest}")
             if entry is not None:
                 path, reason = next(iter(reasons.items()))
                 raise ValueError(

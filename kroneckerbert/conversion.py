@@ -1,4 +1,4 @@
-"""From a dense transformer to a Kronecker one that starts near it, and back."""
+"""Conversion of a dense transformer to a Kronecker one near it, and back."""
 
 from __future__ import annotations
 
@@ -51,27 +51,27 @@ def compress(
     sequential: bool = False,
     progress: bool = False,
 ) -> KroneckerPreTrainedModel | nn.Module:
-    """A model whose factorised weights are the nearest to the given model's own.
+    """Replace weights of a model by the nearest factorised ones.
 
-    Of a transformers model: a new one of the Kronecker class, on the same device, in the same dtype
-    and modes, with the same head and labels; ``model`` is left as it is. Of a
-    ``SentenceTransformer`` or ``CrossEncoder``: a copy with such a model in it. Any other module is
-    changed in place and returned, by a plan or a mapping. What is not factorised is copied exactly.
-    What is frozen (``requires_grad``) stays so: the factors of a frozen weight are frozen. Expect
-    to train the result: of a random weight's energy, the attention shapes at BERT_BASE's width hold
-    a quarter at 8x and 3 % at 21x.
+    A transformers model gives a new model of the Kronecker class, on the same device, in the same
+    dtype and modes, with the same head and labels; ``model`` is left as it is. A
+    ``SentenceTransformer`` or ``CrossEncoder`` gives a copy with such a model in it. Any other
+    module is changed in place and returned; it needs a plan or a mapping. Other weights are copied
+    exactly, and frozen parameters (``requires_grad``) give frozen factors. Expect to train the
+    result: the attention shapes at BERT_BASE's width hold a quarter of a random weight's energy at
+    8x, and 3 % at 21x.
 
     Args:
-        model: The dense model, or the name or folder of one of transformers.
-        config: A preset's name, scaled to the model's widths; what ``kroneckerbert.plan``
-            returned, or a mapping like ``KroneckerConfig.kronecker_factors``; or a
-            configuration whose sizes are the model's. The labels are the model's.
+        model: The dense model, or the name or folder of a transformers model.
+        config: A preset's name, scaled to the model's widths; a plan from ``kroneckerbert.plan``; a
+            mapping like ``KroneckerConfig.kronecker_factors``; or a configuration with the model's
+            sizes. The labels are always the model's.
         calibration: Batches of model inputs (``input_ids``, ``attention_mask``, …). The linear
-            layers then start nearest in their outputs on these inputs, see
-            ``second_moments``; word embeddings, which are looked up, do not.
-        sequential: Refit layer by layer on the calibration inputs, as they come out of the layers
-            before, biases included, see ``kroneckerbert.calibration.refit``.
-        progress: Show a bar over the factorised modules.
+            layers then start nearest in their outputs on these inputs, see ``second_moments``;
+            word embeddings have no inputs to multiply, and do not.
+        sequential: Whether to refit layer by layer, biases included, on the calibration inputs as
+            the student's earlier layers return them, see ``kroneckerbert.calibration.refit``.
+        progress: Whether to show a bar over the factorised modules.
 
     Raises:
         TypeError: If the model cannot be compressed.
@@ -131,9 +131,9 @@ def compress(
 
 @torch.no_grad()
 def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
-    """The stock dense model of the same function: the way out, for tools that know only that.
+    """The stock dense model of the same function, for tools that do not support Kronecker layers.
 
-    A weight is frozen if all its factors are, anything else if it is.
+    A weight is frozen if all its factors are; other parameters keep their ``requires_grad``.
 
     Raises:
         TypeError: If ``model`` is not a Kronecker model.
@@ -157,7 +157,7 @@ def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
         for key in module.state_dict():
             if key != "bias":
                 state.pop(f"{name}.{key}", None)  # the parts of a sum are modules, too
-        if name in factorised:  # else it is tied: the dense decoder is so to the dense table
+        if name in factorised:  # others are tied, and the dense decoder is tied to the dense table
             weight = dense_layer(name, module).weight
             is_transposed = is_conv1d(stock.get_submodule(name))
             state[f"{name}.weight"] = as_trainable(weight.mT if is_transposed else weight, weight)
@@ -168,9 +168,9 @@ def _compress_module(module: nn.Module, config: Any, calibration: Iterable | Non
     """Any other module, in place."""
     if isinstance(config, str | KroneckerConfig):
         raise TypeError(
-            f"a {type(module).__name__} is no transformer of transformers, so that no preset or "
-            "configuration fits it; pass kron_kernels.plan(module, budget, inputs), or a mapping "
-            "from names of its layers to shapes."
+            f"a {type(module).__name__} is not a transformers model and has no preset or "
+            "configuration; pass kron_kernels.plan.plan(module, budget, inputs), or a mapping from "
+            "paths of its layers to terms."
         )
     if calibration is not None:
         raise TypeError(
@@ -182,14 +182,14 @@ def _compress_module(module: nn.Module, config: Any, calibration: Iterable | Non
 
 def _compress_sentence_transformer(model: Any, config: Any, **options: Any) -> Any:
     dense = model[0].auto_model
-    # The copy finds the student where the original has the dense model.
+    # A copy in which the student replaces the dense model.
     return copy.deepcopy(model, {id(dense): compress(dense, config, **options)})
 
 
 def _load(source: str | os.PathLike) -> PreTrainedModel:
-    """The model in the class that its configuration names."""
+    """Load a model in the class that its configuration names."""
     config = read_config(source)
-    # Checkpoints of bare encoders may name no class.
+    # Checkpoints of encoders without a head may name no class.
     name = (config.architectures or [""])[0]
     if isinstance(config, KroneckerConfig):
         raise TypeError(f"{source}: cannot compress a {name}; {FACTORISED}.")
@@ -197,7 +197,7 @@ def _load(source: str | os.PathLike) -> PreTrainedModel:
 
 
 def _check_class(cls: type[KroneckerPreTrainedModel], config: KroneckerConfig) -> None:
-    """Raise if no such model can be made: before the work, on the meta device."""
+    """Raise if no such model can be made: on the meta device, before the expensive part."""
     try:
         with torch.device("meta"):
             cls(config)
@@ -247,7 +247,7 @@ def _student_config(
 
 
 def _structure(dense_config: type[PreTrainedConfig]) -> list[str]:
-    """What a model's tensors and the function they compute depend on."""
+    """Names of the fields that a model's tensors and function depend on."""
     common = {field.name for field in fields(PreTrainedConfig)}
     own = (field.name for field in fields(dense_config) if field.name not in common)
     free = ("drop", "initializer", "use_cache", "token_id", "chunk")
@@ -259,7 +259,7 @@ def _tied_to(model: PreTrainedModel, name: str) -> list[str]:
 
 
 def _pooler_as(model: PreTrainedModel) -> dict[str, bool]:
-    """The argument that gives a model without head a pooler exactly if ``model`` has one."""
+    """The argument that gives a model without a head a pooler exactly if ``model`` has one."""
     is_encoder = model is model.base_model
     takes_it = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
     return {"add_pooling_layer": model.pooler is not None} if is_encoder and takes_it else {}
@@ -273,9 +273,9 @@ def _rebuild(
 ) -> PreTrainedModel:
     """A ``cls`` with a copy of ``state``, and the device, dtype, modes and pooler of ``like``.
 
-    Each parameter is as trainable as the tensor that it is copied from.
+    Each parameter has the ``requires_grad`` of the tensor that it is copied from.
     """
-    # Through the loader: on the meta device, so that no weight is drawn in vain, with its checks.
+    # The loader makes the model on the meta device, which draws no weights, and checks the names.
     trainable = {name: tensor.requires_grad for name, tensor in state.items()}
     state = {name: tensor.detach().clone() for name, tensor in state.items()}
     show_bars = logging.is_progress_bar_enabled()
@@ -287,11 +287,11 @@ def _rebuild(
     finally:
         if show_bars:
             logging.enable_progress_bar()
-    new.name_or_path = new.config.name_or_path = ""  # where None came from
+    new.name_or_path = new.config.name_or_path = ""  # the loader writes None
     new.to(like.device).train(like.training)
     parts = dict(new.named_modules())
-    for path, module in like.named_modules():  # from the root on: a part may differ from the whole
-        if path in parts:  # not the parts of a sum, where the new layer is dense
+    for path, module in like.named_modules():  # root first: a part may differ from the whole
+        if path in parts:  # parts of a sum have no counterpart in a dense model
             parts[path].train(module.training)
     for name, p in new.named_parameters():
         p.requires_grad_(trainable.get(name, p.requires_grad))

@@ -15,6 +15,7 @@ from kron_kernels.factors import (
     Shapes,
     Term,
     deciding_name,
+    ends_of,
     names_layer,
     no_such_layer,
     parse,
@@ -106,7 +107,7 @@ def find_targets(
     def paths_of(name: str, argument: str) -> list[str]:
         paths = [path for path in layers if names_layer(name, path)]
         if not paths:
-            raise ValueError(f"{argument} has {name!r}, {no_such_layer(name, layers)}")
+            raise ValueError(f"{argument} has {name!r}, {no_such_layer(name, ends_of(layers))}")
         return paths
 
     if names is None:
