@@ -74,10 +74,7 @@ class _Preset(NamedTuple):
     rank: int = 1  # of attention and feed-forward
 
 
-# KroneckerBERT (NAACL 2022). 8 and 21 are table 1 as printed. 5 is table 1 corrected: the attention
-# shape printed there, 384x384, would give 45.5 M parameters instead of the stated 20 M; with 384x48
-# the stated size and FLOPs come out. 19 is inferred: natural shapes that give its 19.3x, since the
-# version of the paper that has it was not available.
+# KroneckerBERT (NAACL 2022), see KroneckerConfig.preset.
 PRESETS = {
     "kronecker-bert-8": _Preset(_Small("B", 2, 2), _Small("A", 8, 2), b_size=8),
     "kronecker-bert-21": _Preset(_Small("B", 2, 16), _Small("A", 16, 2), b_size=16),

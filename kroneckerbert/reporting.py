@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -228,47 +228,45 @@ def _table(report: Report) -> Table:
         name = ".".join(part for part in row.path.split(".") if not part.isdigit())
         groups[name, row.terms].append(row)
     for (name, terms), rows in groups.items():
-        n = len(rows)
-        dense, here = sum(r.ms_dense for r in rows), sum(r.ms for r in rows)
+        sums = {
+            field.name: sum(getattr(r, field.name) for r in rows)
+            for field in fields(LayerReport)
+            if field.name.startswith(("parameters", "flops", "ms"))
+        }
         table.add_row(
-            name if n == 1 else f"{name} ({n})",
+            name if len(rows) == 1 else f"{name} ({len(rows)})",
             terms,
-            _less(
-                sum(r.parameters_dense for r in rows), sum(r.parameters for r in rows), "{:,.0f}"
-            ),
-            _less(
-                sum(r.flops_dense for r in rows) / 1e6, sum(r.flops for r in rows) / 1e6, "{:,.1f}"
-            ),
-            f"{dense:.2f}",
-            f"{here:.2f}",
-            f"{dense / here:.1f}" if dense >= here else f"{dense / here:.2f} slower here",
+            *_costs(*((sums[f"{key}_dense"], sums[key]) for key in ("parameters", "flops", "ms"))),
             _mean([r.weight_error for r in rows]),
             _mean([r.output_error for r in rows]),
         )
     table.add_section()
-    totals = [report.totals[key] for key in ("parameters", "flops", "ms")]
-    (p0, p1), (f0, f1), (t0, t1) = ((t.get("dense"), t["compressed"]) for t in totals)
-    table.add_row(
-        "the whole model",
-        "",
-        _less(p0, p1, "{:,.0f}"),
-        _less(f0 and f0 / 1e6, f1 / 1e6, "{:,.1f}"),
-        "" if t0 is None else f"{t0:.2f}",
-        f"{t1:.2f}",
-        "" if t0 is None else f"{t0 / t1:.1f}",
-        "",
-        "",
-    )
+    totals = (report.totals[key] for key in ("parameters", "flops", "ms"))
+    costs = _costs(*((total.get("dense"), total["compressed"]) for total in totals))
+    table.add_row("the whole model", "", *costs)
     return table
+
+
+Pair = tuple[float | None, float]  # of the dense form, if known, and of ours
+
+
+def _costs(parameters: Pair, flops: Pair, ms: Pair) -> list[str]:
+    """The cells about costs in a row."""
+    cells = []
+    for (dense, ours), unit, form in ((parameters, 1, ",.0f"), (flops, 1e6, ",.1f")):
+        cells.append(
+            f"{ours / unit:{form}}" + (f" ({dense / ours:.1f}x)" if dense and ours else "")
+        )
+    dense, ours = ms
+    if dense is None:
+        return [*cells, "", f"{ours:.2f}", ""]
+    faster = f"{dense / ours:.1f}" if dense >= ours else f"{dense / ours:.2f} slower here"
+    return [*cells, f"{dense:.2f}", f"{ours:.2f}", faster]
 
 
 def _mean(errors: list[float | None]) -> str:
     known = [error for error in errors if error is not None]
     return f"{sum(known) / len(known):.3f}" if len(known) == len(errors) else ""
-
-
-def _less(dense: float | None, here: float, form: str) -> str:
-    return form.format(here) + (f" ({dense / here:.1f}x)" if dense and here else "")
 
 
 def _draw(report: Report, path: Path) -> None:

@@ -35,8 +35,8 @@ class Clock:
         by_kind: dict[str, tuple[Target, set[Shapes]]] = {}
         for target, shapes in wanted:
             by_kind.setdefault(target.kind, (target, set()))[1].add(shapes)
-        for kind, (target, asked) in by_kind.items():
-            new = sorted(asked - self.known[kind].keys() - {()})
+        for kind, (target, all_shapes) in by_kind.items():
+            new = sorted(all_shapes - self.known[kind].keys() - {()})
             if target.inputs and (new or () not in self.known[kind]):
                 self._measure(target, new)
 

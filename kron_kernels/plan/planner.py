@@ -84,24 +84,20 @@ def plan(
             calibration input is not finite.
     """
     check_arguments(budget, objective)
-    say = partial(print, "plan:", file=sys.stderr, flush=True) if progress else _silent
+    log = partial(print, "plan:", file=sys.stderr, flush=True) if progress else lambda text: None
     with evaluating(module), torch.no_grad():
         targets = find_targets(module, names, layers, allow_tied=build is not None)
-        say(f"{len(targets)} layers; a forward pass")
+        log(f"{len(targets)} layers; a forward pass")
         _observe_inputs(module, inputs, targets)
         for target in targets:
             if target.may_change:
                 check_finite(f"the weight of {target.path or 'the module'}", target.layer.weight)
         moments = {} if calibration is None else _moments(module, calibration, targets)
         for i, target in enumerate(targets):
-            say(f"errors {i + 1} of {len(targets)}: {target.path}")
+            log(f"errors {i + 1} of {len(targets)}: {target.path}")
             target.candidates = candidates_of(target, moments.pop(target.path, None), mix)
-        planner = Planner(module, inputs, build, budget, targets, objective, say)
+        planner = Planner(module, inputs, build, budget, targets, objective, log)
         return planner.run(keep_dense_if_slower and objective != "size")
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 def _observe_inputs(module: nn.Module, inputs: Any, targets: Sequence[Target]) -> None:
@@ -144,10 +140,10 @@ class Planner:
         budget: Mapping[str, float | str],
         targets: Sequence[Target],
         objective: str,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         self.module, self.inputs, self.build = module, inputs, build
-        self.budget, self.targets, self.objective, self.say = budget, targets, objective, say
+        self.budget, self.targets, self.objective, self.log = budget, targets, objective, log
         self.clock = Clock()
         self.dense = self._totals(module)
         calls = {"dense": partial(call, module, inputs)}
@@ -159,7 +155,7 @@ class Planner:
         self.keep_dense = keep_dense
         self.timed = keep_dense or "latency" in self.limits or self.objective == "latency"
         if self.timed:
-            self.say("timing dense layers")
+            self.log("timing dense layers")
             self.clock.measure((t, ()) for t in self.targets)
         allowed, given_up = dict(self.limits), False
         best: Choice | None = None
@@ -222,7 +218,7 @@ class Planner:
                 ]
             if not wanted:
                 return choice
-            self.say(f"timing {len({(t.kind, shapes) for t, shapes in wanted})} kinds of layers")
+            self.log(f"timing {len({(t.kind, shapes) for t, shapes in wanted})} kinds of layers")
             self.clock.measure(wanted)
 
     def _solve_keeping_dense(self, allowed: Mapping[str, float]) -> Choice | None:
@@ -328,7 +324,7 @@ class Planner:
 
     def _measure(self, choice: Choice) -> dict[str, float]:
         """Totals of the module that is built from this choice."""
-        self.say("building and measuring the whole")
+        self.log("building and measuring the whole")
         picked = zip(self.targets, choice, strict=True)
         factors = {t.path: entry for t, c in picked if (entry := entry_of(c.shapes))}
         if self.build is None:
@@ -420,7 +416,7 @@ class Planner:
         if chosen.shapes:
             return slower(chosen) or None
         if target.decided:
-            return "as asked"
+            return "as requested"
         if not target.inputs:
             return "not called with these inputs, kept dense"
         if len(target.candidates) == 1:

@@ -367,7 +367,7 @@ def test_decisions_are_kept_and_the_longest_name_decides():
     assert made.factors["layer.1.up"] is None
     assert made.factors["head"] == [{"a_shape": [2, 4], "rank": 1}, {"a_shape": [6, 1], "rank": 1}]
     by_path = {row.path: row for row in made.layers}
-    assert by_path["layer.1.up"].reason == "as asked"
+    assert by_path["layer.1.up"].reason == "as requested"
     for path in ("layer.0.up", "head"):
         weight = net.get_submodule(path).weight.detach()
         error = weight_error(weight, made.factors[path], rounds=20)
@@ -806,6 +806,8 @@ def test_json_that_is_not_a_plan_is_refused(made):
         ("totals.latency.planned", "x"),
         ("setting", {}),
         ("setting.inputs", None),
+        ("layers.0", 3),
+        ("layers.0.surplus", 3),
         ("layers.0.parameters", "x"),
         ("layers.0.parameters_dense", 0),
         ("layers.0.path", None),
@@ -824,7 +826,7 @@ def test_a_plan_that_cannot_be_printed_is_refused(place, value, made):
     inner = values
     for key in path:
         inner = inner[int(key) if key.isdecimal() else key]
-    inner[last] = value
+    inner[int(last) if last.isdecimal() else last] = value
     with pytest.raises(ValueError, match="this is no plan: its table cannot be made of its values"):
         Plan.from_json(json.dumps(values))
 
