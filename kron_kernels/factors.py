@@ -48,14 +48,14 @@ def parse(entry: Entry | Mapping[str, Any] | None, what: str = "an entry") -> Pa
     return parts
 
 
-def term_of(shape: KronShape) -> Term:
-    """The term of a shape, in JSON's types."""
-    return {"a_shape": list(shape.a_shape), "rank": shape.rank}
+def term_of(a_shape: tuple[int, int], rank: int) -> Term:
+    """A term in JSON's types."""
+    return {"a_shape": list(a_shape), "rank": rank}
 
 
 def entry_of(shapes: Iterable[KronShape]) -> Entry | None:
-    """The entry that ``parse`` reads, in JSON's types; None without shapes."""
-    return [term_of(s) for s in shapes] or None
+    """The list of terms of these shapes, which ``parse`` reads; None without shapes."""
+    return [term_of(*s.part) for s in shapes] or None
 
 
 def shapes_of(parts: Parts, size: tuple[int, int], is_table: bool, what: str) -> Shapes:

@@ -20,6 +20,7 @@ from kron_kernels.factors import (
     no_such_layer,
     parse,
     shapes_of,
+    term_of,
 )
 from kron_kernels.modules import dense_layers, linear_weight, obstacles
 from kron_kernels.plan import Plan
@@ -291,6 +292,5 @@ def model_type(dense: str) -> str:
 
 def _normalised(name: str, entry: Any) -> dict | list[dict] | None:
     """The entry with its ranks filled in, in JSON's types."""
-    parts = parse(entry, f"kronecker_factors[{name!r}]")
-    terms = [{"a_shape": list(a_shape), "rank": rank} for a_shape, rank in parts]
+    terms = [term_of(*part) for part in parse(entry, f"kronecker_factors[{name!r}]")]
     return terms if isinstance(entry, list | tuple) else next(iter(terms), None)

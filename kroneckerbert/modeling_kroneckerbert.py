@@ -325,7 +325,7 @@ class KroneckerPreTrainedModel(_Base):
             self.set_output_embeddings(
                 self._get_resized_lm_head(decoder, rows, mean_resizing=mean_resizing)
             )
-        entry = term_of(KronShape.of(table.a, table.b))
+        entry = term_of(*KronShape.of(table.a, table.b).part)
         path = next(name for name, m in self.base_model.named_modules() if m is table)
         key = self.config.entry_of(path) or path
         self.config.kronecker_factors = {**self.config.kronecker_factors, key: entry}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from kron_kernels.factors import deciding_name
+from kron_kernels.factors import deciding_name, term_of
 
 if TYPE_CHECKING:
     from kroneckerbert.configuration_kroneckerbert import Layout
@@ -112,7 +112,7 @@ def preset_factors(name: str, model_type: str, layout: Layout) -> dict[str, Any]
     for path, (rows, columns) in layout.sizes.items():
         if path == layout.table:
             _check_width(name, path, "columns", columns, preset.b_size)
-            factors[path] = {"a_shape": [rows, columns // preset.b_size], "rank": 1}
+            factors[path] = term_of((rows, columns // preset.b_size), 1)
             continue
         role = deciding_name(small, path)
         if role is None:
@@ -120,10 +120,10 @@ def preset_factors(name: str, model_type: str, layout: Layout) -> dict[str, Any]
         side, m, n = small[role]
         _check_width(name, path, "rows", rows, m)
         _check_width(name, path, "columns", columns, n)
-        a_shape = [m, n] if side == "A" else [rows // m, columns // n]
-        entry = {"a_shape": a_shape, "rank": preset.rank}
-        if factors.setdefault(role, entry) != entry:  # layers of other widths
-            factors[path] = entry
+        a_shape = (m, n) if side == "A" else (rows // m, columns // n)
+        term = term_of(a_shape, preset.rank)
+        if factors.setdefault(role, term) != term:  # a layer of other widths
+            factors[path] = term
     return factors
 
 

@@ -24,8 +24,8 @@ class LayerPlan:
     """The choice for one layer; FLOPs and milliseconds are those of one forward pass.
 
     ``terms`` is None if the layer stays dense; ``reason`` then explains why. A reason beside terms
-    means that they are slower than the dense layer on this machine. ``latency`` is None where no choice
-    depended on it: it was not measured.
+    means that they are slower than the dense layer on this machine. ``latency`` is None if it was
+    not measured, because no choice depended on it.
     """
 
     path: str

@@ -190,15 +190,6 @@ def test_strides_do_not_matter_and_the_weight_is_left_as_it_was(s):
     torch.testing.assert_close(materialize(a, b), row.contiguous())
 
 
-@pytest.mark.parametrize("a_shape", [(7, 1), (1, 6)], ids=str)
-@pytest.mark.parametrize("rank", [1, 3, 6])
-def test_column_times_row_is_low_rank_approximation(a_shape, rank):
-    w = randn(7, 6)
-    u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    best = u[:, :rank] * s[:rank] @ vh[:rank]
-    torch.testing.assert_close(materialize(*nearest_kronecker(w, a_shape, rank)), best)
-
-
 @pytest.mark.parametrize("size", [1, 2**22], ids=["a block row at a time", "at once"])
 def test_the_size_of_a_chunk_changes_nothing(size, monkeypatch):
     s = KronShape(13, 7, 5, 3)
