@@ -29,7 +29,7 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, PreT
 
 from benchmarks import machine
 from kroneckerbert import compress, embed, plan
-from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
+from kroneckerbert.configuration_kroneckerbert import layout_of
 from kroneckerbert.data import Table, TextDataset, read_lines, read_table
 
 RATIOS = (4, 8, 16)
@@ -113,8 +113,8 @@ def svd(model: PreTrainedModel, ratio: int) -> dict[str, dict]:
 
 
 def sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    words = model.get_input_embeddings()
-    return {p: tuple(linear_weight(m).shape) for p, m in factorisable(model) if m is not words}
+    layout = layout_of(model)
+    return {path: size for path, size in layout.sizes.items() if path != layout.table}
 
 
 def linears(model: PreTrainedModel) -> int:

@@ -1,4 +1,4 @@
-"""Factors for a given dense matrix: nearest in its entries, or nearest in its outputs."""
+"""Factors nearest to a dense weight, in its entries or in the layer's outputs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,23 @@ import torch
 from torch import Tensor
 
 from kron_kernels.checks import check_tensor
-from kron_kernels.shapes import KronShape, check_integer, check_number, check_rank, parts_of
+from kron_kernels.shapes import KronShape, check_rank, parts_of
 
+Factors = tuple[Tensor, Tensor]  # a (r, m1, n1), b (r, m2, n2)
+Parts = Sequence[tuple[tuple[int, int], int]]  # ((m1, n1), rank) of each part
+
+# Share of the mean variance of C that is added to its diagonal. C is an estimate: from 64 samples
+# of 256 correlated features, without it, the error on other samples was 50 times Van Loan's. 0.01
+# costs nothing where samples abound.
+SHRINKAGE = 0.01
+# Steps of the alternation (rounds over the parts of a sum). It stops earlier, once a step lowers
+# the error by less than _TOLERANCE of it.
+_MAX_ITERATIONS = 20
+_TOLERANCE = 1e-4
 # Elements of W converted to float64 at a time. 2**22 are 32 MB: 30522 x 768 peaks below 0.3 GB.
 _CHUNK = 2**22
-# Above this side the dense eigenproblem, cubic in it (1.4 s here on two cores), gives way to a
-# randomised one.
+# Largest side of a Gram matrix. The dense eigenproblem is cubic in it (1.4 s on two cores at 2048);
+# above, a randomised SVD takes its place.
 _LARGEST_GRAM = 2048
 
 
@@ -24,118 +35,106 @@ def nearest_kronecker(
     rank: int = 1,
     *,
     second_moment: Tensor | None = None,
-    shrinkage: float = 0.01,
-    rescale: bool = False,
-    max_iterations: int = 20,
-    tolerance: float = 1e-4,
-) -> tuple[Tensor, Tensor]:
+) -> Factors:
     """Factors of the sum of ``rank`` Kronecker products nearest to ``weight``.
 
-    Without ``second_moment``, minimises ``‖W − Σ_k A_k ⊗ B_k‖_F``: rearranged so that each row
-    holds one block of W, ``A ⊗ B`` is an outer product, and the leading singular triples give the
-    terms (Van Loan & Pitsianis 1993). They are found through the Gram matrix of the smaller side,
-    in float64, a chunk of W at a time; above 2048, by a randomised SVD with a fixed seed.
+    Without ``second_moment``, minimises ``‖W − Σ_k A_k ⊗ B_k‖_F``: W is rearranged with one block
+    per row, where ``A ⊗ B`` is an outer product, and the leading singular triples are the terms
+    (Van Loan & Pitsianis 1993). They come from the Gram matrix of the smaller side, in float64, a
+    chunk of W at a time; above a side of 2048, from a randomised SVD with a fixed seed.
 
     With ``second_moment`` C = E[x xᵀ] of the layer's inputs, minimises the error of the layer's
     *outputs*, ``E‖(W − Σ_k A_k ⊗ B_k) x‖² = ‖(W − Σ_k A_k ⊗ B_k) C^½‖_F²``, by alternating least
-    squares: with one side fixed, the other is one linear solve. Every half step can only lower the
-    error; the end point is a local minimum. It starts from the solution above or from that in the
-    separable metric ``C1 ⊗ C2`` next to C, whichever has the lower error after two steps. Where the
-    terms are ``column ⊗ row``, a low-rank weight, the optimum is known: a truncated SVD of
-    ``W C^½``.
+    squares: with one side fixed, the other is a linear solve. No half step raises the error, and
+    the result is a local minimum. It starts from the solution above or from the optimum for a
+    separable metric ``C1 ⊗ C2`` close to C, whichever has the lower error after two steps. For
+    terms ``column ⊗ row``, a low-rank weight, the exact optimum is a truncated SVD of ``W C^½``.
 
     Args:
         weight: W of shape ``(m, n)``, real floating point, any precision.
         a_shape: ``(m1, n1)`` of the left factor, dividing ``(m, n)``.
         rank: Number of terms.
-        second_moment: C of shape ``(n, n)``, symmetric and positive semi-definite, any scale; zero
-            is that of inputs of which nothing is known, and means nearest in the entries.
-        shrinkage: Add this fraction of C's mean variance to its diagonal. C is an estimate: from 64
-            samples of 256 correlated features, without it, the error on other samples was 50 times
-            Van Loan's; 0.01 costs nothing where samples abound, more helps where they are few.
-        rescale: Multiply by ``‖W‖_F / ‖Σ_k A_k ⊗ B_k‖_F``, so that the norm survives (Krony-PT).
-        max_iterations: Full steps of the alternation at most; only with ``second_moment``.
-        tolerance: Stop once a full step lowers the error by less than this fraction of it.
+        second_moment: C of shape ``(n, n)``, symmetric and positive semi-definite, at any scale;
+            1 % of its mean variance is added to its diagonal. Zero means no knowledge of the
+            inputs, and gives the factors nearest in the weight's entries.
 
     Returns:
         ``a (rank, m1, n1)`` and ``b (rank, m / m1, n / n1)`` of W's dtype and device, the terms in
-        descending order and each with ``‖A_k‖ = ‖B_k‖`` (before ``rescale``).
+        descending order and each with ``‖A_k‖ = ‖B_k‖``.
 
     Raises:
         TypeError: If W or C is not a dense tensor.
         ValueError: If W is not a finite real matrix, ``a_shape`` does not divide it, ``rank``
-            exceeds what the shapes allow, or C does not fit.
+            exceeds the largest one for the shapes, or C does not fit.
     """
-    s = _check(weight, a_shape, rank, second_moment)
-    max_iterations, tolerance = _check_effort(max_iterations, tolerance)
-    w, root = unit(weight.detach())
-    c = None if second_moment is None else shrunk(second_moment.detach(), shrinkage)
-    a, b = _fit(w, s, c, max_iterations, tolerance)
-    if rescale:
-        root = root * (w.double().norm() / _norm(a, b)).nan_to_num(1.0, posinf=1.0).sqrt()
-    return (a * root).to(w.dtype), (b * root).to(w.dtype)
+    return _nearest(weight, [(a_shape, rank)], second_moment)[0]
 
 
 def nearest_kronecker_sum(
-    weight: Tensor,
-    parts: Sequence[tuple[tuple[int, int], int]],
-    *,
-    second_moment: Tensor | None = None,
-    shrinkage: float = 0.01,
-    rescale: bool = False,
-    max_iterations: int = 20,
-    tolerance: float = 1e-4,
-) -> list[tuple[Tensor, Tensor]]:
-    """Factors of a sum of parts of different shapes near ``weight``, one pair a part.
+    weight: Tensor, parts: Parts, *, second_moment: Tensor | None = None
+) -> list[Factors]:
+    """Factors of a sum of parts of different shapes near ``weight``, one pair per part.
 
-    A low-rank part, ``a_shape = (m, 1)``, holds what no Kronecker product of small factors can, and
-    the other way round. Greedy: each part is fitted to what those before it left. Then, in turn,
-    each to W without all others, which never raises the error; the end point is a local minimum.
+    A low-rank part, ``a_shape = (m, 1)``, represents weights that no Kronecker product of small
+    factors can, and vice versa. Each part is first fitted to the residual of the parts before it.
+    Then each in turn is fitted to W minus all others, until that no longer helps. No fit raises the
+    error, and the result is a local minimum.
 
     Args:
         weight: W of shape ``(m, n)``, real floating point, any precision.
         parts: ``(a_shape, rank)`` each, as for ``nearest_kronecker``, fitted in this order.
-        second_moment: C of shape ``(n, n)``: nearest in the outputs, as there.
-        shrinkage: As there.
-        rescale: Multiply by one number, so that W's norm survives.
-        max_iterations: Rounds over all parts, after the greedy one, at most.
-        tolerance: Stop once a round lowers the error by less than this fraction of it.
+        second_moment: C of shape ``(n, n)``, as for ``nearest_kronecker``.
 
     Returns:
         ``(a, b)`` for each part, ``a (rank, m1, n1)`` and ``b (rank, m / m1, n / n1)``, of W's
         dtype and device, their terms in descending order and of equal norms.
 
     Raises:
-        TypeError: For what ``nearest_kronecker`` refuses so.
-        ValueError: If there is no part, or for what ``nearest_kronecker`` refuses so.
+        TypeError: As ``nearest_kronecker``.
+        ValueError: As ``nearest_kronecker``, or if ``parts`` is empty.
     """
-    shapes = [_check(weight, a_shape, rank, second_moment) for a_shape, rank in parts_of(parts)]
-    max_iterations, tolerance = _check_effort(max_iterations, tolerance)
-    w, root = unit(weight.detach())
-    w = w.double()
-    c = None if second_moment is None else shrunk(second_moment.detach(), shrinkage)
+    return _nearest(weight, parts_of(parts), second_moment)
 
-    rest, fitted = w.clone(), []  # W without all that is fitted
+
+def _nearest(
+    weight: Tensor,
+    parts: Parts,
+    second_moment: Tensor | None,
+    shrinkage: float = SHRINKAGE,
+    max_iterations: int = _MAX_ITERATIONS,
+    tolerance: float = _TOLERANCE,
+) -> list[Factors]:
+    shapes = [_check(weight, a_shape, rank, second_moment) for a_shape, rank in parts]
+    w, root = unit(weight.detach())
+    c = None if second_moment is None else shrunk(second_moment.detach(), shrinkage)
+    if len(shapes) == 1:
+        fitted = [_fit(w, shapes[0], c, max_iterations, tolerance)]
+    else:
+        fitted = _fit_sum(w.double(), shapes, c, max_iterations, tolerance)
+    return [((a * root).to(weight.dtype), (b * root).to(weight.dtype)) for a, b in fitted]
+
+
+def _fit_sum(
+    w: Tensor, shapes: Sequence[KronShape], c: Tensor | None, max_iterations: int, tolerance: float
+) -> list[Factors]:
+    rest, fitted = w.clone(), []  # W minus the sum of all fitted parts
     for s in shapes:
         fitted.append(_fit(rest, s, c))
         rest -= dense_weight(*fitted[-1])
     error, floor = _error(rest, c), 1e-24 * _error(w, c)
-    for _ in range(max_iterations if len(shapes) > 1 else 0):
+    for _ in range(max_iterations):
         before = error
         for i, s in enumerate(shapes):
             own = rest + dense_weight(*fitted[i])
-            # A few steps from where it stands: the others will move before the next.
+            # Two steps from its present value: the other parts will change before the next round.
             part = _fit(own, s, c, max_iterations=2, start=fitted[i])
             own -= dense_weight(*part)
             now = _error(own, c)
-            if now < error:  # by more than rounding, or it is no worse to stay
+            if now < error:  # otherwise the change is rounding
                 fitted[i], rest, error = part, own, now
         if before - error <= tolerance * error or error <= floor:
             break
-    if rescale:
-        root = root * (w.norm() / (w - rest).norm()).nan_to_num(1.0, posinf=1.0).sqrt()
-    dtype = weight.dtype
-    return [((a * root).to(dtype), (b * root).to(dtype)) for a, b in fitted]
+    return fitted
 
 
 def dense_weight(a: Tensor, b: Tensor) -> Tensor:
@@ -151,11 +150,11 @@ def _fit(
     w: Tensor,
     s: KronShape,
     c: Tensor | None,
-    max_iterations: int = 20,
-    tolerance: float = 1e-4,
-    start: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Factors of W in float64, nearest in its entries or, in the metric C, from ``start``."""
+    max_iterations: int = _MAX_ITERATIONS,
+    tolerance: float = _TOLERANCE,
+    start: Factors | None = None,
+) -> Factors:
+    """Factors in float64, nearest to W in its entries or in the metric C, then from ``start``."""
     if c is None:
         return _van_loan(w, s)
     if s.is_low_rank:
@@ -177,27 +176,23 @@ def _error(rest: Tensor, c: Tensor | None) -> Tensor:
 
 
 def unit(t: Tensor) -> tuple[Tensor, float]:
-    """A tensor as ``4 ** k`` times one whose largest entry is near 1; and ``2 ** k``.
+    """Scale a float64 tensor to a largest entry near 1; returns it and ``2 ** k``, t = 4 ** k * it.
 
-    What follows sums squares and products of squares, in float64. There entries of 1e155 would
-    become infinite, and those of 1e-160 zero; squares of what narrower dtypes hold, 1e-45 to 3e38,
-    do neither, and such a tensor is given back as it is. Powers of 2, so that nothing is rounded.
+    The fits sum squares and products of squares in float64, where entries of 1e155 overflow and
+    those of 1e-160 vanish. Squares of the entries of narrower dtypes, 1e-45 to 3e38, do neither, so
+    such a tensor is returned as it is. The scale is a power of 2, to round nothing.
     """
     if t.dtype != torch.float64:
         return t, 1.0
     _, exponent = math.frexp(t.abs().max().item())  # 0 for 0
     k = exponent // 2
-    # In two steps: 4 ** k may lie beyond float64 where each entry and its quotient do not.
+    # In two steps: 4 ** k itself may overflow float64.
     return t * 2.0**-k * 2.0**-k, 2.0**k
 
 
 def check_finite(what: str, weight: Tensor) -> None:
     if bad := int((~torch.isfinite(weight)).sum()):
         raise ValueError(f"{what} has {bad} entries that are NaN or infinite; repair it first.")
-
-
-def _check_effort(max_iterations: int, tolerance: float) -> tuple[int, float]:
-    return check_integer("max_iterations", max_iterations, 0), check_number("tolerance", tolerance)
 
 
 def _check(
@@ -242,19 +237,19 @@ def _check(
         largest = second_moment.abs().max()
         asymmetry = (second_moment - second_moment.mT).abs().max()
         deviation = second_moment.diagonal().clamp_min(0).sqrt()
-        # A correlation beyond 1, by more than rounding in 16 bits: no E[x xᵀ], and the metric of a
-        # least-squares problem without a least.
+        # A correlation above 1, by more than rounding in 16 bits: C is not positive semi-definite,
+        # and the least-squares problem has no minimum.
         beyond = second_moment.abs() - torch.outer(deviation, deviation) > 1e-2 * largest
         if asymmetry > 1e-2 * largest or (second_moment.diagonal() < 0).any() or beyond.any():
             raise ValueError(
-                "second_moment must be symmetric with a diagonal that is nowhere negative and "
+                "second_moment must be symmetric with a non-negative diagonal and "
                 "entries |C_ij| <= √(C_ii C_jj): X.T @ X / samples of the layer's inputs X "
                 "(samples, columns)."
             )
     return s
 
 
-def _van_loan(w: Tensor, s: KronShape) -> tuple[Tensor, Tensor]:
+def _van_loan(w: Tensor, s: KronShape) -> Factors:
     """Leading terms of W in float64, ``a (r, m1, n1)`` and ``b (r, m2, n2)`` of equal norms."""
     blocks = w.reshape(s.m1, s.m2, s.n1, s.n2)
     a_is_small = s.m1 * s.n1 < s.m2 * s.n2
@@ -266,8 +261,8 @@ def _van_loan(w: Tensor, s: KronShape) -> tuple[Tensor, Tensor]:
     return a.contiguous(), b.contiguous()
 
 
-def _leading_terms(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``large (r, M, N)``, ``small (r, m, n)`` of R (M * N, m * n), R never held whole."""
+def _leading_terms(blocks: Tensor, rank: int) -> Factors:
+    """``large (r, M, N)`` and ``small (r, m, n)`` of R (M * N, m * n), without storing R."""
     rows, m, cols, n = blocks.shape
     side = m * n
     step = max(1, _CHUNK // (m * cols * n))
@@ -284,7 +279,7 @@ def _leading_terms(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         right = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)  # (m * n, r)
     else:
         whole = torch.cat(list(chunks()))
-        # Halko et al. 2011; 16 power iterations since these spectra decay slowly.
+        # Halko et al. 2011; 16 power iterations, because these spectra decay slowly.
         with torch.random.fork_rng(devices=[] if whole.device.type == "cpu" else None):
             torch.manual_seed(0)
             right = torch.svd_lowrank(whole, q=min(side, rank + 16), niter=16)[2][:, :rank]
@@ -294,25 +289,24 @@ def _leading_terms(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left.mT.reshape(rank, rows, cols), (right * root).mT.reshape(rank, m, n)
 
 
-def shrunk(c: Tensor, shrinkage: float) -> Tensor:
-    """C in float64, exactly symmetric, with a fraction of its mean variance on the diagonal.
+def shrunk(c: Tensor, shrinkage: float = SHRINKAGE) -> Tensor:
+    """C in float64, exactly symmetric, of mean variance 1, plus ``shrinkage`` on its diagonal.
 
-    Of a mean variance near 1: the scale of a metric changes nothing that is the nearest in it.
+    The scale of a metric does not change which factors are nearest.
     """
-    share = max(check_number("shrinkage", shrinkage), 1e-9)
     c, _ = unit(c.double())
     c = (c + c.mT) / 2
     variance = c.diagonal().mean()
     c = c / variance.where(variance > 0, 1.0)
-    # Never 0: a direction that no input takes would leave the solves singular.
-    c.diagonal().add_(share)
+    # Never 0: a direction without variance would make the solves singular.
+    c.diagonal().add_(max(shrinkage, 1e-9))
     return c
 
 
-def _truncated(w: Tensor, s: KronShape, c: Tensor) -> tuple[Tensor, Tensor]:
+def _truncated(w: Tensor, s: KronShape, c: Tensor) -> Factors:
     """The low-rank optimum ``U Uᵀ W``, U the leading left singular vectors of ``W C^½``.
 
-    No inverse of C^½ is formed, so that directions without variance do no harm.
+    It needs no inverse of C^½, so directions without variance do no harm.
     """
     w = w.double()
     m, n = w.shape
@@ -329,15 +323,14 @@ def _truncated(w: Tensor, s: KronShape, c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cholesky(c: Tensor) -> Tensor:
-    """Lower triangular L with ``L Lᵀ = C``, in float64; C has been shrunk."""
+    """Lower triangular L with ``L Lᵀ = C``, in float64, for a C from ``shrunk``."""
     return torch.linalg.cholesky_ex(c.double())[0]
 
 
 def separable_roots(c: Tensor, n1: int) -> tuple[Tensor, Tensor]:
-    """Roots of ``C1 (n1, n1)`` and ``C2`` whose product is near C: its partial traces."""
+    """Cholesky roots of ``C1 (n1, n1)`` and ``C2``, the partial traces of C; ``C1 ⊗ C2`` ≈ C."""
     blocks = c.view(n1, len(c) // n1, n1, len(c) // n1)
     c1, c2 = torch.einsum("aibi->ab", blocks), torch.einsum("iaib->ab", blocks)
-    # The scale of a metric changes nothing that is the nearest in it.
     return cholesky(c1 / c1.diagonal().mean()), cholesky(c2 / c2.diagonal().mean())
 
 
@@ -348,8 +341,8 @@ def whitened(w: Tensor, root1: Tensor, root2: Tensor) -> Tensor:
     return torch.einsum("mab,ac->mcb", blocks, root1.to(w.dtype)).reshape(m, n1 * n2)
 
 
-def separable(w: Tensor, s: KronShape, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors in float64 nearest in the separable metric next to C, which Van Loan's way finds."""
+def separable(w: Tensor, s: KronShape, c: Tensor) -> Factors:
+    """Factors in float64 nearest in the metric ``C1 ⊗ C2`` ≈ C, a truncated SVD after whitening."""
     root1, root2 = separable_roots(c, s.n1)
     a, b = _van_loan(whitened(w, root1, root2), s)
     a = torch.linalg.solve_triangular(root1, a, upper=False, left=False)
@@ -365,14 +358,15 @@ def alternate(
     tolerance: float,
     wc: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors and their error by alternating least squares on ``tr((W − Ŵ) C (W − Ŵ)ᵀ)``.
+    """Alternating least squares on ``tr((W − Ŵ) C (W − Ŵ)ᵀ)``, in float64, from ``a, b``.
 
-    In float64 from ``a, b``, whose own error is not told; ``wc`` is ``W C``, if many fits share it.
+    Returns the factors and their error, infinite after no step. Pass ``wc = W C`` where several
+    fits share it.
     """
     s = KronShape.of(a, b)
     wc = w.double() @ c if wc is None else wc  # (m, n)
     energy = (wc * w).sum()
-    # Laid out once, so that a half step is two matrix products: over (n2, n2') or (n1, n1').
+    # Laid out once, which makes a half step two matrix products: over (n2, n2') or (n1, n1').
     c4 = c.view(s.n1, s.n2, s.n1, s.n2)
     c_inner = c4.permute(0, 2, 1, 3).reshape(s.n1 * s.n1, s.n2 * s.n2)
     wc_blocks = wc.view(s.m1, s.m2, s.n1, s.n2).transpose(1, 2).reshape(s.m1 * s.n1, s.m2 * s.n2)
@@ -391,7 +385,7 @@ def alternate(
 def _half_step(
     c_inner: Tensor, wc_blocks: Tensor, fixed: Tensor, s: KronShape
 ) -> tuple[Tensor, Tensor]:
-    """The left factors that are optimal for ``fixed (r, m2, n2)``, and ``error − tr(W C Wᵀ)``.
+    """The optimal left factors given ``fixed (r, m2, n2)``, and ``error − tr(W C Wᵀ)``.
 
     ``Ŵ x = Σ_k A_k Z_k`` with ``Z_k = X B_kᵀ``, so the optimum solves
     ``[A_1 … A_r] E[Z Zᵀ] = E[Y Zᵀ]`` with Z (r * n1, m2) the stacked ``Z_k``.
@@ -406,21 +400,15 @@ def _half_step(
     # Terms may become collinear; the ridge keeps the solve stable at no visible cost in error.
     moment.diagonal().add_(1e-12 * moment.diagonal().mean() + torch.finfo(torch.float64).tiny)
     free = torch.linalg.solve(moment, cross, left=False)  # (m1, r * n1)
-    # At the optimum tr(Ŵ C Ŵᵀ) = tr(Ŵ C Wᵀ), so the error is tr(W C Wᵀ) minus one of them.
+    # At the optimum tr(Ŵ C Ŵᵀ) = tr(Ŵ C Wᵀ), so the error is tr(W C Wᵀ) minus either.
     error = -(free * cross).sum()
     return free.view(m1, r, n1).transpose(0, 1).contiguous(), error
 
 
-def _balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _balance(a: Tensor, b: Tensor) -> Factors:
     """The same sum with its terms of equal norms ``‖A_k‖ = ‖B_k‖``, largest first."""
     norm_a, norm_b = (t.flatten(1).norm(dim=1)[:, None, None] for t in (a, b))
-    norm = norm_a * norm_b  # of the term; where it is 0, so are both factors
+    norm = norm_a * norm_b  # (r, 1, 1) of the terms; a zero term gets zero factors
     order = norm.flatten().argsort(descending=True)
     a, b = (t * (norm.sqrt() / n.where(n > 0, 1.0)) for t, n in ((a, norm_a), (b, norm_b)))
     return a[order], b[order]
-
-
-def _norm(a: Tensor, b: Tensor) -> Tensor:
-    """``‖Σ_k A_k ⊗ B_k‖_F`` from ``⟨A_k ⊗ B_k, A_l ⊗ B_l⟩ = ⟨A_k, A_l⟩ ⟨B_k, B_l⟩``."""
-    a, b = a.flatten(1), b.flatten(1)
-    return ((a @ a.mT) * (b @ b.mT)).sum().clamp_min(0).sqrt()

@@ -1,4 +1,4 @@
-"""Files that are never half-written and survive a loss of power."""
+"""Atomic, durable writing of files."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 
 
 def write_file(path: str | os.PathLike, text: str) -> None:
-    """Write a text file, in UTF-8, at once or not at all. One that exists keeps its mode.
+    """Write a text file in UTF-8, atomically. An existing file keeps its mode.
 
     Raises:
-        OSError: If it cannot be written; then what was there before is still there.
+        OSError: If it cannot be written; an existing file is then unchanged.
     """
-    path = Path(os.path.realpath(path))  # through a link, whose file is replaced and not the link
+    path = Path(os.path.realpath(path))  # replace the file behind a link, not the link
     exists = path.exists()
-    if exists and not path.is_file():  # /dev/stdout, a pipe: nothing that has an old state
+    if exists and not path.is_file():  # /dev/stdout or a pipe has no old state to keep
         path.write_text(text, encoding="utf-8")
         return
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        aside.touch(0o600 if exists else 0o666)  # never open to more readers than in the end
+        aside.touch(0o600 if exists else 0o666)  # never readable to more users than in the end
         aside.write_text(text, encoding="utf-8")
         if exists:
             shutil.copymode(path, aside)
@@ -35,15 +35,15 @@ def write_file(path: str | os.PathLike, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's list of names, are on the disk.
+    """Wait until a file's bytes, or a folder's list of names, are on disk.
 
-    Without it a loss of power may keep a rename and lose the bytes of the file that was renamed.
+    Without it, a power failure may keep a rename and lose the bytes of the renamed file.
     """
     if path.is_dir():
-        # Windows opens no folders, and some network file systems do not sync them.
+        # Windows cannot open folders, and some network file systems cannot sync them.
         with suppress(OSError):
             _sync(path, os.O_RDONLY)
-    else:  # Windows syncs only what may be written
+    else:  # Windows only syncs writable files
         _sync(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
 
 

@@ -1,4 +1,4 @@
-"""Modules whose weight is a sum of Kronecker products, made of dense ones and back."""
+"""Modules whose weight is a sum of Kronecker products; conversion from and to dense ones."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from kron_kernels.shapes import (
     KronShape,
     check_integer,
     check_number,
+    naming,
     nearest_divisors,
     parts_of,
 )
@@ -68,7 +69,7 @@ class KroneckerLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None) -> None:
-        """Draw the factors so that the entries of W have this standard deviation; zero the bias.
+        """Draw the factors for a standard deviation ``std`` of W's entries; zero the bias.
 
         The default, ``1 / sqrt(3 * in_features)``, is that of ``nn.Linear``.
         """
@@ -93,26 +94,22 @@ class KroneckerLinear(nn.Module):
         rank: int = 1,
         *,
         second_moment: Tensor | None = None,
-        rescale: bool = False,
         backend: Backend = "auto",
     ) -> Self:
         """The layer nearest to ``linear``, on its device and in its dtype, with its bias.
 
-        The factors are as trainable as its weight is (``requires_grad``), and the bias as its bias.
+        Factors and bias have the ``requires_grad`` of its weight and bias.
 
         Args:
             linear: The dense layer; left as it is.
             a_shape: ``(m1, n1)``, the shape of the left factor.
             rank: Kronecker rank.
-            second_moment: ``E[x xᵀ]`` of the layer's inputs, ``(in_features, in_features)``: the
-                layer nearest in its outputs instead of in its weights.
-            rescale: Keep the weight's norm, see ``nearest_kronecker``.
+            second_moment: ``E[x xᵀ]`` of the layer's inputs, ``(in_features, in_features)``; the
+                layer is then nearest in its outputs instead of in its weight.
             backend: Passed to ``kron_matmul``.
         """
         weight = linear.weight
-        a, b = nearest_kronecker(
-            weight, a_shape, rank, second_moment=second_moment, rescale=rescale
-        )
+        a, b = nearest_kronecker(weight, a_shape, rank, second_moment=second_moment)
         layer = nn.utils.skip_init(
             cls,
             linear.in_features,
@@ -128,13 +125,13 @@ class KroneckerLinear(nn.Module):
         return filled(layer, like=linear, a=a, b=b, bias=linear.bias)
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer of the same function: an escape hatch for export and merging.
+        """The dense layer of the same function, for export and merging.
 
-        Its weight is frozen if all factors are, and its bias if theirs is.
+        Its weight is frozen if all factors are, and its bias if the layer's is.
 
         Raises:
-            ValueError: If the layer has a ``forward`` of its own. A subclass that has one may
-                override this method as well.
+            ValueError: If the layer has a ``forward`` of its own. A subclass with one may override
+                this method as well.
         """
         _check_forward(self, "to_linear")
         linear = nn.utils.skip_init(
@@ -164,9 +161,9 @@ _linear_forward = KroneckerLinear.forward
 
 
 def readable(layer: nn.Module) -> TypeGuard[KroneckerLinear]:
-    """Whether a layer's factors may be read in place of a call of it.
+    """Whether a layer's factors may be read instead of calling it.
 
-    A subclass may compute something else, and so may the class itself if it was patched.
+    A subclass may compute something else, and so may a patched class.
     """
     return (
         type(layer) is KroneckerLinear
@@ -176,9 +173,9 @@ def readable(layer: nn.Module) -> TypeGuard[KroneckerLinear]:
 
 
 def _check_forward(layer: nn.Module, method: str) -> None:
-    """Raise if a layer's ``forward`` is not the one that this method makes a dense layer of.
+    """Raise if ``method`` does not know the layer's ``forward``.
 
-    That may be the layer's own, or that of a subclass which does not override the method.
+    It may be set on the layer itself, or by a subclass that does not override ``method``.
     """
     classes = type(layer).__mro__
     forward, dense = (
@@ -186,15 +183,15 @@ def _check_forward(layer: nn.Module, method: str) -> None:
     )
     if forward < dense or "forward" in vars(layer):
         raise ValueError(
-            f"{type(layer).__name__} has a forward of its own, so that its dense layer is unknown; "
+            f"{type(layer).__name__} has a forward of its own, so its dense layer is unknown; "
             f"remove it, or override {method} in its class."
         )
 
 
 class KroneckerSum(nn.Module):
-    """``y = x (Σ_p W_p)ᵀ + bias``, W_p the weight of a ``KroneckerLinear`` of its own shape.
+    """``y = x (Σ_p W_p)ᵀ + bias``, each W_p the weight of a ``KroneckerLinear`` of its own shape.
 
-    Such as one Kronecker product and a low-rank part, ``a_shape = (out_features, 1)``.
+    For example one Kronecker product and a low-rank part, ``a_shape = (out_features, 1)``.
 
     Args:
         in_features: Size of x's last dimension.
@@ -230,7 +227,7 @@ class KroneckerSum(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None) -> None:
-        """Draw the factors so that the entries of W have this standard deviation; zero the bias.
+        """Draw the factors for a standard deviation ``std`` of W's entries; zero the bias.
 
         The default, ``1 / sqrt(3 * in_features)``, is that of ``nn.Linear``. Each part has an
         equal share of the variance.
@@ -253,23 +250,21 @@ class KroneckerSum(nn.Module):
         parts: Sequence[tuple[tuple[int, int], int]],
         *,
         second_moment: Tensor | None = None,
-        rescale: bool = False,
         backend: Backend = "auto",
     ) -> Self:
-        """The sum near ``linear``, on its device and in its dtype, with its bias.
+        """A sum near ``linear``, on its device and in its dtype, with its bias.
 
-        The factors are as trainable as its weight is (``requires_grad``), and the bias as its bias.
+        Factors and bias have the ``requires_grad`` of its weight and bias.
 
         Args:
             linear: The dense layer; left as it is.
             parts: ``(a_shape, rank)`` of each part, fitted in this order.
-            second_moment: ``E[x xᵀ]`` of the layer's inputs, ``(in_features, in_features)``: near
-                in its outputs instead of in its weights.
-            rescale: Keep the weight's norm, see ``nearest_kronecker_sum``.
+            second_moment: ``E[x xᵀ]`` of the layer's inputs, ``(in_features, in_features)``; the
+                sum is then near in its outputs instead of in its weight.
             backend: Passed to ``kron_matmul``.
         """
         weight, parts = linear.weight, parts_of(parts)
-        fitted = nearest_kronecker_sum(weight, parts, second_moment=second_moment, rescale=rescale)
+        fitted = nearest_kronecker_sum(weight, parts, second_moment=second_moment)
         layer = nn.utils.skip_init(
             cls,
             linear.in_features,
@@ -286,9 +281,9 @@ class KroneckerSum(nn.Module):
         return filled(layer, like=linear, bias=linear.bias)
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer of the same function: an escape hatch for export and merging.
+        """The dense layer of the same function, for export and merging.
 
-        Its weight is frozen if all factors are, and its bias if theirs is.
+        Its weight is frozen if all factors are, and its bias if all biases are.
 
         Raises:
             ValueError: If the layer or a part has a ``forward`` of its own, see
@@ -302,12 +297,10 @@ class KroneckerSum(nn.Module):
                     f"parts.{i} is a {type(part).__name__}, but must be a KroneckerLinear for the "
                     "sum to be made dense; put one in its place."
                 )
-            try:
+            with naming(f"parts.{i}"):
                 dense.append(part.to_linear())
-            except ValueError as error:
-                raise ValueError(f"parts.{i}: {error}") from error
         weights = [layer.weight for layer in dense]
-        # A part may have been given a bias.
+        # Users may have given a part a bias.
         biases = [t for t in (self.bias, *(layer.bias for layer in dense)) if t is not None]
         linear = nn.utils.skip_init(
             nn.Linear,
@@ -325,7 +318,7 @@ class KroneckerSum(nn.Module):
         """``x (…, in_features)`` to ``y (…, out_features)``."""
         # Each part adds the sum of those before it. Parts that must be called come first, then
         # low-rank ones (two GEMMs and a pass for the sum), then those whose kernel adds the sum
-        # while it holds y.
+        # before it stores y.
         read: list[KroneckerLinear] = []
         y: Any = None
         for part in self.parts:
@@ -350,12 +343,12 @@ class KroneckerSum(nn.Module):
 class KroneckerFeedForward(nn.Module):
     """``down(act(up(x)))`` without storing the hidden vector, see ``kron_feed_forward``.
 
-    The layers are computed one by one if they ask for different backends, and called if one has a
-    hook or is no longer a plain ``KroneckerLinear``, as with adapters.
+    The layers are computed one by one if they have different backends, and called if one has a hook
+    or is not a plain ``KroneckerLinear`` any more, as with adapters.
 
     Args:
         up: From the model's width to the hidden one.
-        down: And back; its ``in_features`` are up's ``out_features``.
+        down: From the hidden width back; ``down.in_features == up.out_features``.
         activation: Between the two, as for ``kron_matmul``.
         backend: Passed to ``kron_feed_forward``. A layer keeps its own backend if that is not
             ``"auto"``, or if the layer is called.
@@ -382,7 +375,7 @@ class KroneckerFeedForward(nn.Module):
         self.up, self.down, self.activation, self.backend = up, down, activation, backend
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x (…, up.in_features)`` and y's residual to ``y (…, down.out_features)``."""
+        """``x (…, up.in_features)`` to ``y (…, down.out_features)``; the residual has y's shape."""
         up, down = self.up, self.down
         if not (readable(up) and readable(down)):
             y = down(eager.epilogue(up(x), self.activation, None))
@@ -418,19 +411,19 @@ class KroneckerFeedForward(nn.Module):
 
 
 class KroneckerEmbedding(nn.Module):
-    """Row i of ``E = Σ_k A_k ⊗ b_k`` is ``Σ_k A_k[i] ⊗ b_k``: a lookup that never forms E.
+    """Lookup in ``E = Σ_k A_k ⊗ b_k`` without forming E: row i is ``Σ_k A_k[i] ⊗ b_k``.
 
     The factors are the parameters ``a (rank, num_embeddings, embedding_dim / b_size)`` and
-    ``b (rank, 1, b_size)``, the shapes of a ``KroneckerLinear`` of weight E, so that a tied
-    decoder shares them (KroneckerBERT section 3.3; ``decode``).
+    ``b (rank, 1, b_size)``. They have the shapes of a ``KroneckerLinear`` of weight E, and a tied
+    decoder can share them (KroneckerBERT section 3.3; ``decode``).
 
     Args:
         num_embeddings: Rows of E.
         embedding_dim: Columns of E.
         b_size: Length of the row vector b; E has ``b_size`` times fewer parameters.
         rank: Kronecker rank.
-        padding_idx: This row of A starts at zero and receives no gradient from the lookup. (If it
-            is not zero, as in BERT, b still does.)
+        padding_idx: This row of A starts at zero and gets no gradient from the lookup. (b still
+            does if the row is not zero, as in BERT.)
 
     Raises:
         ValueError: If ``b_size`` does not divide ``embedding_dim``, or an argument is out of range.
@@ -473,7 +466,7 @@ class KroneckerEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 1.0) -> None:
-        """Draw the factors so that the entries of E have this standard deviation."""
+        """Draw the factors for a standard deviation ``std`` of E's entries."""
         factor_std = math.sqrt(check_number("std", std)) / self.rank**0.25
         nn.init.normal_(self.a, std=factor_std)
         nn.init.normal_(self.b, std=factor_std)
@@ -481,12 +474,10 @@ class KroneckerEmbedding(nn.Module):
             nn.init.zeros_(self.a[:, self.padding_idx])
 
     @classmethod
-    def from_embedding(
-        cls, embedding: nn.Embedding, b_size: int, rank: int = 1, *, rescale: bool = False
-    ) -> Self:
+    def from_embedding(cls, embedding: nn.Embedding, b_size: int, rank: int = 1) -> Self:
         """The table nearest to ``embedding`` in the Frobenius norm, on its device, in its dtype.
 
-        The factors are as trainable as its weight is.
+        The factors have the ``requires_grad`` of its weight.
 
         Raises:
             ValueError: If the lookup does more than ``nn.Embedding``'s defaults (``max_norm``,
@@ -510,7 +501,7 @@ class KroneckerEmbedding(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        fitted = nearest_kronecker(weight, (rows, dim // b_size), rank, rescale=rescale)
+        fitted = nearest_kronecker(weight, (rows, dim // b_size), rank)
         a, b = (as_trainable(t, weight) for t in fitted)
         return filled(table, like=embedding, a=a, b=b)
 
@@ -518,8 +509,8 @@ class KroneckerEmbedding(nn.Module):
         """The dense table of the same rows, frozen if both factors are.
 
         Raises:
-            ValueError: If the table has a ``forward`` of its own. A subclass that has one may
-                override this method as well.
+            ValueError: If the table has a ``forward`` of its own. A subclass with one may override
+                this method as well.
         """
         _check_forward(self, "to_embedding")
         embedding = nn.utils.skip_init(
@@ -550,7 +541,7 @@ class KroneckerEmbedding(nn.Module):
         return kron_matmul(h, self.a, self.b, bias=bias)
 
     def cross_entropy(self, h: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``F.cross_entropy(decode(h, bias), labels)`` without all logits at once.
+        """``F.cross_entropy(decode(h, bias), labels)`` without storing all logits.
 
         See ``kron_kernels.embedding.kron_cross_entropy``.
         """
@@ -563,13 +554,13 @@ class KroneckerEmbedding(nn.Module):
 
 
 def as_trainable(t: Tensor, *sources: Tensor) -> Tensor:
-    """The values of ``t``, to be trained if one of what they were made of is."""
+    """``t``, detached; it requires a gradient if one of the sources does."""
     return t.detach().requires_grad_(any(source.requires_grad for source in sources))
 
 
 @torch.no_grad()
 def filled(module: Module, like: nn.Module, **values: Tensor | None) -> Module:
-    """The module with these parameters, each as trainable as its value, in the mode of ``like``."""
+    """Copy these values, and their ``requires_grad``, to a module in the mode of ``like``."""
     for name, value in values.items():
         if value is not None:
             getattr(module, name).copy_(value).requires_grad_(value.requires_grad)

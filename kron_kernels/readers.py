@@ -1,7 +1,7 @@
-"""Layers whose weight another module reads: found in that module's source.
+"""Find layers whose weight another module reads, in that module's source code.
 
-Such a module works with a dense layer only: a factorised one has no ``weight``. A list of classes
-would age, and a trial needs inputs, so that the methods behind ``forward`` are read instead.
+Such a layer must stay dense, since a factorised one has no ``weight``. A list of classes would
+become outdated and a trial run needs inputs, so this parses ``forward`` and the methods it calls.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Chain = tuple[str, ...]  # ("self", "layers", "*", "linear1") for self.layers[0]
 
 
 def reader(module: nn.Module, path: str) -> str | None:
-    """The class of a module around a layer that reads the layer's weight, if one does.
+    """The class name of a module around a layer that reads the layer's weight, if any.
 
     Args:
         module: Any module.
-        path: Where the layer is in it.
+        path: Path of the layer in it.
     """
     names = path.split(".")
     for depth in reversed(range(len(names))):
@@ -36,9 +36,9 @@ def reader(module: nn.Module, path: str) -> str | None:
 
 
 def _leads_to(chain: Chain, below: list[str]) -> bool:
-    """Whether what a method of a module reads may be the layer of this path below the module."""
+    """Whether a chain read in a method of a module may be the layer at this path below it."""
     root, *found = chain
-    # `self.wo` is exact; behind another variable is some module below.
+    # `self.wo` is exact; any other variable may be any module below.
     exact = root == "self"
     end = below if exact else below[-len(found) :]
     return len(found) == len(end) > 0 and all(
@@ -48,8 +48,8 @@ def _leads_to(chain: Chain, below: list[str]) -> bool:
 
 
 def _reads(owner: nn.Module) -> Iterator[Chain]:
-    """Of what its methods read the weight."""
-    # mypy has it that a class is not hashable.
+    """The chains whose weight its methods read."""
+    # mypy considers classes unhashable.
     for method in _methods(type(owner)):  # type: ignore[arg-type]
         known = dict.fromkeys(_optional(method.args), None) | {"self": owner}
         nodes = [*_reachable(method, known)]
@@ -61,10 +61,10 @@ def _reads(owner: nn.Module) -> Iterator[Chain]:
 
 @cache
 def _methods(cls: type[nn.Module]) -> list[ast.FunctionDef]:
-    """``forward`` and the methods that it may call, as far as they mention a weight."""
+    """``forward`` and the methods that it may call, if they mention a weight."""
     trees: list[ast.FunctionDef] = []
     names = ["forward"]
-    for name in names:  # which grows
+    for name in names:  # grows in the loop
         method = getattr(cls, name, None)
         if not inspect.isfunction(method) or method is getattr(nn.Module, name, None):
             continue
@@ -72,7 +72,7 @@ def _methods(cls: type[nn.Module]) -> list[ast.FunctionDef]:
             source = textwrap.dedent(inspect.getsource(inspect.unwrap(method)))
             mentioned = re.search(r"\bweight\b", source)
             tree = ast.parse(source).body[0] if mentioned else None
-        except (OSError, TypeError, SyntaxError):  # from an interpreter, compiled, or a lambda
+        except (OSError, TypeError, SyntaxError):  # interactive, compiled, or a lambda
             continue
         names += [n for n in re.findall(r"\bself\.(\w+)", source) if n not in names]
         if isinstance(tree, ast.FunctionDef):
@@ -81,7 +81,7 @@ def _methods(cls: type[nn.Module]) -> list[ast.FunctionDef]:
 
 
 def _optional(args: ast.arguments) -> list[str]:
-    """The arguments that are None unless given."""
+    """The arguments with default None."""
     last = [*args.posonlyargs, *args.args][-len(args.defaults) :] if args.defaults else []
     last += args.kwonlyargs
     pairs = zip(last, [*args.defaults, *args.kw_defaults], strict=True)
@@ -89,7 +89,7 @@ def _optional(args: ast.arguments) -> list[str]:
 
 
 def _read(node: ast.AST) -> ast.expr | None:
-    """``x`` of ``x.weight`` and ``getattr(x, "weight")``; with a default it reads nothing."""
+    """``x`` in ``x.weight`` and ``getattr(x, "weight")``; not in ``getattr`` with a default."""
     match node:
         case ast.Attribute(value, "weight", ast.Load()):
             return value
@@ -99,7 +99,7 @@ def _read(node: ast.AST) -> ast.expr | None:
 
 
 class _Names:
-    """What the local names of a method stand for, as far as that is something of ``self``."""
+    """The chains that a method's local names may stand for."""
 
     def __init__(self, nodes: list[ast.AST]):
         self._of: dict[str, set[Chain]] = defaultdict(set)
@@ -116,7 +116,7 @@ class _Names:
                     self._loop(target, each)
 
     def chains(self, node: ast.expr) -> set[Chain]:
-        """What an expression may be."""
+        """The chains that an expression may be."""
         match node:
             case ast.Name(name):
                 return self._of.get(name) or {(name,)}
@@ -134,7 +134,7 @@ class _Names:
 
     def _bind(self, target: ast.expr, chains: set[Chain]) -> None:
         if isinstance(target, ast.Name):
-            # A name that may be something else, too, is some variable as well.
+            # A name that may also be something unknown remains a variable.
             self._of[target.id] |= {c if c[0] == "self" else (target.id,) for c in chains}
 
     def _assign(self, target: ast.expr, value: ast.expr) -> None:
@@ -143,7 +143,7 @@ class _Names:
                 for one, other in zip(targets, values, strict=False):
                     self._assign(one, other)
             case _:
-                # `x = x[0]` may be repeated without end.
+                # `x = x[0]` could be expanded without end.
                 own = any(
                     isinstance(n, ast.Name) and n.id == ast.unparse(target) for n in ast.walk(value)
                 )
@@ -175,11 +175,11 @@ class _Names:
 def _reachable(
     node: ast.AST, known: dict[str, Any], guarded: frozenset[str] = frozenset()
 ) -> Iterator[ast.AST]:
-    """The nodes of a tree without branches that settings or missing arguments rule out.
+    """The nodes of a tree, without branches that settings or missing arguments rule out.
 
-    BLOOM, for one, reads weights only ``if self.pretraining_tp > 1 and self.slow_but_exact``, and
-    DeBERTa unless ``query_states is None``. And without reads of a weight only where there is one,
-    behind ``hasattr(x, "weight")`` or before ``except AttributeError``.
+    For example BLOOM reads weights only ``if self.pretraining_tp > 1 and self.slow_but_exact``, and
+    DeBERTa unless ``query_states is None``. Also without reads guarded by ``hasattr(x, "weight")``
+    or ``except AttributeError``, which happen only where there is a weight.
     """
     child: ast.AST
     value = _read(node)
@@ -212,7 +212,7 @@ def _reachable(
 
 
 def _with_weight(test: ast.expr, holds: bool) -> frozenset[str]:
-    """The expressions that have a weight if this condition holds, or if it does not."""
+    """The expressions that have a weight if this condition is true, or if it is false."""
     match test:
         case ast.Call(ast.Name("hasattr"), [value, ast.Constant("weight")]) if holds:
             return frozenset({ast.unparse(value)})
@@ -236,12 +236,12 @@ _PLAIN = (
 
 
 def _value(test: ast.expr, known: dict[str, Any]) -> bool | None:
-    """The value of a condition on nothing but what is known, None of any other."""
+    """The value of a condition on known names only; None for any other."""
     for node in ast.walk(test):
         is_known = isinstance(node, ast.Name) and node.id in known
         if not (is_known or isinstance(node, _PLAIN)) or getattr(node, "attr", "") == "training":
             return None
     try:
         return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), {}, known))
-    except Exception:  # what it reads may not be there yet
+    except Exception:  # it may read what is not set yet
         return None

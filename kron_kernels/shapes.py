@@ -1,4 +1,7 @@
-"""Sizes, costs and contraction order of one Kronecker layer; a leaf that everyone may import."""
+"""Sizes, costs and contraction order of one Kronecker layer, and checks of plain arguments.
+
+A leaf: it imports nothing of this package.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,15 @@ class KronShape(NamedTuple):
         return cls(m1, n1, m // m1, n // n1, rank)
 
     @property
+    def a_shape(self) -> tuple[int, int]:
+        return self.m1, self.n1
+
+    @property
+    def part(self) -> tuple[tuple[int, int], int]:
+        """``(a_shape, rank)``, as ``KroneckerSum`` takes it."""
+        return self.a_shape, self.rank
+
+    @property
     def in_features(self) -> int:
         return self.n1 * self.n2
 
@@ -75,9 +87,9 @@ class KronShape(NamedTuple):
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether the terms are ``column ⊗ row``, or ``row ⊗ column``: two thin matrices' product.
+        """Whether the terms are ``column ⊗ row`` or ``row ⊗ column``: a product of thin matrices.
 
-        In ``order`` the rows come first, so that the middle has ``rank`` columns.
+        ``order`` then starts with the rows, and the intermediate product has ``rank`` columns.
         """
         return self.n1 == 1 == self.m2 or self.m1 == 1 == self.n2
 
@@ -101,7 +113,7 @@ class KronShape(NamedTuple):
 
 @contextmanager
 def constant_sizes() -> Iterator[None]:
-    """Within, ``torch.jit.trace`` records nothing, and sizes are numbers, not traced tensors."""
+    """Suspend ``torch.jit.trace``: nothing is recorded, and sizes are numbers, not tensors."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
@@ -111,7 +123,7 @@ def constant_sizes() -> Iterator[None]:
 
 
 def sizes(t: Tensor) -> torch.Size:
-    """A factor's shape in numbers, within ``torch.jit.trace`` as well."""
+    """A factor's shape as numbers, even inside ``torch.jit.trace``."""
     if not torch.jit.is_tracing():
         return t.shape
     with constant_sizes():
@@ -119,16 +131,16 @@ def sizes(t: Tensor) -> torch.Size:
 
 
 def contraction_order(sides: Sequence[Sequence[int]]) -> list[int]:
-    """The order in which to contract factors ``(m_i, n_i)`` of one product: the cheapest.
+    """The cheapest order in which to contract the factors ``(m_i, n_i)`` of one product.
 
-    By an exchange argument axis i goes before j where ``1/m_i - 1/n_i`` is larger: first those that
-    shrink the data most for their cost. Of equals the last goes first, as in ``KronShape.order``.
+    An exchange argument puts axis i before j if its ``1/m_i - 1/n_i`` is larger: it shrinks the
+    data more for its cost. On a tie the last axis goes first, as in ``KronShape.order``.
     """
     return sorted(range(len(sides)), key=lambda i: (1 / sides[i][1] - 1 / sides[i][0], -i))
 
 
 def check_integer(name: str, value: Any, least: int | None = 1) -> int:
-    """The value as an ``int``: Python's, NumPy's and torch's integers, but no bool and no float.
+    """Convert a Python, NumPy or torch integer to ``int``; bools and floats are refused.
 
     Raises:
         ValueError: If it is not an integer, or less than ``least``.
@@ -146,7 +158,7 @@ def check_integer(name: str, value: Any, least: int | None = 1) -> int:
 
 
 def check_number(name: str, value: Any, least: float = 0.0) -> float:
-    """The value as a ``float``, finite and at least ``least``.
+    """Convert to a finite ``float`` of at least ``least``.
 
     Raises:
         ValueError: If it is not.
@@ -180,10 +192,10 @@ def sides_of(a_shape: Any) -> tuple[int, int]:
 
 
 def parts_of(parts: Any) -> list[tuple[tuple[int, int], int]]:
-    """``(a_shape, rank)`` of each part of a sum, from any iterable of such pairs.
+    """The ``(a_shape, rank)`` pairs of a sum, from any iterable of pairs.
 
     Raises:
-        ValueError: If it is not such an iterable, or is empty.
+        ValueError: If it is not an iterable of pairs, or is empty.
     """
     try:
         found = None if isinstance(parts, str | bytes | Mapping | Set) else list(parts)
@@ -199,6 +211,16 @@ def parts_of(parts: Any) -> list[tuple[tuple[int, int], int]]:
     return [(a_shape, rank) for a_shape, rank in found]
 
 
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Prefix type and value errors raised inside with ``what``, such as a layer's path."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{what}: {error}") from error
+
+
 def check_mapping(name: str, value: Any, example: str) -> None:
     """Raise unless it is a mapping from strings.
 
@@ -212,18 +234,18 @@ def check_mapping(name: str, value: Any, example: str) -> None:
             raise TypeError(f"{name} has the key {key!r:.80}, but keys must be strings: {example}.")
 
 
-# Trial division goes this far: exact up to 10**12, and 0.1 s for the largest prime below.
+# Bound of the trial division: exact up to 10**12, 0.1 s for the largest prime below.
 _TRIALS = 10**6
 
 
 def divisors(n: int) -> list[int]:
-    """In ascending order."""
+    """All divisors in ascending order."""
     small = [d for d in range(1, min(math.isqrt(n), _TRIALS) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
 def nearest_divisors(size: int, factor: int) -> str:
-    """``"nearest divisors are 4 and 6"``, next to ``factor`` on either side."""
+    """``"nearest divisors are 4 and 6"``: the divisors of ``size`` around ``factor``."""
     found = divisors(size)
     below = max((d for d in found if d < factor), default=None)
     above = min((d for d in found if d > factor), default=None)
@@ -242,7 +264,7 @@ def check_divides(side: str, size: int, factor: int, axis: int) -> None:
 
 
 def check_rank(s: KronShape) -> None:
-    """Raise if fewer terms of these factors represent every weight."""
+    """Raise if fewer terms of these factors already represent every weight."""
     most = min(s.m1 * s.n1, s.m2 * s.n2)
     if s.rank > most:
         raise ValueError(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from kroneckerbert.modeling_kroneckerbert import mean_pooling as mean_pooling
     from kroneckerbert.modeling_kroneckerbert import register as register
     from kroneckerbert.planning import plan as plan
-    from kroneckerbert.planning import report as report
+    from kroneckerbert.reporting import report as report
 
 _NAMES = {
     "adapters": ["load_adapter", "lora_config", "merge_and_unload"],
@@ -46,7 +46,8 @@ _NAMES = {
     "distillation": ["DistillationConfig", "DistillationTrainer"],
     "exporting": ["export", "load_exported"],
     "modeling_kroneckerbert": ["KroneckerPreTrainedModel", "embed", "mean_pooling", "register"],
-    "planning": ["plan", "report"],
+    "planning": ["plan"],
+    "reporting": ["report"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULES)

@@ -1,4 +1,4 @@
-"""LoRA on Kronecker layers, through peft, and merged without forming a dense weight."""
+"""LoRA on Kronecker layers with peft; merging forms no dense weight."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum
+from kron_kernels.factors import entry_of, shapes_in
+from kron_kernels.modules import is_conv1d
 from kroneckerbert.configuration_kroneckerbert import KroneckerConfig
 
 try:
@@ -24,15 +25,15 @@ except ImportError as error:
 
 
 def lora_config(model: PreTrainedModel | None = None, **options: Any) -> LoraConfig:
-    """A ``peft.LoraConfig`` that knows Kronecker layers, for ``peft.get_peft_model``.
+    """A ``peft.LoraConfig`` that supports Kronecker layers, for ``peft.get_peft_model``.
 
     Args:
-        model: The model to adapt; needed to resolve ``"all-linear"``.
-        **options: As for ``LoraConfig``. ``target_modules`` is ``"all-linear"`` unless given:
-            every linear layer of the model without its head, factorised or dense.
+        model: The model to adapt; required for ``"all-linear"``.
+        **options: Passed to ``LoraConfig``. ``target_modules`` defaults to ``"all-linear"``: every
+            linear layer of the model without its head, factorised or dense.
 
     Raises:
-        ValueError: If ``"all-linear"`` has no model to look into, or finds nothing there.
+        ValueError: If ``"all-linear"`` has no model, or the model has no linear layer.
     """
     if options.setdefault("target_modules", "all-linear") == "all-linear":
         if model is None:
@@ -47,13 +48,13 @@ def lora_config(model: PreTrainedModel | None = None, **options: Any) -> LoraCon
 def load_adapter(
     model: PreTrainedModel, path: str | os.PathLike, *, is_trainable: bool = False, **options: Any
 ) -> PeftModel:
-    """``PeftModel.from_pretrained`` for adapters of Kronecker layers, which it does not know.
+    """``PeftModel.from_pretrained`` for adapters of Kronecker layers, which peft does not support.
 
     Args:
         model: The model that the adapter was trained on.
-        path: What ``PeftModel.save_pretrained`` wrote, a folder or a name on the hub.
-        is_trainable: Whether to go on training; otherwise all weights are frozen.
-        **options: As for ``PeftModel.from_pretrained``.
+        path: Folder written by ``PeftModel.save_pretrained``, or a name on the hub.
+        is_trainable: Whether to continue training; otherwise all weights are frozen.
+        **options: Passed to ``PeftModel.from_pretrained``.
     """
     config = _informed(LoraConfig.from_pretrained(path))
     return PeftModel.from_pretrained(
@@ -64,19 +65,19 @@ def load_adapter(
 def merge_and_unload(model: PeftModel, **options: Any) -> PreTrainedModel:
     """The adapted model without peft: Kronecker layers with adapters become ``KroneckerSum``.
 
-    ``model.merge_and_unload()``, with the new layers entered in the configuration, so that
-    ``save_pretrained`` and ``from_pretrained`` work. The model inside ``model`` is changed.
+    Like ``model.merge_and_unload()``, but adds the new layers to the configuration, which
+    ``save_pretrained`` and ``from_pretrained`` need. The model inside ``model`` is changed.
 
     Args:
-        model: From ``peft.get_peft_model`` or ``load_adapter``.
-        **options: As for ``PeftModel.merge_and_unload``.
+        model: Result of ``peft.get_peft_model`` or ``load_adapter``.
+        **options: Passed to ``PeftModel.merge_and_unload``.
     """
     merged = model.merge_and_unload(**options)
     if isinstance(merged.config, KroneckerConfig):
-        # The longest name decides: no other of the same layer is longer than its full path.
+        # The longest name decides, and none is longer than the layer's full path.
         prefix = merged.config.layout().prefix
         merged.config.kronecker_factors = merged.config.kronecker_factors | {
-            f"{prefix}.{path}": [{"a_shape": [s.m1, s.n1], "rank": s.rank} for s in module.shapes]
+            f"{prefix}.{path}": entry_of(module.shapes)
             for path, module in merged.base_model.named_modules()
             if isinstance(module, KroneckerSum)
         }
@@ -86,10 +87,9 @@ def merge_and_unload(model: PeftModel, **options: Any) -> PreTrainedModel:
 class LoraKroneckerLinear(LoraLinear):
     """peft's LoRA layer around a ``KroneckerLinear`` or ``KroneckerSum``.
 
-    Merged, it is the sum of the layer's products and the adapters' low-rank parts, exactly: a
-    product ``s B A`` of rank r is r Kronecker terms, of a column of B and a row of A each.
-    Unmerging gives the very layer back. Variants that read the dense weight (DoRA, PiSSA, …) are
-    refused, because there is none.
+    Merging is exact: the layer's products plus the adapters' low-rank parts. ``s B A`` of rank r is
+    r Kronecker terms, each a column of B times a row of A. Unmerging restores the original layer
+    object. Variants that read the dense weight (DoRA, PiSSA, …) are refused: there is none.
     """
 
     base_layer: KroneckerLinear | KroneckerSum
@@ -112,11 +112,11 @@ class LoraKroneckerLinear(LoraLinear):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Let the base layer compute what the adapters add.
+        """Add the adapters to the base layer.
 
         Args:
-            safe_merge: Refuse adapters with NaN or infinite entries.
-            adapter_names: The active ones unless given.
+            safe_merge: Whether to refuse adapters with NaN or infinite entries.
+            adapter_names: By default the active ones.
 
         Raises:
             ValueError: If ``safe_merge`` and an entry is not finite.
@@ -132,22 +132,22 @@ class LoraKroneckerLinear(LoraLinear):
                 f"an adapter of {', '.join(names)} has NaN or infinite entries; train it again "
                 "with a lower learning rate, or use an earlier checkpoint."
             )
-        self._unmerged = (layer,)  # in a tuple: a module would be registered as a child
+        self._unmerged = (layer,)  # in a tuple, or it would be registered as a child
         self.base_layer, self.merged_adapters = new, names
 
     def unmerge(self) -> None:
-        """Give the base layer back as it was."""
+        """Restore the original base layer."""
         if self.merged:
             (self.base_layer,) = self._unmerged
             self.merged_adapters = []
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``s B A`` as a dense weight, ``(out_features, in_features)``: for inspection."""
+        """``s B A`` as a dense weight ``(out_features, in_features)``, for inspection."""
         return self.scaling[adapter] * self.lora_B[adapter].weight @ self.lora_A[adapter].weight
 
     def _sum(self, layer: KroneckerLinear | KroneckerSum, names: list[str]) -> KroneckerSum:
-        """The layer, whose factors it shares, plus one low-rank part for all adapters."""
-        old = list(layer.parts) if isinstance(layer, KroneckerSum) else [layer]
+        """The layer plus one low-rank part for all adapters; shares the layer's factors."""
+        old: list[Any] = list(getattr(layer, "parts", [layer]))
         like: dict[str, Any] = {"device": old[0].a.device, "dtype": old[0].a.dtype}
         columns = [self.scaling[n] * self.lora_B[n].weight.mT for n in names]  # (r, out)
         rows = [self.lora_A[n].weight for n in names]  # (r, in)
@@ -159,14 +159,13 @@ class LoraKroneckerLinear(LoraLinear):
                 added = (self.scaling[n] * self.lora_B[n].bias).to(**like)
                 bias = _like(layer.bias, added if bias is None else bias + added)
 
-        shapes = [((p.shape.m1, p.shape.n1), p.rank) for p in old]
         new = KroneckerSum(
             layer.in_features,
             layer.out_features,
-            [*shapes, ((layer.out_features, 1), len(a))],
+            [*(s.part for s in shapes_in(layer)), ((layer.out_features, 1), len(a))],
             bias is not None,
             backend=old[0].backend,
-            device="meta",  # nothing is drawn, the factors follow
+            device="meta",  # draws nothing; the factors follow
         )
         factors = [*((p.a, p.b) for p in old), (_like(old[0].a, a), _like(old[0].b, b))]
         for part, (left, right) in zip(new.parts, factors, strict=True):
@@ -174,7 +173,7 @@ class LoraKroneckerLinear(LoraLinear):
         new.bias = bias
         return new.train(layer.training)
 
-    # What peft asks of a layer by its class or its `weight`, of which a Kronecker layer has none.
+    # peft's own versions look at the layer's class or its `weight`, which Kronecker layers lack.
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
@@ -186,12 +185,12 @@ class LoraKroneckerLinear(LoraLinear):
 
 
 class _Refused:
-    """In place of a layer for a module that cannot have adapters."""
+    """Stands for the adapter layer of modules that cannot have adapters."""
 
     def __init__(self, target: nn.Module, *args: Any, target_name: str = "", **kwargs: Any):
         raise ValueError(
-            f"{target_name or 'a target'} is a KroneckerEmbedding, and a low-rank part would end "
-            "its being a Kronecker product, which a tied decoder relies on; leave it out of "
+            f"{target_name or 'a target'} is a KroneckerEmbedding; with a low-rank part it would "
+            "not be a Kronecker product any more, which a tied decoder relies on; leave it out of "
             "target_modules."
         )
 
@@ -199,7 +198,7 @@ class _Refused:
 def _informed(config: LoraConfig) -> LoraConfig:
     if not hasattr(config, "_register_custom_module"):
         raise ImportError(
-            "this version of peft lets nobody register layers for LoRA: "
+            "this version of peft cannot register custom layers for LoRA: "
             "pip install 'peft>=0.21,<0.22'"
         )
     config._register_custom_module(
@@ -213,17 +212,19 @@ def _informed(config: LoraConfig) -> LoraConfig:
 
 
 def _linears(model: PreTrainedModel) -> list[str]:
-    """Paths of the linear layers of the model without its head, adapted already or not."""
+    """Paths of the linear layers of the model without its head, adapted or not."""
     encoder = model.base_model
     adapted = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     inside = {id(m) for m in encoder.modules()}
     sums = [name for name, m in model.named_modules() if isinstance(m, KroneckerSum)]
     within = tuple(f"{name}." for name in (*adapted, *sums))  # their own parts
-    kinds = KroneckerLinear | KroneckerSum | nn.Linear | Conv1D | BaseTunerLayer
+    kinds = KroneckerLinear | KroneckerSum | nn.Linear | BaseTunerLayer
     names = [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) and id(module) in inside and not name.startswith(within)
+        for name, m in model.named_modules()
+        if (isinstance(m, kinds) or is_conv1d(m))
+        and id(m) in inside
+        and not name.startswith(within)
     ]
     if not names:
         raise ValueError(
@@ -234,5 +235,5 @@ def _linears(model: PreTrainedModel) -> list[str]:
 
 
 def _like(base: Tensor | None, t: Tensor) -> nn.Parameter:
-    """A parameter as trainable as the base layer's, which peft has frozen unless told not to."""
+    """A parameter that is frozen like the base layer's, which peft freezes by default."""
     return nn.Parameter(t, base is not None and base.requires_grad)

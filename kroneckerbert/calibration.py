@@ -1,34 +1,31 @@
-"""Statistics of a model's inputs on text, and a start that makes use of them, without training."""
+"""Second moments of layer inputs on text, and a start that uses them, without training."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from kron_kernels import (
     KroneckerEmbedding,
     KroneckerLinear,
     KroneckerSum,
-    nearest_kronecker,
+    moments,
     nearest_kronecker_sum,
 )
-from kron_kernels.factorise import no_such_layer
-from kron_kernels.plan.calibration import check_moment
-from kron_kernels.plan.forward import evaluating
-from kroneckerbert.configuration_kroneckerbert import linear_weight
+from kron_kernels.decompose import SHRINKAGE
+from kron_kernels.factors import no_such_layer, shapes_in
+from kron_kernels.modules import evaluating, is_conv1d, linear_weight, watching
 
 Batch = Mapping[str, Tensor]
 
 
-@torch.no_grad()
 def second_moments(
     model: PreTrainedModel, batches: Iterable[Batch], names: Iterable[str]
 ) -> dict[str, Tensor]:
@@ -36,7 +33,8 @@ def second_moments(
 
     Args:
         model: Any transformer; it runs in evaluation mode, without its head.
-        batches: Model inputs; what the model without its head does not take (labels) is ignored.
+        batches: Model inputs; those that the model without its head does not take, such as labels,
+            are ignored.
         names: Paths of linear layers within the model without its head, such as
             ``"encoder.layer.0.intermediate.dense"``.
 
@@ -47,63 +45,56 @@ def second_moments(
 
     Raises:
         TypeError: If ``batches`` is one batch.
-        ValueError: If there is no token to average over, a name is no linear layer's, a layer is
+        ValueError: If there is no token to average over, a name is not a linear layer's, a layer is
             never called, or an input is not finite.
     """
-    encoder, batches, names = model.base_model, checked_batches(batches), list(names)
-    kinds = nn.Linear | Conv1D | KroneckerLinear | KroneckerSum
-    linears = {path: m for path, m in encoder.named_modules() if isinstance(m, kinds)}
+    encoder, batches = model.base_model, checked_batches(batches)
+    kinds = nn.Linear | KroneckerLinear | KroneckerSum
+    linears = {
+        path: m for path, m in encoder.named_modules() if isinstance(m, kinds) or is_conv1d(m)
+    }
+    layers = {}
     for name in names:
         if name not in linears:
             raise ValueError(f"names has {name!r}, {no_such_layer(name, linears)}")
-    sums: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
-    groups = input_groups(encoder, names, batches[0])
-    sources = [group[0] for group in groups]
-    with evaluating(encoder):
-        for batch in batches:
-            for source, inputs in layer_inputs(encoder, batch, sources).items():
-                for x in (x.float() for x in inputs):
-                    tokens[source] = tokens.get(source, 0) + len(x)
-                    if source in sums:
-                        sums[source].addmm_(x.mT, x)
-                    else:
-                        sums[source] = x.mT @ x
-    means = {source: total / tokens[source] for source, total in sums.items()}
-    for source, mean in means.items():
-        check_moment(source, mean)
-    return {name: means[group[0]] for group in groups for name in group}
+        layers[name] = linears[name]
+    found = moments.second_moments(encoder, (_known(encoder, b) for b in batches), layers)
+    for name in layers:
+        if name not in found:
+            raise ValueError(_never_called(name, encoder))
+    return found
 
 
 @torch.no_grad()
 def input_groups(encoder: PreTrainedModel, names: Iterable[str], batch: Batch) -> list[list[str]]:
-    """Layers by the tensor that they read, in the order in which they are called.
+    """Group layers by the tensor that they read, in the order of the calls.
 
     Raises:
         ValueError: If a layer is never called.
     """
     seen: dict[str, list[int]] = {name: [] for name in names}
-    kept = []  # or another tensor might get the same id
+    kept = []  # alive, to keep their ids unique
 
-    def record(name: str):
-        def hook(_, args: tuple[Tensor, ...]) -> None:
-            kept.append(args[0])
-            seen[name].append(id(args[0]))
+    def record(name: str, x: Tensor) -> None:
+        kept.append(x)
+        seen[name].append(id(x))
 
-        return hook
-
-    with evaluating(encoder), _hooks(encoder, {name: record(name) for name in seen}):
+    with evaluating(encoder), _reading(encoder, seen, record):
         encoder(**_known(encoder, batch))
     if silent := [name for name, ids in seen.items() if not ids]:
-        raise ValueError(
-            f"{silent[0]} is not called by {type(encoder).__name__}, so its inputs are unknown; "
-            "keep it dense."
-        )
+        raise ValueError(_never_called(silent[0], encoder))
     position = {key: i for i, key in reversed(list(enumerate(map(id, kept))))}
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, ids in seen.items():
         groups.setdefault(tuple(ids), []).append(name)
     return [groups[ids] for ids in sorted(groups, key=lambda ids: position[ids[0]])]
+
+
+def _never_called(name: str, encoder: nn.Module) -> str:
+    return (
+        f"{name} is not called by {type(encoder).__name__}, so its inputs are unknown; keep it "
+        "dense."
+    )
 
 
 @torch.no_grad()
@@ -113,20 +104,21 @@ def refit(
     batches: Iterable[Batch],
     progress: bool = False,
 ) -> None:
-    """Refit a student's factors and biases layer by layer, on the inputs that it has itself.
+    """Refit a student's factors and biases layer by layer, on the student's own inputs.
 
-    In the order of the calculation, each layer becomes the nearest, on average over the tokens, in
-    ``‖W x_t + b − Ŵ x_s − b̂‖²``, x_t the teacher's input of the layer and x_s the student's, whose
-    earlier layers are refitted: it makes good for some of their errors. That is the data-aware
-    nearest product to ``W E[x_t x_sᵀ] E[x_s x_sᵀ]⁻¹``, both centred if there is a bias, which takes
-    the means. The student runs up to each layer in turn: half a forward pass for each group of
-    layers that read the same tensor, four in a BERT layer, and for each batch.
+    Layer by layer in the order of the forward pass, minimise ``‖W x_t + b − Ŵ x_s − b̂‖²`` averaged
+    over tokens, where x_t is the teacher's input of the layer and x_s the student's. The earlier
+    layers of the student are already refitted, and the layer compensates for some of their errors.
+    The solution is the data-aware nearest product to ``W E[x_t x_sᵀ] E[x_s x_sᵀ]⁻¹``; with a bias,
+    which takes the means, both moments are centred. The student runs up to each layer in turn: half
+    a forward pass for each batch and each group of layers that read the same tensor, four groups in
+    a BERT layer.
 
     Args:
-        student: Of ``kroneckerbert.compress``; changed in place.
-        teacher: The dense model that it is from.
+        student: Result of ``kroneckerbert.compress``; changed in place.
+        teacher: Its dense model.
         batches: Model inputs, kept in memory.
-        progress: Show a bar over the groups of layers.
+        progress: Whether to show a bar over the groups of layers.
     """
     batches = checked_batches(batches)
     student, teacher = student.base_model, teacher.base_model
@@ -144,20 +136,20 @@ def refit(
             seen = [layer_inputs(teacher, batch, sources, stop=True) for batch in batches]
             for group in part:
                 source = group[0]
-                moments = _Moments(linear_weight(teacher.get_submodule(source)).shape[1])
+                sums = _Sums(linear_weight(teacher.get_submodule(source)).shape[1])
                 for batch, by_teacher in zip(batches, seen, strict=True):
                     by_student = layer_inputs(student, batch, [source], stop=True)
-                    # Of several calls, as in DeBERTa, the first, which is the text's.
-                    moments.add(by_student[source][0], by_teacher.pop(source)[0])
-                check_moment(source, moments.ss + moments.ts)
+                    # The first of several calls, as in DeBERTa, is for the text.
+                    sums.add(by_student[source][0], by_teacher.pop(source)[0])
+                moments.check_moment(source, sums.ss + sums.ts)
                 for name in group:
-                    _refit_layer(student.get_submodule(name), teacher.get_submodule(name), moments)
+                    _refit_layer(student.get_submodule(name), teacher.get_submodule(name), sums)
                 bar.update()
         bar.close()
 
 
-# Bytes of the teacher's layer inputs to keep at a time: a teacher's pass costs several of the
-# student's, and with all of them kept one would do (258 kB a token for BERT_BASE).
+# Bytes of the teacher's layer inputs kept at a time (258 kB per token for BERT_BASE). Each part
+# needs another pass of the teacher, which costs several of the student's.
 _MEMORY = 2 << 30
 
 
@@ -176,8 +168,8 @@ def _parts_that_fit(
     yield part
 
 
-class _Moments:
-    """Sums over tokens of the student's and the teacher's inputs of a layer, in float64."""
+class _Sums:
+    """Sums over tokens of products of the student's and teacher's inputs of a layer, in float64."""
 
     def __init__(self, width: int):
         self.tokens = 0
@@ -189,7 +181,7 @@ class _Moments:
         self.tokens += len(x_s)
         self.sum_s += x_s.sum(0)
         self.sum_t += x_t.sum(0)
-        # In float32 within a batch, which is as exact as the activations are.
+        # In float32 within a batch: the activations are no more exact.
         self.ss += x_s.mT @ x_s
         self.ts += x_t.mT @ x_s
 
@@ -197,31 +189,22 @@ class _Moments:
         return self.sum_s / self.tokens, self.sum_t / self.tokens
 
 
-# Added to the diagonal of the student's second moment, of its mean: an estimate from few tokens is
-# singular. As in kron_kernels.nearest_kronecker.
-_SHRINKAGE = 0.01
-
-
-def _refit_layer(layer: Any, dense: Any, moments: _Moments) -> None:
+def _refit_layer(layer: Any, dense: Any, sums: _Sums) -> None:
     weight = linear_weight(dense).double().cpu()
-    mean_s, mean_t = moments.means()
-    ss, ts = moments.ss / moments.tokens, moments.ts / moments.tokens
+    mean_s, mean_t = sums.means()
+    ss, ts = sums.ss / sums.tokens, sums.ts / sums.tokens
     if layer.bias is not None:
         ss, ts = ss - torch.outer(mean_s, mean_s), ts - torch.outer(mean_t, mean_s)
-        # The variance of an input that is all but constant may come out below 0 by rounding.
+        # Rounding may make the variance of a nearly constant input negative.
         ss.diagonal().clamp_(min=0)
-    ridge = _SHRINKAGE * ss.diagonal().mean()
+    # An estimate from few tokens is singular: as in nearest_kronecker.
+    ridge = SHRINKAGE * ss.diagonal().mean()
     shrunk = ss + ridge * torch.eye(len(ss), dtype=ss.dtype)
-    # Shrunk alike: where student and teacher agree, the target is W itself.
+    # The same shrinkage for both: where student and teacher agree, the target is W itself.
     ts = ts + ridge * torch.eye(len(ss), dtype=ss.dtype)
     target = torch.linalg.solve(shrunk, weight @ ts, left=False)
-    parts = layer.parts if isinstance(layer, KroneckerSum) else [layer]
-    shapes = [((p.shape.m1, p.shape.n1), p.rank) for p in parts]
-    if len(parts) == 1:
-        fitted = [nearest_kronecker(target, *shapes[0], second_moment=ss)]
-    else:
-        fitted = nearest_kronecker_sum(target, shapes, second_moment=ss)
-    for part, (a, b) in zip(parts, fitted, strict=True):
+    fitted = nearest_kronecker_sum(target, [s.part for s in shapes_in(layer)], second_moment=ss)
+    for part, (a, b) in zip(getattr(layer, "parts", [layer]), fitted, strict=True):
         part.a.copy_(a)
         part.b.copy_(b)
     if layer.bias is not None:
@@ -232,33 +215,26 @@ def _refit_layer(layer: Any, dense: Any, moments: _Moments) -> None:
 def layer_inputs(
     encoder: PreTrainedModel, batch: Batch, names: Sequence[str], stop: bool = False
 ) -> dict[str, list[Tensor]]:
-    """What these layers read in a forward pass: rows that are not padding, ``(tokens, n)`` a call.
+    """Inputs of these layers in a forward pass, without padding: ``(tokens, n)`` for each call.
 
-    With ``stop`` the pass ends where the last of them would begin.
+    With ``stop`` the pass ends before the last of them is computed.
     """
     known = _known(encoder, batch)
-    mask = known["attention_mask"].bool() if "attention_mask" in known else None
     found: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def read(name: str):
-        def hook(_, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            # Not what is no sequence, such as DeBERTa's relative positions.
-            is_text = mask is not None and x.shape[:-1] == mask.shape
-            found[name].append(x[mask] if is_text else x.flatten(0, -2))
-            if stop and all(found.values()):
-                raise _Stop
+    def read(name: str, x: Tensor) -> None:
+        found[name].append(moments.real_rows(x, known.get("attention_mask")))
+        if stop and all(found.values()):
+            raise _Stop
 
-        return hook
-
-    with _hooks(encoder, {name: read(name) for name in names}), suppress(_Stop):
+    with _reading(encoder, names, read), suppress(_Stop):
         encoder(**known)
     return found
 
 
 @torch.no_grad()
 def tokens_of(encoder: PreTrainedModel, batch: Batch, names: Iterable[str]) -> dict[str, int]:
-    """How many rows each layer multiplies in a forward pass of this batch."""
+    """Rows that each layer multiplies in a forward pass of this batch."""
     with evaluating(encoder):
         found = layer_inputs(encoder, batch, list(names))
     return {name: sum(map(len, inputs)) for name, inputs in found.items()}
@@ -268,33 +244,24 @@ class _Stop(Exception):
     pass
 
 
-@contextmanager
-def _hooks(encoder: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
-    handles = [
-        encoder.get_submodule(name).register_forward_pre_hook(h) for name, h in hooks.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _reading(encoder: nn.Module, names: Iterable[str], read: Callable[[str, Tensor], None]) -> Any:
+    return watching({name: encoder.get_submodule(name) for name in names}, read)
 
 
 def _known(encoder: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-    """The part of a batch that the model without its head takes, on its device."""
+    """The inputs that the model without its head takes, on its device."""
     taken = inspect.signature(encoder.forward).parameters
     return {k: v.to(encoder.device) for k, v in batch.items() if k in taken and v is not None}
 
 
 def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """All batches.
+    """The batches as a list.
 
     Raises:
         TypeError: If it is one batch.
-        ValueError: If they have nothing to average over.
+        ValueError: If no batch has a token that is not padding.
     """
-    if isinstance(batches, Mapping):
-        raise TypeError("calibration is one batch, a mapping; pass a list of such, [batch].")
+    moments.check_batches(batches)
     batches = list(batches)
     if not any(map(_tokens, batches)):
         raise ValueError(

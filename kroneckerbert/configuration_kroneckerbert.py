@@ -1,95 +1,37 @@
-"""Which layers of a transformer are Kronecker products, and of which shapes."""
+"""Configurations of Kronecker models: the dense model's fields, and factors of its layers."""
 
 # No `from __future__ import annotations`: @strict validates by the annotations' values.
 import difflib
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from kron_kernels import KronShape
-from kron_kernels.factorise import terms_of
-from kron_kernels.plan import Plan
-from kron_kernels.readers import reader
-from kroneckerbert import model_type
-
-
-class _Roles(NamedTuple):
-    """Names of a layer's modules, as the presets tell them apart."""
-
-    attention: tuple[str, ...]
-    up: tuple[str, ...]  # into the feed-forward block's width
-    down: tuple[str, ...]  # and back
-
-
-_BERT = _Roles(
-    (
-        *(f"attention.self.{name}" for name in ("query", "key", "value")),
-        "attention.output.dense",
-        *(f"crossattention.self.{name}" for name in ("query", "key", "value")),
-        "crossattention.output.dense",
-    ),
-    ("intermediate.dense",),
-    ("output.dense",),
+from kron_kernels.factors import (
+    deciding_name,
+    ends_of,
+    names_layer,
+    no_such_layer,
+    parse,
+    shapes_of,
+    term_of,
 )
-# By the dense model's model_type. Presets are for these; other architectures are planned.
-_ROLES = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "electra": _BERT,
-    "mpnet": _BERT._replace(attention=tuple(f"attention.attn.{name}" for name in "qkvo")),
-    "deberta-v2": _BERT._replace(
-        attention=(
-            *(f"attention.self.{name}_proj" for name in ("query", "key", "value")),
-            "attention.output.dense",
-        )
-    ),
-    "distilbert": _Roles(
-        tuple(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
-        ("ffn.lin1",),
-        ("ffn.lin2",),
-    ),
-    "modernbert": _Roles(("attn.Wqkv", "attn.Wo"), ("mlp.Wi",), ("mlp.Wo",)),
-    "gpt2": _Roles(("attn.c_attn", "attn.c_proj"), ("mlp.c_fc",), ("mlp.c_proj",)),
-    "llama": _Roles(
-        tuple(f"self_attn.{name}_proj" for name in "qkvo"),
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
-    ),
-}
+from kron_kernels.modules import dense_layers, linear_weight, obstacles
+from kron_kernels.plan import Plan
+from kroneckerbert import model_type
+from kroneckerbert.presets import preset_factors
 
+_OF_THE_FILE = ("model_type", "transformers_version", "architectures", "_name_or_path", "auto_map")
+_OURS = ("kronecker_factors", "kronecker_plan")
+_NO_STRUCTURE = (*_OF_THE_FILE, *_OURS, "id2label", "label2id", "dtype")
 
-class _Small(NamedTuple):
-    """The small factor of a product; the other one takes what is left of the weight."""
-
-    side: Literal["A", "B"]
-    rows: int
-    columns: int
-
-
-class _Preset(NamedTuple):
-    attention: _Small
-    up: _Small  # down has the transposed shapes
-    b_size: int  # the embedding's row vector
-    rank: int = 1  # of attention and feed-forward
-
-
-PRESETS = {
-    "kronecker-bert-8": _Preset(_Small("B", 2, 2), _Small("A", 8, 2), b_size=8),
-    "kronecker-bert-21": _Preset(_Small("B", 2, 16), _Small("A", 16, 2), b_size=16),
-    "kronecker-bert-5": _Preset(_Small("B", 2, 16), _Small("B", 8, 2), b_size=12, rank=4),
-    "kronecker-bert-19": _Preset(_Small("B", 2, 16), _Small("A", 8, 2), b_size=32),
-}
-
-
-# A dense class follows in the bases of every subclass, and brings what a configuration has.
+# Every subclass has a dense configuration class among its bases, which provides the other fields.
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as _Base
 else:
@@ -97,27 +39,27 @@ else:
 
 
 class KroneckerConfig(_Base):
-    """What every configuration of a Kronecker model has beside its dense model's fields.
+    """Fields and methods that every configuration of a Kronecker model adds to the dense one's.
 
     Its subclasses are made by ``kronecker_config``: ``KroneckerBertConfig``,
     ``KroneckerRobertaConfig``, …
 
     Attributes:
         kronecker_factors: From a module's name to ``{"a_shape": [m1, n1], "rank": r}`` (``rank`` is
-            1 when left out), to a list of such terms of different shapes, which are summed, or to
-            None, which keeps the module dense. A name is the end of the module's path, cut at a
-            dot: ``"intermediate.dense"`` means it in every layer, ``"layer.3.intermediate.dense"``
-            in one. The longest name that fits decides; a module that none fits is dense, so that
-            the default, an empty dict, is an ordinary dense model. Factorisable are the linear
-            layers of the model without its head and pooler, and the word embeddings, whose ``m1``
-            is the vocabulary's size; not layers whose weight another module reads. Mind that
-            ``"output.dense"`` also fits ``"attention.output.dense"`` unless that has an entry of
-            its own.
+            1 if left out), to a list of such terms, whose sum is the weight, or to None, which
+            keeps the module dense. A name is the end of the module's path, cut at a dot:
+            ``"intermediate.dense"`` is that module in every layer,
+            ``"layer.3.intermediate.dense"`` in one. The longest name that fits decides. Modules
+            without a name are dense: the default, an empty dict, is an ordinary dense model. The
+            linear layers of the model without its head and pooler can be factorised, and the word
+            embeddings, with ``m1`` the size of the vocabulary; but not layers whose weight another
+            module reads. Note that ``"output.dense"`` also fits ``"attention.output.dense"`` unless
+            that has an entry of its own.
 
-        kronecker_plan: The plan that chose the factors, if one did, see ``plan``.
+        kronecker_plan: The plan that chose the factors, if any, see ``plan``.
 
     Raises:
-        ValueError: If an entry is malformed, fits no module or does not divide its weight. It is
+        ValueError: If an entry is malformed, fits no module or does not divide its weight. This is
             checked here, and again when a model is built.
     """
 
@@ -134,25 +76,24 @@ class KroneckerConfig(_Base):
                 "it with kroneckerbert.compress(model, 'kronecker-bert-8')."
             )
         super().__post_init__(**kwargs)
-        # A copy, and lists for tuples: equal before and after a trip through JSON.
+        # A copy in JSON's types: equal before and after saving.
         self.kronecker_factors = {
-            name: _checked_entry(name, entry) for name, entry in self.kronecker_factors.items()
+            name: _normalised(name, entry) for name, entry in self.kronecker_factors.items()
         }
         self.kronecker_shapes()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made when it is needed, and a new process has none yet.
+        # Our classes are made on demand, and a new process has none yet.
         cls = type(self)
-        if _classes.get(cls.dense_class) is not cls:  # a subclass of somebody's own
+        if _classes.get(cls.dense_class) is not cls:  # a user's subclass
             return super().__reduce_ex__(protocol)
         return _blank, (cls.dense_class,), self.__getstate__()
 
     @property
     def plan(self) -> Plan | None:
-        """What was chosen for each layer, why, and what it was measured to cost."""
-        return (
-            None if self.kronecker_plan is None else Plan.from_json(json.dumps(self.kronecker_plan))
-        )
+        """The plan that chose the factors, with the reasons and the measured costs."""
+        made = self.kronecker_plan
+        return None if made is None else Plan.from_json(json.dumps(made))
 
     def kronecker_shapes(self) -> dict[str, list[KronShape]]:
         """Shapes of the terms of the factorised modules, by path in the model without its head.
@@ -163,53 +104,50 @@ class KroneckerConfig(_Base):
         if not self.kronecker_factors:
             return {}
         layout = self.layout()
-        for name in self.kronecker_factors:
+        for name, entry in self.kronecker_factors.items():
             if any(layout.fits(name, path) for path in layout.sizes):
                 continue
-            read = next((path for path in layout.readers if layout.fits(name, path)), None)
-            if read is None:
-                raise ValueError(_no_such_module(name, list(layout.sizes)))
-            if self.kronecker_factors[name] is not None:
+            reasons = {p: why for p, why in layout.obstacles.items() if layout.fits(name, p)}
+            if not reasons:
+                nearest = no_such_layer(name, ends_of(layout.sizes))
+                raise ValueError(f"kronecker_factors has {name!r}, {nearest}")
+            if entry is not None:
+                path, reason = next(iter(reasons.items()))
                 raise ValueError(
-                    f"kronecker_factors has {name!r}, but {layout.readers[read]} reads the weight "
-                    f"of {read}, which a factorised layer does not have; leave it out."
+                    f"kronecker_factors has {name!r}, but {path} cannot be factorised: {reason}; "
+                    "leave it out."
                 )
         shapes = {}
-        for path, (rows, columns) in layout.sizes.items():
-            key = layout.longest(self.kronecker_factors, path)
-            if key is None or (entry := _checked_entry(key, self.kronecker_factors[key])) is None:
+        for path, size in layout.sizes.items():
+            key = self.entry_of(path)
+            if key is None or self.kronecker_factors[key] is None:
                 continue
-            try:
-                shapes[path] = [
-                    KronShape.split(rows, columns, tuple(term["a_shape"]), term["rank"])
-                    for term in (entry if isinstance(entry, list) else [entry])
-                ]
-            except ValueError as error:
-                raise ValueError(f"kronecker_factors[{key!r}], for {path}: {error}") from error
-            if path == layout.table:
-                _check_table(key, shapes[path], rows)
+            what = f"kronecker_factors[{key!r}]"
+            parts = parse(self.kronecker_factors[key], what)
+            is_table = path == layout.table
+            shapes[path] = list(shapes_of(parts, size, is_table, f"{what}, for {path}"))
         return shapes
 
     def entry_of(self, path: str) -> str | None:
         """The name in ``kronecker_factors`` that decides about the module at ``path``, if any."""
-        return self.layout().longest(self.kronecker_factors, path)
+        return deciding_name(self.kronecker_factors, f"{self.layout().prefix}.{path}")
 
     @classmethod
     def from_dense(
         cls, base: PreTrainedConfig, kronecker_factors: dict[str, Any], **overrides: Any
     ) -> "KroneckerConfig":
-        """``base`` with these factors: every other field, the labels included, carries over.
+        """``base`` with these factors; all other fields, including the labels, carry over.
 
         Args:
             base: A dense (or another Kronecker) model's configuration; left as it is.
             kronecker_factors: See ``KroneckerConfig``.
-            **overrides: Fields that shall differ from ``base``.
+            **overrides: Fields that differ from ``base``.
 
         Raises:
-            TypeError: If an override is no field of the configuration.
+            TypeError: If an override is not a field of the configuration.
         """
         fields = base.to_dict()
-        # transformers would keep a misspelt field without a word.
+        # transformers would silently keep a misspelt field.
         if unknown := [n for n in overrides if not hasattr(base, n) and n not in _OURS]:
             nearest = difflib.get_close_matches(unknown[0], fields, n=3)
             raise TypeError(
@@ -246,119 +184,76 @@ class KroneckerConfig(_Base):
         | kronecker-bert-5  | 384x48, 2x16 (¹) | 384x384, 8x2 (¹) | 1x12        | 20,171,916 |
         | kronecker-bert-19 | 384x48, 2x16     | 8x2, 384x384     | 1x32        | 5,674,256  |
 
-        (¹) a sum of four. Parameters are those without the pooler, which has 590,592 more.
+        (¹) a sum of four. Parameters do not include the pooler, which has 590,592 more.
         W2 has W1's shapes transposed. 8 and 21 are KroneckerBERT (NAACL 2022), table 1, as printed.
         5 is table 1 corrected: the attention shape printed there, 384x384, would give 45.5 M
         parameters instead of the stated 20 M; with 384x48 the stated size and FLOPs come out.
         19 is inferred: the version of the paper that has it was not available, and these are
-        natural shapes that give its 19.3x. On other architectures than BERT it is the same small
-        factors, by the modules' roles: attention, into the feed-forward block, out of it, words.
+        natural shapes that give its 19.3x. Other architectures than BERT get the same small
+        factors in the modules of the same roles.
 
         Args:
             name: One of the names above.
-            base: Where all other fields come from; the dense model's defaults if None.
-            **overrides: Fields that shall differ from ``base``, widths included.
+            base: Configuration with all other fields; the dense model's defaults if None.
+            **overrides: Fields that differ from ``base``, including widths.
 
         Raises:
             ValueError: If there is no such preset, its small factors do not divide the widths, or
-                the architecture's modules are not known by role.
+                the architecture has no presets.
         """
-        if name not in PRESETS:
-            raise ValueError(f"no preset is named {name!r}; there are {', '.join(PRESETS)}.")
-        roles = _ROLES.get(cls.dense_class.model_type)
-        if roles is None:
-            raise ValueError(
-                f"presets are for {', '.join(_ROLES)}, not for {cls.dense_class.model_type}; "
-                "choose shapes with kroneckerbert.plan(model, {'parameters': '8x'})."
-            )
-        preset = PRESETS[name]
         dense = cls.from_dense(cls.dense_class() if base is None else base, {}, **overrides)
-        down = _Small(preset.up.side, preset.up.columns, preset.up.rows)
-        small = (
-            dict.fromkeys(roles.attention, preset.attention)
-            | dict.fromkeys(roles.up, preset.up)
-            | dict.fromkeys(roles.down, down)
-        )
-        layout, factors = dense.layout(), {}
-        for path, (rows, columns) in layout.sizes.items():
-            if path == layout.table:
-                _check_width(name, path, "columns", columns, preset.b_size)
-                factors[path] = {"a_shape": [rows, columns // preset.b_size], "rank": 1}
-                continue
-            role = layout.longest(small, path)
-            if role is None:
-                continue
-            side, m, n = small[role]
-            _check_width(name, path, "rows", rows, m)
-            _check_width(name, path, "columns", columns, n)
-            a_shape = [m, n] if side == "A" else [rows // m, columns // n]
-            entry = {"a_shape": a_shape, "rank": preset.rank}
-            if factors.setdefault(role, entry) != entry:
-                factors[path] = entry
+        factors = preset_factors(name, cls.dense_class.model_type, dense.layout())
         return cls.from_dense(dense, factors)
 
     def layout(self) -> "Layout":
-        """The layers of the dense model that may be factorised, and those that may not."""
+        """The layers of the dense model."""
         fields = {k: v for k, v in self.to_dict().items() if k not in _NO_STRUCTURE}
-        # mypy has it that a class is not hashable.
+        # mypy considers classes unhashable.
         return _layout(self.dense_class, json.dumps(fields, sort_keys=True))  # type: ignore[arg-type]
 
 
-_OF_THE_FILE = ("model_type", "transformers_version", "architectures", "_name_or_path", "auto_map")
-_OURS = ("kronecker_factors", "kronecker_plan")
-_NO_STRUCTURE = (*_OF_THE_FILE, *_OURS, "id2label", "label2id", "dtype")
-
-
 class Layout(NamedTuple):
-    """The modules of a dense model without its head that may be factorised."""
+    """The linear layers and word embeddings of a model without its head."""
 
     prefix: str  # of their paths in the classes with a head
-    sizes: dict[str, tuple[int, int]]  # rows and columns of the weight, by path
-    table: str | None  # the path of the word embeddings
-    readers: dict[str, str]  # by path, the class that reads the weight of a layer not in `sizes`
+    sizes: dict[str, tuple[int, int]]  # rows and columns of the weights that can be factorised
+    table: str | None  # the path of the word embeddings in `sizes`
+    obstacles: dict[str, str]  # why the others cannot, by path
 
     def fits(self, name: str, path: str) -> bool:
-        return f".{self.prefix}.{path}".endswith(f".{name}")
-
-    def longest(self, names: Iterable[str], path: str) -> str | None:
-        return max((name for name in names if self.fits(name, path)), key=len, default=None)
+        return names_layer(name, f"{self.prefix}.{path}")
 
 
-# A model on the meta device takes 20 ms for 12 layers, and a configuration asks several times.
+def layout_of(model: PreTrainedModel) -> Layout:
+    """The layers of a model without its head.
+
+    The pooler is not among them: it is small, runs once per sequence, and belongs to the task.
+    """
+    words = model.get_input_embeddings()
+    layers = {
+        path: layer
+        for path, layer in dense_layers(model).items()
+        if (layer is words if isinstance(layer, nn.Embedding) else "pooler" not in path.split("."))
+    }
+    reasons = obstacles(model, allow_tied=True)
+    sizes = {}
+    for path, layer in layers.items():
+        if path not in reasons:
+            rows, columns = linear_weight(layer).shape
+            sizes[path] = rows, columns
+    return Layout(
+        model.base_model_prefix,
+        sizes,
+        next((path for path in sizes if layers[path] is words), None),
+        {path: reasons[path] for path in layers if path in reasons},
+    )
+
+
+# A model on the meta device takes 20 ms for 12 layers, and a configuration needs several.
 @lru_cache(maxsize=32)
 def _layout(dense_class: type[PreTrainedConfig], fields: str) -> Layout:
     with torch.device("meta"):
-        model = AutoModel.from_config(dense_class(**json.loads(fields)))
-    dense = dict(_dense(model))
-    readers = {path: name for path in dense if (name := reader(model, path))}
-    modules = {path: module for path, module in dense.items() if path not in readers}
-    table = next((path for path, m in modules.items() if isinstance(m, nn.Embedding)), None)
-    weights = {path: linear_weight(module) for path, module in modules.items()}
-    sizes = {path: (weight.shape[0], weight.shape[1]) for path, weight in weights.items()}
-    return Layout(model.base_model_prefix, sizes, table, readers)
-
-
-def factorisable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of the linear layers and the word embeddings of a model without its head.
-
-    The pooler is not among them: it is small, runs once a sequence, and belongs to the task. Nor
-    are layers whose weight another module reads, see ``kron_kernels.readers``.
-    """
-    return ((path, module) for path, module in _dense(model) if not reader(model, path))
-
-
-def _dense(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    table = model.get_input_embeddings()
-    for path, module in model.named_modules():
-        # Not their subclasses, which may do other things.
-        is_linear = type(module) in (nn.Linear, Conv1D) and "pooler" not in path.split(".")
-        if is_linear or (module is table and type(table) is nn.Embedding):
-            yield path, module
-
-
-def linear_weight(module: Any) -> Tensor:
-    """The weight as ``nn.Linear`` has it, ``(rows, columns)``; ``Conv1D`` has the transpose."""
-    return module.weight.mT if isinstance(module, Conv1D) else module.weight
+        return layout_of(AutoModel.from_config(dense_class(**json.loads(fields))))
 
 
 _classes: dict[type, type[KroneckerConfig]] = {}  # of dense configurations to ours
@@ -392,42 +287,7 @@ def _blank(dense_class: type[PreTrainedConfig]) -> KroneckerConfig:
     return cls.__new__(cls)
 
 
-def _checked_entry(name: str, entry: Any) -> dict | list[dict] | None:
-    """The entry with its ranks filled in and in JSON's types."""
-    terms = [
-        {"a_shape": list(a_shape), "rank": rank}
-        for a_shape, rank in terms_of(entry, f"kronecker_factors[{name!r}]")
-    ]
+def _normalised(name: str, entry: Any) -> dict | list[dict] | None:
+    """The entry with its ranks filled in, in JSON's types."""
+    terms = [term_of(*part) for part in parse(entry, f"kronecker_factors[{name!r}]")]
     return terms if isinstance(entry, list | tuple) else next(iter(terms), None)
-
-
-def _check_table(name: str, terms: list[KronShape], rows: int) -> None:
-    if len(terms) > 1:
-        raise ValueError(
-            f"kronecker_factors[{name!r}] has {len(terms)} terms of their own shapes, but a table "
-            "of words is looked up in one; give one term, of a higher rank."
-        )
-    if terms[0].m1 != rows:
-        raise ValueError(
-            f"kronecker_factors[{name!r}] has a_shape[0] = {terms[0].m1}, but each of the {rows} "
-            f"words needs its own row of A; use a_shape = [{rows}, {terms[0].n1}]."
-        )
-
-
-def _no_such_module(name: str, paths: list[str]) -> str:
-    # The ends of paths, of which the first layer's stand for all.
-    ends = {".".join(p.split(".")[i:]): None for p in paths for i in range(p.count(".") + 1)}
-    nearest = difflib.get_close_matches(name, ends, n=3) or list(ends)[:8]
-    return (
-        f"kronecker_factors has {name!r}, which ends the name of no factorisable module of this "
-        f"model; the nearest names are {', '.join(nearest)}."
-    )
-
-
-def _check_width(preset: str, path: str, side: str, width: int, divisor: int) -> None:
-    if width % divisor:
-        raise ValueError(
-            f"the weight of {path} has {width} {side}, not divisible by {divisor}, a side of a "
-            f"small factor of {preset}; choose another preset, or shapes that divide with "
-            "kroneckerbert.plan."
-        )

@@ -1,4 +1,4 @@
-"""From a dense transformer to a Kronecker one that starts near it, and back."""
+"""Conversion of a dense transformer to a Kronecker one near it, and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from kron_kernels import (
@@ -21,13 +20,14 @@ from kron_kernels import (
     KroneckerLinear,
     KroneckerSum,
     factorise_,
-    nearest_kronecker,
     nearest_kronecker_sum,
 )
 from kron_kernels.decompose import check_finite
 from kron_kernels.factorise import dense_layer
+from kron_kernels.modules import is_conv1d, linear_weight
 from kron_kernels.nn import as_trainable
 from kron_kernels.plan import Plan
+from kron_kernels.shapes import naming
 from kroneckerbert.calibration import checked_batches, refit, second_moments
 from kroneckerbert.configuration_kroneckerbert import KroneckerConfig
 from kroneckerbert.loading import is_sentence_transformer, load, read_config, why_not
@@ -47,31 +47,29 @@ def compress(
     *,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
     sequential: bool = False,
-    rescale: bool = False,
     progress: bool = False,
 ) -> KroneckerPreTrainedModel | nn.Module:
-    """A model whose factorised weights are the nearest to the given model's own.
+    """Replace weights of a model by the nearest factorised ones.
 
-    Of a transformers model: a new one of the Kronecker class, on the same device, in the same dtype
-    and modes, with the same head and labels; ``model`` is left as it is. Of a
-    ``SentenceTransformer`` or ``CrossEncoder``: a copy with such a model in it. Any other module is
-    changed in place and returned, by a plan or a mapping. What is not factorised is copied exactly.
-    What is frozen (``requires_grad``) stays so: the factors of a frozen weight are frozen. Expect
-    to train the result: of a random weight's energy, the attention shapes at BERT_BASE's width hold
-    a quarter at 8x and 3 % at 21x.
+    A transformers model gives a new model of the Kronecker class, on the same device, in the same
+    dtype and modes, with the same head and labels; ``model`` is left as it is. A
+    ``SentenceTransformer`` or ``CrossEncoder`` gives a copy with such a model in it. Any other
+    module is changed in place and returned; it needs a plan or a mapping. Other weights are copied
+    exactly, and frozen parameters (``requires_grad``) give frozen factors. Expect to train the
+    result: the attention shapes at BERT_BASE's width hold a quarter of a random weight's energy at
+    8x, and 3 % at 21x.
 
     Args:
-        model: The dense model, or the name or folder of one of transformers.
-        config: A preset's name, scaled to the model's widths; what ``kroneckerbert.plan``
-            returned, or a mapping like ``KroneckerConfig.kronecker_factors``; or a
-            configuration whose sizes are the model's. The labels are the model's.
+        model: The dense model, or the name or folder of a transformers model.
+        config: A preset's name, scaled to the model's widths; a plan from ``kroneckerbert.plan``; a
+            mapping like ``KroneckerConfig.kronecker_factors``; or a configuration with the model's
+            sizes. The labels are always the model's.
         calibration: Batches of model inputs (``input_ids``, ``attention_mask``, …). The linear
-            layers then start nearest in their outputs on these inputs, see
-            ``second_moments``; word embeddings, which are looked up, do not.
-        sequential: Refit layer by layer on the calibration inputs, as they come out of the layers
-            before, biases included, see ``kroneckerbert.calibration.refit``.
-        rescale: Give each product its weight's norm, see ``kron_kernels.nearest_kronecker``.
-        progress: Show a bar over the factorised modules.
+            layers then start nearest in their outputs on these inputs, see ``second_moments``;
+            word embeddings have no inputs to multiply, and do not.
+        sequential: Whether to refit layer by layer, biases included, on the calibration inputs as
+            the student's earlier layers return them, see ``kroneckerbert.calibration.refit``.
+        progress: Whether to show a bar over the factorised modules.
 
     Raises:
         TypeError: If the model cannot be compressed.
@@ -88,7 +86,6 @@ def compress(
             config,
             calibration=calibration,
             sequential=sequential,
-            rescale=rescale,
             progress=progress,
         )
     if reason := why_not(model):
@@ -97,36 +94,32 @@ def compress(
         return _compress_module(model, config, calibration)
     student_class = kronecker_class(model)
     config = _student_config(config, student_class, model)
-    shapes = config.kronecker_shapes()
+    factorised = config.kronecker_shapes()
     _check_class(student_class, config)
     encoder = model.base_model
     table = model.get_input_embeddings()
-    linears = [path for path in shapes if encoder.get_submodule(path) is not table]
+    linears = [path for path in factorised if encoder.get_submodule(path) is not table]
     batches = None if calibration is None else checked_batches(calibration)
-    for path in shapes:  # before calibration, which would blame the layers behind
+    for path in factorised:  # before calibration, whose error would name a later layer
         check_finite(f"the weight of {path}", encoder.get_submodule(path).weight)
     moments = {} if batches is None else second_moments(encoder, batches, linears)
 
     state = model.state_dict(keep_vars=True)
     prefix = "" if model is encoder else f"{model.base_model_prefix}."
-    for path, terms in tqdm(shapes.items(), desc="factorising", disable=not progress):
+    for path, shapes in tqdm(factorised.items(), desc="factorising", disable=not progress):
         name = f"{prefix}{path}"
         if encoder.get_submodule(path) is table and is_tied(config):
             for decoder in _tied_to(model, f"{name}.weight"):
                 state.pop(decoder, None)  # tied to the factors instead
         source = state.pop(f"{name}.weight")
-        weight = source.mT if isinstance(encoder.get_submodule(path), Conv1D) else source
-        parts = [((s.m1, s.n1), s.rank) for s in terms]
-        how: dict[str, Any] = {"second_moment": moments.get(path), "rescale": rescale}
-        try:
-            if len(parts) == 1:
-                fitted = {name: nearest_kronecker(weight, *parts[0], **how)}
-            else:
-                sums = enumerate(nearest_kronecker_sum(weight, parts, **how))
-                fitted = {f"{name}.parts.{i}": factors for i, factors in sums}
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        for part, (a, b) in fitted.items():
+        with naming(path):
+            fitted = nearest_kronecker_sum(
+                linear_weight(encoder.get_submodule(path)),
+                [s.part for s in shapes],
+                second_moment=moments.get(path),
+            )
+        for i, (a, b) in enumerate(fitted):
+            part = f"{name}.parts.{i}" if len(fitted) > 1 else name
             state[f"{part}.a"], state[f"{part}.b"] = (as_trainable(t, source) for t in (a, b))
     student = _rebuild(student_class, config, state, like=model)
     if sequential and batches is not None:
@@ -136,9 +129,9 @@ def compress(
 
 @torch.no_grad()
 def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
-    """The stock dense model of the same function: the way out, for tools that know only that.
+    """The stock dense model of the same function, for tools that do not support Kronecker layers.
 
-    A weight is frozen if all its factors are, anything else if it is.
+    A weight is frozen if all its factors are; other parameters keep their ``requires_grad``.
 
     Raises:
         TypeError: If ``model`` is not a Kronecker model.
@@ -162,10 +155,10 @@ def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
         for key in module.state_dict():
             if key != "bias":
                 state.pop(f"{name}.{key}", None)  # the parts of a sum are modules, too
-        if name in factorised:  # else it is tied: the dense decoder is so to the dense table
+        if name in factorised:  # others are tied, and the dense decoder is tied to the dense table
             weight = dense_layer(name, module).weight
-            is_conv1d = isinstance(stock.get_submodule(name), Conv1D)
-            state[f"{name}.weight"] = as_trainable(weight.mT if is_conv1d else weight, weight)
+            is_transposed = is_conv1d(stock.get_submodule(name))
+            state[f"{name}.weight"] = as_trainable(weight.mT if is_transposed else weight, weight)
     return _rebuild(model.dense_class, config, state, like=model)
 
 
@@ -173,9 +166,9 @@ def _compress_module(module: nn.Module, config: Any, calibration: Iterable | Non
     """Any other module, in place."""
     if isinstance(config, str | KroneckerConfig):
         raise TypeError(
-            f"a {type(module).__name__} is no transformer of transformers, so that no preset or "
-            "configuration fits it; pass kron_kernels.plan(module, budget, inputs), or a mapping "
-            "from names of its layers to shapes."
+            f"a {type(module).__name__} is not a transformers model and has no preset or "
+            "configuration; pass kron_kernels.plan.plan(module, budget, inputs), or a mapping from "
+            "paths of its layers to terms."
         )
     if calibration is not None:
         raise TypeError(
@@ -187,11 +180,12 @@ def _compress_module(module: nn.Module, config: Any, calibration: Iterable | Non
 
 def _compress_sentence_transformer(model: Any, config: Any, **options: Any) -> Any:
     dense = model[0].auto_model
-    # The copy finds the student where the original has the dense model.
+    # A copy in which the student replaces the dense model.
     return copy.deepcopy(model, {id(dense): compress(dense, config, **options)})
 
 
 def _load(source: str | os.PathLike) -> PreTrainedModel:
+    """Load a model in the class that its configuration names."""
     config = read_config(source)
     if isinstance(config, KroneckerConfig):
         name = (config.architectures or [type(config).__name__])[0]
@@ -200,7 +194,7 @@ def _load(source: str | os.PathLike) -> PreTrainedModel:
 
 
 def _check_class(cls: type[KroneckerPreTrainedModel], config: KroneckerConfig) -> None:
-    """Raise if no such model can be made: before the work, on the meta device."""
+    """Raise if no such model can be made: on the meta device, before the expensive part."""
     try:
         with torch.device("meta"):
             cls(config)
@@ -250,7 +244,7 @@ def _student_config(
 
 
 def _structure(dense_config: type[PreTrainedConfig]) -> list[str]:
-    """What a model's tensors and the function they compute depend on."""
+    """Names of the fields that a model's tensors and function depend on."""
     common = {field.name for field in fields(PreTrainedConfig)}
     own = (field.name for field in fields(dense_config) if field.name not in common)
     free = ("drop", "initializer", "use_cache", "token_id", "chunk")
@@ -262,7 +256,7 @@ def _tied_to(model: PreTrainedModel, name: str) -> list[str]:
 
 
 def _pooler_as(model: PreTrainedModel) -> dict[str, bool]:
-    """The argument that gives a model without head a pooler exactly if ``model`` has one."""
+    """The argument that gives a model without a head a pooler exactly if ``model`` has one."""
     is_encoder = model is model.base_model
     takes_it = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
     return {"add_pooling_layer": model.pooler is not None} if is_encoder and takes_it else {}
@@ -276,9 +270,9 @@ def _rebuild(
 ) -> PreTrainedModel:
     """A ``cls`` with a copy of ``state``, and the device, dtype, modes and pooler of ``like``.
 
-    Each parameter is as trainable as the tensor that it is copied from.
+    Each parameter has the ``requires_grad`` of the tensor that it is copied from.
     """
-    # Through the loader: on the meta device, so that no weight is drawn in vain, with its checks.
+    # The loader makes the model on the meta device, which draws no weights, and checks the names.
     trainable = {name: tensor.requires_grad for name, tensor in state.items()}
     state = {name: tensor.detach().clone() for name, tensor in state.items()}
     show_bars = logging.is_progress_bar_enabled()
@@ -290,11 +284,11 @@ def _rebuild(
     finally:
         if show_bars:
             logging.enable_progress_bar()
-    new.name_or_path = new.config.name_or_path = ""  # where None came from
+    new.name_or_path = new.config.name_or_path = ""  # the loader writes None
     new.to(like.device).train(like.training)
     parts = dict(new.named_modules())
-    for path, module in like.named_modules():  # from the root on: a part may differ from the whole
-        if path in parts:  # not the parts of a sum, where the new layer is dense
+    for path, module in like.named_modules():  # root first: a part may differ from the whole
+        if path in parts:  # parts of a sum have no counterpart in a dense model
             parts[path].train(module.training)
     for name, p in new.named_parameters():
         p.requires_grad_(trainable.get(name, p.requires_grad))

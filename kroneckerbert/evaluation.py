@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import (
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kron_kernels.plan.forward import evaluating
+from kron_kernels.modules import evaluating
 from kroneckerbert.data import Table, TextDataset, batches_by_length, label_targets
 from kroneckerbert.modeling_kroneckerbert import embed, max_tokens
 

@@ -41,7 +41,7 @@ except ImportError as error:
         "pip install -U 'transformers>=5.23'"
     ) from error
 
-from kron_kernels.plan.forward import evaluating
+from kron_kernels.modules import evaluating
 from kron_kernels.shapes import check_number
 from kroneckerbert.files import CHECKSUMS, damaged, read_json, replace_folder, write_checksums
 

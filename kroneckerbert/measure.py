@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from kron_kernels.plan.forward import evaluating
+from kron_kernels.modules import evaluating, flops_of
 from kron_kernels.shapes import check_integer
 from kron_kernels.timing import Timing, interleaved
 from kroneckerbert.modeling_kroneckerbert import positions
@@ -37,10 +36,9 @@ def flops(model: PreTrainedModel, batch: int = 1, tokens: int = 128) -> int:
         ValueError: If a size is not a positive integer, or the model has fewer positions.
     """
     shape = _shape(model, batch, tokens)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"):
         meta = type(model)(model.config).eval()
-        meta(input_ids=torch.zeros(shape, dtype=torch.long))
-    return counter.get_total_flops()
+        return flops_of(meta, {"input_ids": torch.zeros(shape, dtype=torch.long)})
 
 
 def random_ids(model: PreTrainedModel, batch: int, tokens: int, name: str | None = None) -> Tensor:

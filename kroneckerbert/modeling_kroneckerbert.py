@@ -38,15 +38,15 @@ from transformers import (
 )
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, KronShape
-from kron_kernels.plan.forward import evaluating
+from kron_kernels.factors import random_layer, term_of
+from kron_kernels.modules import evaluating
 from kron_kernels.readers import reader
 from kron_kernels.shapes import check_integer
 from kroneckerbert.checkpoints import LOADER, check_whole, replacing_model, write_loader
 from kroneckerbert.configuration_kroneckerbert import (
     KroneckerConfig,
-    factorisable,
     kronecker_config,
-    linear_weight,
+    layout_of,
 )
 from kroneckerbert.fusion import fuse
 from kroneckerbert.loading import check_loaded, naming_damage
@@ -312,7 +312,7 @@ class KroneckerPreTrainedModel(_Base):
             self.set_output_embeddings(
                 self._get_resized_lm_head(decoder, rows, mean_resizing=mean_resizing)
             )
-        entry = {"a_shape": list(table.a.shape[1:]), "rank": table.rank}
+        entry = term_of(*KronShape.of(table.a, table.b).part)
         path = next(name for name, m in self.base_model.named_modules() if m is table)
         key = self.config.entry_of(path) or path
         self.config.kronecker_factors = {**self.config.kronecker_factors, key: entry}
@@ -386,8 +386,7 @@ def _no_class(model: PreTrainedModel) -> str | None:
     if needs not in (config, None):
         return f"its configuration must be a {needs.__name__}, got a {name}; {ELSEWHERE}"
     try:
-        layers = factorisable(model.base_model)
-        own = {path: tuple(linear_weight(layer).shape) for path, layer in layers}
+        own = layout_of(model.base_model).sizes
         layout = register(config).from_dense(model.config, {}).layout()
     except NotImplementedError:
         return f"it must have word embeddings, where get_input_embeddings finds them; {ELSEWHERE}"
@@ -429,25 +428,10 @@ def _kronecker_encoder(
     return cls(model.config, **pooler)
 
 
-def _replace(model: nn.Module, path: str, shapes: list[KronShape]) -> None:
+def _replace(model: nn.Module, path: str, shapes: Sequence[KronShape]) -> None:
     parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, _factorised(model.get_submodule(path), shapes))
-
-
-def _factorised(dense: Any, shapes: list[KronShape]) -> nn.Module:
-    """A newly drawn Kronecker module with the sizes, device and dtype of ``dense``."""
-    new: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-    s = shapes[0]
-    if isinstance(dense, nn.Embedding):
-        return KroneckerEmbedding(
-            dense.num_embeddings, dense.embedding_dim, s.n2, s.rank, dense.padding_idx, **new
-        )
-    rows, columns = linear_weight(dense).shape
-    has_bias = dense.bias is not None
-    if len(shapes) == 1:
-        return KroneckerLinear(columns, rows, (s.m1, s.n1), s.rank, has_bias, **new)
-    parts = [((s.m1, s.n1), s.rank) for s in shapes]
-    return KroneckerSum(columns, rows, parts, has_bias, **new)
+    dense: Any = model.get_submodule(path)
+    setattr(model.get_submodule(parent), child, random_layer(dense, shapes))
 
 
 def positions(model: PreTrainedModel) -> int:

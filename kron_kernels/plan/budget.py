@@ -1,4 +1,4 @@
-"""A budget's arguments: what is allowed of each sort."""
+"""The budget: limits on parameters, bytes, FLOPs, latency and error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_arguments(budget: Mapping[str, float | str], objective: str) -> None:
     check_mapping("budget", budget, '{"parameters": "8x"}')
     if not budget and objective == "error":
         raise ValueError(
-            "the budget is empty, within which every layer could stay dense; give one of "
+            "the budget is empty, so every layer would stay dense; give one of "
             f"{', '.join(KEYS)}, such as {{'parameters': '8x'}}, or another objective."
         )
     for key, value in budget.items():
@@ -28,6 +28,7 @@ def check_arguments(budget: Mapping[str, float | str], objective: str) -> None:
 
 
 def _limit(key: str, value: float | str, dense: float) -> float:
+    """A number as it is; "8x" and "50%" relative to the dense module's value."""
     number: float | None = None
     if isinstance(value, str):
         text = re.fullmatch(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*([x%])\s*", value)
@@ -36,7 +37,7 @@ def _limit(key: str, value: float | str, dense: float) -> float:
             if key != "error" or text[2] == "%":  # the dense module has no error
                 number = share * dense
     elif not isinstance(value, bool) and isinstance(value, int | float):
-        # 10**400, an int, is less than infinity.
+        # Not inf: 10**400, an int, is less.
         number = float(value) if 0 <= value <= sys.float_info.max else None
     if number is None:
         raise ValueError(
@@ -48,4 +49,5 @@ def _limit(key: str, value: float | str, dense: float) -> float:
 
 
 def limits_of(budget: Mapping[str, float | str], dense: Mapping[str, float]) -> dict[str, float]:
+    """The budget in absolute numbers, given the totals of the dense module."""
     return {key: _limit(key, value, dense.get(key, 1.0)) for key, value in budget.items()}

@@ -1,73 +1,73 @@
-"""The layers that may be factorised, and what may become of each."""
+"""The layers that a plan may replace, and the candidates for each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from kron_kernels.decompose import check_finite
-from kron_kernels.factorise import (
-    Dense,
+from kron_kernels.factors import (
     Entry,
-    Terms,
-    dense_of,
-    factorisable,
+    Shapes,
+    Term,
+    deciding_name,
+    ends_of,
+    names_layer,
     no_such_layer,
+    parse,
     shapes_of,
-    terms_of,
+    terms_text,
 )
-from kron_kernels.plan.result import terms_text
+from kron_kernels.modules import Dense, dense_layers, linear_weight, obstacles
 from kron_kernels.shapes import check_mapping
 
 
-def _fits(name: str, path: str) -> bool:
-    return f".{path}".endswith(f".{name}")
-
-
 class Candidate(NamedTuple):
-    terms: Terms
+    """One choice for a layer; without shapes it is the dense layer."""
+
+    shapes: Shapes
     parameters: int
-    flops: int  # of one forward pass
-    error: float
+    flops: int  # of one forward pass of the module
+    error: float  # relative and squared
 
 
 @dataclass(eq=False)
 class Target:
-    """A layer that may be factorised."""
+    """A layer that a plan may replace."""
 
     path: str
     layer: Dense
-    decided: bool = False  # by ``layers``
-    terms: Terms = ()  # if decided
+    decision: Shapes | None = None  # by the argument ``layers``; () keeps the layer dense
     inputs: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)  # of each call
-    candidates: list[Candidate] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)  # the first is dense if undecided
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        rows, columns = dense_of(self.layer).shape
+        rows, columns = linear_weight(self.layer).shape
         return rows, columns
 
     @property
-    def may_change(self) -> bool:
-        """Whether the plan may replace it.
-
-        Not if it was decided to stay dense, nor if undecided and never called.
-        """
-        return bool(self.terms or (self.inputs and not self.decided))
+    def decided(self) -> bool:
+        return self.decision is not None
 
     @property
-    def embedding(self) -> bool:
+    def may_change(self) -> bool:
+        """Whether it is decided to be factorised, or is undecided and called."""
+        return bool(self.decision) if self.decided else bool(self.inputs)
+
+    @property
+    def is_table(self) -> bool:
         return isinstance(self.layer, nn.Embedding)
 
     @cached_property
     def tokens(self) -> int:
-        ids = self.embedding
-        return sum(shape.numel() // (1 if ids else shape[-1]) for shape, _ in self.inputs)
+        """Rows that it multiplies or looks up in one forward pass of the module."""
+        width = 1 if self.is_table else self.size[1]
+        return sum(shape.numel() // width for shape, _ in self.inputs)
 
     @cached_property
     def kind(self) -> str:
@@ -76,47 +76,62 @@ class Target:
         layer = type(self.layer).__name__
         return str((layer, self.size, bias, self.layer.weight.dtype, self.inputs))
 
+    @cached_property
+    def dense(self) -> Candidate:
+        return self.candidate((), 0.0)
+
+    def candidate(self, shapes: Shapes, error: float) -> Candidate:
+        rows, columns = self.size
+        flops, parameters = 2 * rows * columns, rows * columns
+        if shapes:
+            flops, parameters = sum(s.flops for s in shapes), sum(s.parameters for s in shapes)
+        return Candidate(shapes, parameters, 0 if self.is_table else flops * self.tokens, error)
+
 
 def find_targets(
     module: nn.Module,
-    names: Iterable[str] | None,
-    decided: Mapping[str, Entry | dict[str, Any] | None],
-    allow_tied: bool,
+    names: Iterable[str] | None = None,
+    decisions: Mapping[str, Entry | Term | None] | None = None,
+    allow_tied: bool = False,
 ) -> list[Target]:
-    plain, named = factorisable(module), factorisable(module, allow_tied)
+    """The layers with these names, or all linear layers that are not tied, and those decided on.
 
-    def fitting(name: str, argument: str) -> list[str]:
-        paths = [path for path in named if _fits(name, path)]
+    Args:
+        module: Any module.
+        names: Ends of paths.
+        decisions: Terms, or None for a dense layer, by the end of a path; the longest decides.
+        allow_tied: Whether a layer that is tied to another may be named.
+    """
+    layers, reasons = dense_layers(module), obstacles(module, allow_tied)
+
+    def paths_of(name: str, argument: str) -> list[str]:
+        paths = [path for path in layers if names_layer(name, path)]
         if not paths:
-            raise ValueError(f"{argument} has {name!r}, {no_such_layer(name, named)}")
+            raise ValueError(f"{argument} has {name!r}, {no_such_layer(name, ends_of(layers))}")
         return paths
 
-    chosen = {p for p, (m, why) in plain.items() if not why and not isinstance(m, nn.Embedding)}
-    if names is not None:
-        names = [names] if isinstance(names, str) else names
-        if not isinstance(names, Iterable):
-            raise TypeError(f"names = {names!r} must be a list of strings, the ends of paths.")
-        names = list(names)
-        for name in names:
-            if not isinstance(name, str):
-                raise TypeError(f"names has {name!r}, but must be strings, the ends of paths.")
-        chosen = {path for name in names for path in fitting(name, "names")}
-    check_mapping("layers", decided, '{"up": {"a_shape": [16, 2], "rank": 1}}')
-    decisions = {name: terms_of(e, f"layers[{name!r}]") for name, e in decided.items()}
-    for name, terms in decisions.items():
-        paths = fitting(name, "layers")
-        chosen.update(paths if terms else ())
+    if names is None:
+        tied = obstacles(module)
+        chosen = {p for p, m in layers.items() if p not in tied and not isinstance(m, nn.Embedding)}
+    else:
+        chosen = {path for name in _checked(names) for path in paths_of(name, "names")}
+    decisions = {} if decisions is None else decisions
+    check_mapping("layers", decisions, '{"up": {"a_shape": [16, 2], "rank": 1}}')
+    parts = {name: parse(entry, f"layers[{name!r}]") for name, entry in decisions.items()}
+    for name in parts:
+        paths = paths_of(name, "layers")
+        chosen.update(paths if parts[name] else ())
     targets = []
-    for path, (layer, reason) in named.items():
-        decision = max((n for n in decisions if _fits(n, path)), key=len, default=None)
+    for path, layer in layers.items():
         if path not in chosen:
             continue
-        if reason:
-            raise ValueError(f"{path!r} cannot be factorised: {reason}; leave it out.")
-        terms = () if decision is None else decisions[decision]
-        target = Target(path, layer, decision is not None, terms)
-        if terms:
-            _check_decision(target, f"layers[{decision!r}], for {path or 'the module'}")
+        if path in reasons:
+            raise ValueError(f"{path!r} cannot be factorised: {reasons[path]}; leave it out.")
+        target = Target(path, layer)
+        if (decider := deciding_name(parts, path)) is not None:
+            what = f"layers[{decider!r}], for {path or 'the module'}"
+            target.decision = shapes_of(parts[decider], target.size, target.is_table, what)
+            _check_is_smaller(target, target.decision, what)
         targets.append(target)
     if not targets:
         raise ValueError(
@@ -126,29 +141,22 @@ def find_targets(
     return targets
 
 
-def check_weights(targets: Iterable[Target]) -> None:
-    """Raise, naming the layer, if there are entries whose errors would be NaN."""
-    for target in targets:
-        if target.may_change:
-            check_finite(f"the weight of {target.path or 'the module'}", target.layer.weight)
+def _checked(names: Iterable[str]) -> list[str]:
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, Iterable):
+        raise TypeError(f"names = {names!r} must be a list of strings, the ends of paths.")
+    names = list(names)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"names has {name!r}, but must be strings, the ends of paths.")
+    return names
 
 
-def _check_decision(target: Target, what: str) -> None:
-    shapes = shapes_of(target.layer, target.terms, what)
+def _check_is_smaller(target: Target, shapes: Shapes, what: str) -> None:
     parameters, dense = sum(s.parameters for s in shapes), target.layer.weight.numel()
     if parameters >= dense:
         raise ValueError(
-            f"{what}: {terms_text(target.size, target.terms)} has {parameters:,} parameters, no "
-            f"fewer than the dense layer's {dense:,}; lower the rank, choose another a_shape, or "
-            "write None for a dense layer."
+            f"{what}: {terms_text(shapes)} has {parameters:,} parameters, no fewer than the dense "
+            f"layer's {dense:,}; lower the rank, choose another a_shape, or write None for a dense "
+            "layer."
         )
-
-
-def dense_candidate(target: Target) -> Candidate:
-    rows, columns = target.size
-    flops = 0 if target.embedding else 2 * rows * columns * target.tokens
-    return Candidate((), rows * columns, flops, 0.0)
-
-
-def entry_of(terms: Terms) -> Entry | None:
-    return [{"a_shape": list(shape), "rank": rank} for shape, rank in terms] or None

@@ -1,42 +1,32 @@
-"""The choice: solve, time what was chosen, solve again; then build and measure that."""
+"""The search: solve, time the choice, solve again; then build and measure the whole module."""
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kron_kernels.factorise import Entry, Terms
+from kron_kernels.decompose import check_finite
+from kron_kernels.factorise import swap_
+from kron_kernels.factors import Entry, Shapes, Term, entry_of, random_layer
+from kron_kernels.modules import call, evaluating, flops_of, setting_of, watching
+from kron_kernels.moments import second_moments
 from kron_kernels.plan.budget import KEYS, check_arguments, limits_of
-from kron_kernels.plan.calibration import second_moments
 from kron_kernels.plan.candidates import candidates_of
 from kron_kernels.plan.clock import MODULE_SECONDS, Clock, milliseconds
-from kron_kernels.plan.forward import (
-    call,
-    evaluating,
-    observe_shapes,
-    setting_of,
-    totals_of,
-    with_random_factors,
-)
-from kron_kernels.plan.layers import (
-    Candidate,
-    Target,
-    check_weights,
-    dense_candidate,
-    entry_of,
-    find_targets,
-)
-from kron_kernels.plan.result import LayerPlan, Plan, quantity
+from kron_kernels.plan.layers import Candidate, Target, find_targets
+from kron_kernels.plan.result import LayerPlan, Plan, describe, quantity
 from kron_kernels.plan.solver import solve
 
 Objective = Literal["error", "size", "latency"]
 
 _ROUNDS = 6  # of building and measuring
+_TENSOR_HEADER = 160  # bytes at most of a tensor's name, dtype, shape and place in a file
 
 
 def plan(
@@ -45,7 +35,7 @@ def plan(
     inputs: Any,
     *,
     objective: Objective = "error",
-    layers: Mapping[str, Entry | dict[str, Any] | None] | None = None,
+    layers: Mapping[str, Entry | Term | None] | None = None,
     names: Iterable[str] | None = None,
     calibration: Iterable[Any] | None = None,
     mix: bool = True,
@@ -53,165 +43,186 @@ def plan(
     build: Callable[[dict[str, Entry]], nn.Module] | None = None,
     progress: bool = False,
 ) -> Plan:
-    """Choose the factors of a module's layers; the module is left as it is.
+    """Choose factors for a module's layers; the module is left as it is.
 
     Args:
         module: Any module; it is measured in evaluation mode, without gradients.
-        budget: What the factorised module may take, as a number or as a share of what the dense
-            one does, ``"8x"`` less or ``"50%"``. Of the whole module: ``"parameters"`` (tied ones
-            once), ``"bytes"`` of a safetensors file of them, ``"flops"`` and ``"latency"``
-            (milliseconds) of one forward pass of ``inputs``; and ``"error"``, the mean relative
-            squared error of the layers. All that are named are met together.
-        inputs: What the module is called with: a tensor, a tuple of positional arguments or a
-            mapping of keyword arguments. Its tokens, device and dtype are those that latency and
-            FLOPs are of; so are the threads and the autocast mode at the time.
-        objective: What is minimised within the budget: ``"error"``, ``"size"`` (parameters) or
+        budget: Limits for the factorised module, as numbers or relative to the dense one: ``"8x"``
+            less or ``"50%"``. Of the whole module: ``"parameters"`` (tied ones once), ``"bytes"``
+            of its safetensors file, ``"flops"`` and ``"latency"`` (milliseconds) of one forward
+            pass of ``inputs``; and ``"error"``, the mean relative squared error of the layers. All
+            limits hold together.
+        inputs: Inputs to measure with: a tensor, a tuple of positional arguments or a mapping of
+            keyword arguments. Latency and FLOPs are for their tokens, device and dtype, and for the
+            threads and the autocast mode at the time of the call.
+        objective: What to minimise within the budget: ``"error"``, ``"size"`` (parameters) or
             ``"latency"``.
-        layers: Decisions already made, from the end of a layer's path, cut at a dot, to its terms
-            ``[{"a_shape": [m1, n1], "rank": r}, …]``, or to None, which keeps it dense. The longest
-            name that fits decides.
-        names: The layers that may be factorised, by the ends of their paths. By default every
+        layers: Decisions made beforehand: from the end of a layer's path, cut at a dot, to its
+            terms ``[{"a_shape": [m1, n1], "rank": r}, …]``, or to None to keep it dense. The
+            longest name that fits decides.
+        names: Ends of the paths of the layers that may be factorised. By default every
             ``nn.Linear`` (and transformers' ``Conv1D``) that is not tied to another one;
             ``nn.Embedding`` only if named.
-        calibration: Inputs, each like ``inputs``, of real data: the error is that of a layer's
-            outputs on them instead of its weight's. They must call every linear layer that
-            ``inputs`` call and that may change. Positions that an ``"attention_mask"`` excludes do
-            not count. An embedding's error remains its weight's.
-        mix: Try sums of a Kronecker product and a low-rank part, too.
-        keep_dense_if_slower: Where a factorised layer takes longer than the dense one here, keep
-            the dense one, if the budget can be met so and ``objective`` is not ``"size"``.
-        build: From the factorised layers' terms, by path, to such a module, whose factors may be
-            anything: what is built and measured. By default a copy of ``module`` with its layers
-            replaced.
-        progress: Say on the standard error what is being done.
+        calibration: Batches of real data, each like ``inputs``: errors are then those of the
+            layers' outputs instead of their weights. They must reach every linear layer that
+            ``inputs`` reach and that may change. Positions excluded by an ``"attention_mask"`` do
+            not count. An embedding's error remains that of its weight.
+        mix: Whether to try sums of a Kronecker product and a low-rank part.
+        keep_dense_if_slower: Keep layers dense where factors are slower on this machine, if the
+            budget can be met that way and ``objective`` is not ``"size"``.
+        build: Makes the factorised module from the terms of its layers, by path. By default a copy
+            of ``module`` with random factors in these layers.
+        progress: Print progress on standard error.
 
     Returns:
-        What becomes of each layer, and what the whole then takes, measured.
+        The choice for each layer, and the measured totals of the module built from it.
 
     Raises:
-        TypeError: If ``budget`` or ``layers`` is not a mapping from strings, a name not a string,
-            or ``calibration`` one batch instead of several.
-        ValueError: If the budget cannot be met, with what could be; for an argument that does not
-            fit, with what would; or if a weight or calibration input is not finite.
+        TypeError: If ``budget`` or ``layers`` is not a mapping from strings, a name is not a
+            string, or ``calibration`` is one batch instead of several.
+        ValueError: If the budget cannot be met, an argument does not fit, or a weight or
+            calibration input is not finite.
     """
     check_arguments(budget, objective)
-    say = partial(_say, progress)
+    log = partial(print, "plan:", file=sys.stderr, flush=True) if progress else lambda text: None
     with evaluating(module), torch.no_grad():
-        decided = {} if layers is None else layers
-        targets = find_targets(module, names, decided, build is not None)
-        say(f"{len(targets)} layers; a forward pass")
-        observe_shapes(module, inputs, targets)
-        check_weights(targets)
-        dense = totals_of(module, inputs)
-        time = partial(call, module, inputs)
-        dense["latency"] = milliseconds({"dense": time}, MODULE_SECONDS)["dense"]
-        limits = limits_of(budget, dense)
-        moments = {} if calibration is None else second_moments(module, calibration, targets)
+        targets = find_targets(module, names, layers, allow_tied=build is not None)
+        log(f"{len(targets)} layers; a forward pass")
+        _observe_inputs(module, inputs, targets)
+        for target in targets:
+            if target.may_change:
+                check_finite(f"the weight of {target.path or 'the module'}", target.layer.weight)
+        moments = {} if calibration is None else _moments(module, calibration, targets)
         for i, target in enumerate(targets):
-            say(f"errors {i + 1} of {len(targets)}: {target.path}")
+            log(f"errors {i + 1} of {len(targets)}: {target.path}")
             target.candidates = candidates_of(target, moments.pop(target.path, None), mix)
-        trial = build or partial(with_random_factors, module)
-        planner = Planner(targets, dense, limits, objective, keep_dense_if_slower, say)
-        return planner.run(module, inputs, trial, dict(budget))
+        planner = Planner(module, inputs, build, budget, targets, objective, log)
+        return planner.run(keep_dense_if_slower and objective != "size")
 
 
-def _say(progress: bool, text: str) -> None:
-    if progress:
-        print(f"plan: {text}", file=sys.stderr, flush=True)
+def _observe_inputs(module: nn.Module, inputs: Any, targets: Sequence[Target]) -> None:
+    by_path = {t.path: t for t in targets}
+
+    def note(path: str, x: Tensor) -> None:
+        by_path[path].inputs.append((x.shape, x.dtype))
+
+    with watching({t.path: t.layer for t in targets}, note):
+        call(module, inputs)
 
 
-class _Infeasible(Exception):
-    pass
+def _moments(
+    module: nn.Module, calibration: Iterable[Any], targets: Sequence[Target]
+) -> dict[str, Tensor]:
+    linears = [t for t in targets if not t.is_table]
+    moments = second_moments(module, calibration, {t.path: t.layer for t in linears})
+    for t in linears:
+        # A plan by errors in outputs must not fall back to errors in weights for some layers.
+        if t.path not in moments and t.inputs and t.may_change:
+            raise ValueError(
+                f"calibration gives {t.path or 'the module'} no input that counts, though inputs "
+                "call it; pass batches that reach it with something unmasked, or keep it dense by "
+                f"layers={{{t.path!r}: None}}."
+            )
+    return moments
+
+
+Choice = Sequence[Candidate]  # one for each target
 
 
 class Planner:
-    """Solve, measure what was chosen, solve again; then build, measure that, and correct."""
+    """Chooses a candidate for each target, and measures the module that is built from them."""
 
     def __init__(
         self,
-        targets: Sequence[Target],
-        dense: Mapping[str, float],
-        limits: Mapping[str, float],
-        objective: str,
-        keep_dense_if_slower: bool,
-        say: Callable[[str], None],
-    ):
-        self.targets, self.dense, self.limits, self.objective = targets, dense, limits, objective
-        self.keep_dense = keep_dense_if_slower and objective != "size"
-        self.timed = self.keep_dense or "latency" in limits or objective == "latency"
-        self.clock, self.say = Clock(), say
-        if self.timed:
-            say("timing dense layers")
-            self.clock.measure((t, ()) for t in targets)
-
-    def run(
-        self,
         module: nn.Module,
         inputs: Any,
-        build: Callable[[dict[str, Entry]], nn.Module],
-        budget: dict[str, float | str],
-    ) -> Plan:
-        allowed, best, tried = dict(self.limits), None, {}
-        given_up = False
-        met, missed = 0.0, float("inf")  # latencies allowed with which the budget was met, or not
+        build: Callable[[dict[str, Entry]], nn.Module] | None,
+        budget: Mapping[str, float | str],
+        targets: Sequence[Target],
+        objective: str,
+        log: Callable[[str], None],
+    ):
+        self.module, self.inputs, self.build = module, inputs, build
+        self.budget, self.targets, self.objective, self.log = budget, targets, objective, log
+        self.clock = Clock()
+        self.dense = self._totals(module)
+        calls = {"dense": partial(call, module, inputs)}
+        self.dense["latency"] = milliseconds(calls, MODULE_SECONDS)["dense"]
+        self.limits = limits_of(budget, self.dense)
+
+    def run(self, keep_dense: bool) -> Plan:
+        """Search, with slower layers kept dense where the budget allows."""
+        self.keep_dense = keep_dense
+        self.timed = keep_dense or "latency" in self.limits or self.objective == "latency"
+        if self.timed:
+            self.log("timing dense layers")
+            self.clock.measure((t, ()) for t in self.targets)
+        allowed, given_up = dict(self.limits), False
+        best: Choice | None = None
+        measured: dict[tuple, dict[str, float]] = {}
+        met, missed = 0.0, float("inf")  # allowed latencies with which the limit was met, or not
         for _ in range(_ROUNDS):
-            try:
-                chosen = self._choose(allowed)
-            except _Infeasible:
+            choice = self._choose(allowed)
+            if choice is None:
                 if best is not None or given_up:
                     break
-                chosen, given_up = self._closest(), True
-            key = tuple(chosen)
-            if key not in tried:
-                tried[key] = self._measured(chosen, module, inputs, build)
-            actual, predicted = tried[key], self._predicted(chosen)
+                choice, given_up = self._closest(), True
+            key = tuple(choice)
+            if key not in measured:
+                measured[key] = self._measure(choice)
+            actual, predicted = measured[key], self._predict(choice)
             over = {k for k, limit in self.limits.items() if actual[k] > limit}
-            if not over and (best is None or self._goal(chosen) < self._goal(best)):
-                best = chosen
-            # Sizes and FLOPs are off by the same amount next time; time by the same factor, or
-            # else half the way between what was too much and what was not, 2 % kept for the clock.
+            if not over and (best is None or self._goal(choice) < self._goal(best)):
+                best = choice
+            # Sizes and FLOPs will be off by the same amount next time.
             for k in self.limits.keys() & {"parameters", "bytes", "flops"}:
                 allowed[k] = self.limits[k] - (actual[k] - predicted[k])
+            # Latency by the same factor, with a margin of 2 % for the clock; or else halfway
+            # between a value that was too much and one that was not.
             if "latency" in self.limits:
                 if "latency" in over:
                     missed = min(missed, allowed["latency"])
                 else:
                     met = max(met, allowed["latency"])
                 goal = 0.98 * self.limits["latency"] * predicted["latency"] / actual["latency"]
-                between = met < goal < missed or missed == float("inf")
-                allowed["latency"] = goal if between else (met + missed) / 2
-            if not over and ("latency" not in self.limits or self._full(actual)):
+                is_new = met < goal < missed or missed == float("inf")
+                allowed["latency"] = goal if is_new else (met + missed) / 2
+            if not over and self._uses_its_time(actual):
                 break
         if best is None:
-            self._refuse(tried, budget)
-        return self._plan(best, tried[tuple(best)], inputs, module, budget)
+            self._refuse(measured.values())
+        return self._result(best, measured[tuple(best)])
 
-    def _full(self, actual: Mapping[str, float]) -> bool:
-        """Whether little of the time is left, or nothing could be gained from it."""
-        return actual["latency"] > 0.93 * self.limits["latency"] or self.objective == "latency"
+    def _uses_its_time(self, actual: Mapping[str, float]) -> bool:
+        """Whether no better choice can be expected from the rest of the allowed latency."""
+        if "latency" not in self.limits or self.objective == "latency":
+            return True
+        return actual["latency"] > 0.93 * self.limits["latency"]
 
     # Choosing
 
-    def _choose(self, allowed: Mapping[str, float]) -> list[int]:
-        """A candidate of each layer, all timed if times matter."""
+    def _choose(self, allowed: Mapping[str, float]) -> Choice | None:
+        """The best choice within these limits, all timed if times matter; None if there is none."""
+        solve_once = self._solve_keeping_dense if self.keep_dense else self._solve
+        return self._until_timed(partial(solve_once, allowed))
+
+    def _until_timed(self, choose: Callable[[], Choice | None]) -> Choice | None:
+        """Choose again until all layers of the choice are timed, if times matter."""
         while True:
-            chosen = self._keeping_dense(allowed) if self.keep_dense else self._solve(allowed, ())
-            if chosen is None:
-                raise _Infeasible
-            wanted = self._untimed(chosen)
+            choice = choose()
+            wanted: list[tuple[Target, Shapes]] = []
+            if choice is not None and self.timed:
+                picked = zip(self.targets, choice, strict=True)
+                wanted = [
+                    (t, c.shapes) for t, c in picked if self.clock.known_of(t, c.shapes) is None
+                ]
             if not wanted:
-                return chosen
-            self.say(f"timing {len({(t.kind, terms) for t, terms in wanted})} kinds of layers")
+                return choice
+            self.log(f"timing {len({(t.kind, shapes) for t, shapes in wanted})} kinds of layers")
             self.clock.measure(wanted)
 
-    def _untimed(self, chosen: Sequence[int]) -> list[tuple[Target, Terms]]:
-        if not self.timed:
-            return []
-        picked = ((t, t.candidates[j].terms) for t, j in zip(self.targets, chosen, strict=True))
-        return [(t, terms) for t, terms in picked if self.clock.known_of(t, terms) is None]
-
-    def _keeping_dense(self, allowed: Mapping[str, float]) -> list[int] | None:
-        """Without what is slower than dense; where the budget needs it, of as few kinds as can be.
+    def _solve_keeping_dense(self, allowed: Mapping[str, float]) -> Choice | None:
+        """Without candidates slower than dense, except for as few kinds as the budget needs.
 
         The kinds that lose least time come first.
         """
@@ -221,10 +232,10 @@ class Planner:
             if slower and not t.decided:
                 loss[t.kind] = min(slower)
         kinds = sorted(loss, key=loss.__getitem__)
-        chosen = self._solve(allowed, kinds)
-        if chosen is not None or not kinds:
-            return chosen
-        if self._solve(allowed, ()) is None:
+        choice = self._solve(allowed, kinds)
+        if choice is not None or not kinds:
+            return choice
+        if self._solve(allowed) is None:
             return None
         kept = list(kinds)
         for kind in kinds:
@@ -232,48 +243,47 @@ class Planner:
             if self._solve(allowed, kept) is not None:
                 break
         needed = [k for k in kinds if k not in kept]
-        for kind in reversed(needed):  # some of those before may not have been necessary
+        for kind in reversed(needed):  # the last one may have made earlier ones unnecessary
             if self._solve(allowed, [*kept, kind]) is not None:
                 kept.append(kind)
         return self._solve(allowed, kept)
 
     def _loss(self, target: Target, c: Candidate) -> float:
-        """Milliseconds that it is slower than dense, 0 if that is not known."""
+        """Milliseconds by which it is slower than dense, 0 if unknown."""
         dense = self.clock.known_of(target, ())
-        known = self.clock.known_of(target, c.terms)
-        if dense is None or known is None or not c.terms:
+        known = self.clock.known_of(target, c.shapes)
+        if dense is None or known is None or not c.shapes:
             return 0.0
         return max(known - dense, 0.0)
 
     def _solve(
-        self, allowed: Mapping[str, float], dense_kinds: Iterable[str], objective: str = ""
-    ) -> list[int] | None:
-        objective, dense_kinds = objective or self.objective, set(dense_kinds)
-        rows, goals, costs = [], [], []
-        for t in self.targets:
-            some = [
-                j
-                for j, c in enumerate(t.candidates)
+        self,
+        allowed: Mapping[str, float],
+        dense_kinds: Collection[str] = (),
+        objective: str | None = None,
+    ) -> Choice | None:
+        """The best choice within these limits; slower candidates of ``dense_kinds`` are left out.
+
+        Unknown times count with their lower bounds.
+        """
+        rows = [
+            [
+                c
+                for c in t.candidates
                 if t.decided or t.kind not in dense_kinds or not self._loss(t, c) > 0
             ]
-            rows.append(some)
-            goals.append([self._goal_of(t, t.candidates[j], objective) for j in some])
-            costs.append([[self._cost(t, t.candidates[j], k) for k in allowed] for j in some])
-        room = [allowed[k] - self._rest(k) for k in allowed]
-        chosen = solve(goals, costs, room)
-        return None if chosen is None else [r[j] for r, j in zip(rows, chosen, strict=True)]
-
-    def _goal_of(self, target: Target, c: Candidate, objective: str) -> float:
-        key = {"size": "parameters"}.get(objective, objective)
-        return self._cost(target, c, key)
-
-    def _goal(self, chosen: Sequence[int]) -> float:
-        picked = zip(self.targets, chosen, strict=True)
-        return sum(self._goal_of(t, t.candidates[j], self.objective) for t, j in picked)
+            for t in self.targets
+        ]
+        pairs = list(zip(self.targets, rows, strict=True))
+        goal = objective or self.objective
+        goals = [[self._cost(t, c, goal) for c in row] for t, row in pairs]
+        costs = [[[self._cost(t, c, k) for k in allowed] for c in row] for t, row in pairs]
+        found = solve(goals, costs, [allowed[k] - self._rest(k) for k in allowed])
+        return None if found is None else [row[j] for row, j in zip(rows, found, strict=True)]
 
     def _cost(self, target: Target, c: Candidate, key: str) -> float:
         match key:
-            case "parameters":
+            case "parameters" | "size":
                 return c.parameters
             case "bytes":
                 return c.parameters * target.layer.weight.element_size()
@@ -283,133 +293,132 @@ class Planner:
                 return self.clock.bound(target, c)
         return c.error / len(self.targets)
 
+    def _cost_of(self, choice: Choice, key: str) -> float:
+        return sum(self._cost(t, c, key) for t, c in zip(self.targets, choice, strict=True))
+
+    def _goal(self, choice: Choice) -> float:
+        return self._cost_of(choice, self.objective)
+
     def _rest(self, key: str) -> float:
-        """What is not of these layers."""
-        dense = sum(self._cost(t, dense_candidate(t), key) for t in self.targets)
-        return 0.0 if key == "error" else max(self.dense[key] - dense, 0.0)
+        """The part of the dense module's total that is not in the targets."""
+        if key == "error":
+            return 0.0
+        return max(self.dense[key] - self._cost_of([t.dense for t in self.targets], key), 0.0)
 
-    def _predicted(self, chosen: Sequence[int]) -> dict[str, float]:
-        picked = [(t, t.candidates[j]) for t, j in zip(self.targets, chosen, strict=True)]
+    def _predict(self, choice: Choice) -> dict[str, float]:
         keys = [k for k in KEYS if k != "latency" or self.timed]
-        return {k: self._rest(k) + sum(self._cost(t, c, k) for t, c in picked) for k in keys}
+        return {k: self._rest(k) + self._cost_of(choice, k) for k in keys}
 
-    def _closest(self) -> list[int]:
-        """What comes nearest to a budget that seems too small: rests and sums of times may err."""
-        binding = [k for k in self.limits if self._solve({k: self.limits[k]}, ()) is None]
+    def _closest(self) -> Choice:
+        """The nearest to a budget that seems too small: rests and sums of times may be wrong."""
+        binding = [k for k in self.limits if self._solve({k: self.limits[k]}) is None]
         key = binding[0] if binding else next(iter(self.limits))
         others = {k: v for k, v in self.limits.items() if k not in binding}
-        while True:
-            goal = {"parameters": "size"}.get(key, key)
-            chosen = self._solve(others, (), goal) or self._solve({}, (), goal)
-            assert chosen is not None  # without limits there is a choice
-            wanted = self._untimed(chosen)
-            if not wanted:
-                return chosen
-            self.clock.measure(wanted)
+        choice = self._until_timed(
+            lambda: self._solve(others, objective=key) or self._solve({}, objective=key)
+        )
+        assert choice is not None  # there always is one without limits
+        return choice
 
     # Measuring
 
-    def _measured(
-        self,
-        chosen: Sequence[int],
-        module: nn.Module,
-        inputs: Any,
-        build: Callable[[dict[str, Entry]], nn.Module],
-    ) -> dict[str, float]:
-        self.say("building and measuring the whole")
-        picked = [(t, t.candidates[j]) for t, j in zip(self.targets, chosen, strict=True)]
-        entries = {t.path: entry for t, c in picked if (entry := entry_of(c.terms))}
-        trial = build(entries).eval()
-        actual = totals_of(trial, inputs)
-        calls = {"dense": partial(call, module, inputs), "planned": partial(call, trial, inputs)}
-        times = milliseconds(calls, MODULE_SECONDS)
-        # By the ratio, in the unit of the first time: the machine may have slowed since.
-        ratio = times["planned"] / times["dense"]
-        actual["latency"] = self.dense["latency"] * ratio
-        return actual | {"error": self._predicted(chosen)["error"]}
+    def _measure(self, choice: Choice) -> dict[str, float]:
+        """Totals of the module that is built from this choice."""
+        self.log("building and measuring the whole")
+        picked = zip(self.targets, choice, strict=True)
+        factors = {t.path: entry for t, c in picked if (entry := entry_of(c.shapes))}
+        if self.build is None:
+            built = swap_(
+                copy.deepcopy(self.module), factors, lambda _, *layer: random_layer(*layer)
+            )
+        else:
+            built = self.build(factors)
+        modules = {"dense": self.module, "planned": built.eval()}
+        calls = {name: partial(call, m, self.inputs) for name, m in modules.items()}
+        actual, times = self._totals(built), milliseconds(calls, MODULE_SECONDS)
+        # Relative to the first time of the dense module: the machine may have slowed down since.
+        actual["latency"] = self.dense["latency"] * times["planned"] / times["dense"]
+        return actual | {"error": self._cost_of(choice, "error")}
 
-    def _refuse(self, tried: Mapping[tuple, Mapping[str, float]], budget: Mapping) -> NoReturn:
+    def _totals(self, module: nn.Module) -> dict[str, float]:
+        parameters = list(module.parameters())  # tied ones once
+        return {
+            "parameters": sum(p.numel() for p in parameters),
+            "bytes": sum(p.numel() * p.element_size() + _TENSOR_HEADER for p in parameters),
+            "flops": flops_of(module, self.inputs),
+        }
+
+    def _refuse(self, measured: Iterable[Mapping[str, float]]) -> NoReturn:
         def excess(actual: Mapping[str, float]) -> float:
             return max(actual[k] / max(limit, 1e-30) for k, limit in self.limits.items())
 
-        actual = min(tried.values(), key=excess)
-        told = []
+        actual = min(measured, key=excess)
+        reasons = []
         for k, limit in self.limits.items():
             if actual[k] > limit:
                 rest = "" if k == "error" else f", {quantity(k, self._rest(k))} of it elsewhere"
-                told.append(
-                    f"{k} is to be at most {quantity(k, limit)} ({budget[k]!r}), but the nearest "
-                    f"plan found has {quantity(k, actual[k])} (dense: "
+                reasons.append(
+                    f"{k} is to be at most {quantity(k, limit)} ({self.budget[k]!r}), but the "
+                    f"nearest plan found has {quantity(k, actual[k])} (dense: "
                     f"{quantity(k, self.dense.get(k, 0.0))}{rest} than in the {len(self.targets)} "
                     "layers that may be factorised)"
                 )
         raise ValueError(
-            f"the budget cannot be met: {'; '.join(told)}. Allow more of it, name more layers "
+            f"the budget cannot be met: {'; '.join(reasons)}. Raise the limit, name more layers "
             "(embeddings are only factorised if named), or drop another limit or decision."
         )
 
-    # Telling
+    # The result
 
-    def _plan(
-        self,
-        chosen: Sequence[int],
-        actual: Mapping[str, float],
-        inputs: Any,
-        module: nn.Module,
-        budget: dict[str, float | str],
-    ) -> Plan:
-        reasons = self._reasons(chosen)
-        rows, factors = [], {}
-        for t, j, reason in zip(self.targets, chosen, reasons, strict=True):
-            c, dense = t.candidates[j], dense_candidate(t)
-            factors[t.path] = entry = entry_of(c.terms)
-            times = [
-                self.clock.known_of(t, terms) if self.timed else None for terms in ((), c.terms)
-            ]
-            rows.append(
-                LayerPlan(
-                    path=t.path,
-                    rows=t.size[0],
-                    columns=t.size[1],
-                    terms=entry,
-                    parameters_dense=dense.parameters,
-                    parameters=c.parameters,
-                    flops_dense=dense.flops,
-                    flops=c.flops,
-                    latency_dense=times[0],
-                    latency=times[1],
-                    error=c.error,
-                    reason=reason,
-                )
+    def _result(self, choice: Choice, actual: Mapping[str, float]) -> Plan:
+        free = (self._solve(self.limits) if self.keep_dense else None) or choice
+        rows = [
+            LayerPlan(
+                path=t.path,
+                rows=t.size[0],
+                columns=t.size[1],
+                terms=entry_of(c.shapes),
+                parameters_dense=t.dense.parameters,
+                parameters=c.parameters,
+                flops_dense=t.dense.flops,
+                flops=c.flops,
+                latency_dense=self.clock.known_of(t, ()) if self.timed else None,
+                latency=self.clock.known_of(t, c.shapes) if self.timed else None,
+                error=c.error,
+                reason=self._reason(t, c, other),
             )
-        predicted = self._predicted(chosen)
+            for t, c, other in zip(self.targets, choice, free, strict=True)
+        ]
         totals: dict[str, Any] = {
             k: {"dense": self.dense[k], "planned": actual[k]}
             for k in ("parameters", "bytes", "flops", "latency")
         }
-        totals["latency"]["predicted"] = predicted.get("latency")
+        totals["latency"]["predicted"] = self._predict(choice).get("latency")
         totals["error"] = actual["error"]
-        return Plan(factors, rows, totals, setting_of(module, inputs), budget, self.objective)
+        setting = setting_of(self.module) | {"inputs": describe(self.inputs)}
+        factors = {row.path: row.terms for row in rows}
+        return Plan(factors, rows, totals, setting, dict(self.budget), self.objective)
 
-    def _reasons(self, chosen: Sequence[int]) -> list[str | None]:
-        """Why a layer is dense, or what is to be said against its factors."""
-        free = self._solve(self.limits, ()) or chosen if self.keep_dense else chosen
-        reasons = []
-        for t, j, k in zip(self.targets, chosen, free, strict=True):
-            slower, loss = (self._loss(t, t.candidates[i]) for i in (k, j))
-            dense = self.clock.known_of(t, ()) or 0.0
-            if t.candidates[j].terms:
-                told = f"slower here ({dense + loss:.3g} ms against {dense:.3g})"
-                reason = told if loss else None
-            elif t.decided:
-                reason = "as asked"
-            elif not t.inputs:
-                reason = "not called with these inputs, kept dense"
-            elif len(t.candidates) == 1:
-                reason = "no shape has fewer parameters"
-            elif slower:
-                reason = f"slower here ({dense + slower:.3g} ms against {dense:.3g}), kept dense"
-            else:
-                reason = "the budget is met without it"
-            reasons.append(reason)
-        return reasons
+    def _reason(self, target: Target, chosen: Candidate, free: Candidate) -> str | None:
+        """Why a layer is dense, or that its factors are slower.
+
+        Args:
+            target: The layer.
+            chosen: The choice for it.
+            free: The choice if slower layers need not be dense.
+        """
+        dense = self.clock.known_of(target, ()) or 0.0
+
+        def slower(c: Candidate) -> str:
+            loss = self._loss(target, c)
+            return f"slower here ({dense + loss:.3g} ms against {dense:.3g})" if loss else ""
+
+        if chosen.shapes:
+            return slower(chosen) or None
+        if target.decided:
+            return "as requested"
+        if not target.inputs:
+            return "not called with these inputs, kept dense"
+        if len(target.candidates) == 1:
+            return "no shape has fewer parameters"
+        return f"{slower(free)}, kept dense" if slower(free) else "the budget is met without it"

@@ -1,4 +1,4 @@
-"""A plan: what becomes of each layer, as JSON, and as a table to read."""
+"""The result: the choice for each layer, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kron_kernels.factorise import Entry, Terms, terms_of
+from torch import Tensor
+
+from kron_kernels.factors import Entry, parse, shapes_of, terms_text
 from kron_kernels.files import write_file
-from kron_kernels.shapes import KronShape
+
+_REMEDY = "make it anew with kron_kernels.plan.plan"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer; FLOPs and milliseconds are those of one forward pass.
+    """The choice for one layer; FLOPs and milliseconds are those of one forward pass.
 
-    ``terms`` is None where the layer stays dense. ``reason`` says why it does, or that the
-    factorised one is slower here. ``latency`` is None where nothing depended on it, so that it was
-    not measured.
+    ``terms`` is None if the layer stays dense; ``reason`` then explains why. A reason beside terms
+    means that they are slower than the dense layer on this machine. ``latency`` is None if it was
+    not measured, because no choice depended on it.
     """
 
     path: str
@@ -41,19 +44,18 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Terms of each layer, what they cost, and where that was measured; all values plain JSON.
+    """Terms of each layer, their cost, and where it was measured; all values are plain JSON.
 
     Attributes:
-        factors: From each layer's path to its terms, or None for a dense one: what ``factorise_``
-            takes.
-        layers: One ``LayerPlan`` a layer.
-        totals: Of the whole module, ``{"dense": …, "planned": …}`` each, measured on a module so
-            built: ``parameters``, ``bytes`` of them, ``flops`` and ``latency`` (milliseconds) of a
-            forward pass, the latter with ``"predicted"`` where layers were timed; and ``error``,
-            the layers' mean relative squared error.
-        setting: Where it was measured: device, dtype, threads, versions, and the inputs.
-        budget: As it was asked for.
-        objective: As it was asked for.
+        factors: From each layer's path to its terms, or None for a dense one, for ``factorise_``.
+        layers: One ``LayerPlan`` per layer.
+        totals: Totals of the whole module, ``{"dense": …, "planned": …}`` each, measured on a
+            module built from the plan: ``parameters``, ``bytes`` of its file, ``flops`` and
+            ``latency`` (milliseconds) of a forward pass, the latter with ``"predicted"`` where
+            layers were timed; and ``error``, the layers' mean relative squared error.
+        setting: Device, dtype, threads, versions and inputs of the measurement.
+        budget: The budget given.
+        objective: The objective given.
     """
 
     factors: dict[str, Entry | None]
@@ -65,53 +67,45 @@ class Plan:
     version: int = 1
 
     def to_json(self) -> str:
-        """The plan as JSON, which ``from_json`` reads."""
+        """JSON that ``from_json`` reads."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan of this text.
+        """Read what ``to_json`` returned.
 
         Raises:
-            ValueError: If it is no plan, or one of another version.
+            ValueError: If it is not a plan, or one of another version.
         """
         try:
-            told = json.loads(text)
+            values = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"this is no plan, nor any JSON: {error}.") from error
+            raise ValueError(f"this is no plan: it is not JSON ({error}).") from error
         wanted = {f.name for f in fields(cls)}
-        if not isinstance(told, dict) or told.keys() != wanted or told["version"] != 1:
-            found = sorted(told) if isinstance(told, dict) else type(told).__name__
+        if not isinstance(values, dict) or values.keys() != wanted or values["version"] != 1:
+            found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(
-                f"this is no plan of version 1: it has {found}, not {sorted(wanted)}; make it anew "
-                "with kron_kernels.plan.plan."
+                f"this is no plan of version 1: it has {found}, not {sorted(wanted)}; {_REMEDY}."
             )
         kinds = dict.fromkeys(("factors", "totals", "setting", "budget"), dict)
         for name, kind in {**kinds, "layers": list, "objective": str}.items():
-            if not isinstance(told[name], kind):
+            if not isinstance(values[name], kind):
                 raise ValueError(
                     f"this is no plan: its {name} must be a {kind.__name__}, got "
-                    f"{told[name]!r:.80}; make it anew with kron_kernels.plan.plan."
+                    f"{values[name]!r:.80}; {_REMEDY}."
                 )
-        columns = {f.name for f in fields(LayerPlan)}
-        for row in told["layers"]:
-            if not isinstance(row, dict) or row.keys() != columns:
-                raise ValueError(
-                    f"this is no plan: each of its layers must have {sorted(columns)}, got "
-                    f"{row!r:.80}; make it anew with kron_kernels.plan.plan."
-                )
-        plan = cls(**told | {"layers": [LayerPlan(**row) for row in told["layers"]]})
         try:
-            str(plan)
+            made = cls(**values | {"layers": [LayerPlan(**row) for row in values["layers"]]})
+            str(made)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 "this is no plan: its table cannot be made of its values "
-                f"({type(error).__name__}: {error}); make it anew with kron_kernels.plan.plan."
+                f"({type(error).__name__}: {error}); {_REMEDY}."
             ) from error
-        return plan
+        return made
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write it to a file, at once or not at all."""
+        """Write it to a file, atomically."""
         write_file(path, self.to_json() + "\n")
 
     @classmethod
@@ -119,7 +113,7 @@ class Plan:
         """Read what ``save`` wrote.
 
         Raises:
-            ValueError: If it is no plan, see ``from_json``, or not UTF-8.
+            ValueError: If it is not a plan, see ``from_json``, or not UTF-8.
             OSError: If it cannot be read.
         """
         try:
@@ -129,17 +123,6 @@ class Plan:
 
     def __str__(self) -> str:
         return _table(self)
-
-
-def terms_text(size: tuple[int, int], terms: Terms) -> str:
-    rows, columns = size
-    told = []
-    for (m1, n1), rank in terms:
-        s = KronShape.split(rows, columns, (m1, n1), rank)
-        product = f"{s.m1}x{s.n1} ⊗ {s.m2}x{s.n2}"
-        one = f"{rank} of {product}" if rank > 1 else product
-        told.append(f"rank {rank}" if s.is_low_rank else one)
-    return " + ".join(told) or "dense"
 
 
 def quantity(key: str, value: float) -> str:
@@ -153,12 +136,25 @@ def quantity(key: str, value: float) -> str:
     return f"{value:.4g}"
 
 
-def _table(plan: Plan) -> str:
+def describe(inputs: Any) -> list[str]:
+    """Dtypes and shapes of a module's inputs, such as ``"input_ids int64 (1, 128)"``."""
+    if isinstance(inputs, Mapping):
+        return [f"{key} {describe((value,))[0]}" for key, value in inputs.items()]
+    return [
+        f"{str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}"
+        if isinstance(v, Tensor)
+        else type(v).__name__
+        for v in (inputs if isinstance(inputs, tuple) else (inputs,))
+    ]
+
+
+def _table(made: Plan) -> str:
     head = ["layer", "weight", "terms", "parameters", "of dense", "ms", "dense", "error", ""]
     lines = [head]
-    for path, rows in _grouped(plan.layers):
+    for path, rows in _grouped(made.layers):
         first = rows[0]
-        terms = terms_text((first.rows, first.columns), terms_of(first.terms))
+        size = first.rows, first.columns
+        terms = terms_text(shapes_of(parse(first.terms), size, False, path))
         times = [
             "" if None in (row := [getattr(r, k) for r in rows]) else f"{sum(row) / len(row):.3g}"
             for k in ("latency", "latency_dense")
@@ -187,18 +183,18 @@ def _table(plan: Plan) -> str:
     text.insert(1, "-" * max(map(len, text)))
     text.append("")
     for key in ("parameters", "bytes", "flops", "latency"):
-        total = plan.totals[key]
+        total = made.totals[key]
         dense, planned = (quantity(key, total[k]) for k in ("dense", "planned"))
         less = total["dense"] / total["planned"] if total["planned"] else 1.0
         line = f"{key:11}{dense:>10} -> {planned:>10}  ({less:.2f}x less)"
         if total.get("predicted") is not None:
             line += f", {quantity(key, total['predicted'])} predicted"
         text.append(line)
-    text.append(f"{'error':11}{'':10}    {plan.totals['error']:>10.3f}  (mean of the layers)")
-    budget = ", ".join(f"{k} {v}" for k, v in plan.budget.items()) or "none"
-    setting = plan.setting
+    text.append(f"{'error':11}{'':10}    {made.totals['error']:>10.3f}  (mean of the layers)")
+    budget = ", ".join(f"{k} {v}" for k, v in made.budget.items()) or "none"
+    setting = made.setting
     text.append(
-        f"budget: {budget}; least {plan.objective}. Measured on {setting['device']}, "
+        f"budget: {budget}; least {made.objective}. Measured on {setting['device']}, "
         f"{setting['dtype']}, {setting['threads']} threads, torch {setting['torch']} "
         f"({setting['cpu_capability']}), with {'; '.join(setting['inputs'])}"
     )
@@ -206,21 +202,21 @@ def _table(plan: Plan) -> str:
 
 
 def _grouped(layers: Sequence[LayerPlan]) -> list[tuple[str, list[LayerPlan]]]:
-    """Rows that are equal but for a number in their path and their error, under one path each."""
+    """Group rows that differ only in numbers in their path and in their error."""
     groups: dict[tuple, list[LayerPlan]] = defaultdict(list)
     for row in layers:
         pattern = re.sub(r"\d+", "*", row.path)
         reason = re.sub(r"[\d.]+(e-?\d+)?", "", row.reason or "")
         groups[pattern, row.rows, row.columns, json.dumps(row.terms), reason].append(row)
-    told = []
+    grouped = []
     for (pattern, *_), rows in groups.items():
         numbers = [[int(n) for n in re.findall(r"\d+", r.path)] for r in rows]
         parts = pattern.split("*")
         path = parts[0]
         for i, part in enumerate(parts[1:]):
             path += _ranges(sorted({n[i] for n in numbers})) + part
-        told.append((path, rows))
-    return told
+        grouped.append((path, rows))
+    return grouped
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""A multiple-choice knapsack: one candidate of each layer, within several limits."""
+"""A multiple-choice knapsack: one candidate per layer, within several limits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ def solve(
     costs: Sequence[Sequence[Sequence[float]]],
     limits: Sequence[float],
 ) -> list[int] | None:
-    """One candidate of each layer, of least total goal with each total cost within its limit.
+    """Pick a candidate per layer: least total goal, with each total cost within its limit.
 
-    Lagrange multipliers weigh the costs against the goal, so that each layer decides alone; the
-    choices that they pass through are repaired and improved by single and double exchanges. Not
-    proven optimal; but if nothing is found a search decides whether there is anything (and gives up
-    after 20,000 steps, more than few layers can take).
+    Lagrange multipliers weigh the costs against the goal, and each layer then decides alone. The
+    choices found while the multipliers are searched are repaired and improved by single and double
+    exchanges. The result need not be optimal. If no choice is found, a depth-first search decides
+    whether there is one; it gives up after 20,000 steps.
 
     Args:
-        goals: ``goals[i][j]`` of layer i's candidate j.
-        costs: ``costs[i][j][k]`` of it, of sort k.
-        limits: Of sort k in total.
+        goals: ``goals[i][j]`` of candidate j of layer i.
+        costs: ``costs[i][j][k]`` of the same candidate, for limit k.
+        limits: Upper bounds of the total costs.
 
     Returns:
         The candidates' indices, or None if no choice is within the limits.
@@ -38,11 +38,11 @@ def solve(
         cost[i, : len(row)] = torch.tensor(costs[i], dtype=torch.float64).view(len(row), sorts)
     limit = torch.tensor(limits, dtype=torch.float64)
     real = goal.isfinite()
-    # In units of what there is to save, so that multipliers and violations compare.
+    # Units in which multipliers and violations compare: the largest possible saving.
     most_cost = cost.masked_fill(~real[..., None], -torch.inf).amax(1).sum(0)
     least_cost = cost.masked_fill(~real[..., None], torch.inf).amin(1).sum(0)
     unit = (most_cost - least_cost).clamp_min(1e-12 * most_cost.abs().clamp_min(1e-30))
-    slack = 1e-9 * torch.maximum(limit.abs(), most_cost.abs()) / unit  # of rounding
+    slack = 1e-9 * torch.maximum(limit.abs(), most_cost.abs()) / unit  # for rounding
     cost, limit = cost / unit, limit / unit + slack
     if (least_cost / unit > limit).any():
         return None
@@ -73,7 +73,7 @@ class _Search:
         return self.cost[self.index, choice].sum(0)
 
     def starts(self) -> list[Tensor]:
-        """Choices along the way of the multipliers: the best few, and the nearest to feasible."""
+        """Choices seen while searching the multipliers: the best six, and the nearest feasible."""
         seen: dict[tuple, tuple[float, float, Tensor]] = {}
 
         def visit(weights: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class _Search:
         weights = torch.zeros_like(self.limit)
         if not (visit(weights) > 0).any():
             return [next(iter(seen.values()))[2]]
-        # One sort at a time, by bisection on a logarithmic scale, a few times round ...
+        # One limit at a time, by bisection on a logarithmic scale, three times in turn ...
         for _ in range(1 if len(weights) == 1 else 3):
             for k in range(len(weights)):
                 low, high = -9.0, 6.0
@@ -100,7 +100,7 @@ class _Search:
                         high = middle
                 weights[k] = 0.0
                 weights[k] = self.scale * 10**high if visit(weights)[k] > 0 else 0.0
-        # ... and all together, by steps along the violations.
+        # ... then all together, by steps along the violations.
         if len(weights) > 1:
             weights = weights.clamp_min(1e-6 * self.scale)
             for step in range(200):
@@ -111,7 +111,7 @@ class _Search:
         return [seen[key][2] for _, _, key in [*feasible, *nearest]]
 
     def repaired(self, choice: Tensor) -> Tensor | None:
-        """Exchanges that lower the violation most for what they cost in the goal, until it is 0."""
+        """Exchange candidates, at the best price in the goal, until no limit is violated."""
         choice = choice.clone()
         while True:
             totals = self.totals(choice)
@@ -120,17 +120,19 @@ class _Search:
                 return choice
             after, change = self._exchanges(choice, totals)
             gained = violation - (after - self.limit).clamp_min(0).sum(-1)  # (L, J)
-            good = (gained > 1e-10) & change.isfinite()  # less is rounding, and could circle
+            good = (
+                gained > 1e-10
+            ) & change.isfinite()  # smaller gains are rounding, and could cycle
             if not good.any():
                 return None
             price = torch.where(good, change.clamp_min(0) / gained, torch.inf)
-            # Of equal prices the largest step.
+            # The largest step among equal prices.
             cheap = price <= price.min() * (1 + 1e-12)
             at = torch.where(cheap, gained, -torch.inf).argmax()
             choice[at // price.shape[1]] = at % price.shape[1]
 
     def improved(self, choice: Tensor, pairs: bool) -> Tensor:
-        """While an exchange within the limits, or two together, lower the goal."""
+        """Exchange candidates, singly or in pairs, while that lowers the goal within the limits."""
         choice = choice.clone()
         for _ in range(10 * len(choice) + 100):
             totals = self.totals(choice)
@@ -148,7 +150,7 @@ class _Search:
         return choice
 
     def _pair(self, choice: Tensor, change: Tensor) -> Tensor | None:
-        """The best of two exchanges, the first of which gains what the second may pay for."""
+        """The best two exchanges: the first lowers the goal, the second restores the limits."""
         columns = change.shape[1]
         firsts = change.flatten().argsort(stable=True)[:64].tolist()
         best, least = None, -1e-12 * self.scale
@@ -168,15 +170,17 @@ class _Search:
         return best
 
     def _exchanges(self, choice: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
-        """Total costs ``(L, J, K)`` and the goal's change ``(L, J)`` of each single exchange."""
+        """Total costs ``(L, J, K)`` and change of the goal ``(L, J)`` for each exchange."""
         now = self.cost[self.index, choice][:, None]
         change = self.goal - self.goal[self.index, choice][:, None]
         return totals + self.cost - now, change
 
     def any_choice(self) -> Tensor | None:
-        """Some choice within the limits, by depth first."""
+        """A choice within the limits, by depth-first search."""
         least = self.cost.masked_fill(~self.goal.isfinite()[..., None], torch.inf).amin(1)
-        ahead = least.flip(0).cumsum(0).flip(0).tolist()  # (L, K), of the layers from here on
+        ahead = (
+            least.flip(0).cumsum(0).flip(0).tolist()
+        )  # (L, K), least costs of the layers from here on
         ahead.append([0.0] * len(self.limit))
         cost, limit = self.cost.tolist(), self.limit.tolist()
         counts = self.goal.isfinite().sum(1).tolist()

@@ -1,4 +1,4 @@
-"""Spectra of a weight rearranged for small factors: what each shape leaves out, without a fit."""
+"""Spectra of a rearranged weight: the error of each shape, without a fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def spectra(
 ) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Eigenvalues, descending, of the Gram matrix over a small factor's entries, for each (p, q).
 
-    Only for the largest p and q is it a product with w: a divisor's is a partial trace of it.
+    Only the largest p and q need a product with w: a divisor's matrix is a partial trace of theirs.
     """
     left = side == "left"
     for top_p in _tops(ps):
@@ -44,12 +44,12 @@ def _gram(w: Tensor, side: str, p: int, q: int) -> Tensor:
 
 
 def dropped(spectrum: Tensor, rank: int) -> float:
-    """The share of the squares that ``rank`` terms leave, of eigenvalues in descending order."""
+    """Relative squared error of ``rank`` terms, from eigenvalues in descending order."""
     spectrum = spectrum.double().clamp_min(0)
     total = spectrum.sum().item()
     return spectrum[rank:].sum().item() / total if total > 0 else 0.0
 
 
 def _tops(sizes: Sequence[int]) -> list[int]:
-    """Those that divide no other."""
+    """The sizes that divide no other."""
     return [d for d in sizes if not any(e > d and e % d == 0 for e in sizes)]

@@ -146,9 +146,6 @@ def compress(
             help="Refit layer by layer on the calibration text, biases too; takes minutes.",
         ),
     ] = False,
-    rescale: Annotated[
-        bool, typer.Option("--rescale", help="Give each product its weight's norm.")
-    ] = False,
 ) -> None:
     """Replace a dense model's weights by the nearest Kronecker products. Distil the result."""
     from kron_kernels.plan import Plan
@@ -166,7 +163,6 @@ def compress(
         shapes,
         calibration=_batches(texts, model, teacher),
         sequential=sequential,
-        rescale=rescale,
         progress=errors.is_terminal,
     )
     _save(out, student, tokenizer)
@@ -196,7 +192,7 @@ def report(
 ) -> None:
     """Measure each layer: its shapes, parameters, FLOPs, time and error against the dense one's."""
     from kroneckerbert.files import writable_file
-    from kroneckerbert.planning import report as measured
+    from kroneckerbert.reporting import report as measured
 
     if calibration is not None and teacher is None:
         raise typer.BadParameter("--calibration is for errors, which need --teacher as well.")

@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 import yaml
 from transformers import TrainingArguments
 
-from kroneckerbert.configuration_kroneckerbert import PRESETS
 from kroneckerbert.distillation import DistillationConfig
+from kroneckerbert.presets import PRESETS
 from kroneckerbert.reproduction.tasks import TASKS
 
 _RECIPES = Path(__file__).parent / "recipes"
@@ -72,7 +72,6 @@ class Student:
     factors: dict | None = None
     calibration: int = 0
     sequential: bool = False
-    rescale: bool = False
 
 
 @dataclass(frozen=True)

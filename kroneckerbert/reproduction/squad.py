@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kron_kernels.plan.forward import evaluating
+from kron_kernels.modules import evaluating
 from kron_kernels.shapes import check_integer
 from kroneckerbert.data import batches_by_length
 from kroneckerbert.modeling_kroneckerbert import max_tokens

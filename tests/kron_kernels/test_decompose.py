@@ -27,15 +27,6 @@ from kron_kernels.testing.cases import SHAPES, name
 ALL = [*SHAPES, KronShape(1, 6, 7, 1), KronShape(7, 1, 1, 6), KronShape(1, 1, 6, 4)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Hundreds of tiny solves: threads that wait for one another on a busy machine are slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def most_terms(s: KronShape) -> int:
     return min(s.m1 * s.n1, s.m2 * s.n2)
 
@@ -74,6 +65,11 @@ def separable_moment(s: KronShape, seed: int = 1):
     p, q = (second_moment(n, 3 * n, seed + n) for n in (s.n1, s.n2))
     root = torch.kron(*(symmetric_root(t) for t in (p, q)))
     return torch.kron(p, q), root
+
+
+def in_metric(w, a_shape, rank, c, **options) -> decompose.Factors:
+    """The data-aware fit without anything added to C's diagonal."""
+    return decompose._nearest(w, [(a_shape, rank)], c, shrinkage=0, **options)[0]
 
 
 def symmetric_root(c: torch.Tensor) -> torch.Tensor:
@@ -152,19 +148,21 @@ def test_terms_are_singular_triples_in_descending_order_and_of_equal_norms():
 def test_a_narrow_weight_is_computed_in_float64_and_rounded_once(dtype, aware):
     w = randn(12, 20).to(dtype)
     c = second_moment(20, 50) if aware else None
-    a, b = nearest_kronecker(w, (3, 5), 4, second_moment=c, rescale=True)
-    wide = nearest_kronecker(w.double(), (3, 5), 4, second_moment=c, rescale=True)
+    a, b = nearest_kronecker(w, (3, 5), 4, second_moment=c)
+    wide = nearest_kronecker(w.double(), (3, 5), 4, second_moment=c)
     assert a.dtype == b.dtype == dtype and a.device == w.device
     assert a.is_contiguous() and b.is_contiguous()
     assert torch.equal(a, wide[0].to(dtype)) and torch.equal(b, wide[1].to(dtype))
 
 
 @pytest.mark.parametrize("aware", [False, True], ids=["plain", "data-aware"])
-@pytest.mark.parametrize("rescale", [False, True])
-def test_a_zero_weight_has_zero_factors(aware, rescale):
+def test_a_zero_weight_has_zero_factors(aware):
     c = torch.eye(6) if aware else None
-    a, b = nearest_kronecker(torch.zeros(4, 6), (2, 2), 3, second_moment=c, rescale=rescale)
-    assert not a.any() and not b.any()
+    for fitted in (
+        [nearest_kronecker(torch.zeros(4, 6), (2, 2), 3, second_moment=c)],
+        nearest_kronecker_sum(torch.zeros(4, 6), [((2, 2), 1), ((4, 1), 2)], second_moment=c),
+    ):
+        assert not any(factor.any() for part in fitted for factor in part)
 
 
 @pytest.mark.parametrize("aware", [False, True], ids=["plain", "data-aware"])
@@ -190,15 +188,6 @@ def test_strides_do_not_matter_and_the_weight_is_left_as_it_was(s):
     row = randn(1, s.in_features).expand(s.out_features, -1)
     a, b = nearest_kronecker(row, (s.m1, s.n1), most_terms(s))
     torch.testing.assert_close(materialize(a, b), row.contiguous())
-
-
-@pytest.mark.parametrize("a_shape", [(7, 1), (1, 6)], ids=str)
-@pytest.mark.parametrize("rank", [1, 3, 6])
-def test_column_times_row_is_low_rank_approximation(a_shape, rank):
-    w = randn(7, 6)
-    u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    best = u[:, :rank] * s[:rank] @ vh[:rank]
-    torch.testing.assert_close(materialize(*nearest_kronecker(w, a_shape, rank)), best)
 
 
 @pytest.mark.parametrize("size", [1, 2**22], ids=["a block row at a time", "at once"])
@@ -228,19 +217,6 @@ def test_the_global_random_state_is_left_alone(monkeypatch):
     before = torch.get_rng_state()
     nearest_kronecker(randn(72, 100), (8, 10), 4)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("aware", [False, True], ids=["plain", "data-aware"])
-def test_rescale_keeps_the_norm_and_the_direction(aware):
-    w = randn(12, 20)
-    c = second_moment(20, 50) if aware else None
-    plain = materialize(*nearest_kronecker(w, (3, 5), 2, second_moment=c))
-    a, b = nearest_kronecker(w, (3, 5), 2, second_moment=c, rescale=True)
-    scaled = materialize(a, b)
-    assert abs(plain.norm() / w.norm() - 1) > 0.05
-    torch.testing.assert_close(scaled, plain * (w.norm() / plain.norm()))
-    torch.testing.assert_close(scaled.norm(), w.norm())
-    torch.testing.assert_close(a.flatten(1).norm(dim=1), b.flatten(1).norm(dim=1))
 
 
 def test_an_embedding_is_factorised_in_little_memory():
@@ -280,7 +256,7 @@ def test_the_outputs_err_no_more_than_with_the_nearest_weights(s, samples):
     energy = squared_error(w, torch.zeros(1, s.m1, s.n1), torch.zeros(1, s.m2, s.n2), c)
     for rank in {1, min(3, most_terms(s)), most_terms(s)}:
         plain = squared_error(w, *nearest_kronecker(w, (s.m1, s.n1), rank), c)
-        a, b = nearest_kronecker(w, (s.m1, s.n1), rank, second_moment=c, shrinkage=0)
+        a, b = in_metric(w, (s.m1, s.n1), rank, c)
         assert a.isfinite().all() and b.isfinite().all()
         # Up to what the alternation adds to C's diagonal, seen through the whole of W.
         slack = 2e-7 * c.diagonal().mean().item() * w.square().sum().item()
@@ -296,7 +272,7 @@ def test_the_outputs_err_no_more_for_drawn_weights_and_inputs(problem, samples):
     w = randn(s.out_features, s.in_features, seed=seed)
     c = second_moment(s.in_features, samples, seed=seed + 1)
     plain = squared_error(w, *nearest_kronecker(w, (s.m1, s.n1), rank), c)
-    a, b = nearest_kronecker(w, (s.m1, s.n1), rank, second_moment=c, shrinkage=0)
+    a, b = in_metric(w, (s.m1, s.n1), rank, c)
     slack = 2e-7 * c.diagonal().mean().item() * w.square().sum().item()
     assert squared_error(w, a, b, c) <= plain * (1 + 1e-9) + slack
 
@@ -305,9 +281,7 @@ def test_the_outputs_err_no_more_for_drawn_weights_and_inputs(problem, samples):
 def test_white_inputs_make_the_nearest_outputs_the_nearest_weights(s):
     w = randn(s.out_features, s.in_features)
     for rank in {1, min(2, most_terms(s))}:
-        a, b = nearest_kronecker(
-            w, (s.m1, s.n1), rank, second_moment=torch.eye(s.in_features), shrinkage=0
-        )
+        a, b = in_metric(w, (s.m1, s.n1), rank, torch.eye(s.in_features))
         best, energy = dropped(w, s, rank), w.square().sum().item()
         assert squared_error(w, a, b) == pytest.approx(best, rel=1e-7, abs=1e-12 * energy)
 
@@ -319,9 +293,7 @@ def test_white_inputs_make_the_nearest_outputs_the_nearest_weights(s):
 def test_separable_moments_have_the_optimum_of_a_truncated_svd(s, rank):
     w = randn(s.out_features, s.in_features)
     c, root = separable_moment(s)
-    a, b = nearest_kronecker(
-        w, (s.m1, s.n1), rank, second_moment=c, shrinkage=0, max_iterations=500, tolerance=0
-    )
+    a, b = in_metric(w, (s.m1, s.n1), rank, c, max_iterations=500, tolerance=0)
     best = dropped(w @ root, s, rank)
     scale = squared_error(w, torch.zeros(1, s.m1, s.n1), torch.zeros(1, s.m2, s.n2), c)
     assert best * (1 - 1e-6) <= squared_error(w, a, b, c) <= best * 1.001 + 1e-9 * scale
@@ -336,7 +308,7 @@ def test_weighted_low_rank_approximation_is_the_svd_of_the_weighted_matrix(
 ):
     w, c = randn(rows, 7), second_moment(7, samples)
     a_shape = (1, 7) if transposed else (rows, 1)
-    a, b = nearest_kronecker(w, a_shape, rank, second_moment=c, shrinkage=0, max_iterations=0)
+    a, b = in_metric(w, a_shape, rank, c, max_iterations=0)
     u, s, vh = torch.linalg.svd(w @ symmetric_root(c), full_matrices=False)
     slack = 2e-7 * s.square().sum().item()  # what is added to a C of fewer samples than columns
     best = s[rank:].square().sum().item()
@@ -352,7 +324,7 @@ def test_weighted_low_rank_approximation_is_the_svd_of_the_weighted_matrix(
 def test_a_scalar_factor_or_all_terms_leave_no_error():
     w, c = randn(6, 8), second_moment(8, 30)
     for a_shape, rank in [((1, 1), 1), ((6, 8), 1), ((3, 2), 6)]:
-        a, b = nearest_kronecker(w, a_shape, rank, second_moment=c, shrinkage=0)
+        a, b = in_metric(w, a_shape, rank, c)
         torch.testing.assert_close(materialize(a, b), w, rtol=0, atol=1e-4)
 
 
@@ -361,9 +333,7 @@ def test_every_iteration_lowers_the_error():
     w, c = randn(s.out_features, s.in_features), second_moment(s.in_features, 60)
     errors = []
     for steps in range(15):
-        a, b = nearest_kronecker(
-            w, (6, 4), rank, second_moment=c, shrinkage=0, max_iterations=steps, tolerance=0
-        )
+        a, b = in_metric(w, (6, 4), rank, c, max_iterations=steps, tolerance=0)
         errors.append(squared_error(w, a, b, c))
     assert errors[0] == pytest.approx(squared_error(w, *nearest_kronecker(w, (6, 4), rank), c))
     assert errors[1] < 0.9 * errors[0]
@@ -373,7 +343,7 @@ def test_every_iteration_lowers_the_error():
 
 def test_the_terms_that_alternation_ends_with_are_balanced_and_ordered():
     w, c = randn(30, 24), second_moment(24, 60)
-    a, b = nearest_kronecker(w, (6, 4), 5, second_moment=c, shrinkage=0)
+    a, b = in_metric(w, (6, 4), 5, c)
     norm_a, norm_b = a.flatten(1).norm(dim=1), b.flatten(1).norm(dim=1)
     torch.testing.assert_close(norm_a, norm_b)
     size = norm_a * norm_b
@@ -383,8 +353,8 @@ def test_the_terms_that_alternation_ends_with_are_balanced_and_ordered():
 @pytest.mark.parametrize("factor", [1e-300, 1e-6, 1e6, 1e300])
 def test_the_scale_of_the_moments_does_not_matter(factor):
     w, c = randn(12, 20), second_moment(20, 50)
-    expected = materialize(*nearest_kronecker(w, (3, 5), 2, second_moment=c, shrinkage=0))
-    scaled = materialize(*nearest_kronecker(w, (3, 5), 2, second_moment=c * factor, shrinkage=0))
+    expected = materialize(*in_metric(w, (3, 5), 2, c))
+    scaled = materialize(*in_metric(w, (3, 5), 2, c * factor))
     torch.testing.assert_close(scaled, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -395,8 +365,8 @@ def test_moments_in_float32_and_asymmetric_by_rounding(samples):
     rounded = (c + noise).float()
     before = rounded.clone()
     assert not torch.equal(rounded, rounded.mT)
-    expected = squared_error(w, *nearest_kronecker(w, (3, 5), 2, second_moment=c, shrinkage=0), c)
-    a, b = nearest_kronecker(w, (3, 5), 2, second_moment=rounded, shrinkage=0)
+    expected = squared_error(w, *in_metric(w, (3, 5), 2, c), c)
+    a, b = in_metric(w, (3, 5), 2, rounded)
     assert squared_error(w, a, b, c) == pytest.approx(expected, rel=0.02)
     assert torch.equal(rounded, before)
 
@@ -406,18 +376,16 @@ def test_inputs_that_take_fewer_directions_than_features_are_reproduced():
     w, x = randn(16, 16), randn(3, 16, seed=1)
     c = x.mT @ x
     plain = squared_error(w, *nearest_kronecker(w, (4, 4), 4), c)
-    a, b = nearest_kronecker(
-        w, (4, 4), 4, second_moment=c, shrinkage=0, max_iterations=100, tolerance=0
-    )
+    a, b = in_metric(w, (4, 4), 4, c, max_iterations=100, tolerance=0)
     assert squared_error(w, a, b, c) < 1e-4 * plain
     assert a.abs().max() < 100 and b.abs().max() < 100
 
 
 def test_autocast_and_inference_mode_change_nothing():
     w, c = randn(12, 20).float(), second_moment(20, 50).float()
-    expected = nearest_kronecker(w, (3, 5), 2, second_moment=c, shrinkage=0)
+    expected = in_metric(w, (3, 5), 2, c)
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        a, b = nearest_kronecker(w.clone(), (3, 5), 2, second_moment=c, shrinkage=0)
+        a, b = in_metric(w.clone(), (3, 5), 2, c)
     assert torch.equal(a, expected[0]) and torch.equal(b, expected[1])
 
 
@@ -428,7 +396,6 @@ SUMS = {
     "low rank first": (20, 12, [((20, 1), 3), ((5, 3), 1)]),
     "two shapes": (12, 20, [((3, 5), 1), ((6, 2), 2)]),
     "three, one of them twice": (12, 12, [((3, 4), 1), ((1, 12), 1), ((3, 4), 1)]),
-    "one": (12, 20, [((3, 5), 2)]),
 }
 
 
@@ -452,22 +419,19 @@ def greedy(w, parts, c=None):
 
 @pytest.mark.parametrize("aware", [False, True], ids=["plain", "data-aware"])
 @pytest.mark.parametrize("case", SUMS)
-def test_a_sum_is_never_behind_the_greedy_one_and_every_round_lowers_the_error(case, aware):
+def test_a_sum_starts_from_the_greedy_fit_and_every_round_lowers_the_error(case, aware):
     rows, columns, parts = SUMS[case]
     w, c = randn(rows, columns), second_moment(columns, 60) if aware else None
-    metric = decompose.shrunk(c, 0.01) if aware else None  # what is minimised
+    metric = decompose.shrunk(c) if aware else None  # of the error that is minimised
     errors = []
     for rounds in (0, 1, 2, 5, 20):
-        fitted = nearest_kronecker_sum(
-            w, parts, second_moment=c, max_iterations=rounds, tolerance=0
-        )
+        fitted = decompose._nearest(w, parts, c, max_iterations=rounds, tolerance=0)
         assert [tuple(a.shape) for a, _ in fitted] == [(r, *shape) for shape, r in parts]
         errors.append(sum_error(w, fitted, metric))
     assert errors[0] == pytest.approx(sum_error(w, greedy(w, parts, c), metric), rel=1e-9)
     for previous, error in pairwise(errors):
         assert error <= previous * (1 + 1e-12)
-    if len(parts) > 1:
-        assert errors[-1] < 0.999 * errors[0]
+    assert errors[-1] < 0.999 * errors[0]
 
 
 @pytest.mark.parametrize("aware", [False, True], ids=["plain", "data-aware"])
@@ -481,10 +445,9 @@ def test_a_true_sum_is_recovered(case, aware):
         for i, s in enumerate(shapes)
     )
     c = second_moment(columns, 60) if aware else None
-    metric = decompose.shrunk(c, 0.01) if aware else None
+    metric = decompose.shrunk(c) if aware else None
     first, last = (
-        nearest_kronecker_sum(w, parts, second_moment=c, max_iterations=rounds, tolerance=0)
-        for rounds in (0, 300)
+        decompose._nearest(w, parts, c, max_iterations=rounds, tolerance=0) for rounds in (0, 300)
     )
     assert sum_error(w, last, metric) < (1e-2 if aware else 1e-12) * sum_error(w, first, metric)
     if not aware:
@@ -493,26 +456,25 @@ def test_a_true_sum_is_recovered(case, aware):
 
 def test_a_sum_of_one_part_is_the_nearest_product():
     w, c = randn(12, 20), second_moment(20, 50)
-    for more in ({}, dict(second_moment=c), dict(rescale=True)):
-        ((a, b),) = nearest_kronecker_sum(w, [((3, 5), 2)], **more)
-        expected = nearest_kronecker(w, (3, 5), 2, **more)
+    for moment in (None, c):
+        ((a, b),) = nearest_kronecker_sum(w, [((3, 5), 2)], second_moment=moment)
+        expected = nearest_kronecker(w, (3, 5), 2, second_moment=moment)
         torch.testing.assert_close(materialize(a, b), materialize(*expected))
 
 
 FITS = {
     "plain": {},
-    "rescaled": dict(rescale=True),
     "data-aware": dict(second_moment=second_moment(20, 50)),
     "data-aware, large": dict(second_moment=second_moment(20, 50) * 1e300),
-    "data-aware, small": dict(second_moment=second_moment(20, 50) * 1e-300, rescale=True),
+    "data-aware, small": dict(second_moment=second_moment(20, 50) * 1e-300),
 }
 
 
-def fitted_parts(w: torch.Tensor, kind: str, **how) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def fitted_parts(w: torch.Tensor, kind: str, **options) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A product, low rank, or the sum of both, of a weight ``(12, 20)``."""
     if kind == "sum":
-        return nearest_kronecker_sum(w, [((3, 5), 2), ((12, 1), 2)], **how)
-    return [nearest_kronecker(w, (3, 5) if kind == "product" else (12, 1), 2, **how)]
+        return nearest_kronecker_sum(w, [((3, 5), 2), ((12, 1), 2)], **options)
+    return [nearest_kronecker(w, (3, 5) if kind == "product" else (12, 1), 2, **options)]
 
 
 @settings(max_examples=25, deadline=None)
@@ -541,7 +503,7 @@ def test_factors_scale_with_the_weight_to_the_last_bit(half, kind, fit, seed):
 @pytest.mark.parametrize(
     ("kind", "fit"),
     [
-        ("product", "rescaled"),
+        ("product", "plain"),
         ("product", "data-aware, large"),
         ("low rank", "data-aware, small"),
         ("sum", "plain"),
@@ -569,24 +531,19 @@ def test_second_moments_that_are_zero_give_the_nearest_weights():
     w = randn(12, 20)
     for kind in ("product", "low rank", "sum"):
         plain, blind = (
-            sum(materialize(*part) for part in fitted_parts(w, kind, **how))
-            for how in ({}, dict(second_moment=torch.zeros(20, 20)))
+            sum(materialize(*part) for part in fitted_parts(w, kind, second_moment=moment))
+            for moment in (None, torch.zeros(20, 20))
         )
         assert (w - blind).norm().item() == pytest.approx((w - plain).norm().item(), rel=1e-3)
 
 
-def test_a_sum_keeps_the_norm_if_asked_and_the_dtype_and_takes_a_zero_weight():
+def test_a_sum_has_the_weights_dtype_and_leaves_the_weight_as_it_was():
     rows, columns, parts = SUMS["kronecker and low rank"]
-    w = randn(rows, columns).float()
-    scaled = total(nearest_kronecker_sum(w, parts, rescale=True))
-    assert scaled.norm().item() == pytest.approx(w.norm().item(), rel=1e-5)
+    w = randn(rows, columns).bfloat16()
     before = w.clone()
-    for a, b in nearest_kronecker_sum(w.bfloat16(), parts):
+    for a, b in nearest_kronecker_sum(w, parts):
         assert a.dtype == b.dtype == torch.bfloat16
     assert torch.equal(w, before)
-    for rescale in (False, True):
-        zero = nearest_kronecker_sum(torch.zeros(rows, columns), parts, rescale=rescale)
-        assert not total(zero).any()
 
 
 # --- refusals
@@ -632,17 +589,6 @@ def test_a_sum_of_parts_that_do_not_fit_is_refused():
         (dict(rank=1.0), "rank = 1.0 must be an integer"),
         (dict(rank=True), "rank = True must be an integer"),
         (dict(rank=math.nan), "rank = nan must be an integer"),
-        (dict(max_iterations=-1), "max_iterations = -1 must be an integer of at least 0"),
-        (dict(max_iterations=0.5), "max_iterations = 0.5 must be an integer"),
-        (dict(tolerance=math.nan), "tolerance = nan must be a finite number of at least 0"),
-        (
-            dict(shrinkage=math.nan, second_moment=torch.eye(6)),
-            "shrinkage = nan must be a finite number of at least 0",
-        ),
-        (
-            dict(shrinkage=-0.5, second_moment=torch.eye(6)),
-            "shrinkage = -0.5 must be a finite number of at least 0",
-        ),
         (dict(rank=0), "rank = 0, but a sum needs at least one term; use rank=1."),
         (dict(rank=-1), "rank = -1, but a sum needs at least one term"),
         (
@@ -655,8 +601,6 @@ def test_a_sum_of_parts_that_do_not_fit_is_refused():
         (dict(weight=torch.ones(4, 6, dtype=torch.int64)), "got torch.int64 of shape (4, 6)"),
         (dict(weight=torch.ones(4, 6, dtype=torch.complex64)), "got torch.complex64 of shape"),
         (dict(weight=torch.ones(0, 6)), "weight is 0 x 6 and has no entries"),
-        (dict(tolerance=10**400), "must be a finite number of at least 0"),
-        (dict(tolerance=torch.ones(2)), "must be a finite number of at least 0"),
         (dict(weight=torch.ones(2, 4, 6)), "got torch.float32 of shape (2, 4, 6)"),
         (dict(weight=torch.ones(4)), "real floating-point matrix, got torch.float32 of shape (4,)"),
         (
@@ -673,13 +617,13 @@ def test_a_sum_of_parts_that_do_not_fit_is_refused():
             dict(second_moment=torch.full((6, 6), torch.nan)),
             "second_moment must be real and finite",
         ),
-        (dict(second_moment=-torch.eye(6)), "symmetric with a diagonal that is nowhere negative"),
+        (dict(second_moment=-torch.eye(6)), "symmetric with a non-negative diagonal"),
         (dict(second_moment=torch.eye(6) + torch.ones(6, 6).triu(1)), "must be symmetric"),
         (dict(second_moment=1e300 * (2 - torch.eye(6).double())), "|C_ij| <= √(C_ii C_jj)"),
     ],
     ids=lambda v: None if isinstance(v, str) else "-".join(v),
 )
-def test_a_bad_call_is_told_the_value_the_rule_and_the_remedy(change, message):
+def test_a_bad_call_names_the_value_the_rule_and_the_remedy(change, message):
     call = {"weight": torch.ones(4, 6), "a_shape": (2, 2), **change}
     with pytest.raises(ValueError) as refusal:
         nearest_kronecker(**call)
@@ -695,7 +639,7 @@ NO_DENSE_TENSORS = {
 
 
 @pytest.mark.parametrize("given", NO_DENSE_TENSORS)
-def test_what_is_no_dense_tensor_is_told_what_to_pass(given):
+def test_an_argument_that_is_not_a_dense_tensor_names_the_remedy(given):
     message = {
         "list": "must be a torch.Tensor, got list; use torch.as_tensor",
         "ndarray": "must be a torch.Tensor, got numpy.ndarray; use torch.as_tensor",
@@ -703,8 +647,8 @@ def test_what_is_no_dense_tensor_is_told_what_to_pass(given):
         "nested": "is a nested tensor, but must be dense; pass its .values()",
     }[given]
     for fit in (
-        lambda *args, **more: nearest_kronecker(*args, (2, 2), **more),
-        lambda *args, **more: nearest_kronecker_sum(*args, [((2, 2), 1)], **more),
+        lambda *args, **options: nearest_kronecker(*args, (2, 2), **options),
+        lambda *args, **options: nearest_kronecker_sum(*args, [((2, 2), 1)], **options),
     ):
         with pytest.raises(TypeError, match=f"weight {message}"):
             fit(NO_DENSE_TENSORS[given])
@@ -720,7 +664,7 @@ def test_what_is_no_dense_tensor_is_told_what_to_pass(given):
     ids=lambda v: type(v).__name__,
 )
 @pytest.mark.parametrize("rank", [2, np.int64(2), torch.tensor(2)], ids=lambda v: type(v).__name__)
-def test_integers_of_any_library_and_any_sequence_of_two_do(a_shape, rank):
+def test_shapes_take_integers_of_any_library_in_any_sequence(a_shape, rank):
     w = randn(4, 6)
     expected = nearest_kronecker(w, (2, 3), 2)
     assert all(map(torch.equal, nearest_kronecker(w, a_shape, rank), expected))
@@ -728,8 +672,8 @@ def test_integers_of_any_library_and_any_sequence_of_two_do(a_shape, rank):
     assert layer.a.shape == (2, 2, 3) and type(layer.rank) is type(layer.in_features) is int
 
 
-def test_an_error_about_a_huge_size_is_found_at_once():
-    """Its divisors are; a search through all numbers up to the size took 30 s."""
+def test_the_divisors_of_a_huge_size_are_found_at_once():
+    """A search through all numbers up to the size took 30 s."""
     size = 999_999_937  # a prime
     calls = [
         lambda: KronShape.split(size, 768, (5, 2)),

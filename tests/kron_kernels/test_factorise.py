@@ -15,12 +15,7 @@ from kron_kernels import (
     factorise_,
     nearest_kronecker,
 )
-from kron_kernels.factorise import factorisable
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
+from kron_kernels.modules import dense_layers, obstacles
 
 
 class Conv1D(nn.Module):
@@ -97,7 +92,7 @@ def frozen_in(module: nn.Module) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",), ("weight", "bias")])
-def test_what_is_frozen_stays_frozen_there_and_back(frozen, grad):
+def test_frozen_parameters_stay_frozen_there_and_back(frozen, grad):
     net = nn.ModuleDict(
         {
             "linear": nn.Linear(12, 8),
@@ -132,7 +127,7 @@ def test_a_dense_weight_is_trained_if_one_of_its_factors_is():
 
 
 class Attention(nn.Module):
-    """What takes a layer's weight without calling it, or ties or computes it."""
+    """Layers whose weight is read by another module, tied or computed."""
 
     def __init__(self):
         super().__init__()
@@ -206,12 +201,12 @@ def test_second_moments_that_fit_no_layer_are_refused(moments, message):
     ],
     ids=range(9),
 )
-def test_an_argument_of_another_type_is_told_what_it_must_be(factors, moments, message):
+def test_an_argument_of_another_type_is_refused_with_an_example(factors, moments, message):
     with pytest.raises(TypeError, match=message):
         factorise_(nn.Sequential(nn.Linear(12, 8)), factors, second_moments=moments)
 
 
-def test_a_weight_that_is_not_finite_is_told_by_its_path():
+def test_a_weight_that_is_not_finite_is_refused_by_its_path():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(12, 8))
     with torch.no_grad():
         net[1].weight[0, 3] = torch.nan
@@ -221,7 +216,7 @@ def test_a_weight_that_is_not_finite_is_told_by_its_path():
 
 
 class Readers(nn.Module):
-    """What reads the weights of some of its layers, in all the ways that were found."""
+    """Reads the weights of some of its layers, in ways found in real models."""
 
     def __init__(self, tensor_parallel: int = 1):
         super().__init__()
@@ -305,12 +300,12 @@ class Aliases(nn.Module):
 
 
 def test_a_weight_read_through_a_local_name_or_a_loop_is_found():
-    found = {path for path, (_, why) in factorisable(Aliases()).items() if why is None}
-    assert found == {"plain", "called", "table.b"}
+    net = Aliases()
+    assert dense_layers(net).keys() - obstacles(net).keys() == {"plain", "called", "table.b"}
 
 
 class Guarded(nn.Module):
-    """Reads weights only where there are any, but for the last two."""
+    """Reads weights only if there are any, except for the last two layers."""
 
     def __init__(self):
         super().__init__()
@@ -347,7 +342,7 @@ class Guarded(nn.Module):
 
 def test_a_weight_read_only_if_there_is_one_is_no_obstacle():
     net, x = Guarded(), torch.randn(2, 12)
-    found = {path for path, (_, why) in factorisable(net).items() if why}
+    found = obstacles(net).keys()
     assert found == {"other", "unguarded"}
     others = {path: ONE | {"a_shape": [3, 4]} for path in net._modules if path not in found}
     assert factorise_(net, others)(x).shape == x.shape
@@ -356,13 +351,11 @@ def test_a_weight_read_only_if_there_is_one_is_no_obstacle():
 READ = {"by_dtype", "by_helper", "blocks.0.fc", "blocks.1.fc", "inner.0.0", "words"}
 
 
-@pytest.mark.parametrize(("setting", "more"), [(1, set()), (2, {"slow"})])
-def test_a_layer_whose_weight_its_owner_reads_is_refused(setting, more):
+@pytest.mark.parametrize(("setting", "slow"), [(1, set()), (2, {"slow"})])
+def test_a_layer_whose_weight_its_owner_reads_is_refused(setting, slow):
     net = nn.Sequential(Readers(setting))
-    found = factorisable(net)
     reason = "Readers reads its weight, which a factorised layer does not have"
-    assert {p for p, (_, why) in found.items() if why == reason} == {f"0.{p}" for p in READ | more}
-    assert found["0.plain"][1] is None and found["0.inner.1"][1] is None
+    assert obstacles(net) == {f"0.{path}": reason for path in READ | slow}
     with pytest.raises(ValueError, match=f"'0.by_helper' cannot be factorised: {reason}; leave it"):
         factorise_(net, {"0.plain": ONE, "0.by_helper": ONE})
     assert isinstance(net[0].plain, nn.Linear)
@@ -375,13 +368,13 @@ def test_an_owner_without_readable_source_is_no_obstacle():
         "forward": lambda self, x: (x, self[0].weight),  # no statement by itself
     }
     for owner in (scope["Typed"], type("Line", (nn.Sequential,), line)):
-        assert factorisable(owner(nn.Linear(12, 12)))["0"][1] is None
+        assert not obstacles(owner(nn.Linear(12, 12)))
 
 
 def test_a_layer_is_refused_if_any_of_its_owners_reads_it():
     net = nn.Sequential(nn.Linear(12, 12), Readers())
     net[1].by_dtype = net[0]
-    assert "Readers reads its weight" in factorisable(net)["0"][1]
+    assert "Readers reads its weight" in obstacles(net)["0"]
 
 
 @pytest.mark.parametrize(
@@ -390,7 +383,7 @@ def test_a_layer_is_refused_if_any_of_its_owners_reads_it():
     ids=lambda m: type(m).__name__,
 )
 def test_torchs_own_readers_are_found(owner):
-    assert all(why for _, why in factorisable(owner).values())
+    assert obstacles(owner).keys() == dense_layers(owner).keys() != set()
 
 
 def scaled(cls: type[nn.Module]) -> type[nn.Module]:
@@ -423,7 +416,7 @@ MAKE = {
     "table": lambda: KroneckerEmbedding(9, 12, 3),
     "sum": lambda: KroneckerSum(12, 8, [((2, 3), 1), ((8, 1), 1)]),
 }
-OWN = "has a forward of its own, so that its dense layer is unknown; remove it, or override to_"
+OWN = "has a forward of its own, so its dense layer is unknown; remove it, or override to_"
 
 
 @pytest.mark.parametrize(
@@ -439,7 +432,7 @@ OWN = "has a forward of its own, so that its dense layer is unknown; remove it, 
         ("sum", part(lambda p: nn.Sequential(p, nn.Tanh())), "^1.0: parts.1 is a Sequential"),
     ],
 )
-def test_what_computes_something_else_is_not_made_dense(kind, change, message):
+def test_a_layer_that_computes_something_else_is_not_made_dense(kind, change, message):
     net = nn.Sequential(KroneckerLinear(12, 8, (2, 3)), nn.Sequential(MAKE[kind]()))
     change(net[1][0])
     before = [*net.modules()]
@@ -453,7 +446,7 @@ def test_subclasses_of_the_same_function_and_hooks_are_no_obstacle_to_a_dense_la
         """Without a forward of its own."""
 
     class Doubled(KroneckerLinear):
-        """With one, and with the dense layer that it stands for."""
+        """With a forward of its own, and the matching dense layer."""
 
         def forward(self, x):
             return 2 * super().forward(x)

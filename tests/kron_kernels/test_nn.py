@@ -1,8 +1,9 @@
-"""KroneckerLinear and KroneckerEmbedding against the dense layers that they stand for."""
+"""Kronecker modules against the dense layers of the same function."""
 
 import copy
 import io
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -27,32 +28,59 @@ from kron_kernels.testing.cases import SHAPES, name
 EMBEDDINGS = [(11, 12, 4, 1), (11, 12, 4, 3), (7, 6, 1, 2), (5, 8, 8, 1)]  # v, d, b_size, rank
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
+SUMS = {
+    "kronecker and low rank": (12, 10, [((2, 4), 2), ((10, 1), 3)]),
+    "low rank first": (12, 10, [((1, 12), 2), ((5, 3), 1)]),
+    "three": (12, 8, [((2, 4), 1), ((8, 1), 1), ((4, 2), 2)]),
+    "one": (12, 10, [((2, 4), 2)]),
+}
 
 
-def linear_of(s: KronShape, **more) -> KroneckerLinear:
-    layer = KroneckerLinear(s.in_features, s.out_features, (s.m1, s.n1), s.rank, **more)
+def linear_of(s: KronShape, **options) -> KroneckerLinear:
+    return biased(KroneckerLinear(s.in_features, s.out_features, *s.part, **options))
+
+
+def sum_of(case: str, **options) -> KroneckerSum:
+    return biased(KroneckerSum(*SUMS[case], **options))
+
+
+def biased(layer: nn.Module) -> nn.Module:
     if layer.bias is not None:
         nn.init.normal_(layer.bias)
     return layer
 
 
-# --- KroneckerLinear
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    return sum(materialize(part.a, part.b) for part in getattr(layer, "parts", [layer]))
+
+
+LAYERS = {name(s): partial(linear_of, s) for s in SHAPES}
+LAYERS |= {case: partial(sum_of, case) for case in SUMS}
+
+
+# --- KroneckerLinear and KroneckerSum
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("s", SHAPES, ids=name)
-def test_a_layer_is_its_dense_layer(s, bias):
-    layer = linear_of(s, bias=bias, dtype=torch.float64)
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_a_layer_is_its_dense_layer_forward_and_backward(make, bias):
+    layer = make(bias=bias, dtype=torch.float64)
     dense = layer.to_linear()
     assert (dense.bias is not None) == bias
     assert dense.weight.is_contiguous() and dense.weight.requires_grad
-    torch.testing.assert_close(dense.weight.detach(), materialize(layer.a, layer.b).detach())
+    torch.testing.assert_close(dense.weight.detach(), weight_of(layer).detach())
     for lead in [(), (0,), (4,), (2, 3), (2, 0, 3)]:
-        x = torch.randn(*lead, s.in_features, dtype=torch.float64)
+        x = torch.randn(*lead, layer.in_features, dtype=torch.float64)
         torch.testing.assert_close(layer(x), dense(x))
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), dense(x))
+    x = torch.randn(6, layer.in_features, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(6, layer.out_features, dtype=torch.float64)
+    operands = x, *layer.parameters()
+    grads = torch.autograd.grad(layer(x), operands, dy)
+    expected = torch.autograd.grad(F.linear(x, weight_of(layer), layer.bias), operands, dy)
+    for grad, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, other)
 
 
 @pytest.mark.parametrize("s", SHAPES[1:6], ids=name)
@@ -78,39 +106,23 @@ def test_from_linear_passes_its_options_on():
         return ((layer.to_linear().weight - dense.weight) @ c.sqrt()).norm()
 
     assert output_error(layer) < output_error(KroneckerLinear.from_linear(dense, (3, 2), 2))
-    kept = KroneckerLinear.from_linear(dense, (3, 2), rescale=True).to_linear()
-    torch.testing.assert_close(kept.weight.norm(), dense.weight.norm())
 
 
-@pytest.mark.parametrize("s", [SHAPES[1], SHAPES[4], SHAPES[8]], ids=name)
-def test_gradients_are_those_of_the_dense_layer(s):
-    layer = linear_of(s, dtype=torch.float64)
-    dense = layer.to_linear()
-    x = torch.randn(6, s.in_features, dtype=torch.float64, requires_grad=True)
-    y, expected = layer(x), dense(x)
-    dy = torch.randn_like(y)
-    y.backward(dy)
-    (dx,) = torch.autograd.grad(expected, x, dy, retain_graph=True)
-    torch.testing.assert_close(x.grad, dx)
-    dense.zero_grad()
-    expected.backward(dy)
-    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
-    # The chain rule through W = Σ_k A_k ⊗ B_k.
-    a, b = (t.detach().clone().requires_grad_() for t in (layer.a, layer.b))
-    da, db = torch.autograd.grad(materialize(a, b), (a, b), dense.weight.grad)
-    torch.testing.assert_close(layer.a.grad, da)
-    torch.testing.assert_close(layer.b.grad, db)
-
-
-@pytest.mark.parametrize("rank", [1, 8])
 @pytest.mark.parametrize("std", [None, 0.02])
-def test_entries_of_a_new_weight_have_the_asked_standard_deviation(rank, std):
-    layer = KroneckerLinear(1024, 1024, (32, 32), rank)
-    dense_std = nn.Linear(1024, 8).weight.std().item()
+@pytest.mark.parametrize(
+    "parts",
+    [[((32, 32), 1)], [((32, 32), 8)], [((32, 32), 1), ((1024, 1), 8), ((64, 16), 2)]],
+    ids=["rank 1", "rank 8", "sum"],
+)
+def test_entries_of_a_new_weight_have_the_given_standard_deviation(parts, std):
+    if len(parts) == 1:
+        layer = KroneckerLinear(1024, 1024, *parts[0])
+    else:
+        layer = KroneckerSum(1024, 1024, parts)
     if std is not None:
         layer.reset_parameters(std)
-    weight = layer.to_linear().weight
-    assert weight.std().item() == pytest.approx(std or dense_std, rel=0.1)
+    weight, dense = layer.to_linear().weight, nn.Linear(1024, 8).weight
+    assert weight.std().item() == pytest.approx(std or dense.std().item(), rel=0.1)
     assert abs(weight.mean().item()) < 0.1 * weight.std().item()
     assert not layer.bias.any()
 
@@ -145,53 +157,11 @@ def test_a_shape_that_does_not_fit_is_refused(call, message):
         KroneckerLinear(12, 10, (2, 4), backend="triton")(torch.ones(2, 12))
 
 
-# --- KroneckerSum
-
-SUMS = {
-    "kronecker and low rank": (12, 10, [((2, 4), 2), ((10, 1), 3)]),
-    "low rank first": (12, 10, [((1, 12), 2), ((5, 3), 1)]),
-    "three": (12, 8, [((2, 4), 1), ((8, 1), 1), ((4, 2), 2)]),
-    "one": (12, 10, [((2, 4), 2)]),
-}
-
-
-def sum_of(case: str, **more) -> KroneckerSum:
-    layer = KroneckerSum(*SUMS[case], **more)
-    if layer.bias is not None:
-        nn.init.normal_(layer.bias)
-    return layer
-
-
-def weight_of(layer: KroneckerSum) -> torch.Tensor:
-    return sum(materialize(part.a, part.b) for part in layer.parts)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("case", SUMS)
-def test_a_sum_is_its_dense_layer_forward_and_backward(case, bias):
-    layer = sum_of(case, bias=bias, dtype=torch.float64)
-    dense = layer.to_linear()
-    assert (dense.bias is not None) == bias
-    torch.testing.assert_close(dense.weight.detach(), weight_of(layer).detach())
-    for lead in [(), (0,), (4,), (2, 3)]:
-        x = torch.randn(*lead, layer.in_features, dtype=torch.float64)
-        torch.testing.assert_close(layer(x), dense(x))
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), dense(x))
-    x = torch.randn(6, layer.in_features, dtype=torch.float64, requires_grad=True)
-    dy = torch.randn(6, layer.out_features, dtype=torch.float64)
-    weights = list(layer.parameters())
-    grads = torch.autograd.grad(layer(x), (x, *weights), dy)
-    y = F.linear(x, weight_of(layer), layer.bias)
-    for grad, other in zip(grads, torch.autograd.grad(y, (x, *weights), dy), strict=True):
-        torch.testing.assert_close(grad, other)
-
-
 def test_a_sum_adds_within_the_products_and_the_kernel_that_can_comes_last(monkeypatch):
     layer, calls = sum_of("three"), []
 
-    def spy(x, a, b, **more):
-        calls.append((tuple(a.shape), more))
+    def spy(x, a, b, **options):
+        calls.append((tuple(a.shape), options))
         return torch.zeros(*x.shape[:-1], 8)
 
     monkeypatch.setattr(kron_nn, "kron_matmul", spy)
@@ -224,19 +194,7 @@ def test_a_sum_from_a_linear_layer_is_near_it_with_its_bias_and_options(case):
         return ((layer.to_linear().weight - dense.weight) @ c.sqrt()).norm()
 
     assert output_error(aware) < output_error(layer)
-    kept = KroneckerSum.from_linear(dense, parts, rescale=True).to_linear()
-    torch.testing.assert_close(kept.weight.norm(), dense.weight.norm())
     assert KroneckerSum.from_linear(nn.Linear(n, m, bias=False), parts).bias is None
-
-
-@pytest.mark.parametrize("std", [None, 0.02])
-def test_entries_of_a_new_sum_have_the_asked_standard_deviation(std):
-    layer = KroneckerSum(1024, 1024, [((32, 32), 1), ((1024, 1), 8), ((64, 16), 2)])
-    if std is not None:
-        layer.reset_parameters(std)
-    weight = layer.to_linear().weight
-    assert weight.std().item() == pytest.approx(std or (3 * 1024) ** -0.5, rel=0.1)
-    assert not layer.bias.any()
 
 
 def test_a_sum_survives_its_state_a_copy_and_a_description():
@@ -258,12 +216,11 @@ def test_a_sum_survives_its_state_a_copy_and_a_description():
         KroneckerSum(12, 8, [((3, 2), 1)])
 
 
-# --- layers that read those inside them
+# --- layers that read the factors of inner ones
 
 
-def block_of(**more) -> KroneckerFeedForward:
-    up, down = KroneckerLinear(12, 24, (6, 3), **more), KroneckerLinear(24, 12, (3, 6), **more)
-    return KroneckerFeedForward(up, down)
+def block_of() -> KroneckerFeedForward:
+    return KroneckerFeedForward(KroneckerLinear(12, 24, (6, 3)), KroneckerLinear(24, 12, (3, 6)))
 
 
 def by_calls(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -284,7 +241,7 @@ each_owner = pytest.mark.parametrize(
 @pytest.mark.filterwarnings("ignore:.*non-full backward hook")
 @pytest.mark.parametrize("kind", watching.ALL)
 @each_owner
-def test_whoever_watches_a_layer_inside_is_asked(make, path, kind):
+def test_hooks_on_an_inner_layer_run(make, path, kind):
     layer, x, seen = make(), torch.randn(3, 12, requires_grad=True), []
     want = by_calls(layer, x)
     with watching.ALL[kind](layer.get_submodule(path), seen):
@@ -304,7 +261,7 @@ def doubled(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def biased(layer: nn.Module) -> nn.Module:
+def with_bias(layer: nn.Module) -> nn.Module:
     layer.bias = nn.Parameter(torch.randn(layer.out_features))
     return layer
 
@@ -316,14 +273,14 @@ CHANGES = {
     "a subclass": doubled,
     "wrapped": lambda layer: nn.Sequential(layer, nn.Tanh()),
     "dense": lambda layer: layer.to_linear(),
-    "biased": biased,
+    "biased": with_bias,
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
 @pytest.mark.parametrize("change", CHANGES)
 @each_owner
-def test_a_layer_inside_that_computes_something_else(make, path, change):
+def test_an_inner_layer_that_computes_something_else_is_called(make, path, change):
     layer, x = make(), torch.randn(3, 12)
     parent, _, last = path.rpartition(".")
     setattr(layer.get_submodule(parent), last, CHANGES[change](layer.get_submodule(path)))
@@ -340,7 +297,7 @@ def test_a_layer_inside_that_computes_something_else(make, path, change):
 
 
 @pytest.mark.parametrize("make", [block_of, lambda: sum_of("three")], ids=["block", "sum"])
-def test_a_patched_class_is_asked(make, monkeypatch):
+def test_a_patched_class_is_called(make, monkeypatch):
     layer, x, forward = make(), torch.randn(3, 12), KroneckerLinear.forward
     monkeypatch.setattr(KroneckerLinear, "forward", lambda self, x: 2 * forward(self, x))
     torch.testing.assert_close(layer(x), by_calls(layer, x))
@@ -356,14 +313,17 @@ def test_a_sum_whose_parts_must_all_be_called():
 
 
 @pytest.mark.parametrize("called", [(), (0,), (0, 1, 2)], ids=str)
-def test_a_sum_in_autocast_gives_the_lower_dtype_as_linear_does(called):
-    layer, x = sum_of("three"), torch.randn(3, 12)
+def test_a_layer_in_autocast_gives_the_lower_dtype_as_linear_does(called):
+    single, layer, x = linear_of(KronShape(2, 4, 4, 3)), sum_of("three"), torch.randn(3, 12)
     for i in called:
         layer.parts[i].register_forward_hook(lambda *_: None)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-        assert y.dtype == layer.to_linear()(x).dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), layer(x), rtol=2e-2, atol=2e-2)
+    for module in (single, layer):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
+            assert y.dtype == module.to_linear()(x).dtype == torch.bfloat16
+            y.float().sum().backward()
+        torch.testing.assert_close(y.float(), module(x), rtol=2e-2, atol=2e-2)
+        assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -389,7 +349,7 @@ def test_parts_that_are_no_pairs_are_refused(parts, message):
             call()
 
 
-def test_parts_may_be_read_once():
+def test_parts_may_be_a_generator():
     linear, parts = nn.Linear(12, 10), SUMS["low rank first"][2]
     want = KroneckerSum.from_linear(linear, parts).state_dict()
     got = KroneckerSum.from_linear(linear, (part for part in parts)).state_dict()
@@ -397,7 +357,7 @@ def test_parts_may_be_read_once():
     assert len(KroneckerSum(12, 10, iter(parts)).parts) == 2
 
 
-def test_a_residual_of_another_shape_is_refused_however_a_block_is_computed():
+def test_a_residual_of_another_shape_is_refused_by_all_paths_of_a_block():
     block, x = block_of(), torch.randn(3, 12)
     for _ in range(2):
         torch.testing.assert_close(block(x, residual=x), by_calls(block, x) + x)
@@ -422,15 +382,15 @@ BACKENDS = {  # the block's, up's and down's, to those of the calls
 
 
 @pytest.mark.parametrize("given", BACKENDS, ids=" ".join)
-def test_a_block_and_its_layers_have_the_backends_that_they_ask_for(given, monkeypatch):
+def test_a_block_and_its_layers_use_their_own_backends(given, monkeypatch):
     block, x, used = block_of(), torch.randn(3, 12), []
     want = by_calls(block, x)
     block.backend, block.up.backend, block.down.backend = given
 
     def spy(function):
-        def called(*args, **more):
-            used.append(more["backend"])
-            return function(*args, **more)
+        def called(*args, **options):
+            used.append(options["backend"])
+            return function(*args, **options)
 
         return called
 
@@ -438,7 +398,7 @@ def test_a_block_and_its_layers_have_the_backends_that_they_ask_for(given, monke
     monkeypatch.setattr(kron_nn, "kron_matmul", spy(kron_nn.kron_matmul))
     torch.testing.assert_close(block(x), want)
     assert used == BACKENDS[given]
-    block.down.backend = "triton"  # which cannot be granted here
+    block.down.backend = "triton"  # which is not available here
     with pytest.raises(ValueError, match="backend='triton' cannot serve"):
         block(x)
 
@@ -446,14 +406,10 @@ def test_a_block_and_its_layers_have_the_backends_that_they_ask_for(given, monke
 # --- KroneckerEmbedding
 
 
-def table_of(v, d, b_size, rank, **more) -> KroneckerEmbedding:
-    return KroneckerEmbedding(v, d, b_size, rank, **more)
-
-
 @pytest.mark.parametrize("shape", [(), (0,), (6,), (2, 3), (2, 0, 3), (1, 1, 1)], ids=str)
 @pytest.mark.parametrize("sizes", EMBEDDINGS, ids=str)
 def test_a_table_is_its_dense_table(sizes, shape):
-    table = table_of(*sizes, dtype=torch.float64)
+    table = KroneckerEmbedding(*sizes, dtype=torch.float64)
     v, d, *_ = sizes
     dense = table.to_embedding()
     torch.testing.assert_close(dense.weight.detach(), materialize(table.a, table.b).detach())
@@ -466,7 +422,7 @@ def test_a_table_is_its_dense_table(sizes, shape):
 
 @pytest.mark.parametrize("sizes", EMBEDDINGS, ids=str)
 def test_the_tied_decoder_is_exact(sizes):
-    table = table_of(*sizes, dtype=torch.float64)
+    table = KroneckerEmbedding(*sizes, dtype=torch.float64)
     v, d, *_ = sizes
     weight, bias = table.to_embedding().weight, torch.randn(v, dtype=torch.float64)
     for lead in [(), (4,), (0, 2), (2, 3)]:
@@ -477,7 +433,7 @@ def test_the_tied_decoder_is_exact(sizes):
 
 @pytest.mark.parametrize("sizes", EMBEDDINGS, ids=str)
 def test_gradients_of_lookup_and_decoder_are_those_of_the_dense_table(sizes):
-    table = table_of(*sizes, dtype=torch.float64)
+    table = KroneckerEmbedding(*sizes, dtype=torch.float64)
     ids = torch.tensor([[0, 3, 3], [1, 4, 0]])
     dy = torch.randn(2, 3, sizes[0], dtype=torch.float64)
     grads = torch.autograd.grad(table.decode(table(ids)), (table.a, table.b), dy)
@@ -495,13 +451,11 @@ def test_at_full_rank_a_dense_table_survives_the_round_trip(b_size):
     back = table.to_embedding()
     torch.testing.assert_close(back.weight, dense.weight, rtol=0, atol=2e-6)
     assert back.padding_idx == 2 and not table(torch.tensor(2)).any()
-    kept = KroneckerEmbedding.from_embedding(dense, b_size, rescale=True).to_embedding()
-    torch.testing.assert_close(kept.weight.norm(), dense.weight.norm())
 
 
 @pytest.mark.parametrize("padding_idx", [0, 3, -1])
 def test_the_padding_row_starts_at_zero_and_gets_no_gradient_from_the_lookup(padding_idx):
-    table = table_of(6, 8, 2, 2, padding_idx=padding_idx)
+    table = KroneckerEmbedding(6, 8, 2, 2, padding_idx=padding_idx)
     ids = torch.arange(6)
     rows = table(ids)
     assert not rows[padding_idx].any() and rows[1].all()
@@ -512,7 +466,7 @@ def test_the_padding_row_starts_at_zero_and_gets_no_gradient_from_the_lookup(pad
 
 @pytest.mark.parametrize("rank", [1, 8])
 @pytest.mark.parametrize("std", [1.0, 0.02])
-def test_entries_of_a_new_table_have_the_asked_standard_deviation(rank, std):
+def test_entries_of_a_new_table_have_the_given_standard_deviation(rank, std):
     table = KroneckerEmbedding(1024, 1024, 32, rank)
     if std != 1.0:
         table.reset_parameters(std)
@@ -522,7 +476,7 @@ def test_entries_of_a_new_table_have_the_asked_standard_deviation(rank, std):
     assert size == pytest.approx(std, rel=0.5)
 
 
-def test_a_division_that_leaves_a_rest_or_an_unknown_id_is_refused():
+def test_a_b_size_that_does_not_divide_or_an_unknown_id_is_refused():
     with pytest.raises(
         ValueError, match=r"embedding_dim = 12 is not divisible by b_size = 5; .* are 4 and 6"
     ):
@@ -534,15 +488,15 @@ def test_a_division_that_leaves_a_rest_or_an_unknown_id_is_refused():
         KroneckerEmbedding(7, 12, 4)(torch.tensor([7]))
 
 
-@pytest.mark.parametrize("std", [math.nan, math.inf, -1.0, "1"])
-def test_a_deviation_that_is_none_is_refused(std):
+@pytest.mark.parametrize("std", [math.nan, math.inf, -1.0, "1", 10**400, torch.ones(2)], ids=str)
+def test_a_standard_deviation_that_is_not_a_finite_number_is_refused(std):
     for layer in (
         KroneckerLinear(6, 4, (2, 3)),
         KroneckerSum(6, 4, [((2, 3), 1), ((4, 1), 1)]),
         KroneckerEmbedding(7, 12, 4),
     ):
         before = copy.deepcopy(layer.state_dict())
-        with pytest.raises(ValueError, match=r"std = .* must be a finite number of at least 0"):
+        with pytest.raises(ValueError, match="must be a finite number of at least 0"):
             layer.reset_parameters(std)
         assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
 
@@ -571,7 +525,7 @@ class Model(nn.Module):
 IDS = torch.tensor([[1, 2, 0], [10, 3, 3]])
 
 
-def test_the_state_survives_a_file_that_holds_only_tensors():
+def test_the_state_and_the_module_survive_a_file():
     model, other = Model(), Model()
     keys = ["words.a", "words.b", "mix.a", "mix.b", "mix.bias"]
     assert list(model.state_dict()) == keys
@@ -581,14 +535,10 @@ def test_the_state_survives_a_file_that_holds_only_tensors():
     assert not torch.equal(model(IDS), other(IDS))
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(model(IDS), other(IDS))
-
-
-def test_a_module_is_pickled_whole():
-    file = io.BytesIO()
-    model = Model()
-    torch.save(model, file)
-    file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=False)(IDS), model(IDS))
+    whole = io.BytesIO()
+    torch.save(model, whole)
+    whole.seek(0)
+    assert torch.equal(torch.load(whole, weights_only=False)(IDS), model(IDS))
 
 
 def test_a_deep_copy_shares_nothing():
@@ -635,7 +585,7 @@ def test_half_precision_is_within_rounding_of_the_dense_function(dtype):
     wide = copy.deepcopy(layer).double().to_linear()
     x = torch.randn(200, s.in_features).to(dtype)
     assert_close("y", layer(x), wide(x.double()), terms=1)  # one rounding, and that of the bias
-    table = table_of(50, 24, 4, 3, dtype=dtype)
+    table = KroneckerEmbedding(50, 24, 4, 3, dtype=dtype)
     ids = torch.randint(50, (200,))
     dense = copy.deepcopy(table).double().to_embedding()
     assert_close("rows", table(ids), dense(ids), terms=1)
@@ -725,15 +675,6 @@ def test_frozen_factors_take_no_gradient():
     assert not frozen(IDS).requires_grad
 
 
-def test_a_layer_in_autocast_gives_the_lower_dtype_as_linear_does():
-    layer, dense = KroneckerLinear(12, 10, (2, 4)), nn.Linear(12, 10)
-    x = torch.randn(3, 12)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == dense(x).dtype == torch.bfloat16
-        layer(x).float().sum().backward()
-    assert layer.a.grad.dtype == torch.float32
-
-
 def test_a_parametrized_factor_is_used():
     layer = KroneckerLinear(12, 10, (2, 4))
     nn.utils.parametrizations.weight_norm(layer, "a")
@@ -744,7 +685,7 @@ def test_a_parametrized_factor_is_used():
         torch.testing.assert_close(layer(x) - layer.bias, 2 * before)
 
 
-def test_the_printed_form_tells_the_sizes_apart():
+def test_the_printed_form_shows_the_sizes_of_the_factors():
     assert repr(KroneckerLinear(768, 3072, (16, 2), 4, bias=False)) == (
         "KroneckerLinear(in_features=2*384, out_features=16*192, rank=4, bias=False)"
     )
@@ -778,7 +719,7 @@ def test_cross_entropy_of_16_bit_logits_is_summed_in_float32():
     assert loss.dtype == torch.float32 and loss.isfinite()
 
 
-def test_cross_entropy_is_told_what_does_not_fit():
+def test_cross_entropy_refuses_labels_and_sizes_that_do_not_fit():
     table = KroneckerEmbedding(23, 12, 4)
     with pytest.raises(ValueError, match=r"one entry for each hidden state, shape \(2, 3\)"):
         table.cross_entropy(torch.ones(2, 3, 12), torch.zeros(6, dtype=torch.int64))
@@ -788,15 +729,15 @@ def test_cross_entropy_is_told_what_does_not_fit():
         )
 
 
-@pytest.mark.parametrize("how", ["fused", "two backends", "called"])
+@pytest.mark.parametrize("path", ["fused", "two backends", "called"])
 @pytest.mark.parametrize("grads", [False, True])
-def test_a_block_without_an_activation(how, grads):
+def test_a_block_without_an_activation(path, grads):
     up, down = KroneckerLinear(12, 24, (4, 2)), KroneckerLinear(24, 12, (2, 4))
     block = KroneckerFeedForward(up, down, None).requires_grad_(grads)
     x = torch.randn(5, 12)
     expected = down(up(x)) + x
-    if how == "two backends":
+    if path == "two backends":
         up.backend = "eager"
-    if how == "called":
+    if path == "called":
         up.register_forward_hook(lambda *_: None)
     torch.testing.assert_close(block(x, x), expected)

@@ -1,4 +1,4 @@
-"""The planner: budgets recomputed, errors and choices against brute force, a clock of our own."""
+"""The planner: budgets recomputed, errors and choices against brute force, a simulated clock."""
 
 import copy
 import itertools
@@ -16,18 +16,18 @@ from kron_kernels import (
     KroneckerEmbedding,
     KroneckerLinear,
     KroneckerSum,
+    decompose,
     densify_,
     factorise_,
-    nearest_kronecker,
     nearest_kronecker_sum,
 )
 from kron_kernels.decompose import dense_weight, shrunk
-from kron_kernels.factorise import random_layer
+from kron_kernels.factors import entry_of, parse, random_layer
+from kron_kernels.moments import second_moments
 from kron_kernels.plan import LayerPlan, Plan, plan, planner, result, solver
 from kron_kernels.plan import clock as clocks
-from kron_kernels.plan.calibration import second_moments
 from kron_kernels.plan.candidates import candidates_of
-from kron_kernels.plan.layers import Candidate, Target, entry_of, find_targets
+from kron_kernels.plan.layers import Candidate, Target, find_targets
 from kron_kernels.plan.solver import solve
 from kron_kernels.plan.spectra import spectra
 from kron_kernels.timing import Timing
@@ -63,7 +63,7 @@ class Net(nn.Module):
 
 
 def milliseconds(layer: nn.Module) -> float:
-    """A machine on which a layer takes its parameters, and 100 of them to start each product."""
+    """Time on a machine where each parameter takes 1 µs, and starting each product 100 µs."""
     starts = 100 * len(getattr(layer, "parts", "1")) if isinstance(layer, KRONECKER) else 0
     return (sum(p.numel() for p in layer.parameters()) + starts) / 1000
 
@@ -75,7 +75,7 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
 
 
 class Clock:
-    """In the place of ``interleaved``: what a machine would show, and what it was asked."""
+    """Replaces ``interleaved``: returns simulated times, and records what was timed."""
 
     def __init__(self):
         self.of, self.rest, self.surprise = milliseconds, 1.0, 1.0
@@ -114,15 +114,9 @@ def totals(module: nn.Module, inputs) -> dict[str, float]:
     }
 
 
-def weight_error(weight: torch.Tensor, entry) -> float:
-    """The relative squared error of these terms' nearest sum."""
-    if entry is None:
-        return 0.0
-    terms = [(tuple(t["a_shape"]), t["rank"]) for t in entry]
-    if len(terms) == 1:
-        fitted = [nearest_kronecker(weight, *terms[0])]
-    else:
-        fitted = nearest_kronecker_sum(weight, terms, max_iterations=0)
+def weight_error(weight: torch.Tensor, entry, rounds: int = 0) -> float:
+    """The relative squared error of the nearest sum of these terms, after rounds of refitting."""
+    fitted = decompose._nearest(weight, parse(entry), None, max_iterations=rounds)
     off = weight - sum(dense_weight(a, b) for a, b in fitted)
     return (off.square().sum() / weight.square().sum()).item()
 
@@ -170,7 +164,7 @@ def test_a_budget_is_met_by_the_factorised_module(budget, objective, clock):
     assert made.totals["error"] > 0
 
 
-def test_the_least_size_for_an_error_and_the_least_error_for_that_size():
+def test_the_objectives_size_and_error_agree():
     net = Net()
     small = plan(net, {"error": 0.3}, IDS, objective="size")
     assert 0.2 < small.totals["error"] <= 0.3
@@ -181,7 +175,7 @@ def test_the_least_size_for_an_error_and_the_least_error_for_that_size():
     assert back.totals["parameters"]["planned"] <= parameters
 
 
-def test_a_larger_budget_never_errs_more():
+def test_a_larger_budget_never_has_a_larger_error():
     net = Net()
     errors = [
         plan(net, {"flops": f"{n}x"}, IDS, keep_dense_if_slower=False).totals["error"]
@@ -209,7 +203,7 @@ def test_tied_parameters_count_once_and_tied_layers_stay():
     assert made.totals["parameters"]["dense"] == 30 * 24 + 24 * 24 + 24
     with pytest.raises(ValueError, match="'decoder' cannot be factorised: its weight is tied to"):
         plan(net, {"parameters": "90%"}, IDS, names=["decoder"])
-    # Someone who builds the module may tie the factors.
+    # A builder may tie the factors.
     built = []
 
     def build(factors):
@@ -235,21 +229,21 @@ def test_the_errors_of_candidates_are_those_of_the_nearest_factors(size):
     assert dense == Candidate((), rows * columns, 4 * rows * columns, 0.0)
     sorts = set()
     for c in candidates:
-        entry = entry_of(c.terms)
+        entry = entry_of(c.shapes)
         wide = layer.weight.detach().double()
         assert c.error == pytest.approx(weight_error(wide, entry), rel=1e-3, abs=1e-5)
-        made = random_layer("", layer, c.terms)
+        made = random_layer(layer, c.shapes)
         assert c.parameters == sum(p.numel() for p in made.parameters()) - rows
         with FlopCounterMode(display=False) as counter:
             made(torch.ones(2, columns))
         assert c.flops <= counter.get_total_flops() <= 3 * c.flops
         assert c.parameters < dense.parameters
-        low = [a_shape == (rows, 1) for a_shape, _ in c.terms]
+        low = [s.a_shape == (rows, 1) for s in c.shapes]
         sorts.add(tuple(low))
     assert {(False,), (True,)} <= sorts
     assert (False, True) in sorts
     without = candidates_of(target, None, mix=False)
-    assert all(len(c.terms) < 2 for c in without)
+    assert all(len(c.shapes) < 2 for c in without)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -273,12 +267,12 @@ def calibrated(samples: int = 200):
     return layer, x
 
 
-def test_errors_with_calibration_are_those_of_what_is_then_made():
+def test_errors_with_calibration_are_those_of_the_layers_that_factorise_makes():
     layer, x = calibrated()
     target = Target("", layer, inputs=[(x.shape, x.dtype)])
     with torch.no_grad():
-        moment = second_moments(layer, [x[:90], x[90:]], [target])[""]
-    torch.testing.assert_close(moment, x.mT @ x)
+        moment = second_moments(layer, [x[:90], x[90:]], {"": layer})[""]
+    torch.testing.assert_close(moment, x.mT @ x / len(x))
     candidates = candidates_of(target, moment, mix=True)[1:]
     w, c = layer.weight.detach().double(), shrunk(moment, 0.01)
 
@@ -289,36 +283,22 @@ def test_errors_with_calibration_are_those_of_what_is_then_made():
     better, sorts = 0, set()
     for candidate in candidates:
         made = copy.deepcopy(nn.Sequential(layer))
-        factorise_(made, {"0": entry_of(candidate.terms)}, second_moments={"0": moment})
+        factorise_(made, {"0": entry_of(candidate.shapes)}, second_moments={"0": moment})
         off = w - made[0].to_linear().weight.detach().double()
         error = ((off @ c * off).sum() / (w @ c * w).sum()).item()
-        low = [a_shape == (HIDDEN, 1) for a_shape, _ in candidate.terms]
+        low = [s.a_shape == (HIDDEN, 1) for s in candidate.shapes]
         sorts.add(tuple(low))
         if low == [True]:
             assert candidate.error == pytest.approx(error, rel=1e-3, abs=1e-6)
         elif low == [False]:  # five steps here, twenty there
             assert candidate.error == pytest.approx(error, rel=0.1, abs=1e-3), candidate
-        else:  # there the parts are refitted to one another: a bound, which plain fits hold, too
+        else:  # an upper bound: factorise_ refits the parts to one another
             assert error <= 1.1 * candidate.error + 1e-3, candidate
-        plain = output_error(nearest_kronecker_sum(w, candidate.terms))
+        plain = output_error(nearest_kronecker_sum(w, [s.part for s in candidate.shapes]))
         assert candidate.error <= 1.01 * plain, candidate
         better += candidate.error < 0.9 * plain
     assert sorts == {(False,), (True,), (False, True)}
     assert better > len(candidates) / 2
-
-
-def test_padding_does_not_count():
-    net, ids = Net(1), torch.arange(40).view(4, 10)
-    mask = torch.ones(4, 10, dtype=torch.int64)
-    mask[:, 6:] = 0
-    target = find_targets(net, None, {}, False)
-    with torch.no_grad():
-        batch = {"input_ids": ids, "attention_mask": mask}
-        masked = second_moments(net, [batch], target)
-        cut = second_moments(net, [{"input_ids": ids[:, :6]}], target)
-    for path in ("layer.0.up", "layer.0.down", "head"):
-        torch.testing.assert_close(masked[path], cut[path])
-    assert "unused" not in masked
 
 
 def test_calibration_changes_what_is_chosen_for_the_better():
@@ -349,7 +329,7 @@ def test_a_sum_is_chosen_where_the_weight_is_one():
     weight = net[0].weight.detach().clone()
     student = factorise_(net, mixed.factors)
     assert isinstance(student[0], KroneckerSum)
-    # What is made refits the parts to one another, which is not tried for each candidate.
+    # factorise_ refits the parts to one another, which candidates do not.
     error = (student[0].to_linear().weight - weight).square().sum() / weight.square().sum()
     assert error <= mixed.totals["error"] * 1.001
 
@@ -387,13 +367,10 @@ def test_decisions_are_kept_and_the_longest_name_decides():
     assert made.factors["layer.1.up"] is None
     assert made.factors["head"] == [{"a_shape": [2, 4], "rank": 1}, {"a_shape": [6, 1], "rank": 1}]
     by_path = {row.path: row for row in made.layers}
-    assert by_path["layer.1.up"].reason == "as asked"
+    assert by_path["layer.1.up"].reason == "as requested"
     for path in ("layer.0.up", "head"):
         weight = net.get_submodule(path).weight.detach()
-        terms = [(tuple(t["a_shape"]), t["rank"]) for t in made.factors[path]]
-        fitted = nearest_kronecker_sum(weight, terms)
-        off = weight - sum(dense_weight(a, b) for a, b in fitted)
-        error = (off.square().sum() / weight.square().sum()).item()
+        error = weight_error(weight, made.factors[path], rounds=20)
         assert by_path[path].error == pytest.approx(error, rel=1e-4)
     # A decision brings in what is not named, and stands though it is not called.
     table = {"words": {"a_shape": [WORDS, 6], "rank": 1}, "unused": {"a_shape": [2, 2], "rank": 1}}
@@ -404,7 +381,7 @@ def test_decisions_are_kept_and_the_longest_name_decides():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ({"upp": None}, r"layers has 'upp', which is no layer .* nearest are layer"),
+        ({"upp": None}, r"layers has 'upp', which is no layer .* nearest are up, "),
         (
             {"up": {"a_shape": [5, 2], "rank": 1}},
             r"layers\['up'\], for layer.0.up: weight's 48 rows are not divisible by .* 4 and 6",
@@ -414,15 +391,21 @@ def test_decisions_are_kept_and_the_longest_name_decides():
             r"for layer.1.up: rank 16 has 1,152 parameters, no fewer than the dense layer's 1,152; "
             r"lower the rank",
         ),
-        ({"up": {"a_shape": [2, 2], "rank": 5}}, r"for layer.0.up: rank = 5, .* use rank <= 4"),
+        (
+            {"up": {"a_shape": [2, 2], "rank": 5}},
+            r"for layer.0.up: 5 of .* has 1,460 .*; lower",
+        ),
         ({"up": {"a_shape": [2], "rank": 1}}, r"layers\['up'\] = .* must look like \{\"a_shape\""),
         ({"up": {"a_shape": [2, True]}}, "must look like"),
         ({"up": []}, r"layers\['up'\] is an empty list; write None for a dense layer"),
-        ({"words": {"a_shape": [30, 6]}}, r"a row of A for each of its 60 rows; .* \[60, 24 / b_"),
+        (
+            {"words": {"a_shape": [30, 6]}},
+            r"for each of its 60 rows; use a_shape = \[60, 6\]",
+        ),
     ],
     ids=lambda v: None if isinstance(v, str) else str(v),
 )
-def test_a_decision_that_does_not_fit_is_told_the_layer_and_the_remedy(layers, message):
+def test_a_decision_that_does_not_fit_is_refused_with_the_layer_and_the_remedy(layers, message):
     with pytest.raises(ValueError, match=message):
         plan(Net(), {"parameters": "2x"}, IDS, layers=layers)
 
@@ -441,7 +424,7 @@ def test_a_decision_that_does_not_fit_is_told_the_layer_and_the_remedy(layers, m
     ],
     ids=str,
 )
-def test_an_argument_of_another_type_is_told_what_it_must_be(change, message):
+def test_an_argument_of_another_type_is_refused_with_an_example(change, message):
     with pytest.raises(TypeError, match=message):
         plan(
             Net(1), **{"budget": {"parameters": "2x"}, "inputs": IDS, "objective": "size"} | change
@@ -460,17 +443,17 @@ def test_an_argument_of_another_type_is_told_what_it_must_be(change, message):
         ({"latency": float("nan")}, "error", "budget"),
         ({"latency": 10**400}, "error", "must be a number, 'times smaller' as in '8x'"),
         ({"latency": float("inf")}, "error", r"budget\['latency'\] = inf must be a number"),
-        ({}, "error", "the budget is empty, within which every layer could stay dense"),
+        ({}, "error", "the budget is empty, so every layer would stay dense"),
         ({"flops": 1}, "speed", "objective = 'speed' must be 'error', 'size' or 'latency'"),
     ],
     ids=str,
 )
-def test_a_budget_that_says_nothing_is_refused(budget, objective, message):
+def test_a_malformed_budget_is_refused(budget, objective, message):
     with pytest.raises(ValueError, match=message):
         plan(Net(), budget, IDS, objective=objective)
 
 
-def test_a_layer_that_is_not_called_stays_dense_and_says_so():
+def test_a_layer_that_is_not_called_stays_dense_with_the_reason():
     made = plan(Net(), {"parameters": "1.5x"}, IDS)
     (row,) = (row for row in made.layers if row.path == "unused")
     assert row.terms is None and row.flops == row.flops_dense == 0 and row.latency == 0
@@ -542,7 +525,7 @@ def test_the_module_is_left_as_it_was():
         ([{"input_ids": IDS, "scale": 1e30}], ValueError, "the inputs of layer.0.up on calibrat"),
     ],
 )
-def test_calibration_that_leaves_layers_out_is_no_plan_by_weights(calibration, error, message):
+def test_calibration_that_leaves_layers_out_is_refused(calibration, error, message):
     class Partial(Net):
         def forward(self, input_ids, attention_mask=None, blocks=3, scale=1.0):
             x = self.words(input_ids) * scale
@@ -552,7 +535,7 @@ def test_calibration_that_leaves_layers_out_is_no_plan_by_weights(calibration, e
 
     with pytest.raises(error, match=message):
         plan(Partial(), {"parameters": "2x"}, IDS, calibration=calibration, names=["up"])
-    if "layer.1.up" in message:  # it is no matter of those that stay dense
+    if "layer.1.up" in message:  # layers that stay dense need no calibration
         dense = {"layer.1.up": None, "layer.2.up": None}
         options = {"calibration": calibration, "names": ["up"], "layers": dense}
         assert plan(Partial(), {"error": 0.9}, IDS, objective="size", **options).factors[
@@ -560,7 +543,7 @@ def test_calibration_that_leaves_layers_out_is_no_plan_by_weights(calibration, e
         ]
 
 
-def test_a_weight_that_is_not_finite_is_told_by_its_path():
+def test_a_weight_that_is_not_finite_is_refused_by_its_path():
     net = Net()
     with torch.no_grad():
         net.unused.weight.fill_(torch.inf)  # never called, so that it stays dense
@@ -574,16 +557,16 @@ def test_weights_of_any_scale_are_planned_alike():
     for scale in (1.0, 2.0**600, 2.0**-600, 2.0**-600):
         with torch.no_grad():
             net.weight.mul_(scale)
-        (target,) = find_targets(net, None, {}, False)
+        (target,) = find_targets(net)
         target.inputs.append((torch.Size((2, WIDTH)), torch.float64))
-        errors.append({c.terms: c.error for c in candidates_of(target, None, mix=True)})
+        errors.append({c.shapes: c.error for c in candidates_of(target, None, mix=True)})
     assert errors == errors[:1] * 4 and len(errors[0]) > 5
 
 
 # --- time
 
 
-def test_what_is_slower_than_dense_stays_dense_and_says_so(clock):
+def test_a_layer_slower_than_dense_stays_dense_with_the_reason(clock):
     """Small layers lose, large ones gain: 1 ms to start a product of factors."""
     clock.of = lambda m: milliseconds(m) + (1.0 if isinstance(m, KRONECKER) else 0.0)
     net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 480), nn.Linear(480, 24))
@@ -635,21 +618,21 @@ def test_layers_of_unlike_inputs_are_timed_apart(clock):
 
 
 @pytest.mark.parametrize("surprise", [0.6, 1.0, 1.5])
-def test_what_is_built_is_measured_and_the_choice_corrected(surprise, clock):
+def test_the_built_module_is_measured_and_the_choice_corrected(surprise, clock):
     clock.surprise = surprise
     net = Net()
     dense = clock.rest + sum(map(milliseconds, layers_of(net)))
     made = plan(net, {"latency": "1.5x"}, IDS)
-    told = made.totals["latency"]
-    assert told["planned"] <= dense / 1.5 * (1 + 1e-9)
-    assert told["planned"] == pytest.approx(told["predicted"] * surprise)
+    latency = made.totals["latency"]
+    assert latency["planned"] <= dense / 1.5 * (1 + 1e-9)
+    assert latency["planned"] == pytest.approx(latency["predicted"] * surprise)
     student = factorise_(copy.deepcopy(net), made.factors)
     actual = (clock.rest + sum(map(milliseconds, layers_of(student)))) * surprise
-    assert actual == pytest.approx(told["planned"])
+    assert actual == pytest.approx(latency["planned"])
     assert actual > 0.75 * dense / 1.5, "time was left for more accurate layers"
 
 
-def test_a_builder_is_given_what_is_factorised_and_its_module_is_what_counts():
+def test_a_builder_gets_the_factors_and_its_module_is_measured():
     net, built = Net(1), []
 
     def build(factors):
@@ -688,7 +671,7 @@ def test_a_builder_is_given_what_is_factorised_and_its_module_is_what_counts():
     ],
     ids=str,
 )
-def test_a_budget_that_cannot_be_met_is_told_what_can(budget, numbers):
+def test_a_budget_that_cannot_be_met_is_refused_with_the_nearest_plan(budget, numbers):
     net = Net()
     net.unused = nn.Identity()
     with pytest.raises(ValueError, match="the budget cannot be met") as refusal:
@@ -697,7 +680,7 @@ def test_a_budget_that_cannot_be_met_is_told_what_can(budget, numbers):
         assert re.search(number, str(refusal.value)), number
 
 
-def test_of_a_budget_too_small_the_fastest_plan_is_told(clock):
+def test_a_latency_that_cannot_be_met_is_refused_with_the_fastest_plan(clock):
     clock.surprise = 1.7
     with pytest.raises(
         ValueError, match=r"at most 6.88 ms \('1.5x'\), .* plan found has 7\.\d+ ms"
@@ -713,8 +696,8 @@ def test_with_the_real_clock(monkeypatch):
     for row in made.layers:
         assert row.path == "unused" or (row.latency > 0 and row.latency_dense > 0)
         assert row.terms is None or row.latency is not None
-    told = made.totals["latency"]
-    assert min(told["dense"], told["planned"], told["predicted"]) > 0
+    latency = made.totals["latency"]
+    assert min(latency["dense"], latency["planned"], latency["predicted"]) > 0
 
 
 # --- the solver
@@ -763,7 +746,7 @@ def test_the_choice_is_within_one_layer_of_the_best_and_found_if_there_is_one(so
     assert found >= 10 and exact >= 0.9 * found
 
 
-def test_what_only_a_search_finds_is_found(monkeypatch):
+def test_a_choice_that_only_the_search_finds(monkeypatch):
     """Each single exchange that helps one sort of cost hurts the other."""
     goals = [[0.0, 1.0]] * 4
     costs = [[[0, 3], [3, 0]], [[0, 3], [3, 0]], [[0, 5], [5, 0]], [[0, 5], [5, 0]]]
@@ -808,19 +791,9 @@ def test_a_plan_survives_json_and_the_disk(made, tmp_path):
         made.objective = "size"
 
 
-def test_a_plan_that_cannot_be_written_leaves_the_old_one(made, tmp_path, monkeypatch):
-    path = tmp_path / "plan.json"
-    made.save(path)
-    monkeypatch.setattr(Plan, "to_json", lambda self: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        made.save(path)
-    monkeypatch.undo()
-    assert Plan.load(path) == made and [p.name for p in tmp_path.iterdir()] == ["plan.json"]
-
-
-def test_what_is_no_plan_is_refused(made):
-    told = json.loads(made.to_json())
-    for wrong in ([], {}, told | {"version": 2}, told | {"more": 1}):
+def test_json_that_is_not_a_plan_is_refused(made):
+    values = json.loads(made.to_json())
+    for wrong in ([], {}, values | {"version": 2}, values | {"surplus": 1}):
         with pytest.raises(ValueError, match="this is no plan of version 1"):
             Plan.from_json(json.dumps(wrong))
 
@@ -833,6 +806,8 @@ def test_what_is_no_plan_is_refused(made):
         ("totals.latency.planned", "x"),
         ("setting", {}),
         ("setting.inputs", None),
+        ("layers.0", 3),
+        ("layers.0.surplus", 3),
         ("layers.0.parameters", "x"),
         ("layers.0.parameters_dense", 0),
         ("layers.0.path", None),
@@ -846,25 +821,25 @@ def test_what_is_no_plan_is_refused(made):
     ids=str,
 )
 def test_a_plan_that_cannot_be_printed_is_refused(place, value, made):
-    told = json.loads(made.to_json())
+    values = json.loads(made.to_json())
     *path, last = place.split(".")
-    inner = told
+    inner = values
     for key in path:
         inner = inner[int(key) if key.isdecimal() else key]
-    inner[last] = value
+    inner[int(last) if last.isdecimal() else last] = value
     with pytest.raises(ValueError, match="this is no plan: its table cannot be made of its values"):
-        Plan.from_json(json.dumps(told))
+        Plan.from_json(json.dumps(values))
 
 
-def test_the_table_tells_equal_layers_once_with_their_totals(made):
+def test_the_table_shows_equal_layers_in_one_row_with_their_totals(made):
     text = str(made)
     lines = text.splitlines()
     assert all(len(line) <= 200 for line in lines)
     ups = [row for row in made.layers if row.path.endswith("up")]
-    told = [line for line in lines if line.startswith("layer.")]
-    assert len(told) == len({json.dumps(row.terms) for row in ups})
-    if len(told) == 1:
-        assert told[0].startswith("layer.0-3.up ")
+    shown = [line for line in lines if line.startswith("layer.")]
+    assert len(shown) == len({json.dumps(row.terms) for row in ups})
+    if len(shown) == 1:
+        assert shown[0].startswith("layer.0-3.up ")
     assert f"{WORDS}x{WIDTH}" in text and "least error" in text and "parameters 1.6x" in text
     for key in ("parameters", "bytes", "flops", "latency", "error"):
         assert any(line.startswith(key) for line in lines)
@@ -885,9 +860,9 @@ def test_the_plan_is_what_factorise_makes_and_densify_undoes(made):
     torch.testing.assert_close(again(IDS), student(IDS), rtol=1e-4, atol=1e-5)
 
 
-def test_progress_is_told_only_if_asked(capsys):
+def test_progress_is_printed_only_on_request(capsys):
     plan(Net(1), {"parameters": "1.2x"}, IDS)
     assert capsys.readouterr() == ("", "")
     plan(Net(1), {"parameters": "1.2x"}, IDS, progress=True)
-    told = capsys.readouterr()
-    assert not told.out and "errors 1 of 4: layer.0.up" in told.err
+    printed = capsys.readouterr()
+    assert not printed.out and "errors 1 of 4: layer.0.up" in printed.err

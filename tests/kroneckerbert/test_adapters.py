@@ -1,4 +1,4 @@
-"""LoRA on Kronecker layers: what is found, trained, merged, saved and refused."""
+"""LoRA on Kronecker layers: targets, training, merging, saving and refusals."""
 
 import copy
 import importlib
@@ -54,7 +54,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def adapted(model, names=("default",), **options) -> peft.PeftModel:
-    """With adapters that do something: B, which starts at zero, is drawn."""
+    """With adapters that change the outputs: B, which starts at zero, is drawn."""
     config = lora_config(model, **{"r": 3, "lora_alpha": 7, **options})
     wrapped = peft.get_peft_model(model, config, names[0])
     for name in names[1:]:
@@ -121,7 +121,7 @@ def test_adapters_add_their_product(model):
     assert_same("y", layer(x), layer.base_layer(x) + added)
 
 
-def test_only_adapters_learn_and_they_do(model, batch):
+def test_adapters_learn_and_nothing_else_does(model, batch):
     wrapped = peft.get_peft_model(model, lora_config(model, r=4, lora_dropout=0.1))
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.Adam((p for p in wrapped.parameters() if p.requires_grad), lr=1e-2)
@@ -144,7 +144,7 @@ def test_only_adapters_learn_and_they_do(model, batch):
     assert all(torch.equal(after[name], old) for name, old in before.items() if "lora_" not in name)
 
 
-def test_dropout_is_the_adapters_own(model):
+def test_dropout_applies_to_the_adapters_only(model):
     torch.manual_seed(1)
     layer = layers(adapted(model, lora_dropout=0.5))[0].train()
     x = torch.randn(5, 32)
@@ -170,7 +170,7 @@ def test_merge_and_unmerge(model, batch, safe):
 
     wrapped.unmerge_adapter()
     assert all(now.base_layer is p for now, p in zip(layers(wrapped), plain, strict=True))
-    # Of the dense key peft subtracts what it had added.
+    # peft unmerges the dense key by subtraction, hence not exactly.
     assert_same("unmerged", logits(wrapped, batch), expected)
 
 
@@ -266,8 +266,8 @@ def test_adapters_save_and_load(model, batch, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_adapters_are_where_the_layer_is(model, dtype):
-    """peft looks at a dense weight for it, and a second adapter would stay in float32."""
+def test_adapters_have_the_dtype_of_their_layer(model, dtype):
+    """peft reads the dtype of a dense weight: without one, a second adapter stays in float32."""
     model = model.to(dtype)
     wrapped = peft.get_peft_model(model, lora_config(model), autocast_adapter_dtype=False)
     wrapped.add_adapter("two", lora_config(target_modules=["query"], r=2))
@@ -288,7 +288,7 @@ def test_safe_merge_refuses_nan(model):
     assert layer.base_layer is base and not layer.merged
 
 
-def test_what_reads_the_dense_weight_is_refused(model):
+def test_variants_that_read_the_dense_weight_are_refused(model):
     with pytest.raises(ValueError, match=r"'pissa' starts from the dense weight.*'gaussian'"):
         peft.get_peft_model(model, lora_config(model, init_lora_weights="pissa"))
     with pytest.raises(ValueError, match="use_dora"):

@@ -1,4 +1,4 @@
-"""KroneckerBertConfig: presets, validation, round trips."""
+"""KroneckerBertConfig: presets, validation, saving."""
 
 import copy
 import json
@@ -10,8 +10,7 @@ from transformers import AutoConfig, BertConfig
 
 from kron_kernels import KronShape
 from kroneckerbert import KroneckerBertConfig, KroneckerBertModel
-
-PRESETS = ["kronecker-bert-8", "kronecker-bert-21", "kronecker-bert-5", "kronecker-bert-19"]
+from kroneckerbert.presets import PRESETS
 
 
 def parameters(config: KroneckerBertConfig, pooler: bool) -> int:
@@ -36,7 +35,7 @@ def test_a_preset_at_bert_base_has_the_published_number_of_parameters(
     assert parameters(config, pooler=True) == with_pooler
 
 
-def test_a_preset_keeps_the_small_factors_when_it_is_scaled():
+def test_a_scaled_preset_keeps_the_small_factors():
     base = BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=1)
     layer = "encoder.layer.0."
 
@@ -57,7 +56,7 @@ def test_a_preset_keeps_the_small_factors_when_it_is_scaled():
     assert shapes["embeddings.word_embeddings"] == [KronShape(30522, 32, 1, 12)]
 
 
-def test_a_scaled_preset_has_the_parameters_that_its_shapes_say():
+def test_a_scaled_preset_has_the_parameters_of_its_shapes():
     base = BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6)
     layer = 4 * (192**2 + 4) + 2 * (16 + 192**2) + (9 * 384 + 4 * 384)  # factors, biases and norms
     embeddings = 30522 * 48 + 8 + (512 + 2 + 2) * 384
@@ -163,10 +162,10 @@ def test_the_longest_name_decides_and_none_means_dense():
     ("factors", "message"),
     [
         ({"attention.self.qurey": None}, "'attention.self.qurey'.* attention.self.query"),
-        ({"self.query_": {"a_shape": [2, 2]}}, "no factorisable module"),
-        ({"uery": {"a_shape": [2, 2]}}, "no factorisable module"),  # not cut at a dot
-        ({"layer.12.output.dense": None}, "no factorisable module.* the nearest names are layer"),
-        ({"pooler.dense": {"a_shape": [2, 2]}}, "no factorisable module"),
+        ({"self.query_": {"a_shape": [2, 2]}}, "no layer that could be factorised"),
+        ({"uery": {"a_shape": [2, 2]}}, "no layer that could be factorised"),  # not cut at a dot
+        ({"layer.12.output.dense": None}, "no layer .* the nearest are layer"),
+        ({"pooler.dense": {"a_shape": [2, 2]}}, "no layer that could be factorised"),
         ({"intermediate.dense": 3}, r"= 3 must look like \{"),
         ({"intermediate.dense": {"rank": 3}}, "must look like"),
         ({"intermediate.dense": {"a_shape": [8, 2], "rnk": 3}}, "'rnk': 3} must look like"),

@@ -18,8 +18,9 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from kron_kernels.modules import linear_weight
 from kroneckerbert import compress, decompress
-from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
+from kroneckerbert.configuration_kroneckerbert import layout_of
 from kroneckerbert.distillation import (
     TERMS,
     DistillationConfig,
@@ -54,11 +55,12 @@ def dense(name: str, auto: type = AutoModel) -> PreTrainedModel:
 
 def factorised(model: PreTrainedModel) -> PreTrainedModel:
     """A Kronecker student with an error in every linear layer; words stay dense."""
-    factors = {}
-    for path, module in factorisable(model.base_model):
-        if not isinstance(module, nn.Embedding):
-            rows, columns = linear_weight(module).shape
-            factors[path] = {"a_shape": [rows // 4, columns // 4], "rank": 2}
+    layout = layout_of(model.base_model)
+    factors = {
+        path: {"a_shape": [rows // 4, columns // 4], "rank": 2}
+        for path, (rows, columns) in layout.sizes.items()
+        if path != layout.table
+    }
     return compress(model, factors).eval()
 
 

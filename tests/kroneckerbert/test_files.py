@@ -23,7 +23,7 @@ from kroneckerbert.files import (
     writable_folder,
     write_checksums,
 )
-from kroneckerbert.planning import Report
+from kroneckerbert.reporting import Report
 
 
 def write(folder: Path, text: str) -> None:

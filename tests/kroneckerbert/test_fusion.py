@@ -33,7 +33,7 @@ from transformers.models.mpnet.modeling_mpnet import MPNetLayer
 
 from kron_kernels import KroneckerLinear, kron_feed_forward, kron_qkv
 from kroneckerbert import compress, decompress, fusion
-from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
+from kroneckerbert.configuration_kroneckerbert import layout_of
 
 HALVES = ("intermediate", "output")
 INSIDE = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
@@ -550,11 +550,12 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_architectures_with_other_blocks(name):
     model = ODD[name].eval()
-    factors = {}
-    for path, m in factorisable(model):
-        rows, columns = linear_weight(m).shape
-        if isinstance(m, nn.Linear) and "adapter" not in path:
-            factors[path] = {"a_shape": [rows // 4, columns // 4], "rank": 2}
+    layout = layout_of(model)
+    factors = {
+        path: {"a_shape": [rows // 4, columns // 4], "rank": 2}
+        for path, (rows, columns) in layout.sizes.items()
+        if path != layout.table and "adapter" not in path
+    }
     student = compress(model, factors)
     ids = torch.randint(5, 60, (2, 9))
     want = decompress(student)(ids)[0]

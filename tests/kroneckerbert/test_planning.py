@@ -1,4 +1,4 @@
-"""Plans and reports of transformers: chosen, built, stored, measured."""
+"""Plans and reports of transformers."""
 
 import copy
 import json
@@ -14,9 +14,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
-    GPT2Config,
     GPT2LMHeadModel,
-    MPNetConfig,
     MPNetModel,
 )
 
@@ -32,25 +30,27 @@ SIZES = {
     "intermediate_size": 64,
     "max_position_embeddings": 32,
 }
+GPT2_SIZES = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 TOKENS = {"batch": 2, "tokens": 16}
+FACTORS = {"intermediate.dense": {"a_shape": [4, 2]}}
 
 
 @pytest.fixture(autouse=True)
 def _quickly_timed(monkeypatch):
-    """No choice here depends on a time: what is timed is timed a few times only."""
+    """Time with few repeats: no choice here depends on a time."""
     monkeypatch.setattr("kron_kernels.plan.clock.LAYER_SECONDS", 0.0)
     monkeypatch.setattr("kron_kernels.plan.planner.MODULE_SECONDS", 0.0)
-    monkeypatch.setattr("kroneckerbert.planning._LAYER_SECONDS", 0.0)
-    monkeypatch.setattr("kroneckerbert.planning._MODEL_SECONDS", 0.0)
+    monkeypatch.setattr("kroneckerbert.reporting._LAYER_SECONDS", 0.0)
+    monkeypatch.setattr("kroneckerbert.reporting._MODEL_SECONDS", 0.0)
 
 
-def teachers():
-    return [
-        BertModel(BertConfig(**SIZES)),
-        BertForMaskedLM(BertConfig(**SIZES)),
-        MPNetModel(MPNetConfig(**SIZES)),
-        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
-    ]
+def teacher(cls=BertModel, training: bool = False):
+    return cls(cls.config_class(**GPT2_SIZES if cls is GPT2LMHeadModel else SIZES)).train(training)
+
+
+each_class = pytest.mark.parametrize(
+    "cls", [BertModel, BertForMaskedLM, MPNetModel, GPT2LMHeadModel], ids=lambda cls: cls.__name__
+)
 
 
 def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
@@ -63,10 +63,11 @@ def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
     return out
 
 
-@pytest.mark.parametrize("model", teachers(), ids=lambda m: type(m).__name__)
+@each_class
 @pytest.mark.parametrize("share", ["2x", "30%"])
-def test_a_size_budget_is_met_by_the_model_that_is_built(model, share):
-    chosen = plan(model.eval(), {"parameters": share}, **TOKENS, keep_dense_if_slower=False)
+def test_a_size_budget_is_met_by_the_model_that_is_built(cls, share):
+    model = teacher(cls)
+    chosen = plan(model, {"parameters": share}, **TOKENS, keep_dense_if_slower=False)
     student = compress(model, chosen)
     limit = measure.parameters(model) * {"2x": 0.5, "30%": 0.3}[share]
     assert measure.parameters(student) <= limit
@@ -77,7 +78,7 @@ def test_a_size_budget_is_met_by_the_model_that_is_built(model, share):
 
 
 def test_bytes_and_flops_are_those_of_the_student():
-    model = teachers()[0].eval()
+    model = teacher()
     budget = {"bytes": "50%", "flops": "60%"}
     chosen = plan(model, budget, **TOKENS, keep_dense_if_slower=False)
     student = compress(model, chosen)
@@ -89,7 +90,7 @@ def test_bytes_and_flops_are_those_of_the_student():
 
 
 def test_the_plan_is_in_the_saved_models_configuration(tmp_path):
-    model = teachers()[0].eval()
+    model = teacher()
     chosen = plan(model, {"parameters": "2x"}, **TOKENS, keep_dense_if_slower=False)
     compress(model, chosen).save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
@@ -100,8 +101,8 @@ def test_the_plan_is_in_the_saved_models_configuration(tmp_path):
     assert compress(model, "kronecker-bert-8").config.plan is None
 
 
-def test_decisions_words_and_wrong_names():
-    model = teachers()[0].eval()
+def test_decisions_are_kept_words_can_stay_and_wrong_names_are_refused():
+    model = teacher()
     fixed = {"intermediate.dense": {"a_shape": [4, 2]}, "layer.1.output.dense": None}
     chosen = plan(
         model,
@@ -120,8 +121,8 @@ def test_decisions_words_and_wrong_names():
         plan(model, {"parameters": 100}, **TOKENS)
 
 
-def test_no_more_tokens_than_the_model_has_positions_are_measured():
-    model = teachers()[0]
+def test_more_tokens_than_the_model_has_positions_are_refused():
+    model = teacher()
     for measured in (
         lambda: measure.flops(model, 1, 10**4),
         lambda: measure.latency({"one": model}, 1, 10**4, seconds=0),
@@ -143,17 +144,17 @@ def test_no_more_tokens_than_the_model_has_positions_are_measured():
         ({"tokens": math.nan}, ValueError, "tokens = nan must be an integer"),
     ],
 )
-def test_nothing_is_planned_or_reported_of_no_tokens(options, error, message):
-    model, options = teachers()[0], TOKENS | options
+def test_a_plan_or_report_without_tokens_is_refused(options, error, message):
+    model, options = teacher(), TOKENS | options
     with pytest.raises(error, match=message):
         plan(model, {"parameters": "2x"}, **options)
     with pytest.raises(error, match=message):
-        report(compress(model, {"intermediate.dense": {"a_shape": [4, 2]}}), model, **options)
+        report(compress(model, FACTORS), model, **options)
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (1, 0), (1.5, 4), (1, True)])
-def test_nothing_is_measured_of_no_tokens(sizes):
-    model = teachers()[0]
+def test_sizes_that_are_not_positive_integers_are_refused(sizes):
+    model = teacher()
     with pytest.raises(ValueError, match="must be an integer of at least 1"):
         measure.flops(model, *sizes)
     with pytest.raises(ValueError, match="must be an integer of at least 1"):
@@ -161,13 +162,13 @@ def test_nothing_is_measured_of_no_tokens(sizes):
 
 
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0, "2"])
-def test_nothing_is_measured_for_ever_or_in_no_time(seconds):
+def test_a_time_that_is_not_a_finite_number_is_refused(seconds):
     with pytest.raises(ValueError, match=r"seconds = .* must be a finite number of at least 0"):
-        measure.latency({"dense": teachers()[0]}, 1, 4, seconds)
+        measure.latency({"dense": teacher()}, 1, 4, seconds)
 
 
 def test_calibration_takes_batches_with_labels_and_padding():
-    model = teachers()[2].eval()
+    model = teacher(MPNetModel)
     chosen = plan(
         model, {"parameters": "2x"}, calibration=batches(), **TOKENS, keep_dense_if_slower=False
     )
@@ -175,29 +176,27 @@ def test_calibration_takes_batches_with_labels_and_padding():
     assert measure.parameters(student) <= measure.parameters(model) / 2
 
 
-def test_what_is_no_dense_transformer_is_refused():
+def test_a_model_that_is_not_a_dense_transformer_is_refused():
     with pytest.raises(TypeError, match=r"class Linear.*kron_kernels\.plan\.plan"):
         plan(nn.Linear(4, 4), {"parameters": "2x"})
     with pytest.raises(TypeError, match="cannot plan a KroneckerBertModel"):
-        plan(compress(teachers()[0]), {"parameters": "2x"})
+        plan(compress(teacher()), {"parameters": "2x"})
 
 
-@pytest.mark.parametrize("model", teachers(), ids=lambda m: type(m).__name__)
-def test_a_report_has_the_errors_and_costs_of_every_layer(model, tmp_path):
-    model.eval()
-    factors = {
-        "c_fc" if "GPT2" in type(model).__name__ else "intermediate.dense": {"a_shape": [4, 2]}
-    }
+@each_class
+def test_a_report_has_the_errors_and_costs_of_every_layer(cls, tmp_path):
+    model = teacher(cls)
+    factors = {"c_fc" if cls is GPT2LMHeadModel else "intermediate.dense": {"a_shape": [4, 2]}}
     encoder = model.base_model
     table = next(n for n, m in encoder.named_modules() if m is model.get_input_embeddings())
     factors[table] = {"a_shape": [64, 8], "rank": 2}
     student = compress(model, factors)
-    told = report(student, model, **TOKENS, calibration=batches())
-    assert {row.path for row in told.layers} == set(student.config.kronecker_shapes())
-    words = next(row for row in told.layers if row.path == table)
+    found = report(student, model, **TOKENS, calibration=batches())
+    assert {row.path for row in found.layers} == set(student.config.kronecker_shapes())
+    words = next(row for row in found.layers if row.path == table)
     assert (words.parameters_dense, words.parameters) == (64 * 32, 2 * (64 * 8 + 4))
     assert words.output_error is None and words.flops == 0
-    row = next(row for row in told.layers if row.path != table)
+    row = next(row for row in found.layers if row.path != table)
     dense, ours = encoder.get_submodule(row.path), student.base_model.get_submodule(row.path)
     weight = dense.weight if isinstance(dense, nn.Linear) else dense.weight.mT
     off = (weight - ours.to_linear().weight).square().sum() / weight.square().sum()
@@ -205,19 +204,19 @@ def test_a_report_has_the_errors_and_costs_of_every_layer(model, tmp_path):
     assert 0 < row.output_error < 2
     assert row.flops == ours.shape.flops * 32 and row.flops_dense == 2 * row.rows * 32 * 32
     assert row.ms > 0 and row.ms_dense > 0
-    assert told.totals["parameters"] == {
+    assert found.totals["parameters"] == {
         "dense": measure.parameters(model),
         "compressed": measure.parameters(student),
     }
-    assert "the whole model" in str(told)
-    told.save(tmp_path / "report.json")
+    assert "the whole model" in str(found)
+    found.save(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["layers"][0]["path"]
-    told.plot(tmp_path / "report.png")
+    found.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 5000
 
 
-def test_output_errors_are_those_of_the_layer_on_the_teachers_inputs():
-    model = teachers()[0].eval()
+def test_output_errors_are_measured_on_the_teachers_inputs():
+    model = teacher()
     student = compress(model, {"layer.0.intermediate.dense": {"a_shape": [4, 2]}})
     inputs = batches(2)
     seen = []
@@ -232,37 +231,35 @@ def test_output_errors_are_those_of_the_layer_on_the_teachers_inputs():
         wrong += (student.get_submodule(path)(x) - target).square().sum().item()
         whole += target.square().sum().item()
     hook.remove()
-    told = report(student, model, **TOKENS, calibration=inputs)
-    assert told.layers[0].output_error == pytest.approx(wrong / whole, rel=1e-4)
+    found = report(student, model, **TOKENS, calibration=inputs)
+    assert found.layers[0].output_error == pytest.approx(wrong / whole, rel=1e-4)
 
 
 def test_a_report_without_the_dense_model_has_no_errors():
-    student = compress(teachers()[0].eval())
-    told = report(student, **TOKENS)
-    assert all(row.weight_error is None and row.output_error is None for row in told.layers)
-    assert told.totals["ms"].keys() == {"compressed"}
+    student = compress(teacher())
+    found = report(student, **TOKENS)
+    assert all(row.weight_error is None and row.output_error is None for row in found.layers)
+    assert found.totals["ms"].keys() == {"compressed"}
     with pytest.raises(ValueError, match="pass teacher as well"):
         report(student, calibration=batches())
     with pytest.raises(TypeError, match="no Kronecker layers"):
-        report(teachers()[0])
+        report(teacher())
     with pytest.raises(ValueError, match="has no dense"):
-        report(student, teachers()[3])
+        report(student, teacher(GPT2LMHeadModel))
 
 
 def test_a_report_leaves_the_modes_and_measures_a_teacher_without_its_dropout():
-    model = teachers()[0]
-    student = compress(model, {"intermediate.dense": {"a_shape": [4, 2]}}).eval()
-    inputs = batches(2)
-    without = report(student, model.eval(), **TOKENS, calibration=inputs)
-    told = report(student, model.train(), **TOKENS, calibration=inputs)
-    assert [r.output_error for r in told.layers] == [r.output_error for r in without.layers]
+    model, inputs = teacher(), batches(2)
+    student = compress(model, FACTORS)
+    without = report(student, model, **TOKENS, calibration=inputs)
+    found = report(student, model.train(), **TOKENS, calibration=inputs)
+    assert [r.output_error for r in found.layers] == [r.output_error for r in without.layers]
     assert model.training and not student.training
     with pytest.raises(ValueError, match="calibration has no batch"):
         report(student, model, **TOKENS, calibration=[])
 
 
 def test_a_plain_module_is_compressed_in_place():
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     x = torch.randn(4, 16)
     expected = net(x)

@@ -451,7 +451,7 @@ def test_a_fault_of_ours_says_how_to_see_it(place, monkeypatch):
 
 def test_a_terminal_that_knows_ascii_only_gets_a_table(place, monkeypatch):
     for name in ("_LAYER_SECONDS", "_MODEL_SECONDS"):
-        monkeypatch.setattr(f"kroneckerbert.planning.{name}", 0.0)
+        monkeypatch.setattr(f"kroneckerbert.reporting.{name}", 0.0)
     result = CliRunner(charset="ascii").invoke(
         cli.app, ["report", str(place / "student"), "--tokens", "8", "--batch", "1"]
     )

@@ -1,0 +1,151 @@
+"""Questions about any ``nn.Module``: its dense layers, its forward pass, its cost."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from kron_kernels.readers import reader
+
+Dense = nn.Linear | nn.Embedding  # or transformers' Conv1D
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' ``Conv1D``, a linear layer with a weight ``(in, out)``.
+
+    By name: transformers is no dependency of this package.
+    """
+    return type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2
+
+
+def linear_weight(layer: Any) -> Tensor:
+    """The weight as ``(out_features, in_features)`` or ``(num_embeddings, embedding_dim)``."""
+    return layer.weight.mT if is_conv1d(layer) else layer.weight
+
+
+def dense_layers(module: nn.Module) -> dict[str, Dense]:
+    """Linear layers and embeddings by path; a layer in several places has the first path only."""
+    return {
+        path: m
+        for path, m in module.named_modules()
+        if isinstance(m, nn.Linear | nn.Embedding) or is_conv1d(m)
+    }
+
+
+def obstacles(module: nn.Module, allow_tied: bool = False) -> dict[str, str]:
+    """Reasons why dense layers cannot be factorised, by path; other layers can.
+
+    Args:
+        module: Any module.
+        allow_tied: Ignore that a weight is tied to another layer's.
+    """
+    owners, places = defaultdict(list), defaultdict(list)
+    for path, m in module.named_modules():
+        for p in m._parameters.values():
+            owners[id(p)].append(path)
+    for path, m in module.named_modules(remove_duplicate=False):
+        places[m].append(path)
+    reasons = {}
+    for path, layer in dense_layers(module).items():
+        tied = [o for o in owners[id(layer._parameters.get("weight"))] if o != path]
+        read_by = next(filter(None, (reader(module, place) for place in places[layer])), None)
+        if reason := _obstacle(layer, read_by, [] if allow_tied else tied):
+            reasons[path] = reason
+    return reasons
+
+
+def _obstacle(layer: Dense, read_by: str | None, tied: list[str]) -> str | None:
+    options = [o for o in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(layer, o, None)]
+    stock = next((c for c in (nn.Linear, nn.Embedding) if isinstance(layer, c)), type(layer))
+    if read_by:
+        return f"{read_by} reads its weight, which a factorised layer does not have"
+    if type(layer).forward is not stock.forward:
+        return f"its class, {type(layer).__name__}, has a forward of its own"
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed by a parametrization"
+    if not layer.weight.is_floating_point():
+        return f"its weight is {layer.weight.dtype}, not floating point"
+    if tied:
+        return f"its weight is tied to that of {', '.join(tied)}"
+    if options:
+        return f"it has {options[0]}, which a Kronecker embedding does not do"
+    return None
+
+
+def call(module: nn.Module, inputs: Any) -> Any:
+    """Call with a mapping as keywords, a tuple as arguments, or anything else as the argument."""
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Set modules to evaluation mode; restore the mode of each of their parts afterwards.
+
+    ``train(was_training)`` would give all parts the mode of the whole, but a frozen part is often
+    in evaluation mode within a module that is trained.
+    """
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, mode in before:
+            part.training = mode
+
+
+@contextmanager
+def watching(
+    layers: Mapping[str, nn.Module], read: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call ``read(path, x)`` with the first argument of each call of these layers."""
+
+    def hook_of(path: str) -> Callable:
+        return lambda _, args, kwargs: read(path, args[0] if args else next(iter(kwargs.values())))
+
+    handles = [
+        layer.register_forward_pre_hook(hook_of(path), with_kwargs=True)
+        for path, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# FlopCounterMode has formulas for all forms of attention except this one.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v)
+    )
+}
+
+
+def flops_of(module: nn.Module, inputs: Any) -> int:
+    """FLOPs of a forward pass: two per multiply-add of matrix products and attention."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        call(module, inputs)
+    return counter.get_total_flops()
+
+
+def setting_of(module: nn.Module) -> dict[str, Any]:
+    """Device, dtype, threads and versions that a module's times depend on."""
+    first = next(module.parameters())
+    device = first.device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "device": gpu or str(device),
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
