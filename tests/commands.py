@@ -6,12 +6,13 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 from typer.testing import CliRunner
 
-from kroneckerbert.cli import app as cli
+from kroneckerbert.cli.app import app
+from kroneckerbert.cli.sources import read_model
 
 WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 
 
-def run(*arguments, app=cli.app) -> tuple[int, str]:
+def run(*arguments, app=app) -> tuple[int, str]:
     """Exit code and what was written; an error that is not ours is raised."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception and not isinstance(result.exception, SystemExit):
@@ -25,7 +26,7 @@ def succeeds(*arguments) -> str:
     return output
 
 
-def fails(*arguments, app=cli.app) -> str:
+def fails(*arguments, app=app) -> str:
     """The error, of one line; a training may have shown its progress beside it."""
     code, output = run(*arguments, app=app)
     assert code in (1, 2), output
@@ -54,4 +55,4 @@ def student_of(teacher: Path) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return cli._model(str(folder)).state_dict()
+    return read_model(str(folder)).state_dict()

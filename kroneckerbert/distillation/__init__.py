@@ -1,17 +1,17 @@
-"""Teach a compressed transformer to compute what its teacher computes, layer by layer.
+"""Train a compressed transformer to reproduce its teacher's outputs, layer by layer.
 
-The student has its teacher's widths, so that a layer of the one answers to a layer of the other
-without projections. Stage 1 is a bare model, or one with the heads of pre-training, on unlabelled
-text; stage 2 is the task, with the fine-tuned teacher. Both are the same trainer: a term that
-model or batch cannot give does not apply.
+The student has its teacher's widths, so that layers are compared without projections. Stage 1 uses
+a bare model, or one with pre-training heads, on unlabelled text; stage 2 uses the task's data and
+the fine-tuned teacher. Both use the same trainer: a term applies if model and batch provide it.
 """
 
-from kroneckerbert.distillation.config import DistillationConfig
+from kroneckerbert.distillation.config import SHORT_RUN, DistillationConfig
 from kroneckerbert.distillation.scores import attention_scores
 from kroneckerbert.distillation.terms import TERMS, distillation_terms
 from kroneckerbert.distillation.trainer import DistillationTrainer
 
 __all__ = [
+    "SHORT_RUN",
     "TERMS",
     "DistillationConfig",
     "DistillationTrainer",

@@ -2,8 +2,8 @@
 
     recipe = load("kronecker-bert-8", ["stage1.corpus.source=texts.txt.gz"])
 
-It is a mapping with the fields of ``Recipe``; those in ``kroneckerbert/recipes`` say what the
-paper does.
+It is a mapping with the fields of ``Recipe``; those in ``kroneckerbert/reproduction/recipes`` follow
+the paper.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ class Student:
     factors: dict | None = None
     calibration: int = 0
     sequential: bool = False
-    rescale: bool = False
 
 
 @dataclass(frozen=True)

@@ -311,7 +311,7 @@ class _Run:
             made_of |= {"corpus": text, "max_length": stage1.max_length}
 
         def work(folder: Path, _: Path) -> None:
-            how: dict[str, Any] = {"sequential": told.sequential, "rescale": told.rescale}
+            how: dict[str, Any] = {"sequential": told.sequential}
             if stage1 and told.calibration:
                 texts = self._texts(stage1)
                 # From all of it: neighbours are often about the same thing.

@@ -24,7 +24,9 @@ def _no_hub(monkeypatch):
 def brief(monkeypatch):
     """Little calibration, and no embedding of a thousand sentences."""
     monkeypatch.setattr(demo, "_CALIBRATION", 32)
-    monkeypatch.setattr(demo, "similarity", lambda *_: {"cosine": 0.5, "ranking": 0.25})
+    monkeypatch.setattr(demo, "embed", lambda *_: None)
+    scores = {"cosine": 0.5, "ranking": 0.25}
+    monkeypatch.setattr(demo, "embedding_similarity", lambda *_: scores)
 
 
 def test_the_text_is_shipped_with_its_licence_and_split_without_overlap():

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import typer
 from commands import WORDS, fails, run, save, succeeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from benchmarks import __main__ as benchmark_main
 from kron_kernels import doctor
-from kroneckerbert.cli import app as cli
+from kroneckerbert.cli.app import app
 from kroneckerbert.cli.shell import number
 
 # Not there: an error that tells of this model was found too late, after the model was read.
@@ -97,7 +98,7 @@ def test_a_number_is_in_range_or_refused(text):
         parse = number(kind, "", least, above=above).parser
         try:
             value = parse(text)
-        except cli.typer.BadParameter as error:
+        except typer.BadParameter as error:
             assert repr(text) in str(error)
         else:
             assert type(value) is kind and least <= value <= 10**9 and not (above and value == 0)
@@ -485,7 +486,7 @@ def test_a_terminal_that_knows_ascii_only_gets_a_table(place, monkeypatch):
     for name in ("_LAYER_SECONDS", "_MODEL_SECONDS"):
         monkeypatch.setattr(f"kroneckerbert.planning.{name}", 0.0)
     result = CliRunner(charset="ascii").invoke(
-        cli.app, ["report", str(place / "student"), "--tokens", "8", "--batch", "1"]
+        app, ["report", str(place / "student"), "--tokens", "8", "--batch", "1"]
     )
     assert result.exit_code == 0, result.output
     assert "2x2" in result.output

@@ -110,7 +110,7 @@ def test_a_checkpoint_without_checksums_goes_on_with_a_sentence(output, finished
 
 def test_a_checkpoint_of_the_model_only_has_no_training_to_go_on_with(tmp_path):
     run(tmp_path, save_only_model=True).train()
-    with pytest.raises(OSError, match=r"optimizer.pt is missing \(with save_only_model"):
+    with pytest.raises(OSError, match=r"optimizer.pt is missing \(save_only_model"):
         run(tmp_path, save_only_model=True).train(True)
 
 
@@ -189,7 +189,7 @@ def test_a_new_run_goes_on_from_its_own_checkpoint_and_not_from_an_older_longer_
     assert {p.name for p in output.iterdir()} == {f"checkpoint-{n}" for n in (1, 2, 4)}
     resumed = run(output, **options, callbacks=[KilledAfter(1)])
     with (
-        pytest.warns(UserWarning, match=r"checkpoint-4 is of another run: max_steps.*left aside"),
+        pytest.warns(UserWarning, match=r"checkpoint-4 is of another run: max_steps.*ignored"),
         pytest.raises(Killed),  # at once, for it has gone on from step 1
     ):
         resumed.train(resume_from_checkpoint=True)
