@@ -59,7 +59,7 @@ class Commands(TyperGroup):
         try:
             return super().parse_args(ctx, args)
         except _USAGE_ERROR as error:
-            if not args:  # the message is the help text
+            if not ctx.meta[_ARGUMENTS]:  # the message is the help text
                 raise
             _end(_usage(error), error.exit_code)
 

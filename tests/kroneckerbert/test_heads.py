@@ -72,5 +72,5 @@ def test_a_student_keeps_a_head_of_its_own(tmp_path):
 
 def test_a_teacher_without_a_head_is_refused(tmp_path):
     compress(bert(BertModel), FACTORS).save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="a BertModel has no head to take over"):
+    with pytest.raises(TypeError, match="a BertModel has no head to copy"):
         with_head_of(bert(BertModel), tmp_path)

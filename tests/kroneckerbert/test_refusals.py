@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from commands import WORDS, fails, run, save, succeeds
+from commands import WORDS, fails, run, save, succeeds, time_briefly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertForSequenceClassification
@@ -109,18 +109,13 @@ def test_a_number_is_in_range_or_refused(text):
     [
         ("plan", "--objective", "speed", "'speed' must be one of error, size, latency"),
         ("export", "--format", "", "'' must be one of onnx, openvino, torch_export, aoti"),
-        ("plan", "--budget", "latency", "quantity and its limit"),
         ("plan", "--budget", "error=nan", "budget['error'] = nan must be a number"),
         ("plan", "--budget", "bytes=inf", "budget['bytes'] = inf must be a number"),
         ("plan", "--budget", "bytes=1e999x", "budget['bytes'] = '1e999x' must be a number"),
         ("plan", "--budget", "flops=-1", "budget['flops'] = -1.0 must be a number"),
-        ("plan", "--budget", "latency=3x", "two limits of 'latency', 2x and 3x"),
-        ("report", "--picture", "picture.foo", "picture.foo must end in one of .png, .svg, .pdf"),
-        ("report", "--calibration", "texts.txt", "--teacher"),
-        ("distill", "--steps", "1 --epochs 1", "are two lengths"),
         ("benchmark", "--frobnicate", "1", "No such option: --frobnicate"),
         ("evaluate", "--task", "sst3", "there is no task 'sst3'"),
-        ("reproduce", "--set", "seeds=[", "is no YAML"),
+        ("reproduce", "--set", "seeds=[", "is not YAML"),
         ("reproduce", "--set", "seeds=&a [*a]", "minilm-minutes: seeds must be"),
         ("reproduce", "--set", "stage1.batch_size=x", "minilm-minutes: stage1.batch_size must be"),
         *(
@@ -144,8 +139,7 @@ def test_a_word_of_an_option_is_refused_before_the_work(
     place, monkeypatch, command, option, value, told
 ):
     monkeypatch.chdir(place)
-    words = value.split() if option == "--steps" else [value]
-    assert told in fails(*commands(place)[command], option, *words)
+    assert told in fails(*commands(place)[command], option, value)
 
 
 def test_a_wrong_option_before_the_command_is_one_line_and_nothing_is_the_help():
@@ -260,7 +254,8 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(place, tmp_pat
     assert {path.name for path in (tmp_path / "full").iterdir()} == {"file"}
 
 
-def test_a_plan_is_written_to_a_pipe_like_other_results(place, tmp_path):
+def test_a_plan_is_written_to_a_pipe_like_other_results(place, tmp_path, monkeypatch):
+    time_briefly(monkeypatch)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     read: list[str] = []
@@ -276,16 +271,19 @@ def test_a_plan_is_written_to_a_pipe_like_other_results(place, tmp_path):
     [
         (
             ["distill", MODEL, MODEL, "out", "--data", "texts.txt", "--steps", 2, "--epochs", 1],
-            "two",
+            "are two lengths",
         ),
         (["plan", MODEL, "plan.json", "--budget", "foo"], "quantity and its limit"),
-        (["plan", MODEL, "p", "--budget", "bytes=1", "--budget", "bytes=2"], "two limits"),
+        (
+            ["plan", MODEL, "p", "--budget", "bytes=1", "--budget", "bytes=2"],
+            "two limits of 'bytes'",
+        ),
         (["evaluate", MODEL, "--data", "texts.txt", "--split", "test"], "give --task as well"),
         (["evaluate", MODEL], "--data must be a file"),
         (["compress", MODEL, "out", "--sequential"], "give --calibration"),
         (["report", MODEL, "--calibration", "texts.txt"], "--teacher"),
-        (["report", MODEL, "--json", "x.png", "--picture", "x.png"], "one file"),
-        (["report", MODEL, "--picture", "x.foo"], "must end in"),
+        (["report", MODEL, "--json", "x.png", "--picture", "x.png"], "give two files"),
+        (["report", MODEL, "--picture", "x.foo"], "x.foo must end in one of .png, .svg, .pdf"),
         (["benchmark", MODEL, MODEL], "named twice"),
     ],
 )
@@ -312,8 +310,6 @@ def test_an_input_is_not_overwritten(place, tmp_path):
         before = Path(words[-1]).read_bytes()
         assert "would be overwritten" in fails(*words)
         assert Path(words[-1]).read_bytes() == before
-    line = fails("report", student, "--json", tmp_path / "x.png", "--picture", tmp_path / "x.png")
-    assert "one file" in line
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -412,7 +408,7 @@ def test_a_student_with_a_damaged_shape_or_fewer_positions_is_refused(place, tmp
     config = short / "config.json"
     config.write_text(config.read_text().replace('"vocab_size": 13', '"vocab_size": 12'))
     line = fails(*command)
-    assert str(short) in line and "have not the shapes" in line
+    assert str(short) in line and "differ in shape" in line
 
 
 # The benchmarks
@@ -483,8 +479,7 @@ def test_a_fault_of_ours_says_how_to_see_it(place, monkeypatch):
 
 
 def test_a_terminal_that_knows_ascii_only_gets_a_table(place, monkeypatch):
-    for name in ("_LAYER_SECONDS", "_MODEL_SECONDS"):
-        monkeypatch.setattr(f"kroneckerbert.planning.{name}", 0.0)
+    time_briefly(monkeypatch)
     result = CliRunner(charset="ascii").invoke(
         app, ["report", str(place / "student"), "--tokens", "8", "--batch", "1"]
     )

@@ -126,7 +126,7 @@ def test_a_damaged_or_missing_file_is_no_format_error(tmp_path):
     for damaged in (whole[:-20], b"{}"):
         path = tmp_path / "cut.json.gz"
         path.write_bytes(damaged)
-        with pytest.raises(OSError, match=r"cut.json.gz is no gzip file, or is cut short"):
+        with pytest.raises(OSError, match=r"cut.json.gz is not a gzip file, or is truncated"):
             read_squad(path)
     with pytest.raises(FileNotFoundError):
         read_squad(tmp_path / "absent.json")
