@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from kroneckerbert.distillation import (
+    SHORT_RUN,
     TERMS,
     DistillationConfig,
     DistillationTrainer,
@@ -299,13 +300,6 @@ def matmuls_in(call) -> int:
     with torch.profiler.profile() as profile:
         call()
     return sum(e.count for e in profile.key_averages() if e.key == "aten::bmm")
-
-
-def test_the_attention_implementation_is_restored_after_an_error():
-    model = bert()
-    with pytest.raises(KeyError), attention_scores(model):
-        raise KeyError
-    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_default_model_has_an_attention_loss_and_stock_attentions_are_refused(tmp_path):
@@ -800,23 +794,6 @@ def test_attention_dropout_that_is_a_number_is_left_out_too(tmp_path):
     assert not torch.equal(model(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
-def test_activation_checkpointing_gives_the_same_gradients(tmp_path):
-    teacher, grads = bert(BertForSequenceClassification), []
-    batch = padded_batch() | {"labels": torch.tensor([0, 1, 2])}
-    for checkpointing in (False, True):
-        student = perturbed(teacher, by=0.2)
-        if checkpointing:
-            name = "activation_checkpointing_enable"  # transformers >= 5.23 deprecates the other
-            getattr(student, name, student.gradient_checkpointing_enable)()
-        run = trainer(tmp_path, student, teacher)
-        with trainer_module._without_dropout(student):
-            run.current_gradient_accumulation_steps = 1
-            run.training_step(student, dict(batch))
-        grads.append({name: p.grad for name, p in student.named_parameters()})
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, msg=name)
-
-
 def test_bfloat16_autocast_trains_with_a_float32_loss(tmp_path):
     teacher = bert(BertForSequenceClassification)
     data = dataset(32, labels=torch.arange(32) % 3)
@@ -882,6 +859,18 @@ def test_steps_end_training_before_the_clock_with_the_usual_schedule(tmp_path):
         assert run.state.global_step == 4
         rates.append([log["learning_rate"] for log in run.state.log_history if "loss" in log])
     assert rates[0] == rates[1]
+
+
+def test_a_run_ends_by_minutes_steps_or_epochs_with_the_rate_of_its_stage(tmp_path):
+    until = partial(DistillationConfig.until, str(tmp_path))
+    timed, counted, passes = until(minutes=5), until(steps=7), until(minutes=5, epochs=0.5)
+    assert (timed.max_minutes, timed.max_steps) == (5, 10**9)
+    assert (counted.max_minutes, counted.max_steps) == (None, 7)
+    assert (passes.max_minutes, passes.max_steps, passes.num_train_epochs) == (5, -1, 0.5)
+    assert (timed.learning_rate, until(steps=1, labelled=True).learning_rate) == (1e-3, 1e-4)
+    assert until(steps=1, labelled=True, **SHORT_RUN).learning_rate == SHORT_RUN["learning_rate"]
+    with pytest.raises(ValueError, match="give minutes, steps or epochs"):
+        until()
 
 
 # What is refused

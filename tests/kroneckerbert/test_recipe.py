@@ -100,8 +100,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(first: Path, second: Path) -> bool:
-    theirs = weights(second)
-    ours = weights(first)
+    ours, theirs = weights(first), weights(second)
     return ours.keys() == theirs.keys() and all(torch.equal(p, theirs[n]) for n, p in ours.items())
 
 
@@ -124,6 +123,8 @@ def finished(sources, tmp_path_factory) -> Path:
 def test_every_shipped_recipe_is_one(name, tmp_path):
     told = recipe.load(name)
     assert told.description
+    if (source := told.stage1.corpus.source).startswith("package:"):
+        assert Path(reproduction._located(source)).is_file()
     for cls, stage in [
         (DistillationConfig, told.stage1),
         *((DistillationConfig, task.stage2) for task in told.tasks.values()),
