@@ -1,64 +1,134 @@
 """Transformers with Kronecker-factorised layers, in the idiom of transformers.
 
-Importing this package registers its model types, so that ``AutoModel.from_pretrained`` and
-pipelines load what ``save_pretrained`` wrote. Classes are named after the dense ones:
+Importing this package registers its model types: ``AutoModel.from_pretrained`` and pipelines then
+load what ``save_pretrained`` wrote. Classes are named after the dense ones:
 ``KroneckerBertModel``, ``KroneckerRobertaForMaskedLM``, ``KroneckerGPT2LMHeadModel``, …
+
+The import itself loads neither torch nor a model: each public name is imported on first use.
 """
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if find_spec("transformers") is None:
     raise ImportError("kroneckerbert needs transformers: pip install 'kron-kernels[bert]'")
 
-from kroneckerbert import modeling_kroneckerbert
-from kroneckerbert.configuration_kroneckerbert import KroneckerConfig
-from kroneckerbert.conversion import compress, decompress, second_moments
-from kroneckerbert.modeling_kroneckerbert import (
-    KroneckerPreTrainedModel,
-    embed,
-    mean_pooling,
-    register,
-)
-from kroneckerbert.planning import plan, report
+if TYPE_CHECKING:
+    from kroneckerbert.adapters import load_adapter as load_adapter
+    from kroneckerbert.adapters import lora_config as lora_config
+    from kroneckerbert.adapters import merge_and_unload as merge_and_unload
+    from kroneckerbert.calibration import second_moments as second_moments
+    from kroneckerbert.configuration_kroneckerbert import KroneckerConfig as KroneckerConfig
+    from kroneckerbert.conversion import compress as compress
+    from kroneckerbert.conversion import decompress as decompress
+    from kroneckerbert.distillation import DistillationConfig as DistillationConfig
+    from kroneckerbert.distillation import DistillationTrainer as DistillationTrainer
+    from kroneckerbert.exporting import export as export
+    from kroneckerbert.exporting import load_exported as load_exported
+    from kroneckerbert.modeling_kroneckerbert import (
+        KroneckerPreTrainedModel as KroneckerPreTrainedModel,
+    )
+    from kroneckerbert.modeling_kroneckerbert import embed as embed
+    from kroneckerbert.modeling_kroneckerbert import mean_pooling as mean_pooling
+    from kroneckerbert.modeling_kroneckerbert import register as register
+    from kroneckerbert.planning import plan as plan
+    from kroneckerbert.planning import report as report
 
-# What needs more than transformers, imported when it is asked for.
-_LAZY = {
-    "DistillationConfig": "distillation",
-    "DistillationTrainer": "distillation",
-    "export": "exporting",
-    "load_exported": "exporting",
-    "load_adapter": "adapters",
-    "lora_config": "adapters",
-    "merge_and_unload": "adapters",
+_NAMES = {
+    "adapters": ["load_adapter", "lora_config", "merge_and_unload"],
+    "calibration": ["second_moments"],
+    "configuration_kroneckerbert": ["KroneckerConfig"],
+    "conversion": ["compress", "decompress"],
+    "distillation": ["DistillationConfig", "DistillationTrainer"],
+    "exporting": ["export", "load_exported"],
+    "modeling_kroneckerbert": ["KroneckerPreTrainedModel", "embed", "mean_pooling", "register"],
+    "planning": ["plan", "report"],
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f"kroneckerbert.{_LAZY[name]}"), name)
-    if name.startswith("Kronecker"):  # made by register, or when it is asked for
-        return getattr(modeling_kroneckerbert, name)
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if name.startswith("Kronecker"):  # KroneckerBertModel, …: made on demand
+        return getattr(import_module(f"{__name__}.modeling_kroneckerbert"), name)
+    if find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = [
-    "DistillationConfig",
-    "DistillationTrainer",
-    "KroneckerConfig",
-    "KroneckerPreTrainedModel",
-    "compress",
-    "decompress",
-    "embed",
-    "export",
-    "load_adapter",
-    "load_exported",
-    "lora_config",
-    "mean_pooling",
-    "merge_and_unload",
-    "plan",
-    "register",
-    "report",
-    "second_moments",
-]
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
+
+# --- registration with transformers
+
+PREFIX = "kronecker_"  # of the model types
+_AUTO = "transformers.models.auto.configuration_auto"
+
+
+def model_type(dense: str) -> str:
+    """The ``model_type`` in a Kronecker model's ``config.json``, from the dense model's."""
+    return PREFIX + dense.replace("-", "_")
+
+
+class _OnDemand(type):
+    """Metaclass of the stand-ins for configuration classes, which are made on first use.
+
+    Making a class imports its architecture, and transformers has hundreds.
+    """
+
+    dense: str  # the model type
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(cls._made(), name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._made()(*args, **kwargs)
+
+    def _made(cls) -> Any:
+        modeling = import_module(f"{__name__}.modeling_kroneckerbert")
+        return modeling.register(sys.modules[_AUTO].CONFIG_MAPPING[cls.dense])
+
+
+def _announce(auto: ModuleType) -> None:
+    """Give transformers' ``AutoConfig`` a stand-in for the Kronecker form of each model type."""
+    for dense in list(auto.CONFIG_MAPPING):
+        if not dense.startswith(PREFIX):  # of an earlier import
+            stand_in = _OnDemand(dense, (), {"dense": dense})
+            auto.AutoConfig.register(model_type(dense), stand_in, exist_ok=True)
+
+
+class _Announcer(MetaPathFinder):
+    """Announces the model types as soon as transformers' ``AutoConfig`` is imported.
+
+    To import it here would take torch's 1.5 s.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _AUTO or (spec := PathFinder.find_spec(name, path, target)) is None:
+            return None
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _announce(module)
+
+        loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path[:] = [f for f in sys.meta_path if type(f).__qualname__ != _Announcer.__qualname__]
+sys.meta_path.insert(0, _Announcer())
+if _AUTO in sys.modules:
+    _announce(sys.modules[_AUTO])

@@ -1,25 +1,20 @@
-"""Saving that an interruption cannot harm, and loading that says what is wrong."""
+"""Saving a model into a folder without a moment at which a loader finds parts of two models."""
 
 from __future__ import annotations
 
 import filecmp
 import os
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from kron_kernels.files import sync
+from kroneckerbert.files import naming_output, read_json, sync_all
 
-from kron_kernels import KroneckerEmbedding, KroneckerLinear
-from kroneckerbert import files
-from kroneckerbert.loading import file_dtypes, mismatched
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-# Every checkpoint has this file. Without our package transformers knows none of our model types;
-# it asks for trust_remote_code=True, and with it runs this.
+# Saved with every model. Without this package transformers knows none of its model types: it asks
+# for trust_remote_code=True, and then runs this.
 LOADER = "load_kroneckerbert"
 _LOADER_TEXT = '''"""Loads the class {name} from the package kroneckerbert."""
 
@@ -33,138 +28,149 @@ except ImportError as error:
 
 {name} = kroneckerbert.{name}
 '''
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_PARTIAL, _WHOLE = ".kroneckerbert-partial", ".kroneckerbert-whole"
 _WEIGHTS = re.compile(
     r"(?P<stem>[^.]+?)(\.(?P<variant>.+?))?(?P<shard>-\d{5}-of-\d{5})?\.safetensors"
 )
 _INDEX = re.compile(r"(?P<stem>[^.]+)\.safetensors\.index(\.(?P<variant>.+))?\.json")
-_FACTOR = re.compile(r"(\.parts\.\d+)?\.[ab]$")
-
-
-def weights_last(new: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """The order in which a model's new files replace old ones: see ``files.replacing_files``.
-
-    A loader finds weights by one name, ``model.safetensors`` or the index of the shards, and reads
-    them with ``config.json``. So that no reader, ours or another, ever sees parts of two models,
-    that name goes first and comes last; in between there is no model, which every loader says.
-    Saved again with the config it had, a model in one file is one rename, old or new.
-
-    Of the old weights those of the same variant go, ``model.fp16.safetensors`` by
-    ``variant="fp16"``, for they would be found before the new ones, and no others.
-    """
-    names = sorted(os.listdir(new))
-    weights = {n: m for n in names if (m := _WEIGHTS.fullmatch(n) or _INDEX.fullmatch(n))}
-    entries = [n for n, m in weights.items() if not m.groupdict().get("shard")]
-    move = [n for n in names if n in weights or not _same(new / n, folder / n)]
-    move.sort(key=lambda name: name in entries)
-    variants = {(m["stem"], m["variant"]) for m in weights.values()}
-    remove = []
-    for path in sorted(folder.iterdir()):
-        m = _WEIGHTS.fullmatch(path.name) or _INDEX.fullmatch(path.name)
-        if m and path.is_file() and (m["stem"], m["variant"]) in variants:
-            is_entry = not m.groupdict().get("shard")
-            if path.name not in move or (is_entry and len(move) > 1):
-                remove.append(path.name)
-    remove.sort(key=lambda name: bool(_SHARD.search(name)))  # an index before what it names
-    return remove, move
-
-
-def _same(a: Path, b: Path) -> bool:
-    return b.is_file() and filecmp.cmp(a, b, shallow=False)
-
-
-def check_whole(folder: str | os.PathLike) -> None:
-    """Raise if a killed save left a model's folder between its old and its new files.
-
-    Raises:
-        OSError: With the call that completes it. Loading does not: who reads may not write here.
-    """
-    if files.is_between(folder):
-        raise OSError(
-            f"the last save in {folder} was cut off while its files took their places. Nothing is "
-            f"lost: unless a process is saving there now, call kroneckerbert.files.finish("
-            f"{os.fspath(folder)!r}), or save there again; then load it."
-        )
 
 
 def write_loader(folder: Path, config_name: str) -> None:
-    """The module that tells those without our package what they need."""
+    """Write the module that loads the configuration, or says how to install this package."""
     (folder / f"{LOADER}.py").write_text(_LOADER_TEXT.format(name=config_name))
 
 
-def check_loaded(
-    model: PreTrainedModel,
-    info: dict[str, Any],
-    source: str | os.PathLike | None,
-    new_head: bool = False,
-) -> None:
-    """Raise unless the model without its head is what was saved.
+@contextmanager
+def replacing_model(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder; move the model saved there into ``folder`` on success.
 
-    transformers draws what a checkpoint lacks and logs a table. A pooler or a head may be new: that
-    is how fine-tuning starts.
+    Loaders find weights by an entry, ``model.safetensors`` or the index of the shards. Where one
+    rename of the entry is not enough, the complete temporary folder is first renamed to a name that
+    says so; from then on ``finish`` completes the save, however often the process is killed.
+    Before, the old model is untouched.
+
+    Of the old weights those of the same variant are removed (``model.fp16.safetensors`` for
+    ``variant="fp16"``). All other files stay.
 
     Args:
-        model: As ``from_pretrained`` made it ...
-        info: ... with ``output_loading_info=True``.
-        source: The name of the checkpoint, for the message.
-        new_head: Whether a head of another shape than the checkpoint's is a new one.
+        folder: Made if it is absent.
 
     Raises:
-        ValueError: If a tensor is missing, in surplus, of another shape or not of floating-point
-            numbers, or a factor is not finite.
+        OSError: If the folder cannot be written.
     """
-    prefix = f"{model.base_model_prefix}."
-    parts = {name for name, _ in model.base_model.named_children()} - {"pooler"}
-
-    def of_encoder(names: Any) -> list[str]:
-        return sorted(n for n in names if n.removeprefix(prefix).split(".")[0] in parts)
-
-    missing, surplus = of_encoder(info["missing_keys"]), of_encoder(info["unexpected_keys"])
-    shapes = mismatched(info)
-    other_shape = of_encoder(shapes) if new_head else list(shapes)
-    state = model.state_dict().items()
-    floating = {name.removeprefix(prefix) for name, t in state if t.is_floating_point()}
-    numbers = [
-        f"{name} ({dtype})"
-        for name, dtype in ({} if source is None else file_dtypes(Path(source))).items()
-        if name.removeprefix(prefix) in floating and not dtype.startswith(("F", "BF"))
-    ]
-    problems = [
-        f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)}"
-        for what, names in (
-            ("missing", missing),
-            ("in surplus", surplus),
-            ("of another shape", [shapes[name] for name in other_shape]),
-            ("not of floating-point numbers", numbers),
-        )
-        if names
-    ]
-    if problems:
-        dense = {name.removesuffix(".weight") for name in surplus}
-        if any(_FACTOR.sub("", name) in dense for name in missing):
-            remedy = (
-                "these are dense weights where config.kronecker_factors asks for factors: load "
-                "them with their own class and call kroneckerbert.compress(model, config)"
-            )
-        elif other_shape and not of_encoder(other_shape):
-            remedy = "pass ignore_mismatched_sizes=True for a new head"
+    if not os.fspath(folder):  # Path("") is the current folder
+        raise FileNotFoundError("the folder's name is empty; give one, or '.' for this folder.")
+    folder = Path(folder)
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; choose another name for the folder.")
+    partial, whole = folder / _PARTIAL, folder / _WHOLE
+    with naming_output(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    finish(folder)
+    with naming_output(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    try:
+        yield partial
+        sync_all(partial)
+        entries = _entries(partial)
+        changed = [path.name for path in partial.iterdir() if not _same(path, folder / path.name)]
+        obsolete = {path.name for entry in entries for path in _obsolete(folder, entry)}
+        if len(changed) == 1 and obsolete <= set(changed):
+            os.replace(partial / changed[0], folder / changed[0])
+            sync(folder)
         else:
-            remedy = "load it with the config it was saved with, or save it again"
-        raise ValueError(
-            f"{source} is no checkpoint of this {type(model).__name__}. "
-            f"Tensors {'; '.join(problems)}. To resolve: {remedy}."
+            partial.rename(whole)
+            sync(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        finish(folder)
+    except KeyboardInterrupt:
+        finish(folder)
+        raise
+
+
+def finish(folder: str | os.PathLike) -> None:
+    """Complete a save that was killed while the new files were moved into ``folder``, if any.
+
+    The old entry goes first and the new one comes last: in between there is no model, which every
+    loader reports. Each step can be repeated.
+
+    Raises:
+        OSError: If a file cannot be moved, or the new index of shards is damaged.
+    """
+    folder = Path(folder)
+    whole = folder / _WHOLE
+    if not whole.is_dir():
+        return
+    entries = _entries(whole)
+    obsolete = [path for entry in entries for path in _obsolete(folder, entry)]
+    for path in obsolete:
+        path.unlink(missing_ok=True)
+    sync(folder)
+    new = sorted(whole.iterdir(), key=lambda path: (path in entries, path.name))
+    for path in new:
+        if path in entries:
+            sync(folder)
+        os.replace(path, folder / path.name)
+    sync(folder)
+    shutil.rmtree(whole, ignore_errors=True)
+
+
+def check_whole(folder: str | os.PathLike) -> None:
+    """Raise if a killed save left a folder between the old and the new model.
+
+    Raises:
+        OSError: With the call that completes the save. Loading does not call it: a reader may not
+            be allowed to write.
+    """
+    whole = Path(folder) / _WHOLE
+    if whole.is_dir() and any(whole.iterdir()):
+        raise OSError(
+            f"the last save in {folder} was killed while its files were moved into place. Nothing "
+            "is lost: unless a process is saving there now, call "
+            f"kroneckerbert.checkpoints.finish({os.fspath(folder)!r}), or save there again; then "
+            "load it."
         )
-    for path, factor in _factors(model):
-        if not factor.is_meta and not factor.isfinite().all():
-            raise ValueError(
-                f"{path} in {source} has NaN or infinite entries; the training that wrote it "
-                "diverged or the file is damaged: use an earlier checkpoint, or "
-                "dtype=torch.float32 if it was loaded in half precision."
-            )
 
 
-def _factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for path, module in model.named_modules():
-        if isinstance(module, KroneckerLinear | KroneckerEmbedding):
-            yield f"{path}.a", module.a
-            yield f"{path}.b", module.b
+def _entries(folder: Path) -> list[Path]:
+    """The files by which loaders find weights; one, unless something else was saved beside them."""
+    return [path for path in sorted(folder.iterdir()) if (m := _weights(path)) and not m["shard"]]
+
+
+def _obsolete(folder: Path, entry: Path) -> list[Path]:
+    """The old weights to remove before the files of a new ``entry`` move into ``folder``.
+
+    That is every file of its variant but the new shards, some of which may be there already.
+    """
+    new, shards = _weights(entry), set()
+    if entry.suffix == ".json":
+        try:
+            shards = set(read_json(entry, "weight_map")["weight_map"].values())
+        except (AttributeError, TypeError, ValueError) as error:
+            raise OSError(
+                f"{entry} is no index of shards ({error}); remove {entry.parent} and save again."
+            ) from error
+    old = [
+        path
+        for path in sorted(folder.iterdir())
+        if (m := _weights(path))
+        and path.is_file()
+        and (m["stem"], m["variant"]) == (new["stem"], new["variant"])
+        and path.name not in shards
+    ]
+    return sorted(old, key=lambda path: bool(_weights(path)["shard"]))  # entries first
+
+
+def _weights(path: Path) -> dict[str, str | None]:
+    """Stem, variant and shard of a file of weights, or of an index; empty for any other file."""
+    if m := _WEIGHTS.fullmatch(path.name) or _INDEX.fullmatch(path.name):
+        return {"shard": None, **m.groupdict()}
+    return {}
+
+
+def _same(new: Path, old: Path) -> bool:
+    # Weights count as new without a comparison, which would read all of them.
+    return not _weights(new) and old.is_file() and filecmp.cmp(new, old, shallow=False)

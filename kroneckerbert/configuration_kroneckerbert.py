@@ -18,6 +18,7 @@ from kron_kernels import KronShape
 from kron_kernels.factorise import terms_of
 from kron_kernels.plan import Plan
 from kron_kernels.readers import reader
+from kroneckerbert import model_type
 
 
 class _Roles(NamedTuple):
@@ -303,7 +304,6 @@ class KroneckerConfig(_Base):
         return _layout(self.dense_class, json.dumps(fields, sort_keys=True))  # type: ignore[arg-type]
 
 
-PREFIX = "kronecker_"  # of our model types
 _OF_THE_FILE = ("model_type", "transformers_version", "architectures", "_name_or_path", "auto_map")
 _OURS = ("kronecker_factors", "kronecker_plan")
 _NO_STRUCTURE = (*_OF_THE_FILE, *_OURS, "id2label", "label2id", "dtype")
@@ -386,13 +386,10 @@ def kronecker_config(dense_class: type[PreTrainedConfig]) -> type[KroneckerConfi
 
 
 def _blank(dense_class: type[PreTrainedConfig]) -> KroneckerConfig:
-    cls = kronecker_config(dense_class)
+    from kroneckerbert.modeling_kroneckerbert import register  # AutoModel must know the class
+
+    cls = register(dense_class)
     return cls.__new__(cls)
-
-
-def model_type(dense: str) -> str:
-    """What ``config.json`` says of a Kronecker model, by the dense model's ``model_type``."""
-    return PREFIX + dense.replace("-", "_")
 
 
 def _checked_entry(name: str, entry: Any) -> dict | list[dict] | None:

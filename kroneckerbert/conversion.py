@@ -10,10 +10,9 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -31,7 +30,7 @@ from kron_kernels.nn import as_trainable
 from kron_kernels.plan import Plan
 from kroneckerbert.calibration import checked_batches, refit, second_moments
 from kroneckerbert.configuration_kroneckerbert import KroneckerConfig
-from kroneckerbert.loading import load, read_config
+from kroneckerbert.loading import is_sentence_transformer, load, read_config, why_not
 from kroneckerbert.modeling_kroneckerbert import (
     ELSEWHERE,
     FACTORISED,
@@ -39,7 +38,6 @@ from kroneckerbert.modeling_kroneckerbert import (
     is_tied,
     kronecker_class,
 )
-from kroneckerbert.refusals import is_sentence_transformer, why_not
 
 
 @torch.no_grad()
@@ -194,13 +192,11 @@ def _compress_sentence_transformer(model: Any, config: Any, **options: Any) -> A
 
 
 def _load(source: str | os.PathLike) -> PreTrainedModel:
-    """The model in the class that its configuration names."""
     config = read_config(source)
-    # Checkpoints of bare encoders may name no class.
-    name = (config.architectures or [""])[0]
     if isinstance(config, KroneckerConfig):
+        name = (config.architectures or [type(config).__name__])[0]
         raise TypeError(f"{source}: cannot compress a {name}; {FACTORISED}.")
-    return load(getattr(transformers, name, AutoModel), source)
+    return load(source)
 
 
 def _check_class(cls: type[KroneckerPreTrainedModel], config: KroneckerConfig) -> None:

@@ -21,7 +21,7 @@ class Table:
     """Labelled texts; all columns have one entry per row.
 
     Args:
-        labels: All integers, all floats or all words.
+        labels: All integers, all floats or all strings.
         texts: The first, or only, text of each row.
         texts_b: The second text of each row, or None if the rows have one.
     """
@@ -38,17 +38,17 @@ class TextDataset(Dataset):
     """Tokenised texts for ``Trainer``, unpadded.
 
     ``Trainer(..., processing_class=tokenizer)`` pads each batch to its longest text;
-    ``train_sampling_strategy="group_by_length"`` in its arguments keeps that little.
+    ``train_sampling_strategy="group_by_length"`` in its arguments keeps the padding short.
 
     Args:
         tokenizer: A fast tokenizer.
         texts: The first, or only, text of each row.
         texts_b: The second texts, if any.
         labels: One per row, integers for a classifier and floats for a regression, if any.
-        max_length: Tokens, special ones included, beyond which a row is truncated.
+        max_length: Tokens, special ones included, to which rows are truncated.
 
     Raises:
-        ValueError: If ``max_length`` is no positive integer.
+        ValueError: If ``max_length`` is not a positive integer.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TextDataset(Dataset):
         labels: Sequence[int] | Sequence[float] | None = None,
         max_length: int = 128,
     ):
-        # Padding adds the mask, and BERT takes missing segments for zeros: a third of the memory.
+        # Padding adds the mask, and BERT's segments default to zeros: a third of the memory.
         self.columns = dict(
             tokenizer(
                 list(texts),
@@ -67,7 +67,7 @@ class TextDataset(Dataset):
                 truncation=True,
                 max_length=check_integer("max_length", max_length),
                 return_attention_mask=False,
-                # Not where no second text is marked: GPT-2 would look these ids up as words.
+                # Without a separator there are no segments: GPT-2 would look the ids up as words.
                 return_token_type_ids=texts_b is not None and tokenizer.sep_token is not None,
             )
         )
@@ -82,17 +82,17 @@ class TextDataset(Dataset):
 
 
 def by_length(lengths: Sequence[int]) -> list[int]:
-    """Rows from the longest to the shortest: next to others as long, so that little is padding."""
+    """Indices of rows from longest to shortest: batches of neighbours have the least padding."""
     return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
 
 def batches_by_length(
     dataset: Dataset, lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> tuple[DataLoader, list[int]]:
-    """Padded batches of rows alike in length, and the rows in the order in which they come.
+    """Padded batches of rows of similar length, and the indices of the rows in this order.
 
     Raises:
-        ValueError: If ``batch_size`` is no positive integer.
+        ValueError: If ``batch_size`` is not a positive integer.
     """
     batch_size = check_integer("batch_size", batch_size)
     order = by_length(lengths)
@@ -101,23 +101,23 @@ def batches_by_length(
 
 
 def read_lines(path: Path) -> list[str]:
-    """The texts of a UTF-8 file, one a line; blank lines are left out.
+    """The texts of a UTF-8 file, one per line, without blank lines.
 
     Args:
         path: Plain, or compressed if it ends in ``.gz``.
 
     Raises:
-        ValueError: If there is no text in it, or a line is not UTF-8.
+        ValueError: If it has no text, or a line is not UTF-8.
         OSError: If it cannot be read or decompressed.
     """
     lines = [line.strip() for _, line in numbered_lines(path)]
     if not lines:
-        raise ValueError(f"{path} has no text; it must have one text a line.")
+        raise ValueError(f"{path} has no text; it must have one text per line.")
     return lines
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file is a labelled table: its first line that is not blank has a tab.
+    """Whether a file is a labelled table: its first non-blank line has a tab.
 
     Raises:
         ValueError, OSError: As ``read_lines``.
@@ -128,17 +128,17 @@ def is_table(path: Path) -> bool:
 def read_table(path: Path) -> Table:
     """A tab-separated UTF-8 table with the columns label, text and, optionally, a second text.
 
-    A first line whose first field is the word ``label`` is a header and skipped, as are blank
-    lines. There is no quoting: a quotation mark is a part of the text.
+    A first line whose first field is ``label`` is a header and skipped, like blank lines. There is
+    no quoting: quotation marks are text.
 
     Args:
         path: Plain, or compressed if it ends in ``.gz``.
 
     Returns:
-        Labels are integers if all are, floats if all are numbers, words if none is.
+        Labels are integers if all are, floats if all are numbers, strings if none is a number.
 
     Raises:
-        ValueError: If a line breaks these rules or is not UTF-8, or there is no row.
+        ValueError: If a line breaks these rules or is not UTF-8, or there are no rows.
         OSError: If the file cannot be read or decompressed.
     """
     rows: list[tuple[int, list[str]]] = []
@@ -172,14 +172,15 @@ def read_table(path: Path) -> Table:
 def label_targets(
     labels: list[int] | list[float] | list[str], config: PreTrainedConfig
 ) -> list[int] | list[float]:
-    """Labels as a model with this configuration is trained on them.
+    """Training targets for a model with this configuration.
 
     Args:
         labels: As in a ``Table``.
-        config: Of a model for sequence classification; one label means a regression.
+        config: The configuration of a model for sequence classification; one label means a
+            regression.
 
     Returns:
-        Floats for a regression; else integers in ``[0, num_labels)``, words by ``label2id``.
+        Floats for a regression; else integers in ``[0, num_labels)``, strings by ``label2id``.
 
     Raises:
         ValueError: If the model has no such label.
@@ -192,7 +193,7 @@ def label_targets(
                 "(num_labels = 1), which needs numbers."
             )
         return [float(label) for label in labels]
-    known: Collection[Any] = ()  # classes are not counted in fractions
+    known: Collection[Any] = ()  # no class is a fraction
     if kind is int:
         known = range(config.num_labels)
     elif kind is str:
@@ -207,11 +208,11 @@ def label_targets(
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers in the file, from 1."""
+    """Non-blank lines with their numbers in the file, from 1."""
     with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
         number = 0
         try:
-            # Bytes: a text file would report a wrong byte for its whole buffer, not its line.
+            # As bytes: a text file decodes a buffer of many lines at once, and could not name one.
             for number, line in enumerate(file, 1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 if text.strip():

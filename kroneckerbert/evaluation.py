@@ -1,4 +1,4 @@
-"""How good a model is: at its task, or at standing in for its teacher."""
+"""Metrics of a model on its task, and of its likeness to its teacher."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def evaluate(
     """Metrics of the predictions of labels.
 
     Args:
-        model: Any transformer, dense or Kronecker. One for sequence classification predicts with
-            its head; any other by the cosine similarity of the mean-pooled embeddings of two texts.
-        tokenizer: Its tokenizer; longer rows are truncated to what both can take.
+        model: Any transformer, dense or Kronecker. A model for sequence classification predicts
+            with its head, any other by the cosine similarity of two texts' mean-pooled embeddings.
+        tokenizer: Its tokenizer; rows are truncated to the longest that both take.
         table: The rows, see ``kroneckerbert.data.read_table``.
-        batch_size: Rows per forward pass; they are batched by length.
+        batch_size: Rows per forward pass, batched by length.
 
     Returns:
-        ``accuracy``, ``f1`` (of label 1 if there are two labels, else the mean over labels) and
-        ``matthews`` (correlation) of a classifier; ``pearson`` and ``spearman`` (correlations) of a
-        regression or of similarities, which are NaN where either side is constant.
+        Of a classifier: ``accuracy``, ``f1`` (of label 1 if there are two labels, else the mean
+        over labels) and ``matthews``. Of a regression or of similarities: the correlations
+        ``pearson`` and ``spearman``, NaN if predictions or labels are constant.
 
     Raises:
-        ValueError: If the labels are not the model's, or a model without a head gets anything but
-            numbers for pairs of texts.
+        ValueError: If the model has no such label, or it has no head and the table is not numbers
+            for pairs of texts.
     """
     if not classifies_sequences(model):
         if table.texts_b is None or isinstance(table.labels[0], str):
@@ -84,7 +84,7 @@ def similarity(
     tokenizer: PreTrainedTokenizerBase,
     sentences: Sequence[str],
 ) -> dict[str, float]:
-    """How near a student's mean-pooled sentence embeddings are to its teacher's.
+    """Similarity of a student's mean-pooled sentence embeddings to its teacher's.
 
     Args:
         model: The student.
@@ -93,10 +93,10 @@ def similarity(
         sentences: At least three different texts.
 
     Returns:
-        ``cosine``, the mean over sentences of the cosine of student's and teacher's embedding; and
-        ``ranking``, the Spearman correlation over 4000 pairs of sentences, the same in every call,
-        of the student's cosine of the pair with the teacher's: whether it finds the same ones
-        alike.
+        ``cosine``, the mean over sentences of the cosine of the student's and the teacher's
+        embedding. ``ranking``, the Spearman correlation of the student's and the teacher's cosines
+        of 4000 pairs of sentences, the same pairs in every call: whether both find the same
+        sentences alike.
 
     Raises:
         ValueError: If there are fewer than three different sentences, or the hidden sizes differ.

@@ -1,8 +1,8 @@
-"""Models for other runtimes: ONNX Runtime, OpenVINO, torch.export and AOTInductor, each verified.
+"""Export to ONNX Runtime, OpenVINO, torch.export and AOTInductor, with a check of the result.
 
-The graphs are those of ``transformers.exporters``. They hold stock operators only: a product by
-factors is exported in the form that plain PyTorch computes it in, so that what runs the export
-needs neither of this project's packages.
+The graphs are made by ``transformers.exporters`` from stock operators only: products by factors are
+exported as the matrix products of plain PyTorch. An export needs neither of this project's packages
+to run.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from kroneckerbert.files import CHECKSUMS, damaged, read_json, replace_folder, w
 
 Format = Literal["onnx", "openvino", "torch_export", "aoti"]
 
-# What transformers calls a format, where it has another name; and the packages that write and run
-# one, all brought by the extra of the format's name.
+# transformers' names of formats, where they differ; and the packages that write and run a format,
+# all in the extra of the format's name.
 _BACKENDS = {"torch_export": "dynamo"}
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
-_RUN_CODE = {"dynamo": "torch_export", "aoti": "aoti"}  # when they are loaded: pickles, a library
+_RUN_CODE = {"dynamo": "torch_export", "aoti": "aoti"}  # on loading: a pickle, a library
 
 # In units of float32's rounding, relative to an output's largest entry. Two orders of summation
 # drift apart like a random walk: by √(n d) roundings after d sums of n terms, 500 for BERT_BASE
@@ -61,12 +61,12 @@ _ROUNDINGS = 2**10
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an output of the export is from PyTorch's, over all inputs that were tried.
+    """Difference of an export's output from PyTorch's, over all inputs of the check.
 
     Attributes:
         worst: The largest absolute difference of two entries.
         scale: The largest absolute entry of PyTorch's output.
-        cosine: The least cosine similarity of the outputs for one input, flattened.
+        cosine: The smallest cosine similarity of the flattened outputs for one input.
     """
 
     worst: float
@@ -76,14 +76,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written, and how near it is to the model.
+    """Result of ``export``.
 
     Attributes:
-        folder: Where it is, for ``load_exported``.
-        format: As asked for.
-        quantize: As asked for.
+        folder: The export, for ``load_exported``.
+        format: The argument.
+        quantize: The argument.
         bytes: Size of graph and weights.
-        shapes: The inputs that were tried, ``(batch, tokens)``.
+        shapes: The inputs of the check, ``(batch, tokens)``.
         differences: By the output's name.
     """
 
@@ -110,7 +110,7 @@ class ExportResult:
 
 
 class AotiExporter(DynamoExporter):
-    """Machine code for the model's device by AOTInductor, in the manner of transformers' own."""
+    """Exporter to machine code for the model's device, by AOTInductor."""
 
     export_format = "aoti"
 
@@ -124,7 +124,7 @@ class AotiExporter(DynamoExporter):
 
 
 class AotiRunner(DynamoModelRunner):
-    """Runs a loaded package, which is bound to its device."""
+    """Runner of a loaded package, which is bound to its device."""
 
     @property
     def device(self) -> torch.device:
@@ -150,37 +150,37 @@ def export(
     tolerance: float | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ExportResult:
-    """Write a model for another runtime, and verify that it computes there what it does here.
+    """Write a model for another runtime, and check that it computes the same there.
 
-    The new folder holds the program (``model.onnx`` and its weights ``model.onnx.data``,
-    ``openvino_model.xml`` and ``.bin``, or ``model.pt2``), ``config.json`` and ``export.json``;
-    ``load_exported`` runs it, and so does the bare runtime. A decoder is exported without its
-    cache: it computes all logits of a sequence, for scoring, and generates slowly.
+    The new folder has the program (``model.onnx`` and its weights ``model.onnx.data``,
+    ``openvino_model.xml`` and ``.bin``, or ``model.pt2``), ``config.json`` and ``export.json``. It
+    is run by ``load_exported`` or by the bare runtime. A decoder is exported without its cache: it
+    computes all logits of a sequence, which is for scoring; generation is slow.
 
-    Each time the folder's program is loaded and run on three batches: of the sample's size, of one
-    sequence half as long, and of one more sequence than the sample; each with padding. Only then
-    the folder takes its name; an error or an interruption leaves what was there.
+    Every export is loaded and run on three padded batches: of the sample's size, of one sequence
+    half as long, and of one more sequence than the sample. Only then does the folder get its name;
+    an error or an interruption leaves the old folder.
 
     Args:
-        model: Any model of transformers, dense or factorised, with any head; left as it is.
-            Exported in evaluation mode.
-        path: New folder, or one that an earlier call wrote.
-        format: ``"onnx"`` runs in ONNX Runtime, ``"openvino"`` in OpenVINO, ``"torch_export"`` is a
-            program for PyTorch, ``"aoti"`` machine code for the model's device by AOTInductor (it
-            takes a C++ compiler and a minute or more).
-        sample: Model inputs as a tokenizer returns them, each ``(batch, tokens)``, whose names
-            become the graph's; random ids unless given.
-        dynamic: Take any batch and any number of tokens, instead of the sample's alone.
+        model: Any model of transformers, dense or factorised, with any head. It is exported in
+            evaluation mode and left unchanged.
+        path: New folder, or one from an earlier call.
+        format: ``"onnx"`` for ONNX Runtime, ``"openvino"`` for OpenVINO, ``"torch_export"`` for
+            PyTorch, ``"aoti"`` for machine code for the model's device by AOTInductor (which needs
+            a C++ compiler and a minute or more).
+        sample: Model inputs as a tokenizer returns them, each ``(batch, tokens)``; their names
+            become the graph's. Random ids unless given.
+        dynamic: Accept any batch size and number of tokens, not only the sample's.
         quantize: ``"int8-dynamic"``, for ONNX: weights in 8 bits, activations rounded to 8 bits at
-            run time. The differences are then reported, not judged.
-        tolerance: Largest accepted difference, as a part of the output's largest entry. The default
-            is for float32: 1.2e-4, twice what the order of summation may do to a network of
+            run time. Differences are then reported but not checked.
+        tolerance: Largest accepted difference, relative to the output's largest entry. The default,
+            for float32, is 1.2e-4: twice the effect of the order of summation in a network of
             BERT_BASE's size.
         tokenizer: Saved in the same folder.
 
     Raises:
         ImportError: If a package is missing or too old, with the command that installs it.
-        TypeError: If ``model`` is no ``PreTrainedModel``.
+        TypeError: If ``model`` is not a ``PreTrainedModel``.
         ValueError: If an argument is out of range, or the export computes something else.
         FileExistsError: If ``path`` is not empty and was not written by this project.
     """
@@ -236,27 +236,27 @@ def export(
 def load_exported(
     path: str | os.PathLike, *, trust_remote_code: bool = False, **options: Any
 ) -> ExportedModel:
-    """What ``export`` wrote, ready to run: called as the model it came from, with tensors.
+    """An exported model, ready to run: it is called with tensors, like the original model.
 
-    All files are compared with the checksums that ``export`` wrote, in a second or two for a GB: a
-    program whose weights changed on the disk would run and be wrong.
+    All files are compared with their checksums, which takes some seconds per GB: a program with
+    damaged weights would run and be wrong.
 
     Args:
-        path: Its folder.
-        trust_remote_code: Whether to load programs that run code of their own when they are loaded,
-            those of ``"torch_export"`` and ``"aoti"``. For folders that you trust.
-        **options: To ``transformers.exporters.ExportedModel.from_pretrained``: ``device``, and of
-            the runtime, such as ``session_options=`` for ONNX Runtime and ``config=`` for OpenVINO,
-            which computes in float32 unless this says otherwise.
+        path: The folder that ``export`` wrote.
+        trust_remote_code: Load programs that run code on loading, ``"torch_export"`` and
+            ``"aoti"``. Only for folders that you trust.
+        **options: For ``transformers.exporters.ExportedModel.from_pretrained``: ``device``, and
+            options of the runtime, such as ``session_options=`` for ONNX Runtime and ``config=``
+            for OpenVINO, whose default precision is float32 here.
 
     Returns:
-        A callable; it returns a model output, of the fields that the model's had.
+        A callable; it returns a model output with the fields of the model's output.
 
     Raises:
-        FileNotFoundError: If the folder holds no export.
-        OSError: If a file of it is missing, or not as ``export`` wrote it.
+        FileNotFoundError: If the folder has no export.
+        OSError: If a file is missing or damaged.
         ImportError: If the runtime is not installed, with the command that installs it.
-        ValueError: If the program runs code when it is loaded, and ``trust_remote_code`` is false.
+        ValueError: If the program runs code on loading, and ``trust_remote_code`` is false.
     """
     path = Path(path)
     if problem := damaged(path):
@@ -276,14 +276,14 @@ def load_exported(
     except ValueError as error:
         raise _unreadable(path / "export.json", error) from error
     _check_packages(format)
-    # As transformers does from 5.24 on; 5.23 loads them unasked.
+    # transformers refuses them as well from 5.24 on.
     if format in _RUN_CODE and not trust_remote_code:
         raise ValueError(
             f"{path} holds a program of format {_RUN_CODE[format]!r}, which runs code when it is "
             "loaded: if you trust whoever wrote it, pass trust_remote_code=True."
         )
     if format == "openvino":
-        # It would choose bfloat16 by itself where the CPU has it, and be half a percent off.
+        # By default it computes in bfloat16 if the CPU has it, with errors of half a percent.
         options["config"] = {"INFERENCE_PRECISION_HINT": "f32", **options.get("config", {})}
     with _quiet():
         try:
@@ -293,7 +293,7 @@ def load_exported(
         except (ImportError, TypeError):
             raise
         except Exception as error:  # each runtime has errors of its own
-            if (path / CHECKSUMS).exists():  # then it is not the files
+            if (path / CHECKSUMS).exists():  # the files are not the cause
                 raise
             raise _unreadable(path, error) from error
 
@@ -301,8 +301,8 @@ def load_exported(
 def _unreadable(path: Path, error: Exception) -> OSError:
     why = " ".join(str(error).split())
     return OSError(
-        f"{path} cannot be read ({why}). To resolve: export again if it is damaged; this export "
-        "has no checksums that would tell."
+        f"{path} cannot be read ({why}). To resolve: export again if it is damaged; without "
+        "checksums that is not known."
     )
 
 
@@ -322,7 +322,7 @@ def _exported(
     shapes = None
     if dynamic:
         tokens = _shape(sample)[1]
-        # DYNAMIC rather than AUTO, which would quietly make a constant of what it cannot vary.
+        # Not AUTO, which silently makes constants of sizes that cannot vary.
         vary = torch.export.Dim.DYNAMIC
         shapes = {
             name: {0: vary, 1: vary} if x.ndim > 1 and x.shape[1] == tokens else {0: vary}
@@ -331,7 +331,7 @@ def _exported(
     config = backend.config_class(dynamic=dynamic, dynamic_shapes=shapes)
     exported = backend().export(model, {**sample, **_flags(model)}, config)
     if format == "onnx":
-        # Without the traceback of every node, which is most of a small model and names folders.
+        # Tracebacks of all nodes are most of a small model's file, and name local folders.
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
         ClearMetadataAndDocStringPass()(exported.program)
@@ -342,9 +342,9 @@ def _quantize(exported: ExportedModel, sample: dict[str, Tensor]) -> None:
     from onnxscript import optimizer
 
     component = exported.components["model"]
-    # Only products with a constant are quantised, which a factor's transpose is not before it is
-    # folded: of a compressed BERT_BASE's 73 layers the dense pooler alone would be. The default
-    # limits leave out large tensors.
+    # Only products with a constant are quantised, and a factor's transpose is one only after it is
+    # folded: without folding, one of a compressed BERT_BASE's 73 layers is, the dense pooler. The
+    # default limits exclude large tensors.
     limits = {"input_size_limit": 2**62, "output_size_limit": 2**62}
     optimizer.fold_constants(component.program, **limits)
     optimizer.remove_unused_nodes(component.program)
@@ -371,7 +371,7 @@ def _differences(
                     f"{_shape(x)} tokens, the model's {tuple(right.shape)}."
                 )
             left, right = left.double().flatten().cpu(), right.double().flatten().cpu()
-            # Of a NaN nothing is smaller: `_judge` refuses it.
+            # A NaN compares false with any tolerance: `_judge` refuses it.
             worst, scale = (left - right).abs().max().item(), right.abs().max().item()
             cosine = torch.cosine_similarity(left, right, 0).item()
             found.setdefault(name, []).append(Difference(worst, scale, cosine))
@@ -396,12 +396,12 @@ def _judge(differences: Mapping[str, Difference], tolerance: float, format: Form
 
 
 def _sample(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Random ids, the mask, and the segments where the model tells several apart."""
+    """Random ids, the mask, and segments if the model has more than one type."""
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or 512
     shape = 2, max(2, min(24, longest // 2))
-    draws = torch.Generator().manual_seed(0)  # the global one is left alone
-    ids = torch.randint(config.vocab_size, shape, generator=draws)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, shape, generator=generator)
     sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if (getattr(config, "type_vocab_size", None) or 0) > 1:
         sample["token_type_ids"] = torch.zeros_like(ids)
@@ -434,10 +434,10 @@ def _shape(sample: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _resized(sample: Mapping[str, Tensor], batch: int, tokens: int) -> dict[str, Tensor]:
-    """The first tokens of the rows, which are repeated as needed."""
+    """The sample with this many rows, repeated as needed, cut to this many tokens."""
     whole = _shape(sample)[1]
     return {
-        # Contiguous, or torch.export would expect strides such as these of later inputs.
+        # Contiguous: torch.export would require the strides of a slice of all later inputs.
         name: x[
             torch.arange(batch) % len(x), : tokens if x.shape[1] == whole else None
         ].contiguous()
@@ -446,7 +446,7 @@ def _resized(sample: Mapping[str, Tensor], batch: int, tokens: int) -> dict[str,
 
 
 def _padded(sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With the last quarter of the first row masked, and nothing else."""
+    """The sample with only the last quarter of the first row masked."""
     mask = sample.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return dict(sample)
@@ -457,7 +457,7 @@ def _padded(sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flags(model: PreTrainedModel) -> dict[str, Any]:
-    """For the forward pass: no cache, which would be an output."""
+    """Arguments of the forward pass that turn off the cache, which would be an output."""
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
     return {"use_cache": False} if takes_cache else {}
 
@@ -470,7 +470,7 @@ def _tensors(output: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporters print at each call; what goes wrong is an exception."""
+    """Suppress prints, warnings and logs of the exporters; failures raise exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

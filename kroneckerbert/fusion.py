@@ -1,8 +1,8 @@
-"""Feed-forward blocks, and an attention's three products of one input, each in one pass.
+"""Feed-forward blocks, and an attention's query, key and value, each computed in one call.
 
-The module that calls the layers decides at every call, by its present children: adapters may have
-replaced one, and hooks expect to be called. No child knows of another, so that a copy, a replica
-and a block with another block's half are right without more.
+The module that calls the layers decides at every call, from its present children: adapters may have
+replaced one, and hooks must be called. No child refers to another; copies, replicas and blocks with
+half of another block are therefore correct without further code.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from kron_kernels.calls import unobserved
 from kron_kernels.checks import Activation
 from kron_kernels.nn import readable
 
-# What transformers calls by name in hidden_act, as kron_feed_forward knows it, with the forward
-# that makes it so.
+# Activation modules of transformers: the name for kron_feed_forward, and the forward that the name
+# stands for, which may be patched.
 _ACTIVATIONS: dict[type, tuple[Activation, Callable]] = {
     GELUActivation: ("gelu", GELUActivation.forward),
     GELUTanh: ("gelu_tanh", GELUTanh.forward),
@@ -34,13 +34,12 @@ _ACTIVATIONS: dict[type, tuple[Activation, Callable]] = {
     SiLUActivation: ("silu", SiLUActivation.forward),
 }
 _dropout_forward = nn.Dropout.forward
-# Children of a block that is one module: its layers and the activation between them.
+# Blocks in one module: the names of its two layers and of the activation between them.
 _WHOLE_BLOCKS = (
     ("lin1", "activation", "lin2"),  # DistilBERT
     ("c_fc", "act", "c_proj"),  # GPT-2
 )
-# Children of a self-attention that reads one input three times. Not DeBERTa's, which projects its
-# relative positions as well.
+# Query, key and value of a self-attention. Not DeBERTa's: it projects relative positions as well.
 _PROJECTIONS = (
     ("query", "key", "value"),
     ("q", "k", "v"),
@@ -52,8 +51,8 @@ _PROJECTIONS = (
 def fuse(model: nn.Module) -> None:
     """Make a model's blocks call ``kron_feed_forward`` and ``kron_qkv``, in place.
 
-    Names of modules and classes, keys and results stay as they are. Left alone are gated blocks
-    (ModernBERT, Llama), and blocks whose forward does not put its parts together as BERT's does.
+    Names of modules and classes, keys and results stay. Gated blocks (ModernBERT, Llama) are left
+    alone, and so are blocks whose forward does not combine its parts as BERT's does.
     """
     modules: list[Any] = list(model.modules())
     for module in modules:
@@ -64,29 +63,29 @@ def fuse(model: nn.Module) -> None:
 
 
 class _Fused(nn.Module):
-    """Comes before a class of transformers, whose name the class of both keeps.
+    """Base of mixins: ``_subclass_of`` makes a class of one and a stock class, with its name.
 
-    That class is made when it is needed, so pickle is told how.
+    The class is made on demand, which pickle must be able to repeat.
     """
 
     stock: ClassVar[type[nn.Module]]
-    followed: ClassVar[tuple[Callable | None, ...]]  # the stock functions that were looked at
+    followed: ClassVar[tuple[Callable | None, ...]]  # the stock functions that were checked
 
     @staticmethod
     def prepare(module: Any) -> bool:
-        """Whether it can be fused, and what that needs."""
+        """Whether a module can be fused; if so, set the attributes that its fused forward needs."""
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls = type(self)
-        if "stock" not in cls.__dict__:  # someone has derived yet another class
+        if "stock" not in cls.__dict__:  # derived from a fused class, as FSDP2 does
             return super().__reduce_ex__(protocol)
         return _blank, cls.__bases__, self.__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         cls: Any = type(self)
-        if "stock" in cls.__dict__:  # looked at anew: transformers may be of another version
+        if "stock" in cls.__dict__:  # checked again: transformers may be of another version
             self.__class__ = cls.stock
             if cls.prepare(self):
                 self.__class__ = cls
@@ -95,7 +94,7 @@ class _Fused(nn.Module):
 @cache
 def _subclass_of(mixin: Any, stock: Any) -> Any:
     namespace = {
-        # By name such classes are found: layers to wrap, to keep on one device, to record.
+        # Other tools find classes by name: layers to wrap, to keep on one device, to record.
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
@@ -117,14 +116,14 @@ class _Calls(threading.local):
     ahead: _Ahead | None = None
 
 
-_calls = _Calls()  # the attention that this thread is in
+_calls = _Calls()  # the attention that is running in this thread
 
 
 class _Attention(_Fused):
-    """In inference the first of three layers of one input computes the others', too."""
+    """In inference the first of query, key and value computes all three."""
 
     projections: tuple[str, str, str]
-    shares_input: bool  # until a call shows otherwise
+    shares_input: bool  # True until a call shows otherwise
 
     @staticmethod
     def prepare(module: Any) -> bool:
@@ -138,8 +137,8 @@ class _Attention(_Fused):
         return False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if torch.is_grad_enabled() or recorded or not self.shares_input:
+        is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() or is_recorded or not self.shares_input:
             return super().forward(*args, **kwargs)
         layers: list[Any] = [self._modules.get(name) for name in self.projections]
         if not _of_one_call(layers):
@@ -150,15 +149,15 @@ class _Attention(_Fused):
             y = super().forward(*args, **kwargs)
         finally:
             _calls.ahead = outer
-        if ahead.ready:  # in vain, as in a cross-attention
+        if ahead.ready:  # computed but not used, as in a cross-attention
             self.shares_input = False
         return y
 
 
 class KroneckerProjection(KroneckerLinear):
-    """One of an attention's three, which hands out what is ready for this very input."""
+    """A query, key or value layer; returns the output that is ready for this input, if any."""
 
-    to_linear = KroneckerLinear.to_linear  # its forward is of the same function
+    to_linear = KroneckerLinear.to_linear  # which requires that forward is not overridden
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and _calls.ahead is not None:
@@ -181,10 +180,10 @@ def _of_one_call(layers: Sequence[Any]) -> bool:
 
 
 class _Ahead:
-    """What three layers give for one input, within one call of their attention.
+    """Outputs of three layers for one input, during one call of their attention.
 
-    Nothing can come between the three calls but the attention's own forward: hooks would, but with
-    hooks there is no such thing.
+    Only the attention's own forward runs between the three calls: with hooks, ``_of_one_call`` is
+    false.
     """
 
     def __init__(self, layers: Sequence[KroneckerProjection]):
@@ -192,11 +191,11 @@ class _Ahead:
         self.ready: dict[int, Tensor] | None = None
 
     def take(self, layer: KroneckerProjection, x: Tensor) -> Tensor | None:
-        """This layer's output, if it is one of the three and x the input that all have."""
+        """The layer's output if it is one of the three and x is their common input, else None."""
         if torch.is_grad_enabled() or not any(layer is known for known in self.layers):
             return None
-        # An inference tensor counts no versions. Nor would an attention that writes to its input
-        # between the projections train.
+        # Inference tensors have no version. An attention that writes to its input between the
+        # projections could not be trained, and is not expected.
         version = None if x.is_inference() else x._version
         if self.ready is None:
             ys = kron_qkv(
@@ -213,10 +212,10 @@ class _Ahead:
 
 
 class _Layer(_Fused):
-    """Has its block in two children, as BERT and its descendants.
+    """A layer whose block is in two children, as in BERT and its descendants.
 
-    Its own forward then gets, for the first half, what hands its input on, and for the second what
-    does the work of both: ``LayerNorm(dropout(down(act(up(x)))) + residual)``.
+    Its stock forward runs with stand-ins for both: the first returns its input, the second computes
+    the block, ``LayerNorm(dropout(down(act(up(x)))) + residual)``.
     """
 
     @staticmethod
@@ -246,7 +245,7 @@ class _Layer(_Fused):
 
 
 class _Block(_Fused):
-    """A block that is one module: ``dropout(down(act(up(x))))``."""
+    """A block in one module: ``dropout(down(act(up(x))))``."""
 
     parts: tuple[str, str, str]
 
@@ -267,13 +266,13 @@ class _Block(_Fused):
         return self.dropout(_feed_forward(hidden_states, up, down, activation))
 
 
-# Of a half's forward which half it is, where it is the usual one. By the function, since a half may
-# be replaced by another of its class, and a class be patched.
+# Checked forward functions of halves. By function: a half may be replaced by another module, and a
+# class may be patched.
 _halves: dict[Callable | None, str] = {}
 
 
 def _block_of(intermediate: Any, output: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Both halves in one, if that is the same."""
+    """A function that computes both halves; None if that could differ from their calls."""
     if not (
         _halves.get(getattr(type(intermediate), "forward", None)) == "intermediate"
         and _halves.get(getattr(type(output), "forward", None)) == "output"
@@ -281,7 +280,7 @@ def _block_of(intermediate: Any, output: Any) -> Callable[[Tensor, Tensor], Tens
         and unobserved(output)
     ):
         return None
-    # Not as attributes: children are found in Python, which takes longer than all else here.
+    # Not as attributes: nn.Module.__getattr__ takes longer than everything else here.
     up: Any = intermediate._modules.get("dense")
     act = intermediate._modules.get("intermediate_act_fn")
     down: Any = output._modules.get("dense")
@@ -298,7 +297,7 @@ def _block_of(intermediate: Any, output: Any) -> Callable[[Tensor, Tensor], Tens
 
 
 def _fused_activation(up: Any, act: Any, down: Any) -> Activation | None:
-    """The activation's name if the three can be computed in one, else None."""
+    """The activation's name if the three modules can be computed in one call, else None."""
     if not (readable(up) and readable(down) and up.backend == down.backend):
         return None
     known = _ACTIVATIONS.get(type(act))
@@ -329,11 +328,11 @@ def _feed_forward(
     )
 
 
-# --- whether a forward is the usual one
+# --- whether a stock forward combines the parts as expected
 
 
 def _functions(stock: type) -> tuple[Callable | None, ...]:
-    """A class's functions that put a block together, as they are now."""
+    """The present functions of a class that combine the parts of a block."""
     names = "forward", "feed_forward_chunk", "ff_chunk"
     return tuple(getattr(stock, name, None) for name in names)
 
@@ -343,9 +342,9 @@ def _as_followed(module: _Fused) -> bool:
 
 
 class _StandIn:
-    """A module with some attributes of other values, for one call of its class's forward."""
+    """A module with other values for some attributes, for one call of its class's forward."""
 
-    # GradientCheckpointingLayer asks whether its forward is its class's, to checkpoint only once.
+    # GradientCheckpointingLayer compares forward with its class's, to checkpoint only once.
     forward = None
 
     def __init__(self, module: nn.Module, **given: Any):
@@ -354,21 +353,21 @@ class _StandIn:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
         is_own = isinstance(value, MethodType) and value.__self__ is self._module
-        # One set on the module itself means the module itself.
+        # A method set on the instance is bound to the module itself.
         return (
             value.__func__.__get__(self) if is_own and name not in self._module.__dict__ else value
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError("what a forward keeps must be kept by its module")
+        raise AttributeError("a forward with stand-ins must not set attributes")
 
 
 def _expression(module: nn.Module, *inputs: tuple) -> Any:
-    """What a module's forward makes of its inputs, or None if that cannot be told.
+    """The expression that a module's forward computes, or None if it cannot be followed.
 
-    Inputs are tuples, a child's result is ``(its name, what it was given)``, and ``+``, which joins
-    tuples, is the only operation. The forward sees methods and children, but none of the module's
-    values, so that the answer holds for all of its class.
+    The forward is called with tuples for tensors: the result of a child is ``(its name, *its
+    inputs)``, and the only operation is ``+``, which joins tuples. It has methods and children but
+    no other attributes of the module; the expression therefore holds for the whole class.
     """
     cls = type(module)
 
@@ -379,14 +378,14 @@ def _expression(module: nn.Module, *inputs: tuple) -> Any:
     chunks = {"chunk_size_feed_forward": 0, "seq_len_dim": 1}
     try:
         return cls.forward(_StandIn(cls.__new__(cls), **children, **chunks), *inputs)  # type: ignore[arg-type]
-    except Exception:  # whatever it does with its input, it is something else
+    except Exception:  # it does something else with its inputs
         return None
 
 
 def _calls_one_after_the_other(layer: nn.Module) -> bool:
-    """Whether a layer calls ``output(intermediate(x), x)`` once and the hidden vector goes nowhere.
+    """Whether a layer calls ``output(intermediate(x), x)`` once, and uses ``hidden`` only there.
 
-    Found by a call of its forward with signs in place of tensors.
+    Found by a call of its forward with tuples for tensors.
     """
     hidden = ("hidden",)
     given: list[Any] = []
@@ -394,7 +393,7 @@ def _calls_one_after_the_other(layer: nn.Module) -> bool:
     def other(*args: Any, **kwargs: Any) -> tuple:
         if any(value is hidden for value in (*args, *kwargs.values())):
             raise ValueError
-        return ("attended",), ()  # an attention's output, and its weights or nothing
+        return ("attended",), ()  # the output and the weights of an attention
 
     def intermediate(x: Any) -> tuple:
         given.append(x)

@@ -1,11 +1,11 @@
-"""Errors of loading that name the file and what is wrong with it."""
+"""Loading saved models and checking given ones, with errors that name the file and the remedy."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,32 +20,301 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from kroneckerbert.configuration_kroneckerbert import PREFIX
+import kroneckerbert
+from kron_kernels import KroneckerEmbedding, KroneckerLinear
 from kroneckerbert.files import read_json
 
 _INDEX = "model.safetensors.index.json"
-# What transformers raises for values in a config.json that it cannot use.
+_FACTOR = re.compile(r"(\.parts\.\d+)?\.[ab]$")
+# Raised by transformers for values in a config.json that it cannot use.
 _INVALID = (StrictDataclassClassValidationError, StrictDataclassFieldValidationError)
+
+
+# --- load
+
+
+def read_config(source: str | os.PathLike) -> PreTrainedConfig:
+    """The configuration of a saved model, dense or factorised.
+
+    Raises:
+        OSError: If there is none, or it is damaged.
+        ValueError: If this version of transformers lacks the architecture, or a value is invalid.
+    """
+    check_source(source)
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{source} holds no model, for it has no config.json; give a folder that "
+            "save_pretrained wrote."
+        )
+    with _naming_source(source):
+        fields, _ = PreTrainedConfig.get_config_dict(source)
+        found = fields.get("model_type")
+        if not isinstance(found, str) or not found:
+            raise ValueError(
+                f"{source} has model_type {found!r} in its config.json, which must be a name such "
+                "as 'bert'; correct it, or save the model again."
+            )
+        if found not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{source} is a {found}, and transformers {transformers.__version__} has no "
+                f"{found.removeprefix(kroneckerbert.PREFIX)}: another version may have it; an "
+                "architecture of your own must be registered first, see kroneckerbert.register."
+            )
+        try:
+            # False: never run code from the folder, and do not ask whether to.
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except (OSError, MemoryError, ImportError):
+            raise
+        except Exception as error:
+            raise _invalid_config(source, error) from error
+        names = config.architectures or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"architectures in {source}'s config.json must be a list of names of classes, got "
+                f"{names!r}; correct it."
+            )
+    return config
+
+
+def load(
+    source: str | os.PathLike,
+    auto_class: str | None = None,
+    *,
+    new_head: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """A saved model, dense or factorised, in evaluation mode; every weight is from the file.
+
+    Args:
+        source: Its folder, or its name on the Hub.
+        auto_class: Such as ``"AutoModelForMaskedLM"``; None loads the class that the model's
+            ``config.json`` names.
+        new_head: Draw the head's tensors if the checkpoint lacks them.
+        **options: For ``from_pretrained``. With ``ignore_mismatched_sizes=True`` a head of another
+            shape than the checkpoint's is drawn, too.
+
+    Raises:
+        OSError: If there is no model, or a file is damaged.
+        TypeError: If it is an encoder-decoder, or of a class that transformers lacks.
+        ValueError: If a tensor is missing, or its shape is not that of the configuration.
+    """
+    cls = _class_of(source, read_config(source), auto_class)
+    with _naming_source(source):
+        model, info = cls.from_pretrained(
+            source,
+            **options | {"ignore_mismatched_sizes": True},  # transformers would only log them
+            output_loading_info=True,
+        )
+    encoder = "" if model is model.base_model else f"{model.base_model_prefix}."
+    missing = sorted(info["missing_keys"])
+    shapes = mismatched(info)
+    if new_head:
+        missing = [name for name in missing if name.startswith(encoder)]
+    if new_head or not encoder:  # masked language models are saved without a pooler
+        missing = [name for name in missing if "pooler." not in name]
+    if options.get("ignore_mismatched_sizes"):
+        shapes = {name: text for name, text in shapes.items() if name.startswith(encoder)}
+    if problems := _listed({"missing": missing, "of another shape": shapes.values()}):
+        raise ValueError(
+            f"{source} is no checkpoint of this {type(model).__name__}. {problems}. To resolve: "
+            "save the model again, with the configuration that it has."
+        )
+    return model
+
+
+def without_weights(source: str | os.PathLike) -> PreTrainedModel:
+    """A saved model on the meta device, which costs no memory: its sizes."""
+    config = read_config(source)
+    cls = _class_of(source, config)
+    with _naming_source(source), torch.device("meta"):
+        return cls(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
+
+
+def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer in a saved model's folder.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If a file is damaged.
+    """
+    check_source(source)
+    absent = OSError(
+        f"{source} has no tokenizer; save it there with "
+        f"tokenizer.save_pretrained({os.fspath(source)!r})."
+    )
+    with _naming_source(source):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except ValueError as error:
+            if any(Path(source).glob("tokenizer*")):  # then it is damaged
+                raise
+            raise absent from error
+    # Without tokenizer files transformers makes up a vocabulary of special tokens.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise absent
+    return tokenizer
+
+
+def check_source(source: str | os.PathLike | None) -> None:
+    """Raise unless ``source`` is None, a folder, or a name that a model on the Hub could have.
+
+    Raises:
+        NotADirectoryError: If it is a file.
+        FileNotFoundError: If it is a path, and nothing is there.
+    """
+    if source is None or (Path(source).is_dir() and os.fspath(source)):
+        return
+    remedy = "give the folder of a saved model, or a name on the Hub"
+    if Path(source).is_file():
+        raise NotADirectoryError(f"{source} is a file; {remedy}.")
+    try:
+        if isinstance(source, str):
+            validate_repo_id(source)
+            return
+    except HFValidationError:
+        pass
+    raise FileNotFoundError(f"{source or repr(source)} is not a folder; {remedy}.")
+
+
+def _class_of(
+    source: str | os.PathLike, config: PreTrainedConfig, auto_class: str | None = None
+) -> Any:
+    if config.is_encoder_decoder:
+        raise TypeError(f"{source} has an encoder and a decoder; give a model with one of them.")
+    # Checkpoints of bare encoders may name no class.
+    name = auto_class or (config.architectures or ["AutoModel"])[0]
+    package = kroneckerbert if name.startswith("Kronecker") else transformers
+    cls = getattr(package, name, None)
+    if not hasattr(cls, "from_pretrained"):
+        raise TypeError(
+            f"{source} is a {name} ({config.model_type}), which is no model of this version of "
+            f"transformers ({transformers.__version__})."
+        )
+    return cls
+
+
+# --- check what was loaded
+
+
+def check_loaded(
+    model: PreTrainedModel,
+    info: dict[str, Any],
+    source: str | os.PathLike | None,
+    new_head: bool = False,
+) -> None:
+    """Raise unless a factorised model without its head is exactly the saved one.
+
+    transformers draws missing tensors and only logs them. A pooler or a head may be new, as at the
+    start of fine-tuning.
+
+    Args:
+        model: Returned by ``from_pretrained`` ...
+        info: ... with ``output_loading_info=True``.
+        source: The checkpoint's name, for the message.
+        new_head: Accept a head whose shape is not the checkpoint's.
+
+    Raises:
+        ValueError: If a tensor is missing, in surplus, of another shape or not of floating-point
+            numbers, or a factor is not finite.
+    """
+    prefix = f"{model.base_model_prefix}."
+    parts = {name for name, _ in model.base_model.named_children()} - {"pooler"}
+
+    def of_encoder(names: Iterable[str]) -> list[str]:
+        return sorted(n for n in names if n.removeprefix(prefix).split(".")[0] in parts)
+
+    missing, surplus = of_encoder(info["missing_keys"]), of_encoder(info["unexpected_keys"])
+    shapes = mismatched(info)
+    other_shape = of_encoder(shapes) if new_head else list(shapes)
+    state = model.state_dict().items()
+    floating = {name.removeprefix(prefix) for name, t in state if t.is_floating_point()}
+    dtypes = {} if source is None else _file_dtypes(Path(source))
+    problems = _listed(
+        {
+            "missing": missing,
+            "in surplus": surplus,
+            "of another shape": [shapes[name] for name in other_shape],
+            "not of floating-point numbers": [
+                f"{name} ({dtype})"
+                for name, dtype in dtypes.items()
+                if name.removeprefix(prefix) in floating and not dtype.startswith(("F", "BF"))
+            ],
+        }
+    )
+    if problems:
+        dense = {name.removesuffix(".weight") for name in surplus}
+        if any(_FACTOR.sub("", name) in dense for name in missing):
+            remedy = (
+                "these are dense weights where config.kronecker_factors asks for factors: load "
+                "them with their own class and call kroneckerbert.compress(model, config)"
+            )
+        elif other_shape and not of_encoder(other_shape):
+            remedy = "pass ignore_mismatched_sizes=True for a new head"
+        else:
+            remedy = "load it with the config it was saved with, or save it again"
+        raise ValueError(
+            f"{source} is no checkpoint of this {type(model).__name__}. {problems}. To resolve: "
+            f"{remedy}."
+        )
+    for path, module in model.named_modules():
+        if not isinstance(module, KroneckerLinear | KroneckerEmbedding):
+            continue
+        for name in ("a", "b"):
+            factor = getattr(module, name)
+            if not factor.is_meta and not factor.isfinite().all():
+                raise ValueError(
+                    f"{path}.{name} in {source} has NaN or infinite entries; the training that "
+                    "wrote it diverged or the file is damaged: use an earlier checkpoint, or "
+                    "dtype=torch.float32 if it was loaded in half precision."
+                )
+
+
+def mismatched(info: dict[str, Any]) -> dict[str, str]:
+    """Tensors whose shape is not the checkpoint's: their names, and a text with both shapes."""
+    return {
+        name: f"{name} {tuple(saved)} instead of {tuple(own)}"
+        for name, saved, own in sorted(info["mismatched_keys"])
+    }
+
+
+def _listed(problems: dict[str, Iterable[str]]) -> str:
+    """``"Tensors missing: a, b; in surplus: c"``, at most eight of each; empty if none."""
+    texts = []
+    for problem, found in problems.items():
+        if names := list(found):
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            texts.append(f"{problem}: {', '.join(names[:8])}{more}")
+    return f"Tensors {'; '.join(texts)}" if texts else ""
+
+
+# --- name the damaged file
 
 
 @contextmanager
 def naming_damage(
     source: str | os.PathLike | None, config_class: type[PreTrainedConfig] | None = None
 ) -> Iterator[None]:
-    """Within, transformers reads a model's files; damage of these becomes an error that names it.
+    """Turn errors of reading damaged model files into errors that name the file.
 
-    Errors of anything else (memory, the network, arguments, code) pass unchanged, with a note.
+    Errors with other causes (memory, network, arguments, code) pass unchanged, with a note.
 
     Args:
         source: The model's name or folder. None if the model is made from a configuration and a
-            state_dict; errors then pass unchanged.
-        config_class: Of the configuration that is read within; None if none is.
+            state_dict; all errors then pass unchanged.
+        config_class: The class of the configuration that is read; None if none is.
 
     Raises:
-        FileNotFoundError: If it is a path where nothing is.
-        OSError: If a file is damaged or not there.
+        FileNotFoundError: If ``source`` is a path, and nothing is there.
+        OSError: If a file is damaged or missing.
         ValueError: If the configuration cannot be read.
     """
     check_source(source)
@@ -74,17 +343,11 @@ def naming_damage(
 
 
 @contextmanager
-def naming_source(source: str | os.PathLike) -> Iterator[None]:
-    """Within, a command reads a model's files; every error names the model and is one sentence.
+def _naming_source(source: str | os.PathLike) -> Iterator[None]:
+    """Like ``naming_damage``, but every error becomes one sentence that names the model.
 
-    transformers takes JSON as it comes, so a wrong value may end as any exception. A command has
-    no arguments of its own that could be the cause.
-
-    Raises:
-        FileNotFoundError: If it is a path where nothing is.
-        OSError: If a file is damaged or not there.
-        ValueError: If no model can be made from the files.
-        TypeError: Raised by transformers; the message names the model.
+    transformers does not validate most JSON values, so that a wrong one may end in any exception.
+    Only for calls without arguments of the user's, which could be the cause as well.
     """
     try:
         with naming_damage(source):
@@ -101,17 +364,17 @@ def naming_source(source: str | os.PathLike) -> Iterator[None]:
         kind = next((k for k in (OSError, ValueError, TypeError) if isinstance(error, k)), None)
         if kind is not None and re.search(rf"(?<!\w){re.escape(str(source))}(?!\w)", str(error)):
             raise
-        what = f"{type(error).__name__}: {error}" if kind is None else error
+        reason = f"{type(error).__name__}: {error}" if kind is None else error
         raise (kind or ValueError)(
-            f"{source} cannot be loaded ({what}); check its config.json and its tokenizer's files, "
-            "or save it again."
+            f"{source} cannot be loaded ({reason}); check its config.json and its tokenizer's "
+            "files, or save it again."
         ) from error
 
 
 def _comes_from_config(
     error: Exception, source: str | os.PathLike, config_class: type[PreTrainedConfig] | None
 ) -> bool:
-    """Whether reading the folder's configuration alone raises the same."""
+    """Whether reading the folder's configuration alone raises the same error."""
     if config_class is None or not (Path(source) / "config.json").is_file():
         return False
     try:
@@ -128,110 +391,8 @@ def _invalid_config(source: str | os.PathLike, error: Exception) -> ValueError:
     )
 
 
-def check_source(source: str | os.PathLike | None) -> None:
-    """Raise if ``source`` is a path where nothing is.
-
-    Raises:
-        FileNotFoundError: If nothing is there, and it is not a name that the Hub could have.
-    """
-    if source is None or Path(source).exists():
-        return
-    try:
-        if isinstance(source, str):
-            validate_repo_id(source)
-            return
-    except HFValidationError:
-        pass
-    raise FileNotFoundError(
-        f"{source} is not there; give the folder of a saved model, or a name on the Hub."
-    )
-
-
-def read_config(source: str | os.PathLike) -> PreTrainedConfig:
-    """The configuration of a saved model, dense or not.
-
-    Raises:
-        OSError: If there is none, or it is damaged.
-        ValueError: If the model is of an architecture that this version of transformers lacks.
-    """
-    if Path(source).is_file():
-        raise NotADirectoryError(f"{source} is a file; give the folder of config.json and weights.")
-    with naming_damage(source):
-        fields, _ = PreTrainedConfig.get_config_dict(source)
-    found = fields.get("model_type")
-    if not isinstance(found, str) or not found:
-        raise ValueError(
-            f"{source} has model_type {found!r} in its config.json, which must be a name such as "
-            "'bert'; correct it, or save the model again."
-        )
-    if found not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{source} is a {found}, and transformers {transformers.__version__} has no "
-            f"{found.removeprefix(PREFIX)}: another version may have it; an architecture of "
-            "your own must be registered first, see kroneckerbert.register."
-        )
-    with naming_damage(source):
-        try:
-            # The code in a folder is not run, and nobody is asked whether to run it.
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except (OSError, MemoryError, ImportError):
-            raise
-        except Exception as error:
-            raise _invalid_config(source, error) from error
-    names = config.architectures or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(
-            f"architectures in {source}'s config.json must be a list of names of classes, got "
-            f"{names!r}; correct it."
-        )
-    return config
-
-
-def load(cls: type[PreTrainedModel], source: str | os.PathLike) -> PreTrainedModel:
-    """A saved model, dense or not, every weight of it from the file.
-
-    Raises:
-        OSError: If there is none, or a file is damaged.
-        ValueError: If a tensor is missing, or has another shape than the configuration says.
-    """
-    with naming_damage(source):
-        model, info = cls.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    # Without its pooler an encoder is still whole: masked language models are saved so.
-    missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
-    other_shape = list(mismatched(info).values())
-    for what, names in (("missing", missing), ("of another shape", other_shape)):
-        if names:
-            more = f" and {len(names) - 8} more" * (len(names) > 8)
-            raise ValueError(
-                f"{source} is no checkpoint of this {type(model).__name__}. Tensors {what}: "
-                f"{', '.join(names[:8])}{more}. To resolve: save the model again, with the "
-                "configuration that it has."
-            )
-    return model
-
-
-def mismatched(info: dict[str, Any]) -> dict[str, str]:
-    """The tensors of another shape, by name, with both shapes."""
-    return {
-        name: f"{name} {tuple(saved)} instead of {tuple(own)}"
-        for name, saved, own in sorted(info["mismatched_keys"])
-    }
-
-
-def file_dtypes(folder: Path) -> dict[str, str]:
-    """The dtypes of the tensors in a folder's safetensors, as they are written there: ``"F32"``."""
-    dtypes: dict[str, str] = {}
-    for file in filter(Path.is_file, _weight_files(folder)):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 -- it is no dictionary
-                dtypes[name] = tensors.get_slice(name).get_dtype()
-    return dtypes
-
-
 def _damage(folder: Path) -> str | None:
-    """What is wrong with the files in a folder, and what to do; None if nothing is found."""
+    """The first damaged file of a model's folder, and the remedy; None if none is found."""
     for name in ("config.json", _INDEX):
         if not (folder / name).is_file():
             continue
@@ -239,7 +400,9 @@ def _damage(folder: Path) -> str | None:
             content = read_json(folder / name)
         except ValueError as error:
             return f"{error}; copy or save the model again"
-        if name == _INDEX and not _is_map(content.get("weight_map")):
+        shards = content.get("weight_map")
+        is_map = isinstance(shards, dict) and all(isinstance(v, str) for v in shards.values())
+        if name == _INDEX and not is_map:
             return f"{name} must map tensors to files in weight_map; copy or save the model again"
     for file in _weight_files(folder):
         if not file.is_file():
@@ -255,8 +418,14 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-def _is_map(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+def _file_dtypes(folder: Path) -> dict[str, str]:
+    """The dtypes of the tensors in a folder's safetensors, in their notation: ``"F32"``."""
+    dtypes: dict[str, str] = {}
+    for file in filter(Path.is_file, _weight_files(folder)):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 -- it is no dictionary
+                dtypes[name] = tensors.get_slice(name).get_dtype()
+    return dtypes
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -266,3 +435,74 @@ def _weight_files(folder: Path) -> list[Path]:
         return []
     shards = json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values()
     return [folder / name for name in sorted(set(shards))]
+
+
+# --- models in memory that compress and plan cannot take
+
+# Wrappers by their class's name: their packages may be absent and take long to import. A user's
+# class may have the same name, so the package is compared as well.
+_PACKAGES = ("peft", "torch", "transformers", "deepspeed", "optimum")
+_WRAPPERS = {
+    "PeftModel": "it has adapters; pass model.merge_and_unload(), or compress the base model first "
+    "and adapt the student with kroneckerbert.lora_config",
+    "PeftMixedModel": "it has adapters; pass model.merge_and_unload()",
+    "DataParallel": "it is a wrapper; pass model.module and wrap the student",
+    "DistributedDataParallel": "it is a wrapper; pass model.module and wrap the student",
+    "DeepSpeedEngine": "it is a wrapper; pass model.module and wrap the student",
+    "FullyShardedDataParallel": "its weights are sharded; compress the model before you shard it",
+    "FSDPModule": "its weights are sharded; compress the model before fully_shard",
+    "OptimizedModule": "it was made by torch.compile; pass model._orig_mod and compile the student",
+    "ScriptModule": "it is a TorchScript program, whose layers cannot be replaced; pass the model "
+    "that it was made of",
+    "Pipeline": "it is a pipeline; pass pipeline.model, and make a new pipeline of the student",
+    "OptimizedModel": "it runs an exported program; pass the PyTorch model that was exported",
+}
+# By the beginning of the module of a layer's or a tensor's class.
+_REPLACED = {
+    "peft.": "has adapters in it; merge them with peft's merge_and_unload() first",
+    "bitsandbytes.": "is quantised; load it without quantization_config",
+    "torchao.": "is quantised; load it without quantisation, and quantise the student",
+    "torch.ao.nn.": "is quantised; pass the model of floating-point weights",
+    "torch.distributed.": "is sharded; compress the model before you shard it",
+}
+
+
+def why_not(model: Any) -> str | None:
+    """Why this is not a plain module of dense weights, with the remedy; None if it is."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in _WRAPPERS and _package(cls) in _PACKAGES:
+            return _WRAPPERS[cls.__name__]
+    if isinstance(model, type):
+        return "it is a class; pass a model, such as one from its from_pretrained"
+    if not isinstance(model, nn.Module):
+        return "it is no model; pass a loaded one, such as AutoModel.from_pretrained(name)"
+    if not isinstance(model, PreTrainedModel):
+        return None  # its layers are checked one by one
+    if getattr(model, "hf_quantizer", None) is not None:
+        return "it is quantised; load it without quantization_config"
+    parts = [(name, type(m)) for name, m in model.named_modules()]
+    parts += [(name, type(p.data)) for name, p in model.named_parameters()]
+    for name, cls in parts:
+        for package, reason in _REPLACED.items():
+            if cls.__module__.startswith(package):
+                return f"{name or 'it'} ({cls.__name__}) {reason}"
+    return None
+
+
+def is_sentence_transformer(model: Any) -> bool:
+    """Whether this is a model of sentence-transformers with a transformer in it."""
+    # By name: an import would take seconds, and the package may be absent.
+    kinds = ("SentenceTransformer", "SparseEncoder", "CrossEncoder")
+    return (
+        any(
+            c.__name__ in kinds and _package(c) == "sentence_transformers"
+            for c in type(model).__mro__
+        )
+        and isinstance(model, nn.Sequential)
+        and len(model) > 0
+        and hasattr(model[0], "auto_model")
+    )
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]

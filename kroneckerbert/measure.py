@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes, FLOPs, and time here and now."""
+"""Measures of a model's cost: parameters, bytes, FLOPs, and time on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kroneckerbert.modeling_kroneckerbert import positions
 
 
 def parameters(model: PreTrainedModel) -> int:
-    """Number of parameters, tied ones once."""
+    """Number of parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -30,10 +30,11 @@ def bytes_on_disk(folder: Path) -> int:
 def flops(model: PreTrainedModel, batch: int = 1, tokens: int = 128) -> int:
     """Floating-point operations of one forward pass of a ``(batch, tokens)`` input.
 
-    Two per multiply-add, of matrix products and attention; on the meta device, so in no time.
+    Two per multiply-add, of matrix products and attention. Counted on the meta device, without the
+    computation.
 
     Raises:
-        ValueError: If a size is no positive integer, or the model has fewer positions.
+        ValueError: If a size is not a positive integer, or the model has fewer positions.
     """
     shape = _shape(model, batch, tokens)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -43,16 +44,16 @@ def flops(model: PreTrainedModel, batch: int = 1, tokens: int = 128) -> int:
 
 
 def random_ids(model: PreTrainedModel, batch: int, tokens: int, name: str | None = None) -> Tensor:
-    """Ids ``(batch, tokens)`` to time a model on.
+    """Random token ids of shape ``(batch, tokens)``, on the model's device.
 
     Args:
-        model: Whose words are drawn.
+        model: Gives the size of the vocabulary.
         batch: Sequences.
-        tokens: Tokens in each of them.
-        name: The model's, for errors.
+        tokens: Tokens in each sequence.
+        name: The model's name in errors.
 
     Raises:
-        ValueError: If a size is no positive integer, or the model has fewer positions.
+        ValueError: If a size is not a positive integer, or the model has fewer positions.
     """
     shape = _shape(model, batch, tokens, name)
     return torch.randint(model.config.vocab_size, shape, device=model.device)
@@ -62,11 +63,11 @@ def _shape(
     model: PreTrainedModel, batch: int, tokens: int, name: str | None = None
 ) -> tuple[int, int]:
     shape = check_integer("batch", batch), check_integer("tokens", tokens)
-    # Models with relative positions alone tell no limit.
+    # Models with only relative positions have no limit.
     limited = getattr(model.config, "max_position_embeddings", None) is not None
     if limited and tokens > (longest := positions(model)):
-        what = name or f"this {type(model).__name__}"
-        raise ValueError(f"tokens = {tokens} exceeds the {longest} positions of {what}.")
+        name = name or f"this {type(model).__name__}"
+        raise ValueError(f"tokens = {tokens} exceeds the {longest} positions of {name}.")
     return shape
 
 
@@ -77,14 +78,14 @@ def latency(
     """Time of a forward pass of each model on random ids, on its device, in evaluation mode.
 
     Args:
-        models: By name; they take turns.
+        models: By name; their passes alternate.
         batch: Sequences per pass.
-        tokens: Tokens per sequence, all real.
-        seconds: Measure for about this long, all models together.
+        tokens: Tokens per sequence, none of them padding.
+        seconds: Approximate duration of the measurement, for all models together.
 
     Raises:
-        ValueError: If a size is no positive integer, a model has fewer positions, or ``seconds`` is
-            no finite number.
+        ValueError: If a size is not a positive integer, a model has fewer positions, or ``seconds``
+            is not a finite number.
     """
     calls = {}
     for name, model in models.items():

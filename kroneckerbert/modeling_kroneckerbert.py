@@ -1,9 +1,9 @@
-"""Transformers with Kronecker-factorised layers: stock classes, their modules swapped at birth.
+"""Transformers with Kronecker-factorised layers: stock classes whose modules are swapped at birth.
 
 ``register`` makes the classes of an architecture, ``Kronecker<X>Config`` and a
-``Kronecker<X>For…`` for each of its heads, and tells transformers' ``Auto`` classes of them. It is
-called when the first model of an architecture is compressed or loaded: to make all of them would
-import every model of transformers. Until then ``AutoConfig`` has a stand-in for each model type.
+``Kronecker<X>For…`` for each of its heads, and registers them with transformers' ``Auto`` classes.
+It runs when an architecture is first used: to make all classes would import every model of
+transformers. Until then ``AutoConfig`` has the stand-ins of ``kroneckerbert/__init__.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import transformers
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -33,36 +32,24 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    BertConfig,
-    DebertaV2Config,
-    DistilBertConfig,
-    ElectraConfig,
-    GPT2Config,
-    LlamaConfig,
-    ModernBertConfig,
-    MPNetConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    RobertaConfig,
 )
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, KronShape
 from kron_kernels.plan.forward import evaluating
 from kron_kernels.readers import reader
 from kron_kernels.shapes import check_integer
-from kroneckerbert import checkpoints
+from kroneckerbert.checkpoints import LOADER, check_whole, replacing_model, write_loader
 from kroneckerbert.configuration_kroneckerbert import (
-    PREFIX,
     KroneckerConfig,
     factorisable,
     kronecker_config,
     linear_weight,
-    model_type,
 )
-from kroneckerbert.files import replacing_files
 from kroneckerbert.fusion import fuse
-from kroneckerbert.loading import naming_damage
+from kroneckerbert.loading import check_loaded, naming_damage
 
 _AUTO_CLASSES = (
     AutoModel,
@@ -75,15 +62,15 @@ _AUTO_CLASSES = (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-# Ends of sentences about what cannot be compressed.
+# Ends of errors about models that cannot be compressed.
 FACTORISED = "it is factorised already; kroneckerbert.decompress(model) makes it dense again"
 ELSEWHERE = "kron_kernels.factorise_(model, factors) factorises layers of any module in place"
-_classes: dict[type, type] = {}  # of dense models and configurations to ours
+_classes: dict[type, type] = {}  # from dense models and configurations to ours
 _registering = threading.RLock()  # the first loads may be in several threads
 
 
-# Not so when it runs: transformers would take the first PreTrainedModel of the bases for the class
-# that knows how to initialise, and that is the dense one.
+# At run time the base must not be PreTrainedModel: transformers takes the first one among the bases
+# for the class that initialises, and that is the dense class.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
 else:
@@ -91,11 +78,11 @@ else:
 
 
 class KroneckerPreTrainedModel(_Base):
-    """What every Kronecker model has beside its dense class, which follows in its bases.
+    """The methods of every Kronecker model; its dense class comes next in its bases.
 
-    The stock constructors end in ``post_init``, which draws the weights and ties them. Modules are
-    swapped just before, so that one code path serves construction, ``from_config`` and
-    ``from_pretrained`` (on the meta device, at no cost).
+    Stock constructors end in ``post_init``, which draws and ties the weights. Modules are swapped
+    just before, which covers construction, ``from_config`` and ``from_pretrained`` (on the meta
+    device, at no cost).
     """
 
     config: KroneckerConfig
@@ -108,22 +95,22 @@ class KroneckerPreTrainedModel(_Base):
                 _replace(self, path, shapes)
             fuse(self)
         else:
-            # transformers asks the nearest PreTrainedModel to initialise a module: a dense one in
-            # here would leave the factors as they were allocated.
+            # transformers lets the nearest PreTrainedModel initialise a module: a dense encoder
+            # would leave its factors as they were allocated.
             if not isinstance(self.base_model, KroneckerPreTrainedModel):
                 setattr(self, self.base_model_prefix, _kronecker_encoder(self.base_model, self))
             self._tie_decoder()
         super().post_init()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Of most architectures the class is made when it is needed, and a new process has none yet.
+        # The class is made on demand, and a new process has not made it yet.
         cls: Any = type(self)
-        if _classes.get(cls.dense_class) is not cls:  # a subclass of somebody's own
+        if _classes.get(cls.dense_class) is not cls:  # a user's subclass
             return super().__reduce_ex__(protocol)
         return _blank, (cls.dense_class, cls.config_class.dense_class), self.__getstate__()
 
     def _tie_decoder(self) -> None:
-        """Give a tied decoder the table's factors: exact, cheaper, and saved once."""
+        """Give a tied decoder the word embeddings' factors: exact, cheaper, and saved once."""
         table = self.get_input_embeddings()
         keys = dict(self._tied_weights_keys or {})
         if not isinstance(table, KroneckerEmbedding) or not is_tied(self.config):
@@ -137,7 +124,7 @@ class KroneckerPreTrainedModel(_Base):
             _replace(self, path, [KronShape.of(table.a, table.b)])
             # Patterns, hence the `$`: "decoder.b" fits "decoder.bias", too.
             keys |= {f"{path}.{factor}$": f"{source}.{factor}$" for factor in "ab"}
-        # DeBERTa's newer head is handed the table itself.
+        # DeBERTa's newer head gets the table itself.
         if read or (not tied and hasattr(self, "lm_predictions")):
             raise ValueError(
                 f"{type(self).__name__} multiplies by the word embeddings' dense weight in its "
@@ -152,7 +139,7 @@ class KroneckerPreTrainedModel(_Base):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, KroneckerLinear | KroneckerSum | KroneckerEmbedding):
-            # By torch.nn.init, which transformers guards: what was loaded is left alone.
+            # By torch.nn.init, which transformers guards: loaded tensors are left alone.
             module.reset_parameters(self.config.initializer_range)
 
     def save_pretrained(
@@ -171,16 +158,16 @@ class KroneckerPreTrainedModel(_Base):
     ) -> None:
         """Save, see ``transformers.PreTrainedModel.save_pretrained``; always as safetensors.
 
-        Killed at any moment, even by a loss of power, it leaves the old model or the new one, or
-        says when it is loaded how to complete the new one. Other files in the folder stay, other
-        variants' weights included.
+        If it is killed at any moment, even by a loss of power, the folder has the old model or the
+        new one, or an error of loading says how to complete the new one. Other files in the folder
+        stay, including the weights of other variants.
 
         Raises:
             OSError: If the folder cannot be written.
         """
         name = type(self.config).__name__
-        self.config.auto_map = {"AutoConfig": f"{checkpoints.LOADER}.{name}"}
-        how: dict[str, Any] = {
+        self.config.auto_map = {"AutoConfig": f"{LOADER}.{name}"}
+        options: dict[str, Any] = {
             "state_dict": state_dict,
             "max_shard_size": max_shard_size,
             "variant": variant,
@@ -188,23 +175,23 @@ class KroneckerPreTrainedModel(_Base):
             "save_peft_format": save_peft_format,
             "save_original_format": save_original_format,
         }
-        # Before 5.23 the caller alone says which process writes.
+        # Before 5.23 only the caller decides which process writes.
         saves = getattr(self, "should_save_on_this_rank", bool)(is_main_process)
         if distributed_checkpoint or not saves:
             if distributed_checkpoint:
-                how["distributed_checkpoint"] = True
+                options["distributed_checkpoint"] = True
             super().save_pretrained(
-                save_directory, is_main_process, push_to_hub=push_to_hub, **how, **kwargs
+                save_directory, is_main_process, push_to_hub=push_to_hub, **options, **kwargs
             )
             return
-        if push_to_hub:  # not by the stock method, which would not upload the loader
+        if push_to_hub:  # the stock method would not upload the loader
             commit = {k: kwargs.pop(k) for k in ("commit_message", "create_pr") if k in kwargs}
             repo = kwargs.pop("repo_id", Path(save_directory).name)
             repo = HfApi().create_repo(repo, exist_ok=True, token=token, **kwargs).repo_id
             kwargs = {}
-        with replacing_files(save_directory, checkpoints.weights_last) as folder:
-            super().save_pretrained(folder, **how, **kwargs)
-            checkpoints.write_loader(folder, name)
+        with replacing_model(save_directory) as folder:
+            super().save_pretrained(folder, **options, **kwargs)
+            write_loader(folder, name)
             written = os.listdir(folder)
         if push_to_hub:
             HfApi().upload_folder(
@@ -228,18 +215,18 @@ class KroneckerPreTrainedModel(_Base):
 
         Raises:
             ValueError: If a tensor of the model without its head is missing, of another shape or in
-                surplus, see ``kroneckerbert.checkpoints.check_loaded``, a factor is NaN or
-                infinite, or the checkpoint is a dense model; a head of another shape only without
+                surplus, see ``kroneckerbert.loading.check_loaded``, a factor is NaN or infinite, or
+                the checkpoint is a dense model. Also if the head has another shape, unless
                 ``ignore_mismatched_sizes=True``, which draws a new one.
-            OSError: If a file is not there or damaged, or the last save was killed while its files
-                took their places.
+            OSError: If a file is missing or damaged, or the last save was killed while its files
+                were moved into place.
         """
         source = pretrained_model_name_or_path
         if source is not None:
-            checkpoints.check_whole(Path(source) / (kwargs.get("subfolder") or ""))
+            check_whole(Path(source) / (kwargs.get("subfolder") or ""))
         config_class = None if kwargs.get("config") is not None else cls.config_class
         with naming_damage(source, config_class):
-            # Mismatches are errors below, which name them; transformers would only log them.
+            # Mismatches are errors below; transformers would only log them.
             model, info = super().from_pretrained(
                 source,
                 *args,
@@ -247,7 +234,7 @@ class KroneckerPreTrainedModel(_Base):
                 ignore_mismatched_sizes=True,
                 **kwargs,
             )
-        checkpoints.check_loaded(model, info, source, ignore_mismatched_sizes)
+        check_loaded(model, info, source, ignore_mismatched_sizes)
         return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(
@@ -258,20 +245,20 @@ class KroneckerPreTrainedModel(_Base):
     ) -> nn.Module:
         """Add or remove words at the end of the vocabulary: rows of A; b stays.
 
-        What is frozen (``requires_grad``) stays so.
+        Frozen parameters (``requires_grad``) stay frozen.
 
         Args:
             new_num_tokens: The new vocabulary's size; None keeps the present one.
             pad_to_multiple_of: Round the size up to a multiple of this.
             mean_resizing: Start new words at the mean of the old ones, instead of at random with
-                the standard deviation ``config.initializer_range``.
+                standard deviation ``config.initializer_range``.
 
         Returns:
             The word embeddings.
 
         Raises:
-            ValueError: If a size is no positive integer, or leaves no row for the padding; the
-                model is then as it was.
+            ValueError: If a size is not a positive integer, or leaves no row for the padding. The
+                model is then unchanged.
         """
         table = self.get_input_embeddings()
         if new_num_tokens is not None:
@@ -284,7 +271,7 @@ class KroneckerPreTrainedModel(_Base):
                 f"new_num_tokens = {new_num_tokens} leaves no row for the padding's id {padding}; "
                 f"keep at least {padding + 1}."
             )
-        # Stock resizing gives a decoder's bias its weight's.
+        # Stock resizing gives the decoder's bias its weight's requires_grad.
         trainable = {n: p.requires_grad for n, p in self.named_parameters(remove_duplicate=False)}
         if isinstance(table, KroneckerEmbedding):
             self._resize_factors(table, new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -311,12 +298,12 @@ class KroneckerPreTrainedModel(_Base):
 
         _resize_rows(table, rows, None if mean_resizing else self.config.initializer_range)
         decoder = self.get_output_embeddings()
-        if isinstance(decoder, KroneckerLinear):  # tie_weights below gives it the new rows
+        if isinstance(decoder, KroneckerLinear):  # its rows come from tie_weights, below
             decoder.out_features = rows
             if decoder.bias is not None:
                 old = decoder.bias
                 new = nn.Parameter(F.pad(old.detach(), (0, rows - old.numel())))
-                for module in self.modules():  # heads may have it under a second name
+                for module in self.modules():  # heads may hold the bias under a second name
                     names = [name for name, p in module._parameters.items() if p is old]
                     for name in names:
                         setattr(module, name, new)
@@ -334,18 +321,16 @@ class KroneckerPreTrainedModel(_Base):
 
 
 def register(dense_config: type[PreTrainedConfig]) -> type[KroneckerConfig]:
-    """Make and announce the Kronecker classes of an architecture, one for each of its heads.
+    """Make the Kronecker classes of an architecture and register them with the ``Auto`` classes.
 
-    Importing this package does it for BERT, RoBERTa, DistilBERT, MPNet, ELECTRA, DeBERTa-v2,
-    ModernBERT, GPT-2 and Llama; compressing or loading a model does it for any other of
-    transformers. Only an architecture of your own, which you told ``AutoConfig`` and ``AutoModel``
-    of, must be registered before a model of it is loaded.
+    Compressing or loading a model of transformers does it. Call it only for an architecture of your
+    own, after its registration with ``AutoConfig`` and ``AutoModel``, before you load a model.
 
     Args:
-        dense_config: The dense models' configuration class, such as ``BertConfig``.
+        dense_config: The configuration class of the dense models, such as ``BertConfig``.
 
     Returns:
-        The class of configurations, such as ``KroneckerBertConfig``.
+        The configuration class, such as ``KroneckerBertConfig``.
     """
     with _registering:
         if dense_config in _classes:
@@ -356,7 +341,7 @@ def register(dense_config: type[PreTrainedConfig]) -> type[KroneckerConfig]:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto in _AUTO_CLASSES:
             found = auto._model_mapping.get(dense_config, ())
-            # transformers lends some configurations the classes of another.
+            # transformers maps some configurations to the classes of another.
             models = [
                 _kronecker_class(model, config)
                 for model in (found if isinstance(found, tuple) else (found,))
@@ -369,14 +354,14 @@ def register(dense_config: type[PreTrainedConfig]) -> type[KroneckerConfig]:
 
 
 def is_tied(config: PreTrainedConfig) -> bool:
-    """Whether a decoder has the word embeddings' weight; an encoder's configuration may not say."""
+    """Whether a decoder shares the word embeddings' weight; False if the field is absent."""
     return getattr(config, "tie_word_embeddings", False)
 
 
 def kronecker_class(
     model: PreTrainedModel, to: Literal["compress", "plan"] = "compress"
 ) -> type[KroneckerPreTrainedModel]:
-    """The class of the Kronecker form of a dense model, wanted ``to`` do this.
+    """The class of the Kronecker form of a dense model; ``to`` is the caller's verb, for the error.
 
     Raises:
         TypeError: If there is none.
@@ -397,7 +382,7 @@ def _no_class(model: PreTrainedModel) -> str | None:
     if not isinstance(found, type):
         has = " and ".join(cls.__name__ for cls in found or ()) or "none"
         return f"AutoModel must have one class for a {name}, and has {has}; {ELSEWHERE}"
-    needs = getattr(type(model), "config_class", None)  # which custom code may not say
+    needs = getattr(type(model), "config_class", None)  # custom code may lack it
     if needs not in (config, None):
         return f"its configuration must be a {needs.__name__}, got a {name}; {ELSEWHERE}"
     try:
@@ -421,9 +406,8 @@ def _kronecker_class(dense: type, config: type[KroneckerConfig]) -> type[Kroneck
     if dense not in _classes:
         namespace = {
             "__module__": __name__,
-            "__doc__": f"``{dense.__name__}`` with the layers that its configuration names "
-            "factorised.",
-            "config_class": config,  # transformers would take an annotation
+            "__doc__": f"``{dense.__name__}`` with factorised layers.",
+            "config_class": config,  # else transformers would take the annotation
             "dense_class": dense,
         }
         name = f"Kronecker{dense.__name__}"
@@ -451,7 +435,7 @@ def _replace(model: nn.Module, path: str, shapes: list[KronShape]) -> None:
 
 
 def _factorised(dense: Any, shapes: list[KronShape]) -> nn.Module:
-    """A Kronecker module in place of ``dense``: of its sizes, device and dtype, newly drawn."""
+    """A newly drawn Kronecker module with the sizes, device and dtype of ``dense``."""
     new: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     s = shapes[0]
     if isinstance(dense, nn.Embedding):
@@ -467,38 +451,38 @@ def _factorised(dense: Any, shapes: list[KronShape]) -> nn.Module:
 
 
 def positions(model: PreTrainedModel) -> int:
-    """The longest sequence, special tokens included, that a model takes."""
+    """The longest sequence that a model takes, in tokens, special ones included."""
     for name, module in model.base_model.named_modules():
-        # RoBERTa and its like count positions from behind the padding's.
+        # RoBERTa and its descendants number positions from padding_idx + 1 on.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
             return module.num_embeddings - module.padding_idx - 1
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is None:
         raise TypeError(
-            f"the configuration of this {type(model).__name__} has no max_position_embeddings, so "
-            "that it is not known how long its sequences may be; set it."
+            f"the configuration of this {type(model).__name__} has no max_position_embeddings, "
+            "the longest sequence that it takes; set it."
         )
     return longest
 
 
 def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest sequence that both a model and its tokenizer take."""
+    """The longest sequence that both a model and its tokenizer take, in tokens."""
     return min(tokenizer.model_max_length, positions(model))
 
 
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
-    """Mean over the tokens that are not padding: the usual sentence embedding.
+    """Mean over the tokens without padding: the usual sentence embedding.
 
     Args:
         last_hidden_state: Shape ``(batch, tokens, hidden)``.
         attention_mask: Shape ``(batch, tokens)``, zero at padding.
 
     Returns:
-        Shape ``(batch, hidden)``; zero where a row is all padding.
+        Shape ``(batch, hidden)``; zero for rows of padding only.
     """
-    mask = attention_mask[..., None].to(last_hidden_state.dtype)
+    mask = attention_mask[..., None].to(last_hidden_state.dtype)  # (batch, tokens, 1)
     # Counted in integers: a sum of ones in bfloat16 stops at 256.
-    count = attention_mask.sum(-1, keepdim=True).clamp_min(1)
+    count = attention_mask.sum(-1, keepdim=True).clamp_min(1)  # (batch, 1)
     return (last_hidden_state * mask).sum(-2) / count
 
 
@@ -513,18 +497,18 @@ def embed(
     """Mean-pooled embeddings of sentences, with dropout off and little padding.
 
     Args:
-        model: Any encoder, dense or Kronecker, with or without a head (which is not used).
-        tokenizer: Its tokenizer; longer sentences are truncated to what both can take.
+        model: Any encoder, dense or Kronecker; a head is ignored.
+        tokenizer: Its tokenizer; sentences are truncated to the longest that both take.
         sentences: The texts.
-        batch_size: Sentences per forward pass; they are batched by length.
-        normalize: Scale to unit length, so that a dot product is the cosine similarity.
+        batch_size: Sentences per forward pass, batched by length.
+        normalize: Scale to unit length: dot products are then cosine similarities.
 
     Returns:
         Shape ``(len(sentences), hidden)``, float32, on the model's device, in the given order.
 
     Raises:
         TypeError: If ``sentences`` is one text.
-        ValueError: If ``batch_size`` is no positive integer.
+        ValueError: If ``batch_size`` is not a positive integer.
     """
     if isinstance(sentences, str):
         raise TypeError(f"sentences must be a list of texts, got the text {sentences!r}.")
@@ -553,7 +537,7 @@ def embed(
 
 @torch.no_grad()
 def _resize_rows(table: KroneckerEmbedding, rows: int, std: float | None) -> None:
-    """Cut or extend A: with its mean row, or with rows that give E's entries this deviation."""
+    """Cut or extend A: by its mean row, or by rows that give E = A ⊗ b entries of this ``std``."""
     rank, old_rows, columns = table.a.shape
     a = table.a[:, :rows]
     if rows > old_rows:
@@ -568,7 +552,7 @@ def _resize_rows(table: KroneckerEmbedding, rows: int, std: float | None) -> Non
 
 
 def __getattr__(name: str) -> Any:
-    # Classes that are made when they are asked for, by users or by pickle.
+    # Classes are made on demand, for users and for pickle.
     _, ours, dense_name = name.partition("Kronecker")
     if name != ours + dense_name or not dense_name:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -579,38 +563,7 @@ def __getattr__(name: str) -> Any:
     if issubclass(dense, PreTrainedModel):
         return _kronecker_class(dense, register(dense.config_class))
     raise AttributeError(
-        f"there is no {name}, since transformers {transformers.__version__} has no model or "
-        f"configuration {dense_name}: another version may have it; an architecture of your own "
+        f"there is no {name}: transformers {transformers.__version__} has no model or "
+        f"configuration {dense_name}. Another version may have it; an architecture of your own "
         "must be registered first, see kroneckerbert.register."
     )
-
-
-class _OnDemand(type):
-    """The class of the stand-ins for configuration classes that are made when they are used."""
-
-    dense: str  # the model type
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(register(CONFIG_MAPPING[cls.dense]), name)
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> KroneckerConfig:
-        return register(CONFIG_MAPPING[cls.dense])(*args, **kwargs)
-
-
-for _type in list(CONFIG_MAPPING):
-    if not _type.startswith(PREFIX):  # of an earlier import
-        AutoConfig.register(model_type(_type), _OnDemand(_type, (), {"dense": _type}))
-for _config in (
-    BertConfig,
-    RobertaConfig,
-    DistilBertConfig,
-    MPNetConfig,
-    ElectraConfig,
-    DebertaV2Config,
-    ModernBertConfig,
-    GPT2Config,
-    LlamaConfig,
-):
-    register(_config)

@@ -27,8 +27,8 @@ from kron_kernels.timing import interleaved
 from kroneckerbert import measure
 from kroneckerbert.calibration import Batch, checked_batches, layer_inputs, tokens_of
 from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
+from kroneckerbert.loading import is_sentence_transformer, why_not
 from kroneckerbert.modeling_kroneckerbert import KroneckerPreTrainedModel, kronecker_class
-from kroneckerbert.refusals import is_sentence_transformer, why_not
 
 _LAYER_SECONDS, _MODEL_SECONDS = 0.2, 5.0  # of timing a kind of layer, and the whole, both forms
 

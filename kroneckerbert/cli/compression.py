@@ -29,7 +29,6 @@ from kroneckerbert.cli.sources import (
     existing,
     on_gpu,
     read_model,
-    read_tokenizer,
     save,
     use_threads,
 )
@@ -116,13 +115,14 @@ def compress(
     from kron_kernels.plan import Plan
     from kroneckerbert import compress as compress_model
     from kroneckerbert.files import writable_folder
+    from kroneckerbert.loading import load_tokenizer
 
     if sequential and calibration is None:
         raise typer.BadParameter("--sequential refits on text: give --calibration TEXTS as well.")
     out = writable_folder(out)
     texts = calibration_texts(calibration)
     shapes = preset if plan is None else Plan.load(plan)
-    model, tokenizer = read_model(teacher), read_tokenizer(teacher)
+    model, tokenizer = read_model(teacher), load_tokenizer(teacher)
     student: Any = compress_model(
         model,
         shapes,
@@ -193,9 +193,10 @@ def decompress(
     """Write the equivalent stock dense model, for tools that support only that."""
     from kroneckerbert import decompress as decompress_model
     from kroneckerbert.files import writable_folder
+    from kroneckerbert.loading import load_tokenizer
 
     out = writable_folder(out)
-    tokenizer, dense = read_tokenizer(model), decompress_model(read_model(model))
+    tokenizer, dense = load_tokenizer(model), decompress_model(read_model(model))
     save(out, dense, tokenizer)
     console.print(f"Saved a {type(dense).__name__} to {out}.", soft_wrap=True)
 
@@ -234,6 +235,7 @@ def export(
     """Write a program that runs without this package, checked against PyTorch."""
     from kroneckerbert.exporting import export as export_model
     from kroneckerbert.files import writable_folder
+    from kroneckerbert.loading import load_tokenizer
 
     out = writable_folder(out)
     result = export_model(
@@ -243,7 +245,7 @@ def export(
         dynamic=not static,
         quantize="int8-dynamic" if int8 else None,
         tolerance=tolerance,
-        tokenizer=read_tokenizer(model),
+        tokenizer=load_tokenizer(model),
     )
     console.print(str(result), soft_wrap=True)
 

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Column
 from typer.core import TyperGroup
 
-from kron_kernels.files import write_file
-from kroneckerbert.signals import Interrupted, handled, interrupt
+from kroneckerbert.distillation.signals import Interrupted, handled, interrupt
 
 # Click's usage errors. Newer versions of typer vendor click, so take the class from typer's own.
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
@@ -229,6 +228,8 @@ def right(heading: str) -> Column:
 
 def write_text(path: Path, text: str) -> None:
     """Write a result, and name the file in any error."""
+    from kron_kernels.files import write_file
+
     try:
         write_file(path, text + "\n")
     except OSError as error:  # a full disk's error does not name it

@@ -20,7 +20,7 @@ from kroneckerbert.cli.shell import (
     regular,
     right,
 )
-from kroneckerbert.cli.sources import check_source, on_gpu, read_model, read_tokenizer
+from kroneckerbert.cli.sources import on_gpu, read_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,10 +97,10 @@ def distill(
     from kroneckerbert.distillation.heads import with_head_of
     from kroneckerbert.distillation.provenance import digest, identity
     from kroneckerbert.distillation.resuming import find, keep
+    from kroneckerbert.distillation.signals import Interrupted, stoppable
     from kroneckerbert.files import replace_folder, writable_folder
-    from kroneckerbert.loading import naming_source
+    from kroneckerbert.loading import check_source, load_tokenizer
     from kroneckerbert.modeling_kroneckerbert import max_tokens, positions
-    from kroneckerbert.signals import Interrupted, stoppable
 
     out = writable_folder(out)
     table = read_table(data) if is_table(data) else None
@@ -145,14 +145,13 @@ def distill(
     kept = out.with_name(f"{out.name}.training")
     checkpoint, seconds = find(kept, made_of)
 
-    teacher_model, tokenizer = read_model(teacher).float(), read_tokenizer(teacher)
+    teacher_model, tokenizer = read_model(teacher).float(), load_tokenizer(teacher)
     labels = None
     if table is None:
         student_model = read_model(student).float()
     else:
         labels = label_targets(table.labels, _classifier(teacher, teacher_model).config)
-        with naming_source(student):
-            student_model = with_head_of(teacher_model, student).float()
+        student_model = with_head_of(teacher_model, student).float()
     longest = min(max_tokens(teacher_model, tokenizer), positions(student_model))
     max_length = max_length or min(128, longest)
     if max_length > longest:
@@ -231,6 +230,7 @@ def evaluate(
     from kroneckerbert.data import is_table, read_lines, read_table
     from kroneckerbert.evaluation import evaluate as evaluate_model
     from kroneckerbert.evaluation import similarity
+    from kroneckerbert.loading import load_tokenizer
 
     sources = [model] if teacher is None else [model, teacher]
     if task is not None:
@@ -247,7 +247,7 @@ def evaluate(
             "--teacher, or give a table label<TAB>text."
         )
     rows: Any = read_table(data) if labelled else read_lines(data)
-    tokenizer = read_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     models = [on_gpu(read_model(source)) for source in sources]
     if labelled:
         columns = [evaluate_model(m, tokenizer, rows, batch_size) for m in models]
@@ -264,6 +264,7 @@ def _evaluate_task(
     models: list[str], name: str, split: str | None, data: Path | None, batch_size: int
 ) -> None:
     """Print the task's metrics of each model beside the paper's results, in per cent."""
+    from kroneckerbert.loading import load_tokenizer
     from kroneckerbert.reproduction.tasks import (
         compare,
         evaluate_task,
@@ -276,7 +277,7 @@ def _evaluate_task(
     split = split or task.evaluation
     is_file = data is not None and data.is_file()
     rows = read_file(task, data) if is_file else read_task(name, split, data)
-    tokenizer = read_tokenizer(models[0])
+    tokenizer = load_tokenizer(models[0])
     columns = []
     for source in models:
         scores = evaluate_task(on_gpu(read_model(source)), tokenizer, task, rows, batch_size)

@@ -5,16 +5,29 @@ a bare model, or one with pre-training heads, on unlabelled text; stage 2 uses t
 the fine-tuned teacher. Both use the same trainer: a term applies if model and batch provide it.
 """
 
-from kroneckerbert.distillation.config import SHORT_RUN, DistillationConfig
-from kroneckerbert.distillation.scores import attention_scores
-from kroneckerbert.distillation.terms import TERMS, distillation_terms
-from kroneckerbert.distillation.trainer import DistillationTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "SHORT_RUN",
-    "TERMS",
-    "DistillationConfig",
-    "DistillationTrainer",
-    "attention_scores",
-    "distillation_terms",
-]
+if TYPE_CHECKING:
+    from kroneckerbert.distillation.config import SHORT_RUN as SHORT_RUN
+    from kroneckerbert.distillation.config import DistillationConfig as DistillationConfig
+    from kroneckerbert.distillation.scores import attention_scores as attention_scores
+    from kroneckerbert.distillation.terms import TERMS as TERMS
+    from kroneckerbert.distillation.terms import distillation_terms as distillation_terms
+    from kroneckerbert.distillation.trainer import DistillationTrainer as DistillationTrainer
+
+_MODULES = {  # imported on first use: the command line needs signals.py without torch
+    "SHORT_RUN": "config",
+    "TERMS": "terms",
+    "DistillationConfig": "config",
+    "DistillationTrainer": "trainer",
+    "attention_scores": "scores",
+    "distillation_terms": "terms",
+}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

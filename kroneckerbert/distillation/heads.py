@@ -7,7 +7,7 @@ import os
 import transformers
 from transformers import PreTrainedModel
 
-from kroneckerbert.loading import read_config
+from kroneckerbert.loading import load, read_config
 
 
 def with_head_of(teacher: PreTrainedModel, source: str | os.PathLike) -> PreTrainedModel:
@@ -26,8 +26,8 @@ def with_head_of(teacher: PreTrainedModel, source: str | os.PathLike) -> PreTrai
         ValueError: If the student's weights do not fit its configuration.
     """
     _, found, head = type(teacher).__name__.partition("For")
-    auto = getattr(transformers, f"AutoModelFor{head}", None) if found else None
-    if auto is None:
+    auto_class = f"AutoModelFor{head}"
+    if not found or not hasattr(transformers, auto_class):
         raise TypeError(
             f"a {type(teacher).__name__} has no head to copy; give a teacher that was fine-tuned "
             "on the task, such as a BertForSequenceClassification."
@@ -35,18 +35,12 @@ def with_head_of(teacher: PreTrainedModel, source: str | os.PathLike) -> PreTrai
     student_config = read_config(source)
     names = student_config.architectures or []
     if any(name.endswith(f"For{head}") for name in names):
-        return auto.from_pretrained(source)
+        return load(source, auto_class)
     for name in ("id2label", "label2id", "problem_type"):
         setattr(student_config, name, getattr(teacher.config, name))
-    student, info = auto.from_pretrained(
-        source, config=student_config, ignore_mismatched_sizes=True, output_loading_info=True
+    student = load(
+        source, auto_class, new_head=True, config=student_config, ignore_mismatched_sizes=True
     )
-    prefix = f"{student.base_model_prefix}."
-    if wrong := sorted(key for key, *_ in info["mismatched_keys"] if key.startswith(prefix)):
-        raise ValueError(
-            f"{source}: {len(wrong)} tensors differ in shape from its config.json, such as "
-            f"{wrong[0]}; save the model again."
-        )
     prefix = f"{teacher.base_model_prefix}."
     words = teacher.get_input_embeddings().weight.data_ptr()  # tied decoders are not the head's
     state = {

@@ -37,15 +37,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from accelerate import PartialState
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import AutoModel, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
-import kroneckerbert
+from kron_kernels.files import write_file
 from kron_kernels.plan import Plan
 from kroneckerbert import measure
 from kroneckerbert.conversion import compress
@@ -60,8 +65,10 @@ from kroneckerbert.distillation.provenance import (
     read_json,
     write_json,
 )
-from kroneckerbert.files import replace_folder, replacing_files, resolved, writable_folder
-from kroneckerbert.loading import naming_source, read_config
+from kroneckerbert.distillation.signals import Interrupted, stoppable
+from kroneckerbert.files import replace_folder, resolved, writable_folder
+from kroneckerbert.loading import load as load_model
+from kroneckerbert.loading import load_tokenizer, without_weights
 from kroneckerbert.modeling_kroneckerbert import max_tokens
 from kroneckerbert.reproduction import corpus, curves
 from kroneckerbert.reproduction.card import Score, machine, model_card, without_paths
@@ -75,7 +82,6 @@ from kroneckerbert.reproduction.tasks import (
     match_labels,
     read_task,
 )
-from kroneckerbert.signals import Interrupted, stoppable
 
 _PACKAGE = "package:"  # package:NAME/PATH is a path inside an installed package
 # By the number of heads in stage 1.
@@ -144,11 +150,7 @@ class _Run:
         self.print = console.print
         self.dense = _located(recipe.teacher)
         self.kind = _MODELS[len(recipe.stage1.heads) if recipe.stage1 else 0]
-        self.auto = getattr(transformers, self.kind)
-        with naming_source(self.dense):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.dense, trust_remote_code=False
-            )
+        self.tokenizer = load_tokenizer(self.dense)
 
     def run(self) -> dict[str, Any]:
         recipe, stage1 = self.recipe, self.recipe.stage1
@@ -206,7 +208,7 @@ class _Run:
             )
         if recipe.student.plan is not None:
             Plan.load(recipe.student.plan)
-        longest = max_tokens(_without_weights(self.dense), self.tokenizer)
+        longest = max_tokens(without_weights(self.dense), self.tokenizer)
         for name, length in lengths.items():
             if length > longest:
                 raise ValueError(f"{name} {length} exceeds the teacher's {longest}.")
@@ -321,7 +323,7 @@ class _Run:
                 # Spread over the corpus: neighbouring texts are often about the same subject.
                 chosen = range(0, len(texts), max(1, len(texts) // given.calibration))
                 rows = Subset(texts, chosen[: given.calibration])
-                collate = transformers.DataCollatorWithPadding(self.tokenizer)
+                collate = DataCollatorWithPadding(self.tokenizer)
                 batches = DataLoader(rows, batch_size=32, collate_fn=collate)
             student = compress(
                 self._dense_model(), shapes, calibration=batches, sequential=given.sequential
@@ -333,18 +335,12 @@ class _Run:
 
     def _dense_model(self) -> PreTrainedModel:
         """The teacher with the heads of stage 1, all of which its file must contain."""
-        with naming_source(self.dense):
-            model, info = self.auto.from_pretrained(
-                self.dense, dtype=torch.float32, output_loading_info=True
-            )
-        # The pooler may be missing unless next-sentence prediction uses it.
-        pairs = self.kind == _MODELS[2]
-        if missing := sorted(n for n in info["missing_keys"] if pairs or "pooler." not in n):
+        try:
+            return load_model(self.dense, self.kind, dtype=torch.float32)
+        except ValueError as error:
             raise ValueError(
-                f"{self.recipe.teacher} lacks {len(missing)} tensors of stage1.heads, such as "
-                f"{missing[0]}; use a checkpoint that has them, or stage1.heads=[]."
-            )
-        return model.eval()
+                f"{error} If stage1.heads are missing, use stage1.heads=[] or another teacher."
+            ) from error
 
     def _stage1(self, stage: Stage1, start: Path, text: str) -> Path:
         settings = _settings(stage)
@@ -356,7 +352,7 @@ class _Run:
             if args.logits_weight == 0:  # do not compute logits, a vocabulary wide, for nothing
                 teacher = teacher.base_model
             mask = corpus.MaskedCollator(self.tokenizer, seed=args.seed) if stage.heads else None
-            student = self.auto.from_pretrained(start)
+            student = load_model(start, self.kind)
             texts = self._texts(stage, pairs="nsp" in stage.heads, pack=stage.pack)
             trainer = DistillationTrainer(
                 student,
@@ -382,7 +378,7 @@ class _Run:
 
         def work(folder: Path, training: Path) -> None:
             args = self._arguments(tuning, training)
-            transformers.set_seed(args.seed)  # initialises the head
+            set_seed(args.seed)  # initialises the head
             labels: dict[str, Any] = {"num_labels": 1} if task.kind == "regression" else {}
             if task.kind == "classification":
                 names = dict(enumerate(task.labels))
@@ -461,7 +457,7 @@ class _Run:
     def _latency(self, given: Latency, student: Path) -> dict[str, Any]:
         def work(folder: Path, _: Path) -> None:
             models = {
-                name: AutoModel.from_pretrained(source, dtype=torch.float32).to(self.state.device)
+                name: load_model(source, "AutoModel", dtype=torch.float32).to(self.state.device)
                 for name, source in (("teacher", self.dense), ("student", student))
             }
             before, times = torch.get_num_threads(), {}
@@ -500,7 +496,7 @@ class _Run:
     ) -> None:
         """Write numbers, cards and curves from the files of the steps."""
         dense, ours = (
-            measure.parameters(_without_weights(source).base_model)
+            measure.parameters(without_weights(source).base_model)
             for source in (self.dense, stage1)
         )
         results = {
@@ -509,9 +505,8 @@ class _Run:
             "latency": latency,
         }
         text = yaml.safe_dump(self.recipe.given, sort_keys=False, allow_unicode=True)
-        with replacing_files(self.output) as new:
-            (new / "recipe.yaml").write_text(text, encoding="utf-8")
-            write_json(new / "results.json", results)
+        write_file(self.output / "recipe.yaml", text)
+        write_json(self.output / "results.json", results)
         ratio = f"{dense / ours:.1f} times fewer (without heads)"
         self.print(f"{ours:,} parameters instead of {dense:,}, {ratio}")
         for batch, times in latency["milliseconds"].items() if latency else ():
@@ -535,15 +530,14 @@ class _Run:
         self.print(f"Students, with their cards, are in {students[-1][2] if students else stage1}.")
 
     def _save_card(self, folder: Path, stage: str, **results: Any) -> None:
-        model, recipe = _without_weights(folder), self.recipe
+        model, recipe = without_weights(folder), self.recipe
         with torch.device("meta"):
             dense = model.dense_class(model.config.to_dense())
         form = recipe.student.preset or "Kronecker student"
         name = f"{form} of {without_paths(recipe.teacher)}, {stage}"
         size = measure.parameters(dense)
         card = model_card(model, name=name, dense_parameters=size, recipe=recipe.given, **results)
-        with replacing_files(folder) as new:
-            card.save(new / "README.md")
+        write_file(folder / "README.md", str(card))
 
 
 def _compared(teacher: _Metrics, ours: Mapping[int, _Metrics]) -> list[Score]:
@@ -560,9 +554,8 @@ def _compared(teacher: _Metrics, ours: Mapping[int, _Metrics]) -> list[Score]:
 
 def _load(task: Task, source: str | Path, **config: Any) -> PreTrainedModel:
     head = "QuestionAnswering" if task.kind == "span" else "SequenceClassification"
-    auto = getattr(transformers, f"AutoModelFor{head}")
-    with naming_source(source):
-        return auto.from_pretrained(source, dtype=torch.float32, **config)
+    auto_class = f"AutoModelFor{head}"
+    return load_model(source, auto_class, new_head=True, dtype=torch.float32, **config)
 
 
 def _located(source: str) -> str:
@@ -598,16 +591,6 @@ def _last_checkpoint(training: Path) -> str | None:
         if (step := path.parent.name.removeprefix("checkpoint-")).isdecimal()
     }
     return str(whole[max(whole)]) if whole else None
-
-
-def _without_weights(source: str | Path) -> PreTrainedModel:
-    """The model of a hub name or folder on the meta device, which has sizes but no weights."""
-    config = read_config(source)
-    name = (config.architectures or [""])[0]
-    with naming_source(source), torch.device("meta"):
-        if hasattr(kroneckerbert, name):
-            return getattr(kroneckerbert, name)(config)
-        return AutoModel.from_config(config)
 
 
 @contextmanager

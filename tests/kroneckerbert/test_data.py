@@ -4,24 +4,20 @@ import gzip
 
 import pytest
 import torch
+from tiny import tiny_bert, tiny_tokenizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    BertTokenizer,
     Trainer,
     TrainingArguments,
 )
 
 from kroneckerbert.data import TextDataset, is_table, label_targets, read_lines, read_table
 
-WORDS = ["a", "film", "good", "bad", "is", "this"]
-
 
 @pytest.fixture
-def tokenizer(tmp_path):
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    return BertTokenizer(str(vocabulary), model_max_length=64)
+def tokenizer():
+    return tiny_tokenizer(["a", "film", "good", "bad", "is", "this"], model_max_length=64)
 
 
 def file(tmp_path, content: str | bytes, name: str = "data.txt"):
@@ -128,12 +124,9 @@ def test_rows_are_tokenised_with_their_labels_and_truncated(tokenizer):
 
 
 def test_trainer_pads_masks_and_groups_rows_by_length(tmp_path, tokenizer):
-    torch.manual_seed(0)
     lengths = torch.randint(1, 40, (64,)).tolist()
     texts = [" ".join(["good"] * n) for n in lengths]
     data = TextDataset(tokenizer, texts, texts, labels=[0] * 64, max_length=64)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = BertConfig(vocab_size=11, intermediate_size=8, **sizes)
     args = TrainingArguments(
         str(tmp_path / "run"),
         per_device_train_batch_size=4,
@@ -141,7 +134,7 @@ def test_trainer_pads_masks_and_groups_rows_by_length(tmp_path, tokenizer):
         use_cpu=True,
     )
     trainer = Trainer(
-        BertForSequenceClassification(config),
+        tiny_bert(BertForSequenceClassification),
         args,
         train_dataset=data,
         processing_class=tokenizer,

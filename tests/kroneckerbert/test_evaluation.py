@@ -4,36 +4,26 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_bert, tiny_tokenizer
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from transformers import BertForSequenceClassification, BertModel
 
 from kroneckerbert import compress, embed
 from kroneckerbert.data import Table
 from kroneckerbert.evaluation import evaluate, similarity
 
 WORDS = ["zero", "one", "two", "three", "x", "y"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+SIZES = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 1, "initializer_range": 0.3}
 
 
 @pytest.fixture
-def tokenizer(tmp_path):
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    return BertTokenizer(str(vocabulary))
+def tokenizer():
+    return tiny_tokenizer(WORDS)
 
 
 def bert(cls=BertModel, seed: int = 0, **overrides):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "max_position_embeddings": 32}
-    return cls(BertConfig(vocab_size=11, initializer_range=0.3, **(sizes | overrides))).eval()
+    return tiny_bert(cls, **SIZES | overrides)
 
 
 class Oracle(nn.Module):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,14 +30,8 @@ from kroneckerbert.exporting import export, load_exported
 from kroneckerbert.files import CHECKSUMS, replace_folder
 
 load_trusted = partial(load_exported, trust_remote_code=True)
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-}
-BASE = BertConfig(**SIZES, max_position_embeddings=32)
+SIZES = tiny.SIZES | {"intermediate_size": 128, "num_hidden_layers": 1}
+BASE = BertConfig(**SIZES)
 HEADS = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering"]
 HEADS += ["ForTokenClassification"]
 PRECISION = torch.finfo(torch.float32).eps
@@ -109,9 +104,7 @@ def onnx_folder(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("exports") / "new" / "onnx"
     model = model_with("ForMaskedLM").train()
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
-    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocab)})
-    result = export(model, folder, tokenizer=tokenizer)
+    result = export(model, folder, tokenizer=tiny.tiny_tokenizer(["a", "b"]))
     return folder, result, model
 
 
@@ -224,7 +217,7 @@ def test_decoders_without_their_cache(name, tmp_path):
     if name == "gpt2":
         dense = GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=32, **common)
     else:
-        dense = LlamaConfig(**SIZES | common, max_position_embeddings=32)
+        dense = LlamaConfig(**SIZES | common)
     config = kroneckerbert.register(type(dense)).preset("kronecker-bert-8", dense)
     head = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[name]
     model = getattr(kroneckerbert, f"Kronecker{head}")(config).eval()

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForPreTraining, BertTokenizer, Trainer, TrainingArguments
 
 from kroneckerbert import DistillationConfig
+from kroneckerbert.distillation.signals import Interrupted
 from kroneckerbert.reproduction import curves, recipe
 from kroneckerbert.reproduction import run as reproduction
-from kroneckerbert.signals import Interrupted
 
 WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 GLUE = {"mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte"}
@@ -331,7 +331,7 @@ def test_missing_things_are_told_before_any_work(sources, given, tmp_path):
 
 def test_heads_that_the_teacher_lacks_are_refused(finished, sources, given, tmp_path):
     given["teacher"] = str(finished / "teacher/sst2")
-    with pytest.raises(ValueError, match=r"lacks .* tensors of stage1\.heads"):
+    with pytest.raises(ValueError, match=r"Tensors missing: .*stage1\.heads"):
         reproduction.run(recipe.parse(given), tmp_path / "out", sources / "data")
 
 

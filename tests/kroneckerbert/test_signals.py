@@ -11,9 +11,10 @@ import torch
 from commands import WORDS, fails, run, save, student_of, succeeds, weights
 from transformers import TrainerCallback
 
-from kroneckerbert.cli.sources import read_model, read_tokenizer
+from kroneckerbert.cli.sources import read_model
 from kroneckerbert.distillation import DistillationTrainer
-from kroneckerbert.signals import Stop, handled, interrupt
+from kroneckerbert.distillation.signals import Stop, handled, interrupt
+from kroneckerbert.loading import load_tokenizer
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def test_any_command_ends_with_one_line_and_cleans_up(tmp_path, teacher, monkeyp
     def save_pretrained(self, folder, **options):
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(type(read_tokenizer(str(teacher))), "save_pretrained", save_pretrained)
+    monkeypatch.setattr(type(load_tokenizer(teacher)), "save_pretrained", save_pretrained)
     assert run("compress", teacher, tmp_path / "out") == (128 + number, "Interrupted.\n")
     assert set(tmp_path.iterdir()) == before
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers

@@ -18,8 +18,8 @@ class Interrupted(KeyboardInterrupt):
     """A signal has ended the work.
 
     Attributes:
-        number: The signal's.
-        kept: What is kept of the work, in a sentence; empty if nothing is.
+        number: The signal's number.
+        kept: A sentence on the work that is kept; empty if none is.
     """
 
     def __init__(self, number: int, kept: str = ""):
@@ -28,25 +28,25 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupt(number: int, frame: FrameType | None = None) -> None:
-    """A handler of signals that raises ``Interrupted``, so that temporary files go."""
+    """Signal handler that raises ``Interrupted``: clean-up code then removes temporary files."""
     raise Interrupted(number)
 
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Within, SIGINT and SIGTERM call ``handler``.
+    """Let ``handler`` handle SIGINT and SIGTERM inside the block.
 
-    Elsewhere than in the main thread nothing changes, nor under ``torchrun``: it sends signals of
-    its own, to processes that must all stop at the same step. What is ignored stays so: a shell
-    starts jobs in the background without SIGINT. A forked child ends as it would without handlers.
+    Nothing changes outside the main thread, or under ``torchrun``, which sends its own signals to
+    processes that must all stop at the same step. An ignored signal stays ignored: shells start
+    background jobs without SIGINT. A forked child ends as it would without handlers.
     """
     owner = os.getpid()
 
     def act(received: int, frame: FrameType | None) -> None:
         if os.getpid() == owner:
             handler(received, frame)
-        # A forked child has the handlers, too. Ctrl-C reaches all processes of a terminal: to end
-        # in good order, a training needs its workers for the step at hand.
+        # Forked children inherit the handler, and Ctrl-C reaches all processes of a terminal. A
+        # training that is to end in good order needs its workers until the end of the step.
         elif received != signal.SIGINT or not isinstance(handler, Stop):
             signal.signal(received, signal.SIG_DFL)
             signal.raise_signal(received)
@@ -65,7 +65,7 @@ def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
 
 
 class Stop:
-    """Whether a signal has come; the second one raises ``Interrupted``."""
+    """Signal handler that keeps the first signal's number; the second raises ``Interrupted``."""
 
     number: int | None = None
 
@@ -73,21 +73,21 @@ class Stop:
         if self.number is not None:
             interrupt(number)
         self.number = number
-        os.write(2, _NOTICE)  # print() must not be called again within itself
+        os.write(2, _NOTICE)  # print() is not reentrant
 
 
 @contextmanager
 def stoppable(trainer: Any) -> Iterator[Stop]:
-    """Within, the first SIGINT or SIGTERM ends a training after its step, with a checkpoint.
+    """Let the first SIGINT or SIGTERM end a training after the current step, with a checkpoint.
 
-    A training that is at its end by then is not stopped: what follows within, such as saving its
-    result, is not interrupted either. A second signal raises ``Interrupted`` at once.
+    A training that has taken its last step is not stopped, and the rest of the block, such as
+    saving the result, is not interrupted. A second signal raises ``Interrupted`` at once.
 
     Args:
         trainer: A ``transformers.Trainer``.
 
     Yields:
-        Its ``number`` is that of the signal, once there was one.
+        The handler; its ``number`` is that of the first signal, or None.
     """
     from transformers import TrainerCallback
 

@@ -1,0 +1,75 @@
+"""The import of the package: quick, lazy, and registered with transformers in any order."""
+
+import subprocess
+import sys
+
+import pytest
+from tiny import tiny_bert, tiny_tokenizer
+from transformers import BertForSequenceClassification
+
+import kroneckerbert
+from kroneckerbert import compress
+
+
+def run(code: str, *arguments) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_found_and_listed():
+    assert sorted(kroneckerbert._MODULES) == sorted(kroneckerbert.__all__)
+    for name in kroneckerbert.__all__:
+        value = getattr(kroneckerbert, name)
+        assert value.__module__.startswith(f"kroneckerbert.{kroneckerbert._MODULES[name]}")
+    assert set(kroneckerbert.__all__) <= set(dir(kroneckerbert))
+    assert kroneckerbert.calibration.second_moments is kroneckerbert.second_moments
+    for name in ("no_such_name", "__wrapped__"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
+            getattr(kroneckerbert, name)
+
+
+@pytest.mark.parametrize("module", ["kroneckerbert", "kroneckerbert.cli.app"])
+def test_the_package_and_its_command_line_are_imported_without_torch(module):
+    run(f"import sys, {module}; assert not {{'torch', 'transformers'}} & set(sys.modules)")
+
+
+def test_pipelines_and_sentence_transformers_load_models_after_reloads_and_in_threads(tmp_path):
+    model = compress(tiny_bert(BertForSequenceClassification))
+    for folder, saved in (("classifier", model), ("encoder", model.bert)):
+        saved.save_pretrained(tmp_path / folder)
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
+    run(
+        """
+import importlib, pickle, sys, threading
+import kroneckerbert
+importlib.reload(kroneckerbert)
+threads = [
+    threading.Thread(target=importlib.import_module, args=(name,))
+    for name in ("transformers.models.auto.modeling_auto", "kroneckerbert.conversion") * 2
+]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+from transformers import AutoConfig, AutoModel, CONFIG_MAPPING, pipeline
+answer = pipeline("text-classification", model=sys.argv[1] + "/classifier")("a film")
+assert answer[0]["label"].startswith("LABEL_")
+model = AutoModel.from_pretrained(sys.argv[1] + "/encoder")
+assert type(model) is kroneckerbert.KroneckerBertModel
+importlib.reload(kroneckerbert)
+assert type(AutoModel.from_pretrained(sys.argv[1] + "/encoder")) is type(model)
+assert type(pickle.loads(pickle.dumps(model))) is type(model)
+config = AutoConfig.for_model("kronecker_bert", num_hidden_layers=0)
+assert type(AutoModel.from_config(config)) is type(model)
+finders = [f for f in sys.meta_path if type(f).__module__ == "kroneckerbert"]
+assert len(finders) == 1
+assert "kronecker_kronecker_bert" not in CONFIG_MAPPING
+from sentence_transformers import SentenceTransformer
+words = SentenceTransformer(sys.argv[1] + "/encoder", device="cpu")
+assert type(words[0].auto_model) is type(model)
+assert words.encode(["a film"]).shape == (1, 32)
+""",
+        tmp_path,
+    )
