@@ -313,7 +313,7 @@ def test_missing_things_are_told_before_any_work(sources, given, tmp_path):
         return str(caught.value)
 
     told = message(tasks={"rte": {}})
-    assert "rte_train.tsv" in told and "leave the task out" in told
+    assert "rte_train.tsv" in told and "leave out the task" in told
     assert "sst2" in message(data=None) and "--data DIR" in message(data=None)
     assert "is no file or folder" in message(teacher="./absent/bert")
     assert "absent_package" in message(teacher="package:absent_package/model")
