@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from tiny import WORDS, tiny_bert, tiny_tokenizer
+from transformers import BertModel
 from typer.testing import CliRunner
 
 from kroneckerbert.cli.app import app
 from kroneckerbert.cli.sources import read_model
-
-WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 
 
 def run(*arguments, app=app) -> tuple[int, str]:
@@ -38,13 +37,11 @@ def fails(*arguments, app=app) -> str:
 
 def save(folder: Path, cls=BertModel, with_tokenizer: bool = True, seed: int = 0, **overrides):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "max_position_embeddings": 32, "vocab_size": 13}
-    cls(BertConfig(initializer_range=0.3, **(sizes | overrides))).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"vocab_size": 5 + len(WORDS), "initializer_range": 0.3}
+    tiny_bert(cls, **sizes | overrides).save_pretrained(folder)
     if with_tokenizer:
-        vocabulary = folder / "words.txt"
-        vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-        BertTokenizer(str(vocabulary)).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -34,12 +34,12 @@ _ARGUMENTS = (
 )
 
 
-def settings(arguments: Mapping[str, Any], **more: int | None) -> dict[str, Any]:
+def settings(arguments: Mapping[str, Any], **others: int | None) -> dict[str, Any]:
     """The settings that the weights depend on; two runs that share them are the same run.
 
     Args:
         arguments: ``DistillationConfig.to_dict()``.
-        **more: Others, such as the number of rows of the data.
+        **others: Others, such as the number of rows of the data.
     """
     chosen = {name: arguments[name] for name in _ARGUMENTS}
     steps = arguments["max_steps"] if arguments["max_steps"] > 0 else None
@@ -48,7 +48,7 @@ def settings(arguments: Mapping[str, Any], **more: int | None) -> dict[str, Any]
         "num_train_epochs": None if steps else arguments["num_train_epochs"],
     }
     timed = arguments["max_minutes"] is not None
-    return json.loads(json.dumps({**chosen, **length, "ends by the clock": timed, **more}))
+    return json.loads(json.dumps({**chosen, **length, "ends by the clock": timed, **others}))
 
 
 def start(

@@ -417,8 +417,8 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         # Trainer would keep only the student's columns.
-        more = taken_inputs(self.teacher) - self._targets | {cache.ROW}
-        self._signature_columns = sorted({*self._signature_columns, *more})
+        teachers = taken_inputs(self.teacher) - self._targets | {cache.ROW}
+        self._signature_columns = sorted({*self._signature_columns, *teachers})
 
     def cache_teacher(self) -> None:
         """Fill ``args.teacher_cache`` with the teacher's outputs, unless it has them.

@@ -101,11 +101,11 @@ def test_calibration_changes_the_start(tmp_path, teacher, texts):
 def test_a_plan_is_made_shown_and_followed(tmp_path, teacher, texts, monkeypatch):
     time_briefly(monkeypatch)
     file = tmp_path / "plan.json"
-    told = succeeds(
+    output = succeeds(
         *("plan", teacher, file, "--budget", "parameters=1.5x", "--budget", "flops=100%"),
         *("--objective", "size", "--batch", 2, "--tokens", 16, "--calibration", texts),
     )
-    assert "embeddings.word_embeddings" in told and f"--plan {file}" in told
+    assert "embeddings.word_embeddings" in output and f"--plan {file}" in output
     out = tmp_path / "student"
     succeeds("compress", teacher, out, "--plan", file)
     student = read_model(str(out))
@@ -125,11 +125,11 @@ def test_a_report_says_and_draws_what_compressing_did(
 ):
     time_briefly(monkeypatch)
     numbers, picture = tmp_path / "report.json", tmp_path / "report.png"
-    told = succeeds(
+    output = succeeds(
         *("report", student, "--teacher", teacher, "--tokens", 16, "--calibration", texts),
         *("--json", numbers, "--picture", picture, "--threads", 1),
     )
-    assert "the whole model" in told and "output error" in told
+    assert "the whole model" in output and "output error" in output
     rows = json.loads(numbers.read_text())["layers"]
     assert all(row["weight_error"] > 0 for row in rows) and picture.stat().st_size > 5000
     assert "compress it first" in fails("report", teacher)
@@ -150,8 +150,8 @@ def test_decompress_writes_a_stock_model(tmp_path, teacher, student):
 def test_export_writes_a_program_and_says_how_near_it_is(tmp_path, student, monkeypatch):
     pytest.importorskip("transformers.exporters")
     out = tmp_path / "program"
-    told = succeeds("export", student, out, "--format", "torch_export", "--static")
-    assert "run against PyTorch on batches of 2x16 tokens" in told and list(out.rglob("*.pt2"))
+    output = succeeds("export", student, out, "--format", "torch_export", "--static")
+    assert "run against PyTorch on batches of 2x16 tokens" in output and list(out.rglob("*.pt2"))
     assert "exists" in fails("export", student, out)
     assert "format" in fails("export", student, tmp_path / "none", "--format", "onyx")
     calls = []
@@ -238,8 +238,8 @@ def test_evaluating_a_task_reads_files_and_folders_and_shows_the_papers_numbers(
     assert "16 rows of validation" in of_folder and "91.1" in of_folder
     of_file = succeeds("evaluate", student, "--task", "sst2", "--data", folder / "sst2_dev.tsv")
     cells = [
-        next(line for line in told.splitlines() if "accuracy" in line).split("│")[2]
-        for told in (of_folder, of_file)
+        next(line for line in output.splitlines() if "accuracy" in line).split("│")[2]
+        for output in (of_folder, of_file)
     ]
     assert cells[0].strip() == cells[1].strip()
     assert "test" in succeeds("evaluate", student, "--task", "imdb", "--data", folder)
@@ -251,9 +251,9 @@ def test_evaluating_a_task_reads_files_and_folders_and_shows_the_papers_numbers(
 
 
 def test_recipes_are_listed_and_run(tmp_path, monkeypatch):
-    told = succeeds("recipes")
+    output = succeeds("recipes")
     for name in ("kronecker-bert-8", "kronecker-bert-21", "minilm-minutes"):
-        assert name in told
+        assert name in output
     calls = []
     run = "kroneckerbert.reproduction.run.run"
     monkeypatch.setattr(run, lambda *arguments: calls.append(arguments))

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_bert
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
     BertForQuestionAnswering,
@@ -57,12 +57,10 @@ ALL = {**dict.fromkeys(TERMS, 1.0), "logits": None, "labels": None}
 
 def bert(cls=BertModel, seed: int = 0, **overrides):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"vocab_size": 40, "intermediate_size": 32, "max_position_embeddings": 16}
+    sizes = {"hidden_size": 16, "vocab_size": 40, "intermediate_size": 32}
     sizes |= {"num_labels": 2 if cls is BertForQuestionAnswering else 3}
     # Ten times the usual spread, or the scores of so narrow a model are all nearly 0.
-    model = cls(BertConfig(**(sizes | {"initializer_range": 0.2} | overrides)))
-    return model.eval()
+    return tiny_bert(cls, **sizes | {"initializer_range": 0.2} | overrides)
 
 
 def perturbed(teacher, by: float = 0.05):
@@ -188,18 +186,6 @@ def test_padding_changes_no_term(cls):
             torch.testing.assert_close(value, want[name], msg=name)
 
 
-def test_without_padding_terms_are_plain_means():
-    teacher, student = bert(), bert(seed=1)
-    batch = padded_batch() | {"attention_mask": torch.ones(3, 8, dtype=torch.long)}
-    s, t = outputs(student, batch), outputs(teacher, batch)
-    got = distillation_terms(s, t, batch["attention_mask"], ALL)
-    mse = torch.nn.functional.mse_loss
-    want = sum(mse(a, b) for a, b in zip(s.attentions, t.attentions, strict=True))
-    torch.testing.assert_close(got["attention"], want)
-    want = sum(mse(a, b) for a, b in zip(s.hidden_states[1:], t.hidden_states[1:], strict=True))
-    torch.testing.assert_close(got["hidden"], want)
-
-
 @pytest.mark.parametrize("cls", HEADS)
 def test_a_student_identical_to_its_teacher_has_terms_of_exactly_zero(cls):
     teacher = bert(cls)
@@ -318,16 +304,6 @@ def test_a_default_model_has_an_attention_loss_and_stock_attentions_are_refused(
 
 
 # The trainer
-
-
-def test_the_loss_of_a_perturbed_copy_falls_within_30_steps(tmp_path):
-    teacher = bert()
-    run = trainer(
-        tmp_path, perturbed(teacher), teacher, dataset(32), max_steps=30, learning_rate=1e-2
-    )
-    run.train()
-    (losses,) = log_histories([run])
-    assert losses[-1] < losses[0] / 4
 
 
 def test_logged_terms_add_up_to_the_logged_loss(tmp_path):
@@ -799,16 +775,11 @@ def test_bfloat16_autocast_trains_with_a_float32_loss(tmp_path):
     data = dataset(32, labels=torch.arange(32) % 3)
     exact, mixed = (
         trainer(
-            tmp_path,
-            perturbed(teacher, 0.2),
-            teacher,
-            data,
-            bf16=bf16,
-            max_steps=30,
-            learning_rate=1e-2,
+            *(tmp_path, perturbed(teacher, 0.2), teacher, data),
+            bf16=steps > 1, max_steps=steps, learning_rate=1e-2,
         )
-        for bf16 in (False, True)
-    )
+        for steps in (1, 30)
+    )  # fmt: skip
     dtypes = set()
     teacher.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
         lambda module, args, out: dtypes.add(out.dtype)

@@ -14,15 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from commands import save
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForPreTraining, BertTokenizer, Trainer, TrainingArguments
+from tiny import WORDS, tiny_tokenizer
+from transformers import BertForPreTraining, Trainer, TrainingArguments
 
 from kroneckerbert import DistillationConfig
 from kroneckerbert.distillation.signals import Interrupted
 from kroneckerbert.reproduction import curves, recipe
 from kroneckerbert.reproduction import run as reproduction
 
-WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 GLUE = {"mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte"}
 
 
@@ -43,13 +44,8 @@ def undrawn(monkeypatch):
 def sources(tmp_path_factory) -> Path:
     """A teacher with the heads of pre-training, text, and the files of sst2, imdb and stsb."""
     folder = tmp_path_factory.mktemp("sources")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "max_position_embeddings": 32, "vocab_size": 13}
-    BertForPreTraining(BertConfig(initializer_range=0.3, **sizes)).save_pretrained(folder / "bert")
-    vocabulary = folder / "words.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizer(str(vocabulary), model_max_length=32).save_pretrained(folder / "bert")
+    save(folder / "bert", BertForPreTraining)
+    tiny_tokenizer(model_max_length=32).save_pretrained(folder / "bert")
     rows = (" ".join(WORDS[i % 8 :] + WORDS[: i % 5]) for i in range(40))
     (folder / "texts.txt").write_text("\n".join(rows))
     data = folder / "data"
@@ -62,8 +58,8 @@ def sources(tmp_path_factory) -> Path:
         question = {"id": "1", "question": "is this ?"}
         question["answers"] = [{"text": "good", "answer_start": 7}]
         paragraph = {"context": "a film good this is bad", "qas": [question]}
-        told = {"version": "1.1", "data": [{"title": "", "paragraphs": [paragraph]}]}
-        (data / f"{name}.json").write_text(json.dumps(told))
+        content = {"version": "1.1", "data": [{"title": "", "paragraphs": [paragraph]}]}
+        (data / f"{name}.json").write_text(json.dumps(content))
     return folder
 
 
@@ -121,20 +117,20 @@ def finished(sources, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", recipe.shipped())
 def test_every_shipped_recipe_is_one(name, tmp_path):
-    told = recipe.load(name)
-    assert told.description
-    if (source := told.stage1.corpus.source).startswith("package:"):
+    loaded = recipe.load(name)
+    assert loaded.description
+    if (source := loaded.stage1.corpus.source).startswith("package:"):
         assert Path(reproduction._located(source)).is_file()
     for cls, stage in [
-        (DistillationConfig, told.stage1),
-        *((DistillationConfig, task.stage2) for task in told.tasks.values()),
-        *((TrainingArguments, task.fine_tuning) for task in told.tasks.values()),
+        (DistillationConfig, loaded.stage1),
+        *((DistillationConfig, task.stage2) for task in loaded.tasks.values()),
+        *((TrainingArguments, task.fine_tuning) for task in loaded.tasks.values()),
     ]:
         cls(output_dir=str(tmp_path), **stage.arguments)
     if name.startswith("kronecker-bert"):
-        assert told.student.preset == name
-        assert set(told.tasks) == GLUE | {"squad", "squad_v2"}
-        assert told.tasks["squad_v2"].stage2.max_length == 384
+        assert loaded.student.preset == name
+        assert set(loaded.tasks) == GLUE | {"squad", "squad_v2"}
+        assert loaded.tasks["squad_v2"].stage2.max_length == 384
 
 
 def test_shipped_learning_rates_are_those_of_table_8():
@@ -162,10 +158,10 @@ def test_changes_reach_any_key(tmp_path, given):
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(given))
     changes = ["stage1.arguments.learning_rate=2e-4", "tasks.rte={}", "seeds=[3]", "latency="]
-    told = recipe.load(path, changes)
-    assert told.stage1.arguments["learning_rate"] == 2e-4
-    assert told.tasks["rte"].stage2.batch_size == 4
-    assert told.seeds == [3] and told.latency is None
+    loaded = recipe.load(path, changes)
+    assert loaded.stage1.arguments["learning_rate"] == 2e-4
+    assert loaded.tasks["rte"].stage2.batch_size == 4
+    assert loaded.seeds == [3] and loaded.latency is None
 
 
 @pytest.mark.parametrize(
@@ -254,12 +250,14 @@ def test_a_second_run_does_nothing_and_a_new_seed_only_its_own(
     before = files(finished)
     capsys.readouterr()
     reproduction.run(recipe.parse(given), finished, sources / "data")
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert files(finished) == before
-    assert not [line for line in told.splitlines() if line.startswith("- ")]
-    # The teacher's score is told before its student's, and the processes before everything.
-    assert told.index("process(es)") < told.index("sst2, stage 2: 4 rows a step = 1 device(s) x 4")
-    assert told.index("accuracy, teacher") < told.index("accuracy, student")
+    assert not [line for line in output.splitlines() if line.startswith("- ")]
+    # The teacher's score is output before its student's, and the processes before everything.
+    assert output.index("process(es)") < output.index(
+        "sst2, stage 2: 4 rows a step = 1 device(s) x 4"
+    )
+    assert output.index("accuracy, teacher") < output.index("accuracy, student")
     reproduction.run(recipe.parse(given), finished, sources / "data", seeds=[5])
     new = files(finished).keys() - before.keys()
     assert new == {finished / "stage2/sst2/seed-5/model.safetensors"}
@@ -312,8 +310,8 @@ def test_missing_things_are_told_before_any_work(sources, given, tmp_path):
         assert not (output / "start").exists()
         return str(caught.value)
 
-    told = message(tasks={"rte": {}})
-    assert "rte_train.tsv" in told and "leave out the task" in told
+    error = message(tasks={"rte": {}})
+    assert "rte_train.tsv" in error and "leave out the task" in error
     assert "sst2" in message(data=None) and "--data DIR" in message(data=None)
     assert "is no file or folder" in message(teacher="./absent/bert")
     assert "absent_package" in message(teacher="package:absent_package/model")

@@ -85,10 +85,10 @@ SEEDS = dict.fromkeys(("distill", "reproduce", "demo"), ("--seed",))
 )
 def test_a_number_out_of_range_is_refused(place, command, option, values):
     for value in values:
-        code, told = run(*commands(place)[command], option, value)
+        code, output = run(*commands(place)[command], option, value)
         assert code == 2
-        assert f"Error: Invalid value for '{option}': {value!r} must be a" in told
-        assert told.endswith(f"{command} --help.\n")
+        assert f"Error: Invalid value for '{option}': {value!r} must be a" in output
+        assert output.endswith(f"{command} --help.\n")
 
 
 @settings(max_examples=50, deadline=None)
@@ -105,7 +105,7 @@ def test_a_number_is_in_range_or_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("command", "option", "value", "told"),
+    ("command", "option", "value", "expected"),
     [
         ("plan", "--objective", "speed", "'speed' must be one of error, size, latency"),
         ("export", "--format", "", "'' must be one of onnx, openvino, torch_export, aoti"),
@@ -136,16 +136,16 @@ def test_a_number_is_in_range_or_refused(text):
     ],
 )
 def test_a_word_of_an_option_is_refused_before_the_work(
-    place, monkeypatch, command, option, value, told
+    place, monkeypatch, command, option, value, expected
 ):
     monkeypatch.chdir(place)
-    assert told in fails(*commands(place)[command], option, value)
+    assert expected in fails(*commands(place)[command], option, value)
 
 
 def test_a_wrong_option_before_the_command_is_one_line_and_nothing_is_the_help():
     assert fails("--frobnicate") == "Error: No such option: --frobnicate; see root --help."
-    code, told = run()
-    assert code == 2 and "COMMAND" in told and "Error" not in told
+    code, output = run()
+    assert code == 2 and "COMMAND" in output and "Error" not in output
 
 
 # Files that are read
@@ -267,7 +267,7 @@ def test_a_plan_is_written_to_a_pipe_like_other_results(place, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (
             ["distill", MODEL, MODEL, "out", "--data", "texts.txt", "--steps", 2, "--epochs", 1],
@@ -287,10 +287,10 @@ def test_a_plan_is_written_to_a_pipe_like_other_results(place, tmp_path, monkeyp
         (["benchmark", MODEL, MODEL], "named twice"),
     ],
 )
-def test_options_that_do_not_go_together_end_with_status_2(place, monkeypatch, words, told):
+def test_options_that_do_not_go_together_end_with_status_2(place, monkeypatch, words, expected):
     monkeypatch.chdir(place)
     code, output = run(*words)
-    assert code == 2 and told in output and output.startswith("Error: ")
+    assert code == 2 and expected in output and output.startswith("Error: ")
 
 
 def test_an_input_is_not_overwritten(place, tmp_path):
@@ -314,12 +314,12 @@ def test_an_input_is_not_overwritten(place, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_loses_no_numbers(place):
-    code, told = run(
+    code, output = run(
         *("benchmark", place / "teacher", "--tokens", 8, "--batch", 1, "--seconds", 0),
         *("--json", "/dev/full"),
     )
-    assert code == 1 and "median time" in told
-    assert "Error: cannot write /dev/full: No space left on device." in told
+    assert code == 1 and "median time" in output
+    assert "Error: cannot write /dev/full: No space left on device." in output
 
 
 # Models
@@ -383,21 +383,21 @@ def test_nobody_is_asked_whether_to_run_code_from_a_folder(place, tmp_path, foun
     shutil.copytree(place / "student", model)
     config = json.loads((model / "config.json").read_text()) | {"model_type": found}
     (model / "config.json").write_text(json.dumps(config))
-    code, told = run("report", model)
-    assert code == 1 and told.startswith(f"Error: {model} ") and str(found) in told
-    assert told.count("\n") == 1 and "custom code" not in told
+    code, output = run("report", model)
+    assert code == 1 and output.startswith(f"Error: {model} ") and str(found) in output
+    assert output.count("\n") == 1 and "custom code" not in output
 
 
 @pytest.mark.parametrize(
-    ("sizes", "told"),
+    ("sizes", "expected"),
     [
         ({"hidden_size": 32}, "has no dense embeddings.word_embeddings of 13x16"),
         ({"intermediate_size": 64}, "has no dense encoder.layer.0.intermediate.dense of 32x16"),
     ],
 )
-def test_another_teacher_than_the_students_is_refused(place, tmp_path, sizes, told):
+def test_another_teacher_than_the_students_is_refused(place, tmp_path, sizes, expected):
     other = save(tmp_path / "other", num_hidden_layers=1, **sizes)
-    assert told in fails("report", place / "student", "--teacher", other, "--tokens", 8)
+    assert expected in fails("report", place / "student", "--teacher", other, "--tokens", 8)
 
 
 def test_a_student_with_a_damaged_shape_or_fewer_positions_is_refused(place, tmp_path):
@@ -415,7 +415,7 @@ def test_a_student_with_a_damaged_shape_or_fewer_positions_is_refused(place, tmp
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         ("layers --threads 0", "'0' must be a whole number of at least 1"),
         ("layers --threads 1000000000", "'1000000000' must be a whole number of at least 1"),
@@ -433,13 +433,13 @@ def test_a_student_with_a_damaged_shape_or_fewer_positions_is_refused(place, tmp
         ("frobnicate", "No such command 'frobnicate'"),
     ],
 )
-def test_benchmarks_refuse_before_they_measure(tmp_path, monkeypatch, arguments, told):
+def test_benchmarks_refuse_before_they_measure(tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "bad", "full"):
         (tmp_path / folder).mkdir()
     for file in ("list.json", "bad/layers.json", "full/layers.json"):
         (tmp_path / file).write_text("[1]")
-    assert told in fails(*arguments.split(), app=benchmark_main.app)
+    assert expected in fails(*arguments.split(), app=benchmark_main.app)
 
 
 def test_the_doctor_takes_no_arguments(capsys):
@@ -472,8 +472,8 @@ def test_a_fault_of_ours_says_how_to_see_it(place, monkeypatch):
 
     monkeypatch.setattr("kroneckerbert.measure.latency", broken)
     command = ["benchmark", place / "teacher", "--tokens", 8]
-    code, told = run(*command)
-    assert code == 1 and "Error: KeyError: 'x'" in told and "kroneckerbert --debug" in told
+    code, output = run(*command)
+    assert code == 1 and "Error: KeyError: 'x'" in output and "kroneckerbert --debug" in output
     with pytest.raises(KeyError):
         run("--debug", *command)
 

@@ -67,8 +67,8 @@ def test_any_damage_to_any_file_is_found_with_the_checkpoint_that_is_whole(outpu
         whole = (output / file).read_bytes()
         for damage in DAMAGES.values():
             (output / file).write_bytes(damage(whole))
-            said = refused(again, output, rf"{file} is damaged.*checkpoint-2 is whole")
-            assert f"resume_from_checkpoint={str(output / 'checkpoint-2')!r}" in said
+            message = refused(again, output, rf"{file} is damaged.*checkpoint-2 is whole")
+            assert f"resume_from_checkpoint={str(output / 'checkpoint-2')!r}" in message
         if file.name != CHECKSUMS:
             (output / file).unlink()
             refused(again, output, rf"{file} is missing.*checkpoint-2 is whole")
@@ -158,9 +158,9 @@ def test_a_checkpoint_of_transformers_own_trainer_is_no_older_one(output, recwar
 )
 def test_a_run_of_other_settings_is_not_gone_on_with_unless_it_is_named(output, other):
     name, value = next(iter(other.items()))
-    said = {"per_device_train_batch_size": "rows_of_a_step"}.get(name, name)
+    setting = {"per_device_train_batch_size": "rows_of_a_step"}.get(name, name)
     new = run(output, **other)
-    with pytest.raises(ValueError, match=rf"is of another run: .*{said} was .* and is {value}"):
+    with pytest.raises(ValueError, match=rf"is of another run: .*{setting} was .* and is {value}"):
         new.train(resume_from_checkpoint=True)
     assert new.state.global_step == 0
     if name == "max_steps":

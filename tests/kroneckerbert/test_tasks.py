@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny_bert, tiny_tokenizer
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
-    BertTokenizer,
 )
 
 from kroneckerbert.data import Table
@@ -28,16 +28,12 @@ WORDS = ["zero", "one", "two", "x", "y"]
 
 
 @pytest.fixture
-def tokenizer(tmp_path):
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    return BertTokenizer(str(vocabulary), model_max_length=32)
+def tokenizer():
+    return tiny_tokenizer(WORDS, model_max_length=32)
 
 
 def model(cls=BertForSequenceClassification, **config):
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    sizes |= {"intermediate_size": 8, "max_position_embeddings": 32}
-    return cls(BertConfig(vocab_size=10, **sizes, **config))
+    return tiny_bert(cls, num_hidden_layers=1, **config)
 
 
 def write(folder, name: str, *rows: str):
