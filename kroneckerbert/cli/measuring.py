@@ -97,9 +97,9 @@ def demo(
     seed: Annotated[int, number(int, "Seed of everything random.", most=MAX_SEED)] = 0,
 ) -> None:
     """Compress, distil, evaluate and benchmark an installed teacher, without a network."""
-    from kroneckerbert import demo as demonstration
+    from kroneckerbert.demo import run
 
-    demonstration.run(output, minutes, seed)
+    run(output, minutes, seed)
 
 
 def _ratio(text: str, value: float, reference: float) -> str:

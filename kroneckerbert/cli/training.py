@@ -158,7 +158,8 @@ def distill(
         raise ValueError(
             f"--max-length {max_length} exceeds the {longest} positions of teacher and student."
         )
-    dataset = TextDataset(tokenizer, texts, table and table.texts_b, labels, max_length)
+    texts_b = None if table is None else table.texts_b
+    dataset = TextDataset(tokenizer, texts, texts_b, labels, max_length)
 
     # The folder is made before the training, which is wasted if nothing can be saved.
     with replace_folder(out) as folder:
@@ -275,8 +276,10 @@ def _evaluate_task(
 
     task = find_task(name)
     split = split or task.evaluation
-    is_file = data is not None and data.is_file()
-    rows = read_file(task, data) if is_file else read_task(name, split, data)
+    if data is not None and data.is_file():
+        rows = read_file(task, data)
+    else:
+        rows = read_task(name, split, data)
     tokenizer = load_tokenizer(models[0])
     columns = []
     for source in models:

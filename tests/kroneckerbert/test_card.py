@@ -1,4 +1,4 @@
-"""A model card: metadata that the Hub reads, the numbers, and no trace of the machine."""
+"""Model cards: metadata for the Hub, the numbers, and no trace of the machine."""
 
 import platform
 import socket
@@ -88,7 +88,7 @@ def test_the_text_has_the_numbers(student, facts):
     assert f"torch {torch.__version__.partition('+')[0]}" in text
 
 
-def test_nothing_of_the_machine_is_told(student, facts, tmp_path):
+def test_the_card_reveals_nothing_of_the_machine(student, facts, tmp_path):
     facts["recipe"]["teacher"] = str(tmp_path / "my-bert")
     facts["recipe"]["stage1"]["corpus"]["source"] = "~/texts/all.txt.gz"
     facts["recipe"]["tasks"]["sst2"] = {"fine_tuning": {"model": "./tuned/sst2"}}
@@ -114,7 +114,7 @@ def test_nothing_of_the_machine_is_told(student, facts, tmp_path):
         ({"a": ["/x/y"], "b": 3}, {"a": ["y"], "b": 3}),
     ],
 )
-def test_of_paths_the_last_part_is_left(value, public):
+def test_paths_are_reduced_to_their_last_part(value, public):
     assert without_paths(value) == public
 
 

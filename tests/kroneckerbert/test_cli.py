@@ -4,7 +4,6 @@ import json
 import re
 import runpy
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -120,9 +119,7 @@ def test_a_plan_is_made_shown_and_followed(tmp_path, teacher, texts, monkeypatch
     )
 
 
-def test_a_report_says_and_draws_what_compressing_did(
-    tmp_path, teacher, student, texts, monkeypatch
-):
+def test_report_prints_and_draws_every_layer(tmp_path, teacher, student, texts, monkeypatch):
     time_briefly(monkeypatch)
     numbers, picture = tmp_path / "report.json", tmp_path / "report.png"
     output = succeeds(
@@ -147,7 +144,7 @@ def test_decompress_writes_a_stock_model(tmp_path, teacher, student):
     assert "cannot decompress" in fails("decompress", teacher, tmp_path / "none")
 
 
-def test_export_writes_a_program_and_says_how_near_it_is(tmp_path, student, monkeypatch):
+def test_export_writes_a_program_and_reports_its_accuracy(tmp_path, student, monkeypatch):
     pytest.importorskip("transformers.exporters")
     out = tmp_path / "program"
     output = succeeds("export", student, out, "--format", "torch_export", "--static")
@@ -168,7 +165,7 @@ def test_export_writes_a_program_and_says_how_near_it_is(tmp_path, student, monk
     }
 
 
-def test_distilling_on_text_brings_the_student_nearer(tmp_path, teacher, student, texts):
+def test_distilling_on_text_raises_the_similarity(tmp_path, teacher, student, texts):
     options = ["--data", texts, "--epochs", 10, "--batch-size", 8]
     output = succeeds("distill", teacher, student, tmp_path / "out", *options)
     assert "loss hidden" in output and "last of 50" in output
@@ -287,10 +284,7 @@ def test_benchmark_states_threads_and_writes_what_it_prints(tmp_path, teacher, s
 
 def test_demo_passes_its_options_on(tmp_path, monkeypatch):
     calls = []
-    stand_in = types.ModuleType("kroneckerbert.demo")
-    stand_in.run = lambda *arguments: calls.append(arguments)
-    monkeypatch.setitem(sys.modules, "kroneckerbert.demo", stand_in)
-    monkeypatch.setattr(kroneckerbert, "demo", stand_in, raising=False)
+    monkeypatch.setattr("kroneckerbert.demo.run", lambda *arguments: calls.append(arguments))
     succeeds("demo")
     succeeds("demo", "--output", tmp_path, "--minutes", 0.5, "--seed", 3)
     assert calls == [(Path("kroneckerbert-demo"), 4.0, 0), (tmp_path, 0.5, 3)]
@@ -306,9 +300,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch,
     assert line == "Error: this command needs torchmetrics: pip install 'kron-kernels[bert]'"
 
 
-def test_errors_are_one_line_that_says_what_to_do(
-    tmp_path, teacher, student, classifier, texts, table
-):
+def test_errors_are_one_line_with_a_remedy(tmp_path, teacher, student, classifier, texts, table):
     out = tmp_path / "out"
     broken = tmp_path / "broken.tsv"
     broken.write_text("pos\tgood\nneg\n")
@@ -352,7 +344,7 @@ def test_a_folder_without_vocabulary_or_with_damaged_weights_is_refused(tmp_path
     assert "is damaged or cut" in fails("compress", bare, tmp_path / "out")
 
 
-def test_weights_that_the_file_lacks_are_not_made_up(tmp_path):
+def test_missing_weights_are_an_error(tmp_path):
     teacher = save(tmp_path / "teacher")
     config = json.loads((teacher / "config.json").read_text())
     config["architectures"] = ["BertForSequenceClassification"]

@@ -1,4 +1,4 @@
-"""Text to stage 1's batches: tokenised once, cut, paired and masked, the same in every run."""
+"""From text to batches for stage 1: tokenised once, cut, paired and masked reproducibly."""
 
 import gzip
 import json
@@ -293,7 +293,7 @@ def test_what_is_pickled_is_small_and_gives_the_same_items(tmp_path, tokenizer):
         ({"pairs": True}, "at least 2 documents, but .*corpus has 1"),
     ],
 )
-def test_what_the_corpus_cannot_give_is_named(tmp_path, tokenizer, options, message):
+def test_impossible_options_are_named(tmp_path, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         make_corpus(tmp_path, tokenizer, ["w0 w1"], **{"max_length": 12, **options})
 
@@ -452,7 +452,7 @@ def test_wrong_sources_are_named(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """In the place of `datasets`: what it was asked for, and what it answers."""
+    """A stand-in for `datasets`."""
     fake = ModuleType("datasets")
     monkeypatch.setitem(sys.modules, "datasets", fake)
     return fake

@@ -203,7 +203,7 @@ def test_a_regression_compares_logits_by_mean_squared_error():
         torch.testing.assert_close(got, want)
 
 
-def test_several_labels_at_once_are_compared_one_by_one():
+def test_multi_label_logits_are_compared_label_by_label():
     teacher, student = (bert(BertForSequenceClassification, seed) for seed in (0, 1))
     batch = padded_batch()
     got = terms(student, teacher, batch, problem_type="multi_label_classification")["logits"]
@@ -342,7 +342,7 @@ def test_evaluation_needs_no_labels_and_reports_every_term(tmp_path):
     terms = [metrics[f"eval_loss_{name}"] for name in TERMS if name != "labels"]
     assert metrics["eval_loss"] == pytest.approx(sum(terms), rel=1e-5)
     assert "eval_loss_labels" not in metrics
-    again = run.evaluate()  # starts anew
+    again = run.evaluate()  # the means are reset
     assert again["eval_loss_hidden"] == metrics["eval_loss_hidden"]
 
 
@@ -500,7 +500,7 @@ def test_a_cached_teacher_teaches_what_the_teacher_itself_does(tmp_path, cls):
             assert one[name] == pytest.approx(log[name], rel=1e-2), name
 
 
-def test_a_cache_is_refused_for_another_teacher_data_or_terms_and_for_masks_drawn_anew(tmp_path):
+def test_a_cache_is_refused_for_other_teachers_data_or_terms_and_for_random_masks(tmp_path):
     cache = {"teacher_cache": str(tmp_path / "cache"), "attention_weight": 0.0}
     teacher = bert()
     trainer(tmp_path / "run", perturbed(teacher), teacher, **cache).train()
@@ -528,7 +528,7 @@ def test_a_cache_is_refused_for_another_teacher_data_or_terms_and_for_masks_draw
         run.train()
 
 
-def test_what_a_cache_depends_on():
+def test_a_cache_depends_on_data_and_teacher():
     rows = [{"input_ids": torch.arange(4), "token_type_ids": torch.zeros(4), "labels": 1}]
     before = cache.described(rows, {"labels"})
     assert cache.described([rows[0] | {"labels": 2}], {"labels"}) == before

@@ -1,4 +1,4 @@
-"""A recipe from end to end on tiny models: what it does, does not do again, and goes on with."""
+"""A recipe from end to end on tiny models: what it does, skips and resumes."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
-    """Pictures take a third of a tiny run's time; that of `finished` is done before, with them."""
+    """No pictures, a third of a tiny run's time; only the fixture `finished` draws them."""
     stand_in = SimpleNamespace(read=curves.read, save=lambda *_: None)
     monkeypatch.setattr(reproduction, "curves", stand_in)
 
@@ -116,7 +116,7 @@ def finished(sources, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", recipe.shipped())
-def test_every_shipped_recipe_is_one(name, tmp_path):
+def test_every_shipped_recipe_is_valid(name, tmp_path):
     loaded = recipe.load(name)
     assert loaded.description
     if (source := loaded.stage1.corpus.source).startswith("package:"):
@@ -190,7 +190,7 @@ def test_changes_reach_any_key(tmp_path, given):
         ("latency.seconds=0", "seconds above 0"),
     ],
 )
-def test_what_is_wrong_is_named_with_what_is_right(tmp_path, given, change, message):
+def test_an_error_names_the_wrong_key_and_the_remedy(tmp_path, given, change, message):
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(given))
     with pytest.raises((ValueError, TypeError)) as caught:
@@ -198,7 +198,7 @@ def test_what_is_wrong_is_named_with_what_is_right(tmp_path, given, change, mess
     assert message in str(caught.value)
 
 
-def test_what_is_no_recipe_is_refused(tmp_path):
+def test_other_files_than_recipes_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"one of .*kronecker-bert-21"):
         recipe.load("absent")
     path = tmp_path / "own.yaml"
@@ -263,7 +263,7 @@ def test_a_second_run_does_nothing_and_a_new_seed_only_its_own(
     assert new == {finished / "stage2/sst2/seed-5/model.safetensors"}
 
 
-def test_a_changed_recipe_is_told_what_changed_and_what_to_delete(finished, sources, given):
+def test_a_changed_recipe_reports_the_change_and_the_folder_to_delete(finished, sources, given):
     given["stage1"]["arguments"]["learning_rate"] = 0.5
     with pytest.raises(ValueError) as caught:
         reproduction.run(recipe.parse(given), finished, sources / "data")
@@ -272,7 +272,7 @@ def test_a_changed_recipe_is_told_what_changed_and_what_to_delete(finished, sour
     assert f"Delete {finished / 'stage1'}" in message
 
 
-def test_other_evaluations_are_done_again(finished, sources, given):
+def test_changed_evaluations_are_repeated(finished, sources, given):
     before = files(finished)
     given["evaluation"] = {}
     given["stage1"]["arguments"]["logging_steps"] = 3  # no weight depends on it
@@ -301,7 +301,7 @@ def test_regressions_spans_own_teachers_caches_and_no_stage_1(finished, sources,
 # What stops a run
 
 
-def test_missing_things_are_told_before_any_work(sources, given, tmp_path):
+def test_missing_inputs_are_reported_before_any_work(sources, given, tmp_path):
     output = tmp_path / "out"
 
     def message(data=sources / "data", **changes) -> str:
@@ -348,7 +348,7 @@ KILLED = """
 """
 
 
-def test_a_stopped_run_keeps_the_last_step_and_goes_on_to_the_same_weights(
+def test_a_stopped_run_resumes_from_its_last_step_to_the_same_weights(
     finished, sources, given, tmp_path, monkeypatch
 ):
     output, name = tmp_path / "out", "stage2/sst2/seed-1"
@@ -373,7 +373,7 @@ def test_a_stopped_run_keeps_the_last_step_and_goes_on_to_the_same_weights(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(finished, sources, given, tmp_path):
+def test_a_killed_run_resumes_to_the_same_weights(finished, sources, given, tmp_path):
     path, output = tmp_path / "own.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(given))
     for training in ("stage1", "teacher", "stage2/sst2/seed-0"):

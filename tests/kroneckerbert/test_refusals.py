@@ -1,4 +1,4 @@
-"""Bad input of every kind, in every command: one line that names it, and no work before it."""
+"""Bad input to every command: a one-line error that names it, before any work."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from kron_kernels import doctor
 from kroneckerbert.cli.app import app
 from kroneckerbert.cli.shell import number
 
-# Not there: an error that tells of this model was found too late, after the model was read.
+# Does not exist: an error that names it came too late, after reading the model.
 MODEL = "./no-such-model"
 
 
@@ -135,14 +135,14 @@ def test_a_number_is_in_range_or_refused(text):
         ),
     ],
 )
-def test_a_word_of_an_option_is_refused_before_the_work(
+def test_an_invalid_option_is_refused_before_any_work(
     place, monkeypatch, command, option, value, expected
 ):
     monkeypatch.chdir(place)
     assert expected in fails(*commands(place)[command], option, value)
 
 
-def test_a_wrong_option_before_the_command_is_one_line_and_nothing_is_the_help():
+def test_a_wrong_global_option_is_one_line_and_no_arguments_show_the_help():
     assert fails("--frobnicate") == "Error: No such option: --frobnicate; see root --help."
     code, output = run()
     assert code == 2 and "COMMAND" in output and "Error" not in output
@@ -153,7 +153,7 @@ def test_a_wrong_option_before_the_command_is_one_line_and_nothing_is_the_help()
 
 @pytest.fixture(scope="module")
 def damaged(place) -> dict[str, Path]:
-    """Files that are none, by what is wrong with them."""
+    """Unusable files, by what is wrong with them."""
     folder = place / "damaged"
     folder.mkdir()
     contents = {
@@ -186,7 +186,7 @@ def damaged(place) -> dict[str, Path]:
         ("reproduce",),
     ],
 )
-def test_a_file_that_is_none_is_named(damaged, place, monkeypatch, arguments):
+def test_an_unreadable_input_file_is_named(damaged, place, monkeypatch, arguments):
     monkeypatch.chdir(place)
     for kind, path in damaged.items():
         # As text, JSON is no worse than other text.
@@ -213,7 +213,7 @@ def test_a_file_that_is_none_is_named(damaged, place, monkeypatch, arguments):
         {"version": 2},
     ],
 )
-def test_a_plan_that_is_none_is_named(tmp_path, changed):
+def test_an_invalid_plan_is_named(tmp_path, changed):
     plan = {"factors": {}, "layers": [], "totals": {}, "setting": {}, "budget": {}}
     plan |= {"objective": "error", "version": 1}
     path = tmp_path / "plan.json"
@@ -239,7 +239,7 @@ def test_a_plan_that_is_none_is_named(tmp_path, changed):
         ("demo", "--output", "OUT"),
     ],
 )
-def test_an_output_that_cannot_be_written_is_told_before_the_work(place, tmp_path, command):
+def test_an_unwritable_output_is_reported_before_any_work(place, tmp_path, command):
     shutil.copy(place / "texts.txt", tmp_path / "texts.txt")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -378,7 +378,7 @@ def test_a_model_with_a_bad_file_is_named(place, tmp_path, file, content):
 
 
 @pytest.mark.parametrize("found", [None, 5, "", [1], "none such"])
-def test_nobody_is_asked_whether_to_run_code_from_a_folder(place, tmp_path, found):
+def test_running_code_from_a_folder_is_never_offered(place, tmp_path, found):
     model = tmp_path / "model"
     shutil.copytree(place / "student", model)
     config = json.loads((model / "config.json").read_text()) | {"model_type": found}
@@ -466,7 +466,7 @@ def test_out_of_memory_says_what_to_lower(place, monkeypatch):
     assert "not enough memory" in line and "a smaller batch" in line
 
 
-def test_a_fault_of_ours_says_how_to_see_it(place, monkeypatch):
+def test_a_bug_says_how_to_get_the_traceback(place, monkeypatch):
     def broken(*arguments):
         raise KeyError("x")
 
@@ -478,7 +478,7 @@ def test_a_fault_of_ours_says_how_to_see_it(place, monkeypatch):
         run("--debug", *command)
 
 
-def test_a_terminal_that_knows_ascii_only_gets_a_table(place, monkeypatch):
+def test_an_ascii_terminal_gets_a_table(place, monkeypatch):
     time_briefly(monkeypatch)
     result = CliRunner(charset="ascii").invoke(
         app, ["report", str(place / "student"), "--tokens", "8", "--batch", "1"]
@@ -487,7 +487,7 @@ def test_a_terminal_that_knows_ascii_only_gets_a_table(place, monkeypatch):
     assert "2x2" in result.output
 
 
-def test_a_reader_that_has_seen_enough_is_told_nothing(place, monkeypatch):
+def test_a_closed_pipe_prints_no_error(place, monkeypatch):
     def closed(*arguments):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 

@@ -1,4 +1,4 @@
-"""Questions from file to metric; an oracle in the model's place must come out without a fault."""
+"""Questions from file to metric; an oracle in place of the model must score 100."""
 
 import gzip
 import json
