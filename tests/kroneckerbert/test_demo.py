@@ -22,8 +22,9 @@ def _no_hub(monkeypatch):
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Little calibration, and no embedding of a thousand sentences."""
-    monkeypatch.setattr(demo, "_CALIBRATION", 32)
+    """A few sentences, and no embedding."""
+    train, held_out = demo._sentences(seed=0)
+    monkeypatch.setattr(demo, "_sentences", lambda seed: (train[:64], held_out[:8]))
     monkeypatch.setattr(demo, "embed", lambda *_: None)
     scores = {"cosine": 0.5, "ranking": 0.25}
     monkeypatch.setattr(demo, "embedding_similarity", lambda *_: scores)
