@@ -559,23 +559,21 @@ class _TermMeans:
         self._clear()
 
     def _clear(self) -> None:
-        self._sums: Tensor | None = None
-        self._weights = [0.0] * len(TERMS)
+        self._sums: dict[str, Tensor] = {}
+        self._weights = dict.fromkeys(TERMS, 0.0)
 
     def add(self, terms: dict[str, Tensor], weight: float = 1.0) -> None:
-        zero = next(iter(terms.values())).new_zeros(())
-        sums = weight * torch.stack([terms.get(name, zero).detach() for name in TERMS])
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._weights = [
-            w + weight * (n in terms) for n, w in zip(TERMS, self._weights, strict=True)
-        ]
+        for name, term in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + weight * term.detach()
+            self._weights[name] += weight
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over all processes of the computed terms; resets the sums."""
-        weights = torch.tensor(self._weights, device=accelerator.device)
-        sums = torch.zeros_like(weights) if self._sums is None else self._sums
+        zero = torch.zeros((), device=accelerator.device)
+        sums = torch.stack([self._sums.get(name, zero) for name in TERMS])
+        both = torch.stack([sums, sums.new_tensor(list(self._weights.values()))])
         self._clear()
-        sums, weights = accelerator.reduce(torch.stack([sums, weights]), "sum").tolist()
+        sums, weights = accelerator.reduce(both, "sum").tolist()
         return {n: s / w for n, s, w in zip(TERMS, sums, weights, strict=True) if w}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import WORDS, fails, run, save, student_of, succeeds, time_briefly, weights
+from commands import WORDS, fails, save, student_of, succeeds, time_briefly, weights
 from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
@@ -252,8 +252,9 @@ def test_recipes_are_listed_and_run(tmp_path, monkeypatch):
     for name in ("kronecker-bert-8", "kronecker-bert-21", "minilm-minutes"):
         assert name in output
     calls = []
-    run = "kroneckerbert.reproduction.run.run"
-    monkeypatch.setattr(run, lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(
+        "kroneckerbert.reproduction.run.run", lambda *arguments: calls.append(arguments)
+    )
     options = ["--task", "rte", "--task", "sst2", "--seed", 3, "--set", "stage2.max_length=64"]
     succeeds("reproduce", "kronecker-bert-8", *options, "--data", tmp_path)
     recipe, *others = calls[0]
@@ -378,11 +379,6 @@ def test_a_training_that_diverges_is_not_saved(tmp_path, teacher, student, texts
     options = ["--data", texts, "--steps", 20, "--learning-rate", 1e9]
     assert "the training diverged" in fails("distill", teacher, student, out, *options)
     assert not out.exists()
-
-
-def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        run("--debug", "compress", tmp_path / "absent", tmp_path / "out")
 
 
 def test_the_module_runs_as_the_command(monkeypatch, capsys):

@@ -261,15 +261,14 @@ def test_damaged_outputs_of_a_cached_teacher_are_named(tmp_path):
 
 PROCESS = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
 import test_resuming as t
-run = t.run(sys.argv[2], callbacks=[t.KilledAfter(int(sys.argv[3]))])
+run = t.run(sys.argv[1], callbacks=[t.KilledAfter(int(sys.argv[2]))])
 try:
     run.train(resume_from_checkpoint=True)
 except t.Killed:
-    assert int(sys.argv[3]) == 3
+    assert int(sys.argv[2]) == 3
 except OSError as error:
-    assert int(sys.argv[3]) == 0 and "rng_state_1.pth is missing" in str(error)
+    assert int(sys.argv[2]) == 0 and "rng_state_1.pth is missing" in str(error)
 else:
     assert run.state.global_step == 4 and run._from.endswith("checkpoint-2")
 """
