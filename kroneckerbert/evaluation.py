@@ -111,11 +111,20 @@ def similarity(
         raise ValueError(
             f"student and teacher must have the same hidden_size to be compared, got {s} and {t}."
         )
-    students, teachers = (embed(m, tokenizer, sentences).cpu() for m in (model, teacher))
-    n = len(sentences)
+    return embedding_similarity(*(embed(m, tokenizer, sentences).cpu() for m in (model, teacher)))
+
+
+def embedding_similarity(students: Tensor, teachers: Tensor) -> dict[str, float]:
+    """``similarity`` of embeddings that are already computed.
+
+    Args:
+        students: Unit vectors ``(sentences, hidden_size)``, float32.
+        teachers: The teacher's for the same sentences, likewise.
+    """
+    n = len(students)
     generator = torch.Generator().manual_seed(0)
     first = torch.randint(n, (_PAIRS,), generator=generator)
-    # The step is no multiple of n: no sentence is paired with itself.
+    # An offset that is not a multiple of n: a sentence is never paired with itself.
     second = (first + torch.randint(1, n, (_PAIRS,), generator=generator)) % n
     by_student, by_teacher = ((e[first] * e[second]).sum(-1) for e in (students, teachers))
     return {

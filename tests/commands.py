@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from tiny import WORDS, tiny_bert, tiny_tokenizer
+from transformers import BertModel
 from typer.testing import CliRunner
 
-from kroneckerbert.cli import app as cli
+from kroneckerbert.cli.app import app
+from kroneckerbert.cli.sources import read_model
 
-WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 
-
-def run(*arguments, app=cli.app) -> tuple[int, str]:
+def run(*arguments, app=app) -> tuple[int, str]:
     """Exit code and what was written; an error that is not ours is raised."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception and not isinstance(result.exception, SystemExit):
@@ -25,7 +25,7 @@ def succeeds(*arguments) -> str:
     return output
 
 
-def fails(*arguments, app=cli.app) -> str:
+def fails(*arguments, app=app) -> str:
     """The error, of one line; a training may have shown its progress beside it."""
     code, output = run(*arguments, app=app)
     assert code in (1, 2), output
@@ -37,13 +37,11 @@ def fails(*arguments, app=cli.app) -> str:
 
 def save(folder: Path, cls=BertModel, with_tokenizer: bool = True, seed: int = 0, **overrides):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "max_position_embeddings": 32, "vocab_size": 13}
-    cls(BertConfig(initializer_range=0.3, **(sizes | overrides))).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"vocab_size": 5 + len(WORDS), "initializer_range": 0.3}
+    tiny_bert(cls, **sizes | overrides).save_pretrained(folder)
     if with_tokenizer:
-        vocabulary = folder / "words.txt"
-        vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-        BertTokenizer(str(vocabulary)).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -53,5 +51,13 @@ def student_of(teacher: Path) -> Path:
     return out
 
 
+def time_briefly(monkeypatch) -> None:
+    """Let plans and reports time each layer only a few times: tests expect no particular time."""
+    for name in ("plan.clock.LAYER_SECONDS", "plan.planner.MODULE_SECONDS"):
+        monkeypatch.setattr(f"kron_kernels.{name}", 0.0)
+    for name in ("_LAYER_SECONDS", "_MODEL_SECONDS"):
+        monkeypatch.setattr(f"kroneckerbert.reporting.{name}", 0.0)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return cli._model(str(folder)).state_dict()
+    return read_model(str(folder)).state_dict()

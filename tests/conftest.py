@@ -1,5 +1,6 @@
 """Fixtures of every test: NaN in fresh memory, one thread, a seed, dtypes by name."""
 
+import gc
 import os
 
 import pytest
@@ -15,6 +16,19 @@ def _unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_finish():
+    """Trainer collects garbage at every start: spare it the million objects of imported modules.
+
+    A training of four steps then takes a third of the time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or nanobind reports leaks at exit
 
 
 def pytest_configure():

@@ -14,13 +14,14 @@ from transformers import AutoModel, AutoTokenizer, logging
 
 from kroneckerbert import DistillationConfig, DistillationTrainer, compress, embed
 from kroneckerbert.data import TextDataset, read_lines
+from kroneckerbert.distillation import SHORT_RUN
 from kroneckerbert.evaluation import similarity
 
 logging.disable_progress_bar()
 torch.manual_seed(0)
 teacher = AutoModel.from_pretrained(get_model_path()).eval()
 tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-with resources.as_file(resources.files("kroneckerbert") / "text/sentences.txt.gz") as path:
+with resources.as_file(resources.files("kroneckerbert.demo") / "text/sentences.txt.gz") as path:
     lines = read_lines(path)
 held_out, train = lines[::160], lines[1::2]
 
@@ -32,18 +33,8 @@ def batches() -> list:
 
 def distil(student, minutes: float) -> None:
     with TemporaryDirectory() as folder:
-        args = DistillationConfig(
-            folder,
-            max_minutes=minutes,
-            num_train_epochs=100,  # time ends it
-            per_device_train_batch_size=16,
-            learning_rate=2e-3,
-            attention_weight=0.01,  # for a short run: scores' squares are large
-            train_sampling_strategy="group_by_length",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+        args = DistillationConfig.until(
+            folder, minutes=minutes, logging_strategy="no", disable_tqdm=True, **SHORT_RUN
         )
         texts = TextDataset(tokenizer, train, max_length=64)
         DistillationTrainer(

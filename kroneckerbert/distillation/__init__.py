@@ -1,15 +1,15 @@
-"""Train a compressed transformer to compute what its teacher computes, layer by layer.
+"""Train a compressed transformer to reproduce its teacher's outputs, layer by layer.
 
-The student has its teacher's widths: layers are compared one to one, without projections. Stage 1
-trains a bare model, or one with the heads of pre-training, on unlabelled text; stage 2 trains on
-the task, with the fine-tuned teacher. One trainer does both and leaves out each loss term that
-model or batch cannot give.
+The student has its teacher's widths, so that layers are compared without projections. Stage 1 uses
+a bare model, or one with pre-training heads, on unlabelled text; stage 2 uses the task's data and
+the fine-tuned teacher. Both use the same trainer: a term applies if model and batch provide it.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kroneckerbert.distillation.config import SHORT_RUN as SHORT_RUN
     from kroneckerbert.distillation.config import DistillationConfig as DistillationConfig
     from kroneckerbert.distillation.scores import attention_scores as attention_scores
     from kroneckerbert.distillation.terms import TERMS as TERMS
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kroneckerbert.distillation.trainer import DistillationTrainer as DistillationTrainer
 
 _MODULES = {  # imported on first use: the command line needs signals.py without torch
+    "SHORT_RUN": "config",
     "TERMS": "terms",
     "DistillationConfig": "config",
     "DistillationTrainer": "trainer",

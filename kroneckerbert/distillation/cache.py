@@ -1,8 +1,8 @@
-"""What the teacher says of a data set, computed once and read from disk ever after.
+"""On-disk cache of the teacher's outputs for a data set.
 
-A teacher is most of a step's forward work, and says the same of a text in every epoch, for every
-student and every seed. The files are as large as what they hold (20 kB a token for a BERT_BASE's
-hidden states in float16), so they pay for small data sets that are read often.
+The teacher does most of a step's forward work, with the same result for a text in every epoch, for
+every student and seed. The files are uncompressed (20 kB per token for the hidden states of a
+BERT_BASE in float16): worth it for small data sets that are read often.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from kroneckerbert.data import by_length
 from kroneckerbert.files import read_json, replace_folder
 
 ROW = "teacher_row"
-_DTYPE = torch.float16  # 11 bits: an error of 5e-4 of a value, where bfloat16 makes 4e-3
+_DTYPE = torch.float16  # relative error 5e-4; bfloat16's is 4e-3
 _IDS = "input_ids"
-# Axes that run along the sequence; of other logits, the second of three.
+# Axes along the sequence. Other logits: axis 1 if they have three.
 _ALONG = {_IDS: (1,), "hidden_states": (2,), "attentions": (3, 4)}
 _ALONG |= dict.fromkeys(("start_logits", "end_logits"), (1,))
 
 
 @runtime_checkable
 class Rows(Protocol):
-    """A data set that is no stream."""
+    """A data set that can be read by row, unlike a stream."""
 
     def __len__(self) -> int: ...
 
@@ -43,7 +43,7 @@ class Rows(Protocol):
 
 
 class NumberedRows(Dataset):
-    """A data set whose rows know their number, by which the cache finds them."""
+    """A data set whose rows contain their number, the key of the cache."""
 
     def __init__(self, rows: Rows):
         self.rows = rows
@@ -56,14 +56,17 @@ class NumberedRows(Dataset):
 
 
 class TeacherCache:
-    """The teacher's outputs for the rows of one data set, mapped from files.
+    """The teacher's outputs for the rows of one data set, in memory-mapped files.
+
+    A call with row numbers ``(batch,)`` and ``input_ids`` ``(batch, sequence)`` returns the
+    teacher's output, zero-padded to the batch's length.
 
     Args:
-        folder: What ``write`` filled.
-        device: Where outputs are wanted.
+        folder: A folder written by ``write``.
+        device: Device of the outputs.
 
-    Calling it with row numbers and the batch's ``input_ids`` gives the teacher's output, padded
-    with zeros to the batch's length.
+    Raises:
+        OSError: If a file is missing or damaged.
     """
 
     def __init__(self, folder: Path, device: torch.device):
@@ -93,8 +96,8 @@ class TeacherCache:
         real = torch.arange(tokens) < self.lengths[rows.cpu()][:, None]
         if not (ids == input_ids).logical_or(~real.to(ids.device)).all():
             raise ValueError(
-                "the batch's tokens are not those that the teacher's outputs were cached for: data "
-                "that is masked, cropped or augmented anew in each epoch cannot be cached; unset "
+                "the batch's tokens differ from those that the teacher's outputs were cached for: "
+                "data that is masked, cropped or augmented at random cannot be cached; unset "
                 "teacher_cache."
             )
         outputs: dict[str, Any] = {
@@ -125,18 +128,18 @@ def write(
     batches: Iterable[Mapping[str, Tensor]],
     teach: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
 ) -> None:
-    """Run the teacher over a data set and keep what it says.
+    """Run the teacher over a data set and store its outputs.
 
     Args:
-        folder: New, or one that an earlier call wrote; complete or untouched, whatever happens.
-        about: What ``described`` says of the data, and what else the outputs depend on.
+        folder: New, or written by an earlier call; written completely or not at all.
+        about: The result of ``described``, and everything else the outputs depend on.
         rows: The data set.
         batches: Its rows in the order of ``kroneckerbert.data.by_length``, padded on the right.
-        teach: The teacher's tensors for a batch, as ``captured`` gives them.
+        teach: Computes the teacher's tensors for a batch, see ``captured``.
 
     Raises:
-        OSError: If the disk has no room for it.
-        ValueError: If batches are not padded so, or an output does not fit float16.
+        OSError: If the disk has too little space.
+        ValueError: If batches are not padded on the right, or an output exceeds float16.
     """
     lengths = about["lengths"]
     order = iter(by_length(lengths))
@@ -156,8 +159,8 @@ def write(
                     given = torch.as_tensor(rows[number][_IDS])
                     if not torch.equal(ids[: len(given)].long(), given.long()):
                         raise ValueError(
-                            "the batch's tokens are not the row's, from its first on: pad on the "
-                            "right, and leave truncation and masks to the data; or unset "
+                            "the batch's tokens are not those of the row: pad on the right, and "
+                            "truncate or mask in the data set, not the collator; or unset "
                             "teacher_cache."
                         )
                 for name, value in outputs.items():
@@ -165,7 +168,7 @@ def write(
                         value = value.to(_DTYPE)
                         if not torch.isfinite(value).all():
                             raise ValueError(
-                                f"the teacher's {name} are beyond float16's 65504, or not finite: "
+                                f"the teacher's {name} exceed float16's 65504 or are not finite: "
                                 "unset teacher_cache."
                             )
                     value = value.cpu()
@@ -177,10 +180,10 @@ def write(
 
 
 def fits(folder: Path, about: dict, wanted: Mapping[str, bool]) -> bool:
-    """Whether a folder holds the outputs that are wanted, of this teacher for this data.
+    """Whether a folder holds the wanted outputs of this teacher for this data.
 
     Raises:
-        ValueError: If it holds others.
+        ValueError: If it holds other outputs.
         OSError: If its description is damaged.
     """
     path = folder / "about.json"
@@ -191,14 +194,14 @@ def fits(folder: Path, about: dict, wanted: Mapping[str, bool]) -> bool:
     outputs = {name.removeprefix("output_") for name, asked in wanted.items() if asked}
     if differing or (differing := sorted(outputs - set(stored["shapes"]))):
         raise ValueError(
-            f"{folder} holds a teacher's outputs for other settings, by {', '.join(differing)}. "
-            "Give teacher_cache another folder, or delete this one."
+            f"{folder} holds a teacher's outputs for other settings (different: "
+            f"{', '.join(differing)}). Give teacher_cache another folder, or delete this one."
         )
     return True
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Changes with any parameter, saved buffer or setting of a model."""
+    """A hash of all parameters, saved buffers and settings of a model."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -211,7 +214,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def described(rows: Rows, without: Collection[str]) -> dict[str, Any]:
-    """The lengths of all rows, and a hash of all they hold but the columns ``without``."""
+    """The lengths of all rows, and a hash of all columns except those in ``without``."""
     digest, lengths = hashlib.sha256(), []
     for i in range(len(rows)):
         row = rows[i]
@@ -224,7 +227,7 @@ def described(rows: Rows, without: Collection[str]) -> dict[str, Any]:
 
 
 def captured(output: ModelOutput) -> dict[str, Tensor]:
-    """The tensors of an output that terms are made of, layers on the second axis."""
+    """The tensors of an output that the loss uses, with layers on axis 1."""
     kept = {name: value for name, value in output.items() if name.endswith("logits")}
     for name in ("hidden_states", "attentions"):
         if output.get(name):
@@ -241,7 +244,7 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
-    """A file of so many numbers; of another length, reading it would end in a bus error."""
+    """Memory-map a file. Checks its length first: a short file would crash with a bus error."""
     found = path.stat().st_size if path.exists() else 0
     if found != size * dtype.itemsize:
         raise _damaged(path, f"it has {found} bytes, not {size * dtype.itemsize}")
@@ -251,18 +254,18 @@ def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
 def _damaged(path: Path, why: str) -> OSError:
     return OSError(
         f"{path}, of the cached teacher's outputs, is missing or damaged: {why}. To resolve: "
-        f"delete {path.parent}, which the next training computes anew."
+        f"delete {path.parent}; the next training computes it again."
     )
 
 
 def _shape(name: str, value: Tensor) -> list[int | None]:
-    """Of one row, None where an axis runs along the sequence."""
+    """The shape of one row, with None for axes along the sequence."""
     along = _ALONG.get(name, (1,) if value.ndim == 3 else ())
     return [None if axis in along else n for axis, n in enumerate(value.shape)][1:]
 
 
 def _sizes(shape: list[int | None], lengths: Tensor) -> Tensor:
-    """Numbers that each row takes."""
+    """Number of elements of each row."""
     fixed = math.prod(n for n in shape if n is not None)
     return fixed * lengths ** sum(n is None for n in shape)
 
@@ -276,6 +279,6 @@ def _check_room(folder: Path, shapes: dict, lengths: Tensor) -> None:
     if needed > free:
         raise OSError(
             f"the teacher's outputs would take {needed / 1e9:.1f} GB at {folder}, where "
-            f"{free / 1e9:.1f} GB are free; unset teacher_cache, give it another disk, or leave "
-            "terms out."
+            f"{free / 1e9:.1f} GB are free; unset teacher_cache, choose another disk, or set the "
+            "weights of some terms to 0."
         )

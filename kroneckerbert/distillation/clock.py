@@ -1,4 +1,4 @@
-"""A training that ends by the clock."""
+"""Trainings limited by time."""
 
 from collections.abc import Callable
 from time import monotonic
@@ -13,33 +13,33 @@ from transformers.trainer_callback import ProgressCallback
 
 
 class Deadline(TrainerCallback):
-    """The share of the time that is spent; at 1 the step being taken becomes the last."""
+    """Tracks the share of the time that has passed; at 1 the current step becomes the last."""
 
     def __init__(self, minutes: float):
         self.seconds = 60 * minutes
-        self.spent = 0.0  # seconds, by a run that this one goes on from
+        self.spent = 0.0  # seconds spent by the run that this one resumes
         self.share = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.start = monotonic() - self.spent
         self.share = min(self.spent / self.seconds, 1.0)
 
-    # Before the optimizer's step, so that the schedule's step that follows sees the share.
+    # Before the optimizer's step: the schedule's step, which follows it, uses the share.
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
         share = (monotonic() - self.start) / self.seconds
-        if args.world_size > 1:  # one clock for all, or they would stop at different steps
+        if args.world_size > 1:  # one clock for all processes, or they stop at different steps
             share = broadcast(torch.tensor(share, device=args.device)).item()
         self.share = min(share, 1.0)
-        if share >= 1:  # as if planned: Trainer evaluates, saves and stops as after any last step
+        if share >= 1:  # Trainer then evaluates, saves and stops as after a planned last step
             state.max_steps = state.global_step + 1
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        control.should_log |= self.share >= 1  # time ends between two reports
+        control.should_log |= self.share >= 1  # the last step may fall between two reports
 
     def govern(self, scheduler: LRScheduler, steps: int) -> None:
-        """Let the learning rate follow the share of time or of steps, whichever is ahead."""
+        """Make the learning rate follow the share of time or of steps, whichever is larger."""
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
                 f"max_minutes needs a schedule that is a function of the step, got "
@@ -53,7 +53,7 @@ class Deadline(TrainerCallback):
 
 
 class TimeBar(ProgressCallback):
-    """Trainer's own bar, in seconds of the budget in place of steps that will not be taken."""
+    """Trainer's progress bar in seconds, as the number of steps is unknown."""
 
     def __init__(self, deadline: Deadline):
         super().__init__()

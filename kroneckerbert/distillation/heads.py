@@ -1,4 +1,4 @@
-"""A student takes its task's head from the teacher that was fine-tuned on the task."""
+"""Give a student the head of its fine-tuned teacher."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from kroneckerbert.loading import load, read_config
 
 
 def with_head_of(teacher: PreTrainedModel, source: str | os.PathLike) -> PreTrainedModel:
-    """A student with the teacher's kind of head.
+    """Load a student with the teacher's kind of head.
 
     Args:
-        teacher: A model with a head, fine-tuned.
+        teacher: A fine-tuned model with a head.
         source: Name or folder of the student.
 
     Returns:
-        The student with its own head if it is of this kind, or else with a copy of the teacher's,
-        and of its pooler, which fine-tuning changes too: both read the same hidden states.
+        The student with its own head if that has the same kind, else with a copy of the teacher's
+        head and pooler (fine-tuning changes both).
 
     Raises:
-        TypeError: If the teacher has no head, or of a kind that transformers does not load by name.
-        ValueError: If the student's weights are not those of its configuration.
+        TypeError: If the teacher has no head that an Auto class of transformers loads.
+        ValueError: If the student's weights do not fit its configuration.
     """
     _, found, head = type(teacher).__name__.partition("For")
     auto_class = f"AutoModelFor{head}"
     if not found or not hasattr(transformers, auto_class):
         raise TypeError(
-            f"a {type(teacher).__name__} has no head to take over; give a teacher that was "
-            "fine-tuned on the task, such as a BertForSequenceClassification."
+            f"a {type(teacher).__name__} has no head to copy; give a teacher that was fine-tuned "
+            "on the task, such as a BertForSequenceClassification."
         )
     student_config = read_config(source)
     names = student_config.architectures or []
@@ -42,7 +42,7 @@ def with_head_of(teacher: PreTrainedModel, source: str | os.PathLike) -> PreTrai
         source, auto_class, new_head=True, config=student_config, ignore_mismatched_sizes=True
     )
     prefix = f"{teacher.base_model_prefix}."
-    words = teacher.get_input_embeddings().weight.data_ptr()  # a tied decoder is no head's own
+    words = teacher.get_input_embeddings().weight.data_ptr()  # tied decoders are not the head's
     state = {
         name: tensor
         for name, tensor in teacher.state_dict().items()

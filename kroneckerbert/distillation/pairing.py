@@ -1,4 +1,4 @@
-"""Which teacher for which student, which of its layers for which of the student's, and inputs."""
+"""Whether student and teacher can be compared: their layers, inputs and configurations."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from transformers import PreTrainedModel
 if TYPE_CHECKING:
     from kroneckerbert.distillation.config import DistillationConfig
 
-DETECTOR = "ElectraForPreTraining"  # whose logits are one for each token: replaced or not
+DETECTOR = "ElectraForPreTraining"  # one logit per token: whether it was replaced
 
 
 def layer_pairs(layers: str | Sequence[int], student: int, teacher: int) -> list[int]:
-    """The teacher's layer for each of the student's, both counted from 1.
+    """The teacher layer for each student layer, both counted from 1.
 
     Args:
-        layers: ``"uniform"`` spreads them and ends with the teacher's last (TinyBERT's g(l) = l
-            times the ratio of depths); ``"first"`` and ``"last"`` take as many from that end; or a
-            number for each layer of the student.
-        student: Number of its layers.
-        teacher: Number of its layers.
+        layers: ``"uniform"`` spaces the teacher's layers evenly up to the last (TinyBERT's g(l) = l
+            times the ratio of depths); ``"first"`` and ``"last"`` take them from that end; or a
+            number for each student layer.
+        student: Number of student layers.
+        teacher: Number of teacher layers.
 
     Raises:
         ValueError: If the name is unknown, a list does not fit, or a name is given for a student
@@ -38,10 +38,10 @@ def layer_pairs(layers: str | Sequence[int], student: int, teacher: int) -> list
     if student > teacher:
         raise ValueError(
             f"the student has {student} layers and the teacher {teacher}: layer_map = {layers!r} "
-            "is for one at most as deep; give a list with a layer of the teacher for each."
+            "needs a student at most as deep; give a list with a teacher layer for each."
         )
     named = {
-        # Integers: a float's rounding must not decide which layer teaches.
+        # In integers: float rounding must not decide the layer.
         "uniform": [(2 * layer * teacher + student) // (2 * student) for layer in _up_to(student)],
         "first": list(_up_to(student)),
         "last": [teacher - student + layer for layer in _up_to(student)],
@@ -56,17 +56,18 @@ def _up_to(n: int) -> range:
 
 
 def taken_inputs(model: PreTrainedModel) -> set[str]:
-    """The inputs that a model's forward names; of one with adapters, those of the model within."""
+    """The parameters of a model's forward; for a PEFT model, those of its base model."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(inner.forward).parameters)
 
 
 def foreign_inputs(model: PreTrainedModel, other: PreTrainedModel) -> set[str]:
-    """The inputs of a batch for both models that this one must not be given.
+    """The inputs in a batch for both models that must not be passed to this one.
 
-    What only the other one names, such as BERT's segments beside DistilBERT. What neither names a
-    collator has added for their ``**kwargs``. And segments where there is but one: RoBERTa names
-    them, but has no row for the second.
+    These are parameters of the other model only, such as BERT's segments for DistilBERT, and
+    segments if the model has a single segment embedding: RoBERTa's forward accepts them, but its
+    table has no second row. Inputs that neither names are passed on: a collator adds them for
+    ``**kwargs``.
     """
     taken = taken_inputs(model)
     foreign = taken_inputs(other) - taken if "input_ids" in taken else set()
@@ -77,10 +78,10 @@ def foreign_inputs(model: PreTrainedModel, other: PreTrainedModel) -> set[str]:
 def check_pair(
     student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationConfig
 ) -> None:
-    """That the terms asked for can be computed, and training leaves the teacher alone.
+    """Check that all requested terms can be computed and that training cannot change the teacher.
 
     Raises:
-        ValueError: If they share parameters, or disagree on what the terms compare.
+        ValueError: If the models share parameters, or differ in what the terms compare.
     """
     if student is teacher:
         raise ValueError("student and teacher are the same object; pass a copy.deepcopy of one.")
@@ -94,7 +95,7 @@ def check_pair(
     weights = args.weights
     if type(student).__name__.endswith(DETECTOR) and weights["logits"] != 0:
         raise ValueError(
-            f"the logits of a {type(student).__name__} are no distribution to compare: set "
+            f"the logits of a {type(student).__name__} are not a distribution: set "
             "logits_weight=0, or distil the model without its head."
         )
     compared = {
@@ -110,12 +111,12 @@ def check_pair(
         if s != t:
             raise ValueError(
                 f"student and teacher must agree on {name}, got {s} and {t}: {why}. Compress this "
-                "teacher, choose the student's own, or set the weights of such terms to 0."
+                "teacher, use the student's own teacher, or set the weights of these terms to 0."
             )
     if weights["hidden"] != 0 or weights["attention"] != 0:
         depths = (model.config.num_hidden_layers for model in (student, teacher))
         layer_pairs(args.layer_map, *depths)
-    # Only classes with a classifier have the attribute; a config has num_labels in any case.
+    # Only classes with a classifier have this attribute; every config has num_labels.
     s, t = getattr(student, "num_labels", None), getattr(teacher, "num_labels", None)
     if s is None or t is None:
         return

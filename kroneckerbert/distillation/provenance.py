@@ -1,4 +1,4 @@
-"""What a folder was made of, beside what is in it: so that work goes on only where it fits."""
+"""A record in a folder of what it was made from, so that work resumes only where it still fits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MADE_OF = "made_of.json"
 
 
 def identity(source: str | Path) -> str:
-    """A model's name; of a folder with a digest of what it was made of, or of what is in it."""
+    """A hub name as it is; of a folder, a digest of its provenance or else of its files."""
     folder = Path(source)
     if not folder.is_dir():
         return str(source)
@@ -32,7 +32,11 @@ def digest(content: bytes) -> str:
 
 
 def is_made_of(folder: Path, made_of: Mapping[str, Any], renew: bool) -> bool:
-    """Whether a folder holds just this; an error if it is another's, unless that may go."""
+    """Whether the folder was made from ``made_of``.
+
+    Raises:
+        ValueError: If it was made from something else and ``renew`` is false.
+    """
     path = folder / MADE_OF
     if not path.exists():
         return False
@@ -55,10 +59,10 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "")
 
 
 def read_json(path: Path, *fields: str) -> dict[str, Any]:
-    """What ``write_json`` wrote, with at least these fields.
+    """Read what ``write_json`` wrote.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If the file is damaged or lacks one of the fields.
     """
     try:
         return files.read_json(path, *fields)

@@ -1,4 +1,4 @@
-"""Attention scores, QKᵀ/√d before mask and softmax, of models that return none."""
+"""Attention scores, QKᵀ/√d before mask and softmax, which models do not return."""
 
 import inspect
 import math
@@ -25,10 +25,10 @@ def _sdpa_with_scores(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    output_attentions: bool = False,  # not passed on: sdpa would warn that it cannot
+    output_attentions: bool = False,  # not passed on: sdpa warns that it ignores it
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """SDPA's output, and ``query @ keyᵀ * scaling`` in the place of the attention weights."""
+    """SDPA's output, with ``query @ keyᵀ * scaling`` in place of the attention weights."""
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     output, _ = sdpa_attention_forward(
@@ -36,14 +36,14 @@ def _sdpa_with_scores(
     )
     if not output_attentions and not _keeps_the_flag(module):
         return output, None
-    key = repeat_kv(key, query.shape[1] // key.shape[1])  # several heads of queries may share one
+    key = repeat_kv(key, query.shape[1] // key.shape[1])  # grouped-query attention
     scores = (query * scaling) @ key.mT
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if not is_causal and kwargs.get("sliding_window") is None:
-        return output, scores  # the mask is of padding, if any
-    # A key that the query never sees teaches nothing.
+        return output, scores  # any mask is of padding
+    # 0 for keys that the query cannot see.
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, 0)
     elif is_causal:
@@ -52,7 +52,7 @@ def _sdpa_with_scores(
 
 
 def _keeps_the_flag(module: nn.Module) -> bool:
-    # GPT-2's layers take ``output_attentions`` and do not hand it on: there it counts as given.
+    # GPT-2's layers take ``output_attentions`` without passing it on: assume it is set.
     return "output_attentions" in inspect.signature(module.forward).parameters
 
 
@@ -61,10 +61,10 @@ AttentionMaskInterface.register(_SCORES, sdpa_mask)
 
 
 class _Projections(NamedTuple):
-    """How an attention that does not call the interface has its scores."""
+    """Scores of an attention module that does not call the interface."""
 
-    names: tuple[str, ...]  # of the layers that project the text to queries and keys
-    scores: Callable[..., Tensor]  # of the module and what those layers return
+    names: tuple[str, ...]  # layers that project to queries and keys
+    scores: Callable[..., Tensor]  # from the module and those layers' outputs
 
 
 def _mpnet_scores(module: Any, query: Tensor, key: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ _PROJECTIONS: dict[type[nn.Module], _Projections] = {
 
 
 def _stock(module: nn.Module) -> type[nn.Module]:
-    # Fused attentions have a class of their own, which knows the stock one. How a class computes
-    # that someone else has derived is not known.
+    # Fused attentions record the stock class they replace. Exact classes only: a user's subclass
+    # may compute its scores differently.
     return getattr(type(module), "stock", type(module))
 
 
@@ -108,24 +108,23 @@ def _projections(attention: nn.Module) -> _Projections:
     return _PROJECTIONS[_stock(attention)]
 
 
-# What projections return, until used. By module, of which DataParallel's replicas have their own.
+# Outputs of projections until they are used, by module: DataParallel's replicas have their own.
 _projected: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 def _forget(attention: nn.Module, *_: object) -> None:
-    # At the beginning: a call may have ended midway, by an error, or when activation checkpointing
-    # had all that it needed.
+    # Called first: an error or activation checkpointing may have ended the last call early.
     for name in _projections(attention).names:
         _projected.pop(getattr(attention, name), None)
 
 
 def _remember(projection: nn.Module, _: object, output: Tensor) -> None:
-    # The first call is the text's, a second may be that of DeBERTa's relative positions.
+    # Keep the first call's; DeBERTa calls it again for relative positions.
     _projected.setdefault(projection, output)
 
 
 def _put_scores(attention: nn.Module, _: object, output: tuple) -> tuple:
-    """The attention's output with the scores in the place of its weights, where it has them."""
+    """Replace the attention weights in the output, if it has them, by the scores."""
     names, scores = _projections(attention)
     projected = [_projected.pop(getattr(attention, name)) for name in names]
     asked = len(output) > 1 and output[1] is not None
@@ -134,20 +133,19 @@ def _put_scores(attention: nn.Module, _: object, output: tuple) -> tuple:
 
 @contextmanager
 def attention_scores(*models: PreTrainedModel) -> Iterator[None]:
-    """Within, ``model(..., output_attentions=True)`` returns the scores before mask and softmax.
+    """Make ``model(..., output_attentions=True)`` return the scores before mask and softmax.
 
-    ``attentions[l]`` is ``Q Kᵀ / √d`` of layer l, ``(batch, heads, queries, keys)``, of no meaning
-    at padding; after the rotation, where a model rotates. Where a layer is causal or has a window,
-    the scores of keys out of the query's sight are 0, so that such pairs count in the mean but add
-    nothing to it. Outputs are computed by SDPA whatever the model was set to before. (Stock
-    ``sdpa`` returns an empty tuple, ``eager`` the probabilities, dropped out in training.)
+    ``attentions[l]`` is ``Q Kᵀ / √d`` of layer l, ``(batch, heads, queries, keys)``, after any
+    rotation and undefined at padding. In causal or windowed layers the scores of keys that a query
+    cannot see are 0: these pairs count in a mean but add nothing to it. Inside the context, outputs
+    are computed by SDPA. (Otherwise ``sdpa`` returns an empty tuple and ``eager`` the
+    probabilities, with dropout in training.)
 
-    MPNet and DeBERTa compute their outputs as ever, and their scores are those of content alone:
-    MPNet's ``Q Kᵀ / √d`` without the relative position bias; DeBERTa's content-to-content part,
-    divided as the model divides it, by ``√(d * parts)``, where ``parts`` is 1 and one more for each
-    part with positions.
+    MPNet and DeBERTa compute their outputs unchanged, and their scores cover content only: MPNet's
+    ``Q Kᵀ / √d`` without the relative position bias; DeBERTa's content-to-content part, divided as
+    in the model by ``√(d * parts)``, where ``parts`` is 1 plus the number of position parts.
 
-    Under activation checkpointing the backward belongs inside too: it runs the layers again.
+    With activation checkpointing the backward must be inside too, since it runs the layers again.
 
     Raises:
         ValueError: If a model's attention layers are of neither kind.
@@ -158,14 +156,14 @@ def attention_scores(*models: PreTrainedModel) -> Iterator[None]:
             if not own and not _calls_the_interface(model):
                 raise ValueError(
                     f"the attention scores of {type(model).__name__} cannot be read: its layers do "
-                    "not call transformers' AttentionInterface, nor are they MPNet's or "
-                    "DeBERTa's. Train with attention_weight=0."
+                    "not call transformers' AttentionInterface and are not MPNet's or DeBERTa's. "
+                    "Train with attention_weight=0."
                 )
             for attention in own:
-                if _put_scores not in attention._forward_hooks.values():  # but once when nested
+                if _put_scores not in attention._forward_hooks.values():  # once, even if nested
                     _hook(attention, stack)
             if not own:
-                # Not set_attn_implementation: it decides by reading the source file of the class.
+                # Not set_attn_implementation, which reads the source file of the class.
                 config = model.config
                 before = config._attn_implementation
                 stack.callback(setattr, config, "_attn_implementation", before)
@@ -182,7 +180,7 @@ def _hook(attention: nn.Module, stack: ExitStack) -> None:
 
 
 def _calls_the_interface(model: nn.Module) -> bool:
-    # By what its source imports: many that do call it do not say so in _supports_attention_backend.
+    # By what its module imports: many models that call it do not set _supports_attention_backend.
     return any(
         hasattr(inspect.getmodule(type(module)), "ALL_ATTENTION_FUNCTIONS")
         for module in model.modules()

@@ -1,13 +1,12 @@
-"""The terms of the loss: what a student computes, held against what its teacher computes.
+"""The terms of the distillation loss, each comparing the student with its teacher.
 
     embedding   MSE(E_S, E_T)             output of the embedding layer
     attention   Σ_l MSE(O_l_S, O_l_T)     scores O = QKᵀ/√d, before the mask and the softmax (Eq. 9)
     hidden      Σ_l MSE(H_l_S, H_l_T)     output of layer l
     logits      KL(T ‖ S) · T²            the paper gives no formula; MSE for a regression
-    labels      the student's supervised loss; of token heads, their cross-entropy
+    labels      the student's supervised loss; cross-entropy for token heads
 
-after Tahaei et al., NAACL 2022, Eq. 14. Each is a mean over the positions that are real, so that
-padding takes no part in it.
+From Tahaei et al., NAACL 2022, Eq. 14. Each term is a mean over real positions, without padding.
 """
 
 import math
@@ -34,30 +33,30 @@ def distillation_terms(
     problem_type: str | None = None,
     shares: Mapping[str, float | Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The terms of the loss, each a float32 scalar before its weight, by name.
+    """The terms of the loss by name, float32 scalars before weighting.
 
-    Padding takes no part: ``embedding`` and ``hidden`` are means over real tokens x width,
-    ``attention`` over real query x real key pairs x heads; tokens' logits over real tokens, a
-    span's start and end over real positions. ``attention`` and ``hidden`` are sums over layers.
+    Padding is excluded: ``embedding`` and ``hidden`` are means over real tokens and width,
+    ``attention`` over pairs of real tokens and heads, token logits over real tokens, and a span's
+    start and end over real positions. ``attention`` and ``hidden`` are summed over layers.
 
     Args:
-        student: Output with the fields its terms need: ``hidden_states`` for embedding and hidden,
-            ``attentions`` under ``attention_scores`` for attention, ``*logits``, ``loss``.
+        student: Output with the fields the terms need: ``hidden_states`` for embedding and hidden,
+            ``attentions`` (under ``attention_scores``) for attention, ``*logits``, ``loss``.
         teacher: The teacher's output for the same batch.
-        attention_mask: ``(batch, sequence)``, non-zero where the token is real; a multiple-choice
-            ``(batch, choices, sequence)`` is flattened as the model flattens it.
-        weights: Weight of every name in ``TERMS``. A term of weight 0 is not computed; ``None``
-            asks for it only where the outputs have what it needs.
-        layer_map: Which of the teacher's layers teach the student's, see ``layer_pairs``.
-        temperature: T, by which logits are divided; their KL divergence is scaled by T².
-        problem_type: As in the config: ``"regression"`` compares logits by MSE (so does a single
-            logit), ``"multi_label_classification"`` label by label.
-        shares: What to multiply means over ``"tokens"``, ``"pairs"``, ``"rows"`` and ``"labels"``
-            by: this batch's share of all that one step is made of, so that the batches' terms add
-            up to the mean over the step. 1 unless given.
+        attention_mask: ``(batch, sequence)``, non-zero for real tokens; the multiple-choice shape
+            ``(batch, choices, sequence)`` is flattened as in the model.
+        weights: Weight of every name in ``TERMS``. A term of weight 0 is not computed; one of
+            weight None is computed if the outputs have what it needs.
+        layer_map: The teacher layer for each student layer, see ``layer_pairs``.
+        temperature: T, which divides the logits; their KL divergence is multiplied by T².
+        problem_type: As in the config: ``"regression"`` (or a single logit) compares logits by MSE,
+            ``"multi_label_classification"`` label by label.
+        shares: Factors for means over ``"tokens"``, ``"pairs"``, ``"rows"`` and ``"labels"``: this
+            batch's share of the whole step, with which the terms of all batches add up to the mean
+            over the step. 1 if unset.
 
     Raises:
-        ValueError: If the temperature is not positive, a term asked for is missing from an output,
+        ValueError: If the temperature is not positive, an output lacks what a requested term needs,
             no term is left, or shapes do not match.
     """
     check_temperature(temperature)
@@ -69,7 +68,7 @@ def distillation_terms(
         if states[0][0].shape[:2] != real.shape:
             raise ValueError(
                 f"attention_mask must be (batch, sequence) = {tuple(states[0][0].shape[:2])}, got "
-                f"{tuple(attention_mask.shape)}: the loss needs to know which tokens are real."
+                f"{tuple(attention_mask.shape)}: it marks the real tokens."
             )
         if weights["embedding"] != 0:
             terms["embedding"] = _hidden_mse(states[0][0], states[1][0], real) * shares["tokens"]
@@ -89,7 +88,7 @@ def distillation_terms(
                 * shares["tokens" if student[name].ndim == 3 else "rows"]
                 for name in names
             ]
-            # A span's two ends are averaged, two heads are added, as in the models' own losses.
+            # As in the models' losses, a span's two ends are averaged and several heads are added.
             total = torch.stack(divergences).sum()
             terms["logits"] = total / 2 if "start_logits" in names else total
         elif weights["logits"] is not None:
@@ -99,7 +98,7 @@ def distillation_terms(
                 "task's head, or set logits_weight=0."
             )
     if weights["labels"] != 0:
-        if student.get("loss") is not None:  # DataParallel: one per replica
+        if student.get("loss") is not None:  # one per replica under DataParallel
             terms["labels"] = student["loss"].float().mean() * shares["labels"]
         elif weights["labels"] is not None:
             raise ValueError(
@@ -122,13 +121,13 @@ def check_temperature(temperature: float) -> None:
 def _layers(
     field: str, student: ModelOutput, teacher: ModelOutput
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Both models' tensors, one a layer: none missing, or the loss were a sum over nothing."""
+    """Both models' tensors, one per layer. Missing ones would make the loss an empty sum of 0."""
     s, t = student.get(field) or (), teacher.get(field) or ()
     if not s or not t:
         raise ValueError(
             f"student and teacher must return {field}; got {len(s)} and {len(t)}. Attention layers "
-            "must call the function that config._attn_implementation names; a model that cannot "
-            "trains with attention_weight=0."
+            "must call the function that config._attn_implementation names; otherwise train with "
+            "attention_weight=0."
         )
     return s, t
 
@@ -141,13 +140,13 @@ def _mapped(
 
 
 def _hidden_mse(s: Tensor, t: Tensor, real: Tensor) -> Tensor:
-    """Mean over real tokens and width of (batch, sequence, width)."""
+    """Mean over real tokens and width; tensors are (batch, sequence, width)."""
     error = (s.float() - t.float()).masked_fill(~real[..., None], 0)
     return error.square().sum() / (real.sum() * s.shape[-1])
 
 
 def _scores_mse(s: Tensor, t: Tensor, real: Tensor) -> Tensor:
-    """Mean over real pairs and heads of (batch, heads, queries, keys)."""
+    """Mean over real pairs and heads; tensors are (batch, heads, queries, keys)."""
     pairs = real[:, None, :, None] & real[:, None, None, :]
     error = (s.float() - t.float()).masked_fill(~pairs, 0)
     return error.square().sum() / (pairs.sum() * s.shape[1])
@@ -156,16 +155,16 @@ def _scores_mse(s: Tensor, t: Tensor, real: Tensor) -> Tensor:
 def _divergence(
     name: str, s: Tensor, t: Tensor, real: Tensor, temperature: float, problem_type: str | None
 ) -> Tensor:
-    """Mean KL(t ‖ s) T²: soft cross-entropy less the teacher's entropy, so 0 when they agree."""
+    """Mean KL(t ‖ s) T², which is 0 if both agree; MSE for a regression."""
     if s.shape != t.shape:
         raise ValueError(f"{name} of student and teacher differ: {s.shape} and {t.shape}.")
-    if s.ndim == 3:  # one distribution for each token, so rows of the real ones
+    if s.ndim == 3:  # one distribution per token
         s, t = s[real], t[real]
     s, t = s.float(), t.float()
     if problem_type == "regression" or s.shape[-1] == 1:
         return F.mse_loss(s, t)
     s, t = s / temperature, t / temperature
-    if name in ("start_logits", "end_logits"):  # a distribution over positions
+    if name in ("start_logits", "end_logits"):  # distributions over positions
         lowest = torch.finfo(s.dtype).min / 2  # -inf would give 0 * nan
         s, t = s.masked_fill(~real, lowest), t.masked_fill(~real, lowest)
     elif problem_type == "multi_label_classification":  # sigmoid(z) = softmax([z, 0])

@@ -1,4 +1,4 @@
-"""Transformers' Trainer with the distance to a teacher as its loss."""
+"""transformers' Trainer with the distance to a teacher as its loss."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -36,8 +36,8 @@ from kroneckerbert.distillation.scores import attention_scores
 from kroneckerbert.distillation.terms import TERMS, distillation_terms
 from kroneckerbert.files import put_in_place, write_checksums
 
-# Heads with a label for each token: their loss is computed here, where a batch's share of all
-# labels is known and a batch without any is no division by zero.
+# Heads with a label per token. Their loss is computed here, where the batch's share of all labels
+# is known and a batch without labels does not divide by zero.
 _TOKEN_LABELS = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification")
 
 
@@ -46,29 +46,29 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: The student.
-        teacher: Put in evaluation mode and on ``args.device``; never trained, wrapped or saved.
-            Dtype as you please, or ``args.teacher_dtype``: bfloat16 halves its memory.
+        teacher: Moved to ``args.device`` in evaluation mode; never trained, wrapped or saved. It
+            keeps its dtype unless ``args.teacher_dtype`` is set: bfloat16 halves its memory.
         args: ``DistillationConfig``.
-        **trainer_kwargs: Anything else ``Trainer`` takes.
+        **trainer_kwargs: Other arguments of ``Trainer``.
 
-    Each model gets what it would get on its own: of the data's columns those that it takes, such as
-    the segments of a BERT teacher whose DistilBERT student has none. Both get the same tokens.
+    Each model receives the columns of the data that it would receive on its own, such as segments
+    for a BERT teacher whose DistilBERT student has none. Both receive the same tokens.
 
-    Every term is logged as ``loss_<term>``, before its weight: the mean since the last report,
-    over processes; evaluation reports ``eval_loss_<term>``, and needs no labels.
+    Every term is logged unweighted as ``loss_<term>``: the mean over processes since the last
+    report. Evaluation reports ``eval_loss_<term>`` and needs no labels.
 
-    A step is the same however it is divided: each term is a mean over all tokens, pairs of tokens,
-    rows or labels of the step, whichever batch or process they are in. A folder ``checkpoint-N``
-    is whole, for it takes its name when it is complete, and a training that diverges saves none.
+    The result of a step does not depend on how it is divided: each term is a mean over all tokens,
+    pairs of tokens, rows or labels of the step, across batches and processes. A folder
+    ``checkpoint-N`` is always complete, since it is renamed last; a diverging run saves none.
 
     Raises:
-        ValueError: If the teacher shares parameters with the student; if the two disagree on
-            vocabulary, widths, heads or labels; at the first step, if a term asked for cannot be
+        ValueError: If the teacher shares parameters with the student; if the two differ in
+            vocabulary, widths, heads or labels; at the first step, if a requested term cannot be
             computed, is not finite or has no gradient; at any step, if the loss is not finite.
     """
 
     # BERT's forward takes **kwargs, from which Trainer concludes that the loss is already divided
-    # by the accumulation steps. It is not: gradients would be that many times too large.
+    # by the accumulation steps. It is not, and gradients would be too large by that factor.
     loss_is_scaled_for_ga = False
 
     args: DistillationConfig
@@ -92,7 +92,7 @@ class DistillationTrainer(Trainer):
             )
         check_pair(model, teacher, args)
         super().__init__(model, args, **trainer_kwargs)
-        self.model_accepts_loss_kwargs = False  # loss_is_scaled_for_ga, for transformers < 5.19
+        self.model_accepts_loss_kwargs = False  # as loss_is_scaled_for_ga, before transformers 5.19
         dtype = getattr(torch, args.teacher_dtype) if args.teacher_dtype else None
         self.teacher = teacher.to(args.device, dtype).eval()
         self._targets = {*self.label_names, *find_labels(type(teacher)), cache.ROW}
@@ -102,7 +102,7 @@ class DistillationTrainer(Trainer):
         self._token_labels = (
             name.endswith(_TOKEN_LABELS)
             and not name.endswith(DETECTOR)
-            and module.startswith(("transformers.", "kroneckerbert."))  # others have their own loss
+            and module.startswith(("transformers.", "kroneckerbert."))  # others may differ in loss
         )
         self._train_means, self._eval_means = _TermMeans(), _TermMeans()
         self._first_batch = True
@@ -123,25 +123,24 @@ class DistillationTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """Train, from the beginning or from a checkpoint.
+        """Train from the beginning or from a checkpoint.
 
         Args:
-            resume_from_checkpoint: A checkpoint's folder; or True for the last in ``output_dir``,
-                where there is one: a run that is started again goes on, a new one begins. True
-                looks at checkpoints of a run with the present settings only: rates, seeds, terms,
-                steps or epochs, rows of data and of a step.
-            trial: As of ``Trainer.train``.
-            ignore_keys_for_eval: As of ``Trainer.train``.
+            resume_from_checkpoint: A checkpoint's folder, or True for the last one in
+                ``output_dir``, if any. True considers only runs with the present settings: rates,
+                seeds, terms, steps or epochs, rows of the data and rows per step.
+            trial: As for ``Trainer.train``.
+            ignore_keys_for_eval: As for ``Trainer.train``.
 
         Raises:
-            OSError: If a file of the checkpoint is missing or damaged, with the last one that is
-                whole.
-            ValueError: If all of the student is frozen, loss or parameters stop being finite, or
+            OSError: If a file of the checkpoint is missing or damaged; names the last complete
+                checkpoint.
+            ValueError: If the whole student is frozen, loss or parameters become non-finite, or
                 all checkpoints in ``output_dir`` are of runs with other settings.
         """
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
-                "every parameter of the student is frozen, as those of the model that it was "
+                "every parameter of the student is frozen, like those of the model that it was "
                 "compressed from; call student.requires_grad_(True)."
             )
         self._begin(resume_from_checkpoint)
@@ -152,7 +151,7 @@ class DistillationTrainer(Trainer):
         return output
 
     def _begin(self, wanted: str | bool | None) -> None:
-        """Decide on run and checkpoint, in one process for all."""
+        """Choose run and checkpoint, in one process for all."""
         args, rows = self.args, self.train_dataset
         self._settings = resuming.settings(
             args.to_dict(),
@@ -161,25 +160,23 @@ class DistillationTrainer(Trainer):
             * args.gradient_accumulation_steps
             * args.world_size,
         )
-        found: list = [None, None]
+        found: list[Any] = [None]
         if args.process_index == 0:
             ranks = [0] if args.save_on_each_node else range(args.world_size)
             try:
-                found = [
-                    *resuming.start(
-                        wanted, Path(args.output_dir), self._settings, ranks, args.world_size
-                    )
-                ]
+                found[0] = resuming.start(
+                    wanted, Path(args.output_dir), self._settings, ranks, args.world_size
+                )
             except (OSError, ValueError) as error:
-                found = [error, None]
+                found[0] = error
         if args.world_size > 1:
             broadcast_object_list(found)
-        self._from, self._run = found
-        if isinstance(self._from, Exception):
-            raise self._from
+        if isinstance(found[0], Exception):
+            raise found[0]
+        self._from, self._run = found[0]
 
     def count_as_spent(self, seconds: float) -> None:
-        """Take the time of a run that this one goes on from off ``max_minutes``."""
+        """Subtract the time that a resumed run has already taken from ``max_minutes``."""
         if self._deadline is not None:
             self._deadline.spent = seconds
 
@@ -198,7 +195,7 @@ class DistillationTrainer(Trainer):
         return sampler
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Tensor | None]:
-        """A step's batches, and in place of the number of labels all that its terms divide by."""
+        """A step's batches and, instead of the number of labels, the sizes its terms divide by."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         if not batches:
             return batches, None
@@ -206,13 +203,13 @@ class DistillationTrainer(Trainer):
         return batches, self.accelerator.reduce(sizes.to(self.args.device), "sum")
 
     def _sizes(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Real tokens, pairs of them, rows and labels of a batch."""
+        """Numbers of real tokens, pairs of them, rows and labels of a batch, shape ``(4,)``."""
         ids = batch["input_ids"]
         mask = batch.get("attention_mask")
         lengths = (torch.ones_like(ids) if mask is None else mask != 0).sum(-1).float()
         labels = batch.get("labels")
         if labels is None:
-            labels = ids.new_zeros(len(ids))  # one for each row, such as a span
+            labels = ids.new_zeros(len(ids))  # one per row, such as a span
         elif getattr(self, "_loss_shifts_labels", False):
             labels = labels[..., 1:]
         counts = (lengths.sum(), lengths.square().sum(), len(ids), labels.ne(-100).sum())
@@ -221,7 +218,7 @@ class DistillationTrainer(Trainer):
         )
 
     def training_step(self, *args, **kwargs) -> Tensor:
-        with self._scores():  # the backward too: activation checkpointing runs the forward again
+        with self._scores():  # including the backward: checkpointing repeats the forward
             loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             self._stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
@@ -234,13 +231,8 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ModelOutput]:
-        """Σ weight * term; ``num_items_in_batch`` is the step's, as get_batch_samples counts."""
-        weights = self.args.weights
-        capture = {
-            "output_hidden_states": weights["embedding"] != 0 or weights["hidden"] != 0,
-            "output_attentions": weights["attention"] != 0,
-            "return_dict": True,
-        }
+        """Σ weight * term; ``num_items_in_batch`` are the step's sizes from get_batch_samples."""
+        weights, capture = self.args.weights, self._captured()
         if self._first_batch:
             _let_record(self.model)
         shares = self._shares(inputs, num_items_in_batch)
@@ -251,13 +243,15 @@ class DistillationTrainer(Trainer):
         if own or weights["labels"] == 0:
             not_for_student = not_for_student | self._targets
         with self._scores():
-            student = model(**_without(inputs, not_for_student), **capture)
+            student = model(**_without(inputs, not_for_student), **capture, return_dict=True)
             if self._cache is not None and cache.ROW in inputs:
                 teacher = self._cache(inputs[cache.ROW], inputs["input_ids"])
             else:
-                # accelerate wraps the student's forward only: the teacher is told of autocast here
+                # accelerate applies autocast to the student's forward only
                 with torch.no_grad(), self.accelerator.autocast():
-                    teacher = self.teacher(**_without(inputs, self._not_for_teacher), **capture)
+                    teacher = self.teacher(
+                        **_without(inputs, self._not_for_teacher), **capture, return_dict=True
+                    )
         if own:
             student["loss"] = _token_loss(student, inputs, shares)
             shares = shares | {"labels": 1.0}
@@ -278,9 +272,9 @@ class DistillationTrainer(Trainer):
                 self._check_gradients(terms)
                 self._first_batch = False
         if model.training:
-            # A step's batches are averaged, for Trainer divides by their number.
+            # Trainer divides the step's loss by its number of batches: a plain mean.
             self._train_means.add(terms)
-        else:  # eval_loss weighs batches by their size
+        else:  # eval_loss weights batches by their size
             self._eval_means.add(terms, weight=len(inputs["input_ids"]))
         loss = torch.stack(
             [
@@ -290,12 +284,20 @@ class DistillationTrainer(Trainer):
         ).sum()
         if not return_outputs:
             return loss
-        # What was captured for the loss is no prediction, and Trainer would gather it.
+        # Captured states are not predictions; Trainer would gather them.
         captured = ("hidden_states", "attentions")
         return loss, type(student)(**{k: v for k, v in student.items() if k not in captured})
 
+    def _captured(self) -> dict[str, bool]:
+        """The options of a forward pass that returns what the terms compare."""
+        weights = self.args.weights
+        return {
+            "output_hidden_states": weights["embedding"] != 0 or weights["hidden"] != 0,
+            "output_attentions": weights["attention"] != 0,
+        }
+
     def _annealed(self, name: str) -> float:
-        """What annealing makes of a term's weight at this step."""
+        """The factor of a term's weight at this step."""
         if not self.args.teacher_annealing or not self.model.training:
             return 1.0
         share = min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
@@ -304,9 +306,9 @@ class DistillationTrainer(Trainer):
         return share if name == "labels" else 1.0 - share
 
     def _shares(self, inputs: Mapping[str, Tensor], totals: Tensor | None) -> dict[str, float]:
-        """By how much a mean over this batch becomes its part of the mean over the step.
+        """Factors that turn means over this batch into its part of the means over the step.
 
-        Trainer divides by the number of batches, and DDP by that of processes.
+        They undo the divisions by the number of batches (Trainer) and of processes (DDP).
         """
         kinds = ("tokens", "pairs", "rows", "labels")
         if totals is None:
@@ -322,7 +324,7 @@ class DistillationTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | tuple | None, Tensor | tuple | None]:
-        """Trainer's own computes no loss for a batch without labels; this loss needs none."""
+        """Compute the loss without labels too; Trainer's own method would skip it."""
         inputs = self._prepare_inputs(inputs)
         labels = tuple(inputs[name] for name in self.label_names if name in inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -350,7 +352,7 @@ class DistillationTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a report of training, not of an evaluation or the closing summary
+        if "loss" in logs:  # a training report, not an evaluation or the final summary
             means = self._train_means.take(self.accelerator)
             logs.update({f"loss_{name}": mean for name, mean in means.items()})
         super().log(logs, start_time)
@@ -362,7 +364,7 @@ class DistillationTrainer(Trainer):
         return str(folder / resuming.UNFINISHED if self._saving else folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        """As Trainer's, but a checkpoint takes its name, at once, when all of it is written."""
+        """As Trainer's, but a checkpoint gets its name only when it is completely written."""
         self._check_parameters()
         folder = Path(self._get_output_dir(trial))
         self._saving = True
@@ -371,7 +373,7 @@ class DistillationTrainer(Trainer):
         before = self.state.best_model_checkpoint
         try:
             if self.args.should_save:
-                rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+                rmtree(unfinished, ignore_errors=True)  # left by a killed run
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -382,13 +384,13 @@ class DistillationTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / name / resuming.STATE))
                 write_checksums(unfinished / name, run=self._run, settings=self._settings)
-                # One of this name is of a run that went on from before it, or of an older one.
+                # An existing folder of this name is of an older run, or from before a resumption.
                 put_in_place(unfinished / name, folder / name, unfinished / "replaced")
                 unfinished.rmdir()
-                # By time: a folder may hold later steps of an earlier run.
+                # By time: the folder may contain higher steps of an earlier run.
                 kept = self.args.save_total_limit, self.state.best_model_checkpoint
                 rotate_checkpoints(str(folder), *kept, use_mtime=True)
-        except (OSError, RuntimeError, SafetensorError) as error:  # as each library tells it
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by library
             rmtree(unfinished, ignore_errors=True)
             last = self._last(folder)
             raise OSError(
@@ -403,30 +405,30 @@ class DistillationTrainer(Trainer):
             self._push_from_checkpoint(str(folder / name))
 
     def _last(self, folder: Path) -> Path | str | None:
-        """This run's last checkpoint, or that which it began from."""
+        """This run's last checkpoint, or the one it was resumed from."""
         return resuming.last_of(folder, self._run) or self._from
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._saving:  # uploads go on behind, and the folder is about to be renamed
+        if not self._saving:  # uploads run in the background, and the folder will be renamed
             super()._push_from_checkpoint(checkpoint_folder)
 
     # The cached teacher
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        # Trainer would leave only what the student takes.
-        more = taken_inputs(self.teacher) - self._targets | {cache.ROW}
-        self._signature_columns = sorted({*self._signature_columns, *more})
+        # Trainer would keep only the student's columns.
+        teachers = taken_inputs(self.teacher) - self._targets | {cache.ROW}
+        self._signature_columns = sorted({*self._signature_columns, *teachers})
 
     def cache_teacher(self) -> None:
-        """Compute what the teacher says of the training data, unless ``args.teacher_cache`` has it.
+        """Fill ``args.teacher_cache`` with the teacher's outputs, unless it has them.
 
-        Training begins with this.
+        ``train`` calls this first.
 
         Raises:
             TypeError: If the data cannot be read by row.
-            ValueError: If the folder holds another teacher's outputs, or of other data.
-            OSError: If the disk has no room for them.
+            ValueError: If the folder holds outputs of another teacher or for other data.
+            OSError: If the disk has too little space.
         """
         if self.args.teacher_cache is None or self._cache is not None:
             return
@@ -441,11 +443,7 @@ class DistillationTrainer(Trainer):
         about["inputs"] = sorted(columns & taken_inputs(self.teacher) - self._not_for_teacher)
         about["teacher"] = cache.fingerprint(self.teacher)
         about["precision"] = self.accelerator.mixed_precision
-        weights = self.args.weights
-        wanted = {
-            "output_hidden_states": weights["embedding"] != 0 or weights["hidden"] != 0,
-            "output_attentions": weights["attention"] != 0,
-        }
+        capture = self._captured()
         collate = self._get_collator_with_removed_columns(self.data_collator)
         batches = DataLoader(
             Subset(self.train_dataset, by_length(about["lengths"])),
@@ -457,17 +455,17 @@ class DistillationTrainer(Trainer):
         def teach(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
             batch = self._prepare_inputs(_without(batch, self._not_for_teacher))
             with self._scores(), self.accelerator.autocast():
-                output = self.teacher(**batch, **wanted, return_dict=True)
+                output = self.teacher(**batch, **capture, return_dict=True)
             return cache.captured(output)
 
-        # Of all machines: they may share the disk.
+        # local=False: machines may share the disk.
         with self.args.main_process_first(local=False, desc="computing the teacher's outputs"):
-            if not cache.fits(folder, about, wanted):
+            if not cache.fits(folder, about, capture):
                 cache.write(folder, about, rows, batches, teach)
         self._cache = cache.TeacherCache(folder, self.args.device)
         self.train_dataset = cache.NumberedRows(rows)
 
-    # What must not go on
+    # Checks
 
     def _scores(self) -> AbstractContextManager:
         if self.args.attention_weight == 0:
@@ -492,25 +490,25 @@ class DistillationTrainer(Trainer):
         raise ValueError(f"The terms of the first batch must be finite, got {bad}. {cause}")
 
     def _check_gradients(self, terms: dict[str, Tensor]) -> None:
-        """A term that moves nothing is a mistake that no curve shows."""
+        """Refuse terms without any gradient, which no learning curve would reveal."""
         if all(term.item() == 0 for term in terms.values()):
             raise ValueError(
                 "all terms are 0: the student already computes what its teacher computes. Was it "
                 "compressed?"
             )
-        # Of sharded parameters this process has a part only, which may well not move; and reentrant
-        # checkpointing allows no torch.autograd.grad.
+        # This process's part of sharded parameters may well have no gradient, and reentrant
+        # checkpointing does not support torch.autograd.grad.
         whole = self.accelerator.distributed_type not in (
             DistributedType.FSDP,
             DistributedType.DEEPSPEED,
         ) and not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for name, term in terms.items():
-            if term.item() == 0:  # kept at 0 where the student's part is a copy of the teacher's
+            if term.item() == 0:  # where the student is a copy of the teacher, kept so by the term
                 continue
             moves = term.requires_grad
             if moves and whole:
-                # 2 ** 16, lest small gradients vanish in float16.
+                # 2 ** 16: small gradients would underflow in float16.
                 gradients = torch.autograd.grad(
                     term * 2.0**16, parameters, retain_graph=True, allow_unused=True
                 )
@@ -518,7 +516,7 @@ class DistillationTrainer(Trainer):
             if not moves:
                 raise ValueError(
                     f"the {name} term is {term.item():.3g} but moves no parameter of the student: "
-                    f"let one that it depends on be trained, or set {name}_weight=0."
+                    f"unfreeze one that it depends on, or set {name}_weight=0."
                 )
 
     def _check_parameters(self) -> None:
@@ -535,9 +533,9 @@ class DistillationTrainer(Trainer):
 
 
 class _GroupedByLength(Sampler):
-    """Batches of similar lengths, in an order that is the epoch's.
+    """Batches of similar lengths, in an order that depends on seed and epoch only.
 
-    Trainer's own draws it from the state of the global generator, which a resumed run is not in.
+    Trainer's own order depends on the global generator's state, which differs in a resumed run.
     """
 
     def __init__(self, sampler: LengthGroupedSampler, trainer: Trainer):
@@ -555,29 +553,27 @@ class _GroupedByLength(Sampler):
 
 
 class _TermMeans:
-    """Weighted means of the terms; the sums stay on the device, unread, until taken."""
+    """Weighted means of the terms; the sums stay on the device until ``take``."""
 
     def __init__(self):
         self._clear()
 
     def _clear(self) -> None:
-        self._sums: Tensor | None = None
-        self._weights = [0.0] * len(TERMS)
+        self._sums: dict[str, Tensor] = {}
+        self._weights = dict.fromkeys(TERMS, 0.0)
 
     def add(self, terms: dict[str, Tensor], weight: float = 1.0) -> None:
-        zero = next(iter(terms.values())).new_zeros(())
-        sums = weight * torch.stack([terms.get(name, zero).detach() for name in TERMS])
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._weights = [
-            w + weight * (n in terms) for n, w in zip(TERMS, self._weights, strict=True)
-        ]
+        for name, term in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + weight * term.detach()
+            self._weights[name] += weight
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over all processes, of the terms that were computed; starts anew."""
-        weights = torch.tensor(self._weights, device=accelerator.device)
-        sums = torch.zeros_like(weights) if self._sums is None else self._sums
+        """Means over all processes of the computed terms; resets the sums."""
+        zero = torch.zeros((), device=accelerator.device)
+        sums = torch.stack([self._sums.get(name, zero) for name in TERMS])
+        both = torch.stack([sums, sums.new_tensor(list(self._weights.values()))])
         self._clear()
-        sums, weights = accelerator.reduce(torch.stack([sums, weights]), "sum").tolist()
+        sums, weights = accelerator.reduce(both, "sum").tolist()
         return {n: s / w for n, s, w in zip(TERMS, sums, weights, strict=True) if w}
 
 
@@ -585,7 +581,7 @@ class _TermMeans:
 def _without_dropout(model: nn.Module) -> Iterator[None]:
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     rates: list[tuple[nn.Module, str]] = [(module, "p") for module in dropouts]
-    # ModernBERT and Llama have that of their attention in a number.
+    # ModernBERT and Llama store the attention's dropout rate as a number.
     name = "attention_dropout"
     rates += [(m, name) for m in model.modules() if isinstance(getattr(m, name, None), float)]
     before = [getattr(module, name) for module, name in rates]
@@ -599,10 +595,10 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _let_record(model: PreTrainedModel) -> None:
-    """FSDP2 gives what it shards classes of its own, of which transformers records no outputs."""
+    """Let transformers record outputs of modules whose class FSDP2 has replaced."""
     for module in model.modules():
         recorded = getattr(module, "_can_record_outputs", None)
-        # A plain dict in older versions of transformers, by the name of the class.
+        # Older versions of transformers have a plain dict by class name.
         key = str(type(module)) if type(_CAN_RECORD_REGISTRY) is dict else module
         if isinstance(module, PreTrainedModel) and not _CAN_RECORD_REGISTRY.get(key):
             _CAN_RECORD_REGISTRY[key] = recorded
@@ -612,7 +608,7 @@ def _not_finite(model: nn.Module) -> list[str]:
     return [
         name
         for name, p in model.named_parameters()
-        # Of a sharded parameter, the part that is here.
+        # This process's part of a sharded parameter.
         if not torch.isfinite(p.to_local() if hasattr(p, "to_local") else p).all()
     ]
 
@@ -620,7 +616,7 @@ def _not_finite(model: nn.Module) -> list[str]:
 def _token_loss(
     student: ModelOutput, inputs: Mapping[str, Tensor], shares: Mapping[str, float | Tensor]
 ) -> Tensor:
-    """Cross-entropy over labelled tokens, and next-sentence prediction's where it has labels."""
+    """Cross-entropy over labelled tokens, plus next-sentence prediction's if it has labels."""
     logits = student["prediction_logits" if "prediction_logits" in student else "logits"]
     labels = inputs["labels"]
     total = F.cross_entropy(
@@ -638,5 +634,5 @@ def _without(inputs: Mapping[str, Tensor], names: Collection[str]) -> dict[str, 
 
 
 def _alone(values: tuple) -> Any:
-    """As Trainer hands on predictions: None, the only one, or a tuple of several."""
+    """Predictions in Trainer's form: None, a single value, or a tuple."""
     return values if len(values) > 1 else next(iter(values), None)

@@ -1,4 +1,4 @@
-"""The model card of a student: what it is, how it was made, what it scores and how to load it."""
+"""The model card of a student: how it was made, what it scores and how to load it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kroneckerbert.measure import parameters
 from kroneckerbert.modeling_kroneckerbert import KroneckerPreTrainedModel
 from kroneckerbert.reproduction.tasks import TASKS
 
-# The Hub's names of metrics.
+# The Hub's metric names.
 _METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 _PIPELINES = {
     "SequenceClassification": "text-classification",
@@ -31,15 +31,15 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of a student, for every seed, beside its teacher's and the paper's, in per cent.
+    """One metric of a student for every seed, with its teacher's and the paper's, in per cent.
 
     Args:
-        task: Name of the evaluation set, in ``kroneckerbert.reproduction.tasks.TASKS``.
-        split: Of that set.
-        metric: As in the task's ``metrics``.
-        teacher: The teacher's.
-        seeds: The student's by seed.
-        paper: What the paper reports, by the names of its models; often nothing.
+        task: Name of the evaluation set in ``kroneckerbert.reproduction.tasks.TASKS``.
+        split: Split of that set.
+        metric: One of the task's ``metrics``.
+        teacher: The teacher's value.
+        seeds: The student's values by seed.
+        paper: The paper's values by model, where it reports any.
     """
 
     task: str
@@ -50,7 +50,7 @@ class Score:
     paper: Mapping[str, float]
 
     def __str__(self) -> str:
-        """Mean ± standard deviation (lowest to highest) over seeds."""
+        """Mean ± standard deviation (minimum to maximum) over seeds."""
         values = list(self.seeds.values())
         if len(values) == 1:
             return f"{values[0]:.2f} (one seed)"
@@ -59,7 +59,7 @@ class Score:
 
 
 def machine() -> str:
-    """What kind of machine this is, without its name."""
+    """The processor or GPU of this machine, without its host name."""
     import torch
 
     if torch.cuda.is_available():
@@ -77,21 +77,21 @@ def model_card(
     seed: int | None = None,
     latency: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """A card with the Hub's metadata; nothing is asked of a network.
+    """A model card with the Hub's metadata, made without network access.
 
     Args:
         model: The student.
-        name: What it is called.
-        dense_parameters: Those of its teacher, with the same head.
-        recipe: See ``kroneckerbert.reproduction.recipe``. The card shows all of it, with
-            only the last part of each path. Licence, language and data are in its ``card``.
-        scores: In the order of the table.
-        seed: The student's own, of those in ``scores``; its scores are the metadata's.
-        latency: What ``reproduction.run`` measured: ``machine``, ``threads``, ``tokens`` and, by
+        name: Its name.
+        dense_parameters: Number of parameters of its teacher, with the same head.
+        recipe: See ``kroneckerbert.reproduction.recipe``. The card shows all of it, with paths
+            reduced to their last part. Its ``card`` gives licence, language and data.
+        scores: Rows of the table, in order.
+        seed: The student's seed among those in ``scores``; the metadata has its scores.
+        latency: As measured by ``reproduction.run``: ``machine``, ``threads``, ``tokens`` and, by
             batch size, ``milliseconds`` of ``teacher`` and ``student``.
 
     Returns:
-        ``str(card)`` is the file; ``card.save(path)`` writes it.
+        A card: ``str(card)`` is its text, ``card.save(path)`` writes it.
     """
     recipe = without_paths(recipe)
     about = recipe.get("card", {})
@@ -118,9 +118,9 @@ def model_card(
     )
     sections = {
         f"# {name}": (
-            f"A {type(model).__name__} of {sizes[0]:,} parameters, {sizes[1] / sizes[0]:.1f} times "
-            f"fewer than the {sizes[1]:,} of the dense model that taught it, `{teacher}`: its "
-            f"weights are Kronecker products, after {_PAPER}."
+            f"A {type(model).__name__} with {sizes[0]:,} parameters, {sizes[1] / sizes[0]:.1f} "
+            f"times fewer than the {sizes[1]:,} of its dense teacher, `{teacher}`. Its weights "
+            f"are Kronecker products, after {_PAPER}."
         ),
         "## Loading": _loading(head),
         "## Scores": _scores(scores, seed),
@@ -136,7 +136,7 @@ def model_card(
 
 
 def without_paths(value: Any) -> Any:
-    """The same with only the last part of every path: others have not these folders."""
+    """The value with every local path reduced to its last part."""
     if isinstance(value, Mapping):
         return {key: without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -193,8 +193,8 @@ def _scores(scores: Sequence[Score], seed: int | None) -> str:
         for score in scores
     ]
     return (
-        f"In per cent; over seeds the mean ± standard deviation (lowest to highest). This model is "
-        f"that of seed {seed}. Seeds are those of stage 2: start, stage 1 and teacher are shared."
+        f"In per cent; over seeds, mean ± standard deviation (minimum to maximum). This model has "
+        f"seed {seed}. Seeds differ in stage 2 only: start, stage 1 and teacher are shared."
         f"\n\n{_table(headings, rows)}"
     )
 
@@ -208,31 +208,31 @@ def _latency(latency: Mapping[str, Any] | None) -> str:
         spans = [f"{t['median']:.2f} ({t['low']:.2f} to {t['high']:.2f})" for t in times.values()]
         rows.append([str(batch), *spans, f"{teacher['median'] / student['median']:.2f}"])
     return (
-        f"Milliseconds of a forward pass of {latency['tokens']} tokens, median and quartiles; "
+        f"Milliseconds per forward pass of {latency['tokens']} tokens, median and quartiles; "
         f"{latency['machine']}, {latency['threads']} CPU threads, {latency['dtype']}.\n\n"
         + _table(["batch", *times, "times faster"], rows)
     )
 
 
 def _shapes(model: KroneckerPreTrainedModel) -> str:
-    """A row for each entry of the configuration, with the shapes of the first module it names."""
+    """One row per entry of the configuration, with the shapes of the first module it matches."""
     shapes = model.config.kronecker_shapes()
     rows: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
     for path, terms in shapes.items():
         entry = model.config.entry_of(path) or path
         counts[entry] = counts.get(entry, 0) + 1
-        told = " + ".join(
+        factors = " + ".join(
             f"{f'{s.rank} of ' * (s.rank > 1)}{s.m1}x{s.n1} ⊗ {s.m2}x{s.n2}" for s in terms
         )
         s = terms[0]
-        rows.setdefault(entry, [f"`{entry}`", f"{s.m1 * s.m2}x{s.n1 * s.n2}", told])
+        rows.setdefault(entry, [f"`{entry}`", f"{s.m1 * s.m2}x{s.n1 * s.n2}", factors])
     table = [[*row, str(counts[entry])] for entry, row in rows.items()]
-    return _table(["layers", "weight", "A ⊗ B", "number"], table) + "\n\nAll else is dense."
+    return _table(["layers", "weight", "A ⊗ B", "number"], table) + "\n\nEverything else is dense."
 
 
 def _hyper_parameters(recipe: Mapping[str, Any], tasks: set[str]) -> str:
-    """What the stages were told, a row each."""
+    """The settings of the stages, one row each."""
     stages = {"stage 1": recipe.get("stage1") or {}}
     for task in [name for name in recipe.get("tasks", {}) if name in tasks]:
         own = recipe["tasks"][task] or {}
@@ -243,9 +243,9 @@ def _hyper_parameters(recipe: Mapping[str, Any], tasks: set[str]) -> str:
     rows = []
     for name, stage in stages.items():
         plain = {k: v for k, v in stage.items() if k not in ("arguments", "corpus")}
-        told = {**plain, **stage.get("arguments", {})}
-        rows += [[name, ", ".join(f"{key} {value}" for key, value in told.items())]] if told else []
-    return _table(["stage", "as given; all else is the default"], rows) if rows else ""
+        if given := {**plain, **stage.get("arguments", {})}:
+            rows.append([name, ", ".join(f"{key} {value}" for key, value in given.items())])
+    return _table(["stage", "settings other than defaults"], rows) if rows else ""
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

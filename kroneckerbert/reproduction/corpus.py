@@ -1,4 +1,4 @@
-"""Unlabelled text for stage 1: tokenised once to a file, which may be larger than memory.
+"""Unlabelled text for stage 1, tokenised once to files that may be larger than memory.
 
     texts = read_corpus("wikimedia/wikipedia", "20231101.en", share=0.1)
     source = describe_corpus("wikimedia/wikipedia", "20231101.en", share=0.1)
@@ -11,9 +11,9 @@
         data_collator=MaskedCollator(tokenizer),
     )
 
-A folder holds the ids of one document after another, the offset of each, and what they are:
+A folder contains the token ids of all documents, their offsets, and a description:
 
-    tokens.bin     uint16, or uint32 for a vocabulary beyond it; no special tokens
+    tokens.bin     uint16, or uint32 for larger vocabularies; no special tokens
     offsets.bin    int64, documents + 1; document d is tokens[offsets[d]:offsets[d + 1]]
     corpus.json    source, tokenizer, counts
 """
@@ -39,27 +39,27 @@ from kroneckerbert.data import numbered_lines
 from kroneckerbert.files import replace_folder, writable_folder
 
 _BATCH = 1000  # documents tokenised at a time
-_PROBE = "A naïve TEST, it's 2x-y; 中文"  # case, accents, punctuation and CJK, each by an option
+_PROBE = "A naïve TEST, it's 2x-y; 中文"  # tokenizer options on case, accents, punctuation, CJK
 
 
 def read_corpus(
     source: str | Path, config: str | None = None, *, share: float = 1.0, seed: int = 0
 ) -> Iterator[str]:
-    """Documents of a file, a folder or the Hub, one at a time.
+    """Yield the documents of a file, a folder or a Hub dataset.
 
     Args:
-        source: A UTF-8 file with one document a line, plain or ``.gz``; a folder, whose ``.txt``
-            and ``.gz`` files are read by name; or else a dataset of the Hub with the column
-            ``text``, whose split ``train`` is streamed, such as ``wikimedia/wikipedia``.
-        config: Of the dataset on the Hub, such as ``20231101.en``.
-        share: Of the documents that are kept, each drawn by ``seed``; a smaller share is a part of
-            a larger one.
+        source: A UTF-8 file with one document per line, plain or ``.gz``; a folder, whose ``.txt``
+            and ``.gz`` files are read in order of name; otherwise a Hub dataset with a column
+            ``text``, such as ``wikimedia/wikipedia``, whose split ``train`` is streamed.
+        config: Configuration of the Hub dataset, such as ``20231101.en``.
+        share: Fraction of the documents to keep; a smaller share is a subset of a larger one.
+        seed: Seed of the choice.
 
     Raises:
         ValueError: If ``share`` is not in (0, 1], the folder has no such file, a line is not UTF-8
             or the dataset lacks the configuration or the column.
         OSError: If a file or the Hub cannot be read.
-        ImportError: If the Hub is asked for without ``datasets``.
+        ImportError: If a Hub dataset is requested and ``datasets`` is not installed.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}.")
@@ -75,37 +75,37 @@ def read_corpus(
 def describe_corpus(
     source: str | Path, config: str | None = None, *, share: float = 1.0, seed: int = 0
 ) -> str:
-    """What ``read_corpus`` reads with these arguments, as ``source`` of tokenise_corpus.
+    """Describe what ``read_corpus`` reads, for the ``source`` of ``tokenise_corpus``.
 
-    Files are known by name and size, so that a folder may move but not change.
+    Files are identified by name and size: a folder may move but not change.
     """
     files = _text_files(source)
     size = sum(path.stat().st_size for path in files)
-    what = f"{Path(source).name} ({len(files)} files, {size} bytes)" if files else str(source)
-    return ", ".join(filter(None, [what, config, f"share {share:g} by seed {seed}"]))
+    name = f"{Path(source).name} ({len(files)} files, {size} bytes)" if files else str(source)
+    return ", ".join(filter(None, [name, config, f"share {share:g} by seed {seed}"]))
 
 
 def tokenise_corpus(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folder: str | Path, source: str
 ) -> dict[str, int | str | dict[str, str]]:
-    """Write the tokens of documents to a folder, unless it holds them already.
+    """Write the tokens of documents to a folder, unless an earlier call has done so.
 
-    Documents are taken from ``texts`` a thousand at a time, and none at all if the folder is
-    finished. A run that fails or is killed leaves nothing that looks finished. Processes must not
-    write one folder at the same time: under ``Trainer``, ``with args.main_process_first():``.
+    Reads 1,000 documents at a time, and none if the folder is complete. A run that fails or is
+    killed leaves no folder that looks complete. Processes must not write the same folder at the
+    same time: under ``Trainer``, use ``with args.main_process_first():``.
 
     Args:
-        texts: The documents; those without a token are left out.
-        tokenizer: What looks like a special token in a text is tokenised as text.
+        texts: The documents; those without tokens are skipped.
+        tokenizer: Special tokens that occur in a text are tokenised as ordinary text.
         folder: A new or empty folder, or one that an earlier call filled.
-        source: What the texts are, in words; see ``describe_corpus``.
+        source: A description of the texts, see ``describe_corpus``.
 
     Returns:
-        What ``corpus.json`` says: source, tokenizer, dtype, numbers of documents and tokens.
+        The content of ``corpus.json``: source, tokenizer, dtype, numbers of documents and tokens.
 
     Raises:
-        ValueError: If there is no token in the texts, or the folder holds another source's
-            documents or another tokenizer's ids.
+        ValueError: If the texts contain no token, or the folder holds documents of another source
+            or ids of another tokenizer.
         FileExistsError: If the folder holds something else.
         OSError: If it cannot be written, for example because the disk is full.
     """
@@ -119,7 +119,7 @@ def tokenise_corpus(
             )
         return summary
 
-    writable_folder(folder)  # replace_folder alone would replace a model
+    writable_folder(folder)  # replace_folder alone would overwrite a model
     largest = max(tokenizer.get_vocab().values())
     dtype = np.dtype("<u2" if largest < 2**16 else "<u4")
     documents = tokens = 0
@@ -133,7 +133,7 @@ def tokenise_corpus(
                 split_special_tokens=True,
                 return_attention_mask=False,
                 return_token_type_ids=False,
-                verbose=False,  # documents are longer than the model's sequences, and may be
+                verbose=False,  # no warning that documents exceed the model's maximum length
             )["input_ids"]
             rows = [row for row in rows if row]
             ends = tokens + np.cumsum([len(row) for row in rows], dtype="<i8")
@@ -157,32 +157,31 @@ def tokenise_corpus(
 class Corpus(Dataset):
     """Sequences of a tokenised corpus for ``Trainer``, unpadded and unmasked.
 
-    Item i is ``[CLS] segment [SEP]``. Documents are cut every ``max_length`` tokens, special ones
-    included, and apart from one another; so a short document, and the end of any other, is a
-    short sequence.
+    Item i is ``[CLS] segment [SEP]``. Each document is cut into segments of ``max_length`` tokens,
+    special tokens included; its last segment may be shorter.
 
-    With ``pack`` they are one text with a ``[SEP]`` between documents, and every sequence but the
-    last is full: the fewest sequences and no padding, for the price of attention across documents.
+    With ``pack`` the documents are joined with ``[SEP]`` and then cut: all sequences but the last
+    are full, which needs no padding but lets tokens attend across documents.
 
-    With ``pairs`` item i is ``[CLS] A [SEP] B [SEP]`` for BERT's prediction of the next sentence:
-    a segment cut in two at random, whose second part is, in half of the items, replaced by as many
-    tokens of another document; ``next_sentence_label`` is then 1, else 0.
+    With ``pairs`` item i is ``[CLS] A [SEP] B [SEP]`` for BERT's next-sentence prediction: a
+    segment cut in two at a random place. In half of the items B is replaced by as many tokens of
+    another document; ``next_sentence_label`` is then 1, else 0.
 
-    An item depends on the folder, these arguments and i alone. The files are mapped, not read:
-    worker processes share them, and memory holds 8 bytes a document.
+    An item depends only on the folder, these arguments and i. The files are memory-mapped: worker
+    processes share them, and only 8 bytes per document are held in memory.
 
     Args:
-        folder: As ``tokenise_corpus`` wrote it.
-        tokenizer: The one that it was written with.
-        max_length: Tokens of a sequence at most, at least 8; the paper's stage 1 has 512.
+        folder: A folder written by ``tokenise_corpus``.
+        tokenizer: The tokenizer that it was written with.
+        max_length: Maximum tokens of a sequence, at least 8; the paper's stage 1 uses 512.
         pairs: Whether to make pairs.
         pack: Whether to join documents.
-        seed: Draws the pairs.
+        seed: Seed of the pairs.
 
     Raises:
         ValueError: If the tokenizer is another one, lacks ``[CLS]`` or ``[SEP]``, or has a smaller
-            ``model_max_length``; if pairs are asked for together with ``pack`` or of one document.
-        OSError: If the folder holds no corpus, or not all of it.
+            ``model_max_length``; if ``pairs`` is combined with ``pack`` or there is one document.
+        OSError: If the folder holds no corpus, or an incomplete one.
     """
 
     def __init__(
@@ -202,20 +201,20 @@ class Corpus(Dataset):
             )
         if pairs and pack:
             raise ValueError(
-                "pairs=True needs documents apart, to know what continues what; set pack=False."
+                "pairs=True needs separate documents, which packing joins; set pack=False."
             )
         self._cls, self._sep = tokenizer.cls_token_id, tokenizer.sep_token_id
         if self._cls is None or self._sep is None:
             raise ValueError(
-                f"{type(tokenizer).__name__} has no [CLS] or no [SEP], which every sequence has; "
-                "use a tokenizer of the BERT family."
+                f"{type(tokenizer).__name__} lacks [CLS] or [SEP], which every sequence needs; use "
+                "a tokenizer of the BERT family."
             )
         self.folder = Path(folder).resolve()
         self.summary = _read_summary(self.folder, tokenizer)
         if pairs and self.summary["documents"] < 2:
             raise ValueError(
-                f"pairs=True needs at least 2 documents, but {folder} has 1: there is no other one "
-                "to draw from. A document is a line of a text file."
+                f"pairs=True needs at least 2 documents, but {folder} has 1. Each line of a text "
+                "file is a document."
             )
         self.pairs, self.pack, self.seed = pairs, pack, seed
         self._room = max_length - (3 if pairs else 2)
@@ -224,14 +223,14 @@ class Corpus(Dataset):
     def _open(self) -> None:
         self._tokens = np.memmap(self.folder / "tokens.bin", self.summary["dtype"], mode="r")
         self._offsets = np.memmap(self.folder / "offsets.bin", "<i8", mode="r")
-        if self.pack:  # places of the [SEP] after each document in the text that joins them
+        if self.pack:  # positions of the [SEP] after each document in the joined text
             self._ends = self._offsets[1:] + np.arange(self.summary["documents"])
             self._length = -(-int(self._ends[-1]) // self._room)
-        else:  # segments up to and with each document
+        else:  # number of segments up to and including each document
             self._ends = np.cumsum(-(-np.diff(self._offsets) // self._room))
             self._length = int(self._ends[-1])
 
-    # A memmap would be pickled with all that it maps.
+    # Pickling a memmap would copy the whole file.
     def __getstate__(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if not isinstance(v, np.ndarray)}
 
@@ -243,7 +242,7 @@ class Corpus(Dataset):
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, list[int] | int]:
-        index = range(self._length)[index]  # IndexError past the end, which stops a for loop
+        index = range(self._length)[index]  # IndexError past the end ends a for loop
         if self.pack:
             return {"input_ids": [self._cls, *self._packed(index).tolist(), self._sep]}
         document = int(np.searchsorted(self._ends, index, side="right"))
@@ -261,7 +260,7 @@ class Corpus(Dataset):
         first, last = np.searchsorted(self._ends, (start, stop))
         tokens = self._tokens[start - first : stop - last]
         places = self._ends[first:last] - start - np.arange(last - first)
-        # At either end a [SEP] would stand beside the sequence's own special tokens.
+        # No [SEP] at either end, next to the sequence's own special tokens.
         inner = (places > 0) & (places < len(tokens))
         return np.insert(tokens, places[inner], self._sep)
 
@@ -271,7 +270,7 @@ class Corpus(Dataset):
         a, b = segment[:cut].tolist(), segment[cut:].tolist()
         is_random = rng.random() < 0.5 or not b
         if is_random:
-            # Another document, and as long as the truth, or its length would give it away.
+            # From another document, and as long as the true part: the length reveals nothing.
             other = rng.integers(self.summary["documents"] - 1)
             start, stop = self._offsets[other + (other >= document) :][:2]
             length = max(len(b), 1)
@@ -286,17 +285,17 @@ class Corpus(Dataset):
 
 @dataclass
 class MaskedCollator(DataCollatorForLanguageModeling):
-    """``DataCollatorForLanguageModeling`` whose masks depend on the batch and the seed alone.
+    """``DataCollatorForLanguageModeling`` whose masks depend only on the batch and the seed.
 
-    So a run that is resumed, on any number of workers, sees the masks of one that never stopped,
-    and shuffling gives a text another mask in every epoch, because its batch is another. (Stock,
-    with a seed, draws from one stream per worker, which starts anew with every process.) Only a
-    batch that comes again exactly, such as of one sequence, is masked as before.
+    A resumed run, on any number of workers, therefore sees the same masks as an uninterrupted one.
+    Shuffling changes the batches, and with them a text's mask in every epoch; only an identical
+    batch, such as a single sequence, is masked the same way again. (The stock collator draws from
+    one stream per worker, which restarts with every process.)
 
-    At least one token of a batch is masked: the mean loss of none is not a number.
+    At least one token per batch is masked, since the mean loss over none is NaN.
 
-    Arguments are the stock collator's. ``next_sentence_label`` and whatever else an item has is
-    passed on.
+    The arguments are the stock collator's. Other fields of an item, such as
+    ``next_sentence_label``, are passed through.
 
     Raises:
         ValueError: If the tokenizer has no mask token.
@@ -305,7 +304,7 @@ class MaskedCollator(DataCollatorForLanguageModeling):
     seed: int = 0
 
     def create_rng(self, return_tensors: str | None = None) -> None:
-        """The stock collator's stream: not needed, and an error in processes of other launchers."""
+        """Do nothing: the stock stream is not needed, and fails under other launchers."""
 
     def torch_mask_tokens(
         self, inputs: Tensor, special_tokens_mask=None, offset_mapping=None
@@ -319,25 +318,25 @@ class MaskedCollator(DataCollatorForLanguageModeling):
             maskable = (~special).nonzero()
             one = tuple(maskable[torch.randint(len(maskable), (), generator=self.generator)])
             labels[one], inputs[one] = inputs[one].clone(), self.tokenizer.mask_token_id
-        self.generator = None  # it cannot be sent to a worker that is spawned
+        self.generator = None  # generators cannot be sent to spawned workers
         return inputs, labels
 
 
 def _text_files(source: str | Path) -> list[Path]:
-    """The files of a local source; none if it is not local."""
+    """The files of a local source; empty for a Hub dataset."""
     path = Path(source)
     if not path.is_dir():
         return [path] if path.exists() else []
     files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".gz") and p.is_file())
     if not files:
-        raise ValueError(f"{path} has no .txt or .gz file; a corpus has one document a line.")
+        raise ValueError(f"{path} has no .txt or .gz file; a corpus has one document per line.")
     return files
 
 
 def _hub_texts(name: str, config: str | None) -> Iterator[str]:
     try:
         from datasets import load_dataset
-        from huggingface_hub.errors import HTTPError  # of its HTTP library, which has changed
+        from huggingface_hub.errors import HTTPError  # whichever HTTP library it uses
     except ImportError as error:
         raise ImportError(
             f"{name} is no file or folder; to read it from the Hub, "
@@ -348,18 +347,18 @@ def _hub_texts(name: str, config: str | None) -> Iterator[str]:
             if "text" not in row:
                 raise ValueError(
                     f"the dataset {name} must have a column 'text', it has {', '.join(row)}; write "
-                    "its texts to a file with one document a line."
+                    "its texts to a file with one document per line."
                 )
             yield row["text"] or ""
     except (OSError, HTTPError) as error:
         raise OSError(
             f"{name} is no file or folder, and cannot be read from the Hub ({error}); give a local "
-            "text file with one document a line."
+            "text file with one document per line."
         ) from error
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The class for the reader; the hash, of the vocabulary and what is done with it, decides."""
+    """Class name, for messages, and a hash of the vocabulary and a sample tokenisation."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     digest = hashlib.sha256(json.dumps([vocabulary, ids]).encode()).hexdigest()
@@ -367,7 +366,7 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _read_summary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """corpus.json, once it is known to be of this tokenizer and of the files beside it."""
+    """corpus.json, after checking it against the tokenizer and the sizes of the files."""
     path = folder / "corpus.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no corpus; write one with tokenise_corpus.")
@@ -387,8 +386,8 @@ def _read_summary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict:
         found = (folder / name).stat().st_size
         if found != size:
             raise OSError(
-                f"{folder / name} must have {size} bytes, but has {found}: it was changed or cut "
-                "short. Remove the folder and tokenise again."
+                f"{folder / name} must have {size} bytes, but has {found}: it was changed or "
+                "truncated. Remove the folder and tokenise again."
             )
     return summary
 

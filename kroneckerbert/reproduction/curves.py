@@ -1,4 +1,4 @@
-"""The learning curves of a distillation, term by term, as one picture.
+"""Plot the learning curves of a distillation, term by term.
 
 curves.save({"seed 0": curves.read("out/checkpoint-500")}, "curves.png")
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 def read(source: str | os.PathLike) -> list[dict]:
-    """The history of a ``trainer_state.json``, or of the one in a folder: a checkpoint's.
+    """The log history in a ``trainer_state.json``, or in the one in a checkpoint's folder.
 
     Raises:
-        ValueError: If it is no such file.
+        ValueError: If the file is something else.
         OSError: If it cannot be read.
     """
     path = Path(source)
@@ -27,33 +27,33 @@ def read(source: str | os.PathLike) -> list[dict]:
         return history
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no trainer_state.json ({type(error).__name__}: {error}); give one, or the "
-            "folder of a checkpoint."
+            f"{path} is not a trainer_state.json ({type(error).__name__}: {error}); give one, or a "
+            "checkpoint's folder."
         ) from error
 
 
 def save(log_histories: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike):
-    """Draw the loss and each of its terms over the steps, in a panel each, on a log scale.
+    """Plot the loss and each of its terms over the steps, one panel each, on a log scale.
 
-    A faint line has the reports, each a mean over the steps since the last; a strong one is their
-    running mean; dots are evaluations.
+    The faint line shows the reports, each a mean over the steps since the last; the strong line is
+    their running mean; dots are evaluations.
 
     Args:
-        log_histories: ``trainer.state.log_history`` by the name that the legend has.
+        log_histories: ``trainer.state.log_history`` by name in the legend.
         path: A file ending in .png, .svg or .pdf.
 
     Raises:
-        ValueError: If there is no loss in any history.
+        ValueError: If no history contains a loss.
         ImportError: If matplotlib is missing.
     """
     try:
-        from matplotlib.figure import Figure  # no window system, whatever the machine's default
+        from matplotlib.figure import Figure  # needs no window system
     except ImportError as error:
         raise ImportError(
-            "curves are drawn by matplotlib: pip install 'kron-kernels[demo]'", name="matplotlib"
+            "curves need matplotlib: pip install 'kron-kernels[demo]'", name="matplotlib"
         ) from error
     reports = [report for history in log_histories.values() for report in history]
-    # In the order of the first report: the loss, then its terms.
+    # In the first report's order: the loss, then its terms.
     keys = [key.removeprefix("eval_") for report in reports for key in report]
     terms = [k for k in dict.fromkeys(keys) if k == "loss" or k.startswith("loss_")]
     if not terms:
@@ -73,14 +73,14 @@ def save(log_histories: Mapping[str, Sequence[Mapping[str, float]]], path: str |
             axes.plot(steps, _running_mean(values), color=colour, linewidth=1.5)
             axes.plot(*_points(history, f"eval_{term}"), "o", color=colour, markersize=3)
         axes.set(title=term.replace("_", " "), yscale="log")
-        axes.tick_params(labelbottom=True)  # an incomplete last row leaves axes without them
+        axes.tick_params(labelbottom=True)  # panels above a gap in the last row would lose them
         axes.grid(alpha=0.3)
     for axes in panels[len(terms) :]:
         axes.set_axis_off()
     figure.supxlabel("step")
     if len(log_histories) > 1:
         strong = panels[0].lines[1::3]
-        characters = 6 + max(map(len, log_histories))  # of an entry; an inch has about 12
+        characters = 6 + max(map(len, log_histories))  # per entry, at about 12 per inch
         fitting = max(1, min(5, int(12 * 3.6 * columns / characters)))
         figure.legend(strong, list(log_histories), loc="outside upper center", ncols=fitting)
     figure.savefig(path, dpi=150)
@@ -92,7 +92,7 @@ def _points(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[floa
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Over a tenth of the reports, around each; fewer at the ends."""
+    """Centred mean over a tenth of the reports; fewer at the ends."""
     half = len(values) // 20
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]

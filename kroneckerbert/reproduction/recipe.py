@@ -1,9 +1,9 @@
-"""A recipe: one YAML file that says all of what ``kroneckerbert.reproduction.run.run`` does.
+"""Recipes: YAML files that describe everything ``kroneckerbert.reproduction.run.run`` does.
 
     recipe = load("kronecker-bert-8", ["stage1.corpus.source=texts.txt.gz"])
 
-It is a mapping with the fields of ``Recipe``; those in ``kroneckerbert/recipes`` say what the
-paper does.
+A recipe is a mapping with the fields of ``Recipe``. Those in ``kroneckerbert/reproduction/recipes``
+follow the paper.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from kroneckerbert.presets import PRESETS
 from kroneckerbert.reproduction.tasks import TASKS
 
 _RECIPES = Path(__file__).parent / "recipes"
-# Arguments that a recipe has elsewhere, or a run decides.
+# Arguments that are set elsewhere, or by the run.
 _NOT_ARGUMENTS = {
     "output_dir": "run chooses it",
-    "per_device_train_batch_size": "write batch_size, the rows of a step over all devices",
+    "per_device_train_batch_size": "write batch_size, the rows per step over all devices",
     "teacher_cache": "write cache_teacher in stage2",
-    "resume_from_checkpoint": "a run that is started again goes on",
+    "resume_from_checkpoint": "a restarted run resumes by itself",
     "use_cpu": "GPUs are used if there are any; hide them with CUDA_VISIBLE_DEVICES=",
     "push_to_hub": "upload the finished folder",
 }
-# Of numbers that TrainingArguments takes as they come, where others make no training.
+# Lower bounds of arguments that TrainingArguments does not check.
 _LEAST = {
     "learning_rate": 0,
     "num_train_epochs": 0,
@@ -46,7 +46,7 @@ _LEAST = {
     "save_steps": 0,
     "seed": 0,
 }
-_hints = cache(typing.get_type_hints)  # which takes a while of a class as large as these
+_hints = cache(typing.get_type_hints)  # slow for classes as large as TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class CorpusSource:
 
 @dataclass(frozen=True)
 class Student:
-    """What the teacher is compressed to: exactly one of preset, plan (its file) and factors.
+    """How the teacher is compressed: exactly one of preset, plan (a file) and factors.
 
-    ``calibration`` is a number of the corpus's sequences, on which the layers' outputs start
-    nearest; the rest is as of ``kroneckerbert.compress``.
+    ``calibration`` is the number of corpus sequences used as calibration; ``sequential`` is that of
+    ``kroneckerbert.compress``.
     """
 
     preset: str | None = None
@@ -76,7 +76,7 @@ class Student:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The teacher on a task: trained with ``TrainingArguments``, or ``model``, that was."""
+    """The teacher on a task: trained with ``TrainingArguments``, or ``model``, already trained."""
 
     arguments_class: ClassVar[type] = TrainingArguments
     model: str | None = None
@@ -87,7 +87,7 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Stage1:
-    """Distillation on unlabelled text; ``heads`` are none, ``[mlm]`` or ``[mlm, nsp]``."""
+    """Distillation on unlabelled text; ``heads`` is empty, ``[mlm]`` or ``[mlm, nsp]``."""
 
     arguments_class: ClassVar[type] = DistillationConfig
     corpus: CorpusSource
@@ -100,7 +100,7 @@ class Stage1:
 
 @dataclass(frozen=True)
 class Stage2:
-    """Distillation on a task; ``cache_teacher`` keeps what the teacher says, for all seeds."""
+    """Distillation on a task; ``cache_teacher`` stores the teacher's outputs for all seeds."""
 
     arguments_class: ClassVar[type] = DistillationConfig
     max_length: int = 128
@@ -114,7 +114,7 @@ Stage = Stage1 | FineTuning | Stage2
 
 @dataclass(frozen=True)
 class TaskRecipe:
-    """Of one task: what differs from the recipe's own ``fine_tuning`` and ``stage2``."""
+    """Settings of one task that differ from the recipe's ``fine_tuning`` and ``stage2``."""
 
     fine_tuning: FineTuning = field(default_factory=FineTuning)
     stage2: Stage2 = field(default_factory=Stage2)
@@ -122,7 +122,7 @@ class TaskRecipe:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``also`` names sets beside the tasks' own, such as imdb for the models of sst2."""
+    """``also`` names sets in addition to the tasks' own, such as imdb for models of sst2."""
 
     batch_size: int = 32
     also: list[str] = field(default_factory=list)
@@ -130,7 +130,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Latency:
-    """What is measured of teacher and student, for about ``seconds`` per batch size."""
+    """Timing of teacher and student, for about ``seconds`` per batch size."""
 
     batch: list[int] = field(default_factory=lambda: [1])
     tokens: int = 128
@@ -140,7 +140,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Card:
-    """For the model card: its Hub metadata, and a line for each set of data and its licence."""
+    """Hub metadata of the model card, and one line per data set with its licence."""
 
     license: str | None = None
     language: str | None = None
@@ -149,24 +149,24 @@ class Card:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The whole procedure. ``batch_size`` is always the rows of a step, over all processes.
+    """The whole procedure. ``batch_size`` always counts the rows of a step over all processes.
 
     Args:
-        description: In one line.
-        teacher: Name or folder of a dense model; also ``package:NAME/PATH``, in a Python package.
+        description: One line.
+        teacher: Hub name or folder of a dense model, or ``package:NAME/PATH`` in a Python package.
         student: See ``Student``.
-        stage1: See ``Stage1``; without it, tasks begin at the compressed model.
-        fine_tuning: Of every task, see ``FineTuning``.
-        stage2: Of every task, see ``Stage2``; its arguments, as stage 1's, are the fields of
+        stage1: See ``Stage1``; without it, stage 2 begins at the compressed model.
+        fine_tuning: For every task, see ``FineTuning``.
+        stage2: For every task, see ``Stage2``; its arguments, like stage 1's, are fields of
             ``DistillationConfig``.
         tasks: By name, see ``TaskRecipe``.
-        seeds: Each has a student of its own in stage 2.
+        seeds: One student per seed in stage 2.
         evaluation: See ``Evaluation``.
         latency: See ``Latency``; without it nothing is timed.
         card: See ``Card``.
 
     Attributes:
-        given: The mapping that this was made of.
+        given: The mapping that the recipe was made from.
     """
 
     teacher: str
@@ -187,7 +187,7 @@ class Recipe:
 
 
 def shipped() -> dict[str, str]:
-    """The recipes that come with the package: the description of each by its name."""
+    """Name and description of each recipe included in the package."""
     return {
         path.stem: _from_yaml(path.read_text(encoding="utf-8"), path.name)["description"]
         for path in sorted(_RECIPES.glob("*.yaml"))
@@ -198,12 +198,13 @@ def load(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        source: A YAML file, or the name of one that is shipped.
-        changes: ``"stage1.arguments.learning_rate=1e-4"``, with a YAML value.
+        source: A YAML file, or the name of an included recipe.
+        changes: Overrides such as ``"stage1.arguments.learning_rate=1e-4"``, with YAML values.
 
     Raises:
-        ValueError: If a key is unknown or missing, a value is out of range, or it is no YAML.
-        TypeError: If a value is of another type than its key.
+        ValueError: If a key is unknown or missing, a value is out of range, or the file is not
+            YAML.
+        TypeError: If a value has the wrong type.
         FileNotFoundError: If there is no such file.
     """
     path = Path(source)
@@ -230,13 +231,13 @@ def load(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
 
 
 def parse(given: Mapping[str, Any]) -> Recipe:
-    """The recipe that a mapping describes, checked.
+    """The recipe that a mapping describes, after all checks.
 
     Raises:
         ValueError, TypeError: As ``load``.
     """
     given = {key: value for key, value in given.items() if value is not None}
-    _build(Recipe, given)  # before tasks are merged, so that an error names the right place
+    _build(Recipe, given)  # before tasks are merged, so that errors name the right key
     tasks = given.get("tasks", {})
     for name in tasks:
         _known(name, [task for task in TASKS if "train" in TASKS[task].splits], "tasks.")
@@ -249,10 +250,10 @@ def parse(given: Mapping[str, Any]) -> Recipe:
 
 
 def select(recipe: Recipe, tasks: Sequence[str] | None, seeds: Sequence[int] | None) -> Recipe:
-    """A recipe for some of its tasks, and for other seeds; None leaves them.
+    """The recipe restricted to some tasks, or with other seeds; None keeps its own.
 
     Raises:
-        ValueError, TypeError: If it has no such task, or these are no seeds.
+        ValueError, TypeError: If it has no such task, or the seeds are invalid.
     """
     given = dict(recipe.given)
     for name in tasks or ():
@@ -265,7 +266,7 @@ def select(recipe: Recipe, tasks: Sequence[str] | None, seeds: Sequence[int] | N
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-4 for a word; here it is a number, as in YAML 1.2."""
+    """Reads 1e-4 as a number, as in YAML 1.2; YAML 1.1 reads it as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -278,9 +279,9 @@ _Loader.add_implicit_resolver(
 def _from_yaml(text: str | bytes, source: str | Path) -> Any:
     try:
         return yaml.load(text, _Loader)
-    # A date or a number may be impossible, and lists may be nested without end.
+    # ValueError: an impossible date or number. RecursionError: endless nesting.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is no YAML: {error}") from error
+        raise ValueError(f"{source} is not YAML: {error}") from error
 
 
 def _set(given: dict, change: str) -> None:
@@ -289,7 +290,8 @@ def _set(given: dict, change: str) -> None:
     *parents, key = path.split(".")
     if not equals or not all((*parents, key)):
         raise ValueError(
-            f"--set {change!r} must be a key and its value: stage1.arguments.learning_rate=1e-4."
+            f"--set {change!r} must be a key and its value, such as "
+            "stage1.arguments.learning_rate=1e-4."
         )
     for parent in parents:
         if given.get(parent) is None:
@@ -307,7 +309,7 @@ def _merged(shared: Any, own: Any) -> Any:
 
 
 def _build(cls: type, given: Any, where: str = "") -> Any:
-    """The dataclass that a mapping describes; None is an empty one."""
+    """The dataclass that a mapping describes; None means an empty mapping."""
     given = {} if given is None else given
     known = {f.name: f for f in fields(cls) if f.init}
     if not isinstance(given, Mapping):
@@ -328,8 +330,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if inner is not None and typing.get_origin(hint) is not dict:
         return _build(inner, value, f"{where}.")
     if not _fits(value, dict if inner else hint):
-        told = hint if typing.get_args(hint) else hint.__name__
-        raise TypeError(f"{where} must be {told}, got {value!r}.")
+        expected = hint if typing.get_args(hint) else hint.__name__
+        raise TypeError(f"{where} must be {expected}, got {value!r}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} must be a finite number, got {value}.")
     if inner is None:
@@ -337,6 +339,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return {key: _build(inner, entry, f"{where}.{key}.") for key, entry in value.items()}
 
 
+# Not huggingface_hub.dataclasses.strict: it refuses 1 for a float, accepts True for an integer and
+# does not name the path of a nested key.
 def _fits(value: Any, hint: Any) -> bool:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -345,7 +349,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_fits(v, parts[0]) for v in value)
     if origin is typing.Literal:
         return value in parts
-    if hint in (int, float):  # True is no number, 1 may stand for 1.0
+    if hint in (int, float):  # 1 is accepted for 1.0; True is not a number
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, origin or hint)
 
@@ -361,16 +365,16 @@ def _known(key: Any, names: Iterable[str], where: str) -> None:
 
 
 def _check(recipe: Recipe) -> None:
-    """What types do not say."""
+    """Conditions that types do not express."""
     student, stage1, latency = recipe.student, recipe.stage1, recipe.latency
     ways = [way for way in ("preset", "plan", "factors") if getattr(student, way) is not None]
     if len(ways) != 1:
-        told = " and ".join(ways) or "no shapes"
-        raise ValueError(f"student has {told}; give one of preset, plan (a file) and factors.")
+        found = " and ".join(ways) or "no shapes"
+        raise ValueError(f"student has {found}; give one of preset, plan (a file) and factors.")
     if student.preset is not None:
         _known(student.preset, PRESETS, "student.preset = ")
     if stage1 is None and student.calibration:
-        raise ValueError("student.calibration needs stage1.corpus, whose text it is.")
+        raise ValueError("student.calibration needs stage1.corpus, from which its text is taken.")
     if student.sequential and not student.calibration:
         raise ValueError("student.sequential refits on text: set student.calibration, such as 512.")
     if not recipe.seeds or len(set(recipe.seeds)) < len(recipe.seeds):
@@ -384,7 +388,7 @@ def _check(recipe: Recipe) -> None:
         _check_stage(stage1, "stage1")
         if not 0 < stage1.corpus.share <= 1:
             raise ValueError(f"stage1.corpus.share must be in (0, 1], got {stage1.corpus.share}.")
-    # What tasks share comes first: an error in it is not one of each.
+    # Shared settings first: an error there should not be reported for each task.
     parts: dict[str, Recipe | TaskRecipe] = {f"tasks.{n}.": t for n, t in recipe.tasks.items()}
     for where, task in {"": recipe, **parts}.items():
         _check_stage(task.fine_tuning, f"{where}fine_tuning")
@@ -412,7 +416,7 @@ def _check_stage(stage: Stage, where: str) -> None:
     elsewhere = _NOT_ARGUMENTS | ({"seed": "write seeds"} if isinstance(stage, Stage2) else {})
     for key, value in stage.arguments.items():
         if key in elsewhere:
-            raise ValueError(f"{where}.arguments.{key} is no argument here: {elsewhere[key]}.")
+            raise ValueError(f"{where}.arguments.{key} cannot be set here: {elsewhere[key]}.")
         _known(key, hints, f"{where}.arguments.")
         _value(hints[key], value, f"{where}.arguments.{key}")
         if key in _LEAST and value is not None:

@@ -1,23 +1,24 @@
-"""The paper's whole procedure from one recipe: start, stage 1, and every task for every seed.
+"""The paper's whole procedure from one recipe: initial student, stage 1, and each task and seed.
 
     run("kronecker-bert-8", "output", data="glue", tasks=["sst2"])
 
-What a run writes:
+Output:
 
     corpus/                    the tokens of stage 1
     start/                     the student before training
-    stage1/                    ... and after stage 1
-    teacher/TASK/              the teacher, fine-tuned
-    stage2/TASK/seed-N/        the students, with their cards
+    stage1/                    the student after stage 1
+    teacher/TASK/              the fine-tuned teacher
+    stage2/TASK/seed-N/        the final students, with their cards
     scores/TASK/…/scores.json
     latency/latency.json
-    recipe.yaml, results.json  what was done last, and all its numbers
+    recipe.yaml, results.json  the last recipe, and all its numbers
     curves/                    the losses, term by term
-    cache/TASK/                what the teacher says, where the recipe has cache_teacher
-    training/                  checkpoints of what is not finished
+    cache/TASK/                the teacher's outputs, if the recipe sets cache_teacher
+    training/                  checkpoints of unfinished steps
 
-A step's folder is there when all of it is, with ``made_of.json``: what it depends on. A run that is
-started again takes what fits, goes on from the last checkpoint, and refuses what no longer fits.
+A step's folder appears only when it is complete, with a record of its inputs in ``made_of.json``.
+A restarted run reuses steps whose inputs are unchanged, resumes from the last checkpoint, and
+refuses a folder whose inputs have changed.
 """
 
 from __future__ import annotations
@@ -82,18 +83,18 @@ from kroneckerbert.reproduction.tasks import (
     read_task,
 )
 
-_PACKAGE = "package:"  # package:NAME/PATH is a file or folder in an installed package
+_PACKAGE = "package:"  # package:NAME/PATH is a path inside an installed package
 # By the number of heads in stage 1.
 _MODELS = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForPreTraining")
 _HISTORY = "trainer_state.json"
-# Beginnings of the arguments that no weight depends on.
-_INDIFFERENT = (
+# Prefixes of the arguments that do not affect the weights.
+_IRRELEVANT = (
     *("dataloader_num_workers", "dataloader_pin_memory", "disable_tqdm"),
     *("logging_", "report_to", "run_name", "save_"),
 )
-_Metrics = dict[str, dict[str, float]]  # by name of the set, and of the metric
+_Metrics = dict[str, dict[str, float]]  # by set, then by metric
 _Work = Callable[[Path, Path], None]
-_FAR = timedelta(days=7)  # one process prepares, evaluates and measures while the others wait
+_TIMEOUT = timedelta(days=7)  # one process prepares, evaluates and measures; the others wait
 
 
 def run(
@@ -103,31 +104,31 @@ def run(
     tasks: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Do what a recipe says, or what is left of it; see the module's text for what is written.
+    """Run a recipe, or the steps of it that are not done yet; the module lists the output.
 
-    Under ``torchrun`` or ``accelerate launch`` every process calls it.
+    Under ``torchrun`` or ``accelerate launch`` every process calls this function.
 
     Args:
-        recipe: Or what ``kroneckerbert.reproduction.recipe.load`` takes.
+        recipe: A recipe, or an argument for ``kroneckerbert.reproduction.recipe.load``.
         output: Folder for everything.
         data: Folder with the tasks' files, see ``kroneckerbert.reproduction.tasks.read_task``; None
             downloads them from the Hugging Face Hub.
-        tasks: Those of the recipe to do; None is all.
-        seeds: In place of the recipe's.
+        tasks: The recipe's tasks to run; None runs all.
+        seeds: Replaces the recipe's seeds.
 
     Returns:
-        What ``results.json`` says: ``parameters`` of ``teacher`` and ``student``; ``scores``, the
-        fields of a ``kroneckerbert.reproduction.card.Score`` each; ``latency``, None if not
-        measured.
+        The content of ``results.json``: ``parameters`` of ``teacher`` and ``student``; ``scores``,
+        each with the fields of a ``kroneckerbert.reproduction.card.Score``; ``latency``, None if
+        not measured.
 
     Raises:
-        ValueError: If the recipe is wrong, does not fit the models, the data or the number of
+        ValueError: If the recipe is invalid, does not fit the models, the data or the number of
             processes, or a folder was made by another recipe.
-        TypeError: If a value of the recipe is of the wrong type.
+        TypeError: If a value of the recipe has the wrong type.
         OSError: If something cannot be read or written.
         ImportError: If a package is missing.
-        Interrupted: If SIGINT or SIGTERM came in a training of one process, which then keeps a
-            checkpoint of its last step.
+        Interrupted: On SIGINT or SIGTERM during a training in one process, after a checkpoint of
+            its last step has been saved.
     """
     recipe = select(recipe if isinstance(recipe, Recipe) else load(recipe), tasks, seeds)
     with _quiet():
@@ -135,18 +136,18 @@ def run(
 
 
 class _Run:
-    """One recipe, one folder; steps in the order in which they need one another."""
+    """One recipe in one folder; steps in order of dependence."""
 
     def __init__(self, recipe: Recipe, output: Path, data: str | Path | None):
         self.recipe, self.output, self.data = recipe, resolved(output), data
-        # The first of its kind decides how long processes wait for one another. Without being told
-        # of the CPU, it would take each process for the only one.
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=_FAR)
+        # The first PartialState sets the timeout between processes. Without cpu=True on a machine
+        # without GPUs, each process would take itself for the only one.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT)
         self.state, self.is_main, self.wait = state, state.is_main_process, state.wait_for_everyone
-        alone = state.num_processes == 1  # then it uses all GPUs that it sees
+        alone = state.num_processes == 1  # a single process uses all visible GPUs
         self.devices = max(1, torch.cuda.device_count()) if alone else state.num_processes
         console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not self.is_main)
-        self.say = console.print
+        self.print = console.print
         self.dense = _located(recipe.teacher)
         self.kind = _MODELS[len(recipe.stage1.heads) if recipe.stage1 else 0]
         self.tokenizer = load_tokenizer(self.dense)
@@ -154,8 +155,8 @@ class _Run:
     def run(self) -> dict[str, Any]:
         recipe, stage1 = self.recipe, self.recipe.stage1
         self._check()
-        # What is missing is said now, not after the hours of stage 1.
-        with self.state.main_process_first():  # it downloads for the others, too
+        # Report missing data now, not after hours of stage 1.
+        with self.state.main_process_first():  # which downloads for all
             self.rows = {name: self._digests(name) for name in recipe.tasks}
         text = self._corpus(stage1) if stage1 else ""
         start = self._start(text)
@@ -164,15 +165,15 @@ class _Run:
         students: list[tuple[str, int, Path]] = []
         for name in recipe.tasks:
             teacher = self._teacher(name)
-            told = self._evaluated(name, "teacher", teacher)
-            self._tell(_compared(told, {}), "teacher")
+            taught = self._evaluated(name, "teacher", teacher)
+            self._print_scores(_compared(taught, {}), "teacher")
             ours = {}
             for seed in recipe.seeds:
                 folder = self._stage2(name, teacher, student, seed)
                 ours[seed] = self._evaluated(name, f"seed-{seed}", folder)
                 students.append((name, seed, folder))
-            compared = _compared(told, ours)
-            self._tell(compared, "student")
+            compared = _compared(taught, ours)
+            self._print_scores(compared, "student")
             scores += compared
         latency = self._latency(recipe.latency, student) if recipe.latency else None
         if self.is_main:
@@ -180,12 +181,12 @@ class _Run:
         self.wait()
         return json.loads((self.output / "results.json").read_text())
 
-    # What is known before any work
+    # Checks before any work
 
     def _check(self) -> None:
-        """Resolve every argument, tell of them, and raise what would else come late."""
+        """Resolve and print all arguments, and raise errors that would otherwise appear late."""
         recipe, state = self.recipe, self.state
-        self.say(
+        self.print(
             f"{recipe.description or 'A recipe'}\nTeacher {recipe.teacher}; to {self.output}\n"
             f"{state.num_processes} process(es) on {state.device.type}"
         )
@@ -200,7 +201,7 @@ class _Run:
         for name, stage in stages.items():
             lengths[f"{name}: max_length"] = stage.max_length
             args = self._arguments(stage, self.output)
-            self.say(
+            self.print(
                 f"{name}: {stage.batch_size} rows a step = {self.devices} device(s) x "
                 f"{args.per_device_train_batch_size} rows x {args.gradient_accumulation_steps} "
                 f"accumulated, learning rate {args.learning_rate:g}"
@@ -212,7 +213,7 @@ class _Run:
             if length > longest:
                 raise ValueError(f"{name} {length} exceeds the teacher's {longest}.")
         if self.is_main:
-            writable_folder(self.output / "step")  # makes the output folder, too
+            writable_folder(self.output / "step")  # also creates the output folder
 
     def _arguments(self, stage: Stage, training: Path, **decided: Any) -> TrainingArguments:
         parts = self.devices * stage.arguments.get("gradient_accumulation_steps", 1)
@@ -231,7 +232,7 @@ class _Run:
         )
 
     def _sets(self, name: str) -> list[str]:
-        """What a task's models are evaluated on."""
+        """The sets on which a task's models are evaluated."""
         also = self.recipe.evaluation.also
         return [name, *(other for other in TASKS[name].evaluated_on if other in also)]
 
@@ -241,11 +242,12 @@ class _Run:
         except OSError as error:
             message = str(error).rstrip(".")
             raise type(error)(
-                f"{message}; or leave the task out with --task, or the set out of evaluation.also."
+                f"{message}; or leave out the task with --task, or remove the set from "
+                "evaluation.also."
             ) from error
 
     def _digests(self, name: str) -> dict[str, str]:
-        """What the data are, by set and split."""
+        """A digest of the rows of each set and split."""
         wanted = [(name, "train"), *((of, TASKS[of].evaluation) for of in self._sets(name))]
         return {
             f"{of} {split}": digest(repr(self._read(of, split)).encode(errors="surrogatepass"))
@@ -257,20 +259,20 @@ class _Run:
     def _step(
         self, name: str, made_of: dict, work: _Work, alone: bool = False, renew: bool = False
     ) -> Path:
-        """The folder of a step, which ``work`` fills unless it is there already.
+        """The folder of a step, filled by ``work`` unless it is already complete.
 
-        ``work`` gets the folder, and one for checkpoints, which goes when the step is done.
-        ``alone`` leaves it to the main process; ``renew`` does again what no longer fits.
+        ``work`` receives the folder, and one for checkpoints that is deleted when the step is done.
+        ``alone`` runs it on the main process only; ``renew`` repeats a step whose inputs changed.
         """
         folder, training = self.output / name, self.output / "training" / name
         made_of = json.loads(json.dumps(made_of))
         done = is_made_of(folder, made_of, renew)
         if not done:
             is_made_of(training, made_of, renew or _last_checkpoint(training) is None)
-        self.wait()  # until all know whether it is done
+        self.wait()  # all processes must have looked before one writes
         if done:
             return folder
-        self.say(f"- {name}")
+        self.print(f"- {name}")
         if self.is_main and not alone:
             training.mkdir(parents=True, exist_ok=True)
             write_json(training / MADE_OF, made_of)
@@ -281,53 +283,58 @@ class _Run:
                 write_json(new / MADE_OF, made_of)
             shutil.rmtree(training, ignore_errors=True)
         elif not alone:
-            work(folder, training)  # which writes nothing here
+            work(folder, training)  # writes nothing in this process
         self.wait()
         return folder
 
     def _corpus(self, stage: Stage1) -> str:
-        """What the tokens are of, once they are there."""
-        how = asdict(stage.corpus)
-        source, folder = _located(how.pop("source")), self.output / "corpus"
-        what = corpus.describe_corpus(source, **how)
+        """Tokenise the corpus; returns its description."""
+        options = asdict(stage.corpus)
+        source, folder = _located(options.pop("source")), self.output / "corpus"
+        description = corpus.describe_corpus(source, **options)
         if self.is_main:
             if not folder.exists():
-                self.say(f"- corpus: {what}")
-            texts = corpus.read_corpus(source, **how)
-            corpus.tokenise_corpus(texts, self.tokenizer, folder, what)
+                self.print(f"- corpus: {description}")
+            texts = corpus.read_corpus(source, **options)
+            corpus.tokenise_corpus(texts, self.tokenizer, folder, description)
         self.wait()
-        return what
+        return description
 
     def _texts(self, stage: Stage1, **options: Any) -> corpus.Corpus:
         return corpus.Corpus(self.output / "corpus", self.tokenizer, stage.max_length, **options)
 
     def _start(self, text: str) -> Path:
-        told, stage1 = self.recipe.student, self.recipe.stage1
-        shapes: Any = Plan.load(told.plan) if told.plan is not None else told.preset or told.factors
+        given, stage1 = self.recipe.student, self.recipe.stage1
+        shapes: Any = given.preset or given.factors
+        if given.plan is not None:
+            shapes = Plan.load(given.plan)
         made_of: dict[str, Any] = {
             "teacher": identity(self.dense),
             "model": self.kind,
-            "student": asdict(told) | {"plan": told.plan and shapes.factors},
+            "student": asdict(given) | {"plan": given.plan and shapes.factors},
         }
-        if stage1 and told.calibration:
+        if stage1 and given.calibration:
             made_of |= {"corpus": text, "max_length": stage1.max_length}
 
         def work(folder: Path, _: Path) -> None:
-            how: dict[str, Any] = {"sequential": told.sequential}
-            if stage1 and told.calibration:
+            batches = None
+            if stage1 and given.calibration:
                 texts = self._texts(stage1)
-                # From all of it: neighbours are often about the same thing.
-                chosen = range(0, len(texts), max(1, len(texts) // told.calibration))
-                rows = Subset(texts, chosen[: told.calibration])
+                # Spread over the corpus: neighbouring texts are often about the same subject.
+                chosen = range(0, len(texts), max(1, len(texts) // given.calibration))
+                rows = Subset(texts, chosen[: given.calibration])
                 collate = DataCollatorWithPadding(self.tokenizer)
-                how["calibration"] = DataLoader(rows, batch_size=32, collate_fn=collate)
-            compress(self._dense_model(), shapes, **how).save_pretrained(folder)
+                batches = DataLoader(rows, batch_size=32, collate_fn=collate)
+            student = compress(
+                self._dense_model(), shapes, calibration=batches, sequential=given.sequential
+            )
+            student.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
         return self._step("start", made_of, work, alone=True)
 
     def _dense_model(self) -> PreTrainedModel:
-        """The teacher with the heads of stage 1, all of it from its file."""
+        """The teacher with the heads of stage 1, all of which its file must contain."""
         try:
             return load_model(self.dense, self.kind, dtype=torch.float32)
         except ValueError as error:
@@ -336,19 +343,25 @@ class _Run:
             ) from error
 
     def _stage1(self, stage: Stage1, start: Path, text: str) -> Path:
-        told = _settings(stage)
-        del told["corpus"]
-        made_of = {"start": identity(start), "corpus": text, "stage1": told}
+        settings = _settings(stage)
+        del settings["corpus"]
+        made_of = {"start": identity(start), "corpus": text, "stage1": settings}
 
         def work(folder: Path, training: Path) -> None:
             args, teacher = self._arguments(stage, training), self._dense_model()
-            if args.logits_weight == 0:  # then its heads, a word's size each, would work in vain
+            if args.logits_weight == 0:  # do not compute logits, a vocabulary wide, for nothing
                 teacher = teacher.base_model
             mask = corpus.MaskedCollator(self.tokenizer, seed=args.seed) if stage.heads else None
             student = load_model(start, self.kind)
             texts = self._texts(stage, pairs="nsp" in stage.heads, pack=stage.pack)
-            how = {"train_dataset": texts, "processing_class": self.tokenizer}
-            trainer = DistillationTrainer(student, teacher, args, data_collator=mask, **how)
+            trainer = DistillationTrainer(
+                student,
+                teacher,
+                args,
+                train_dataset=texts,
+                processing_class=self.tokenizer,
+                data_collator=mask,
+            )
             self._train(trainer, folder)
 
         return self._step("stage1", made_of, work)
@@ -365,12 +378,12 @@ class _Run:
 
         def work(folder: Path, training: Path) -> None:
             args = self._arguments(tuning, training)
-            set_seed(args.seed)  # draws the head
-            kind: dict[str, Any] = {"num_labels": 1} if task.kind == "regression" else {}
+            set_seed(args.seed)  # initialises the head
+            labels: dict[str, Any] = {"num_labels": 1} if task.kind == "regression" else {}
             if task.kind == "classification":
                 names = dict(enumerate(task.labels))
-                kind = {"id2label": names, "label2id": {label: i for i, label in names.items()}}
-            model = _load(task, self.dense, **kind)
+                labels = {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+            model = _load(task, self.dense, **labels)
             rows = self._dataset(name, model, tuning.max_length)
             trainer = Trainer(model, args, train_dataset=rows, processing_class=self.tokenizer)
             self._train(trainer, folder)
@@ -388,13 +401,15 @@ class _Run:
         }
 
         def work(folder: Path, training: Path) -> None:
-            said = str(self.output / "cache" / name) if stage.cache_teacher else None
-            args = self._arguments(stage, training, seed=seed, teacher_cache=said)
+            cache = str(self.output / "cache" / name) if stage.cache_teacher else None
+            args = self._arguments(stage, training, seed=seed, teacher_cache=cache)
             tuned = _load(TASKS[name], teacher)
             rows = self._dataset(name, tuned, stage.max_length)
             model = with_head_of(tuned, student)
-            how = {"train_dataset": rows, "processing_class": self.tokenizer}
-            self._train(DistillationTrainer(model, tuned, args, **how), folder)
+            trainer = DistillationTrainer(
+                model, tuned, args, train_dataset=rows, processing_class=self.tokenizer
+            )
+            self._train(trainer, folder)
 
         return self._step(f"stage2/{name}/seed-{seed}", made_of, work)
 
@@ -409,7 +424,8 @@ class _Run:
     def _train(self, trainer: Trainer, folder: Path) -> None:
         training = trainer.args.output_dir
         last = _last_checkpoint(Path(training))
-        if last and self.is_main and not isinstance(trainer, DistillationTrainer):  # it does itself
+        # DistillationTrainer checks the checkpoint itself.
+        if last and self.is_main and not isinstance(trainer, DistillationTrainer):
             processes = trainer.args.world_size
             resuming.check(Path(last), range(processes), processes)
         with stoppable(trainer) as stop:
@@ -417,9 +433,9 @@ class _Run:
             step = trainer.state.global_step
             if stop.number is not None and step < trainer.state.max_steps:
                 raise Interrupted(stop.number, f"Stopped after step {step}, kept in {training}.")
-            trainer.save_model(str(folder))  # by all processes: the parameters may be sharded
+            trainer.save_model(str(folder))  # in all processes: parameters may be sharded
         if self.is_main:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # names this machine's folders
+            (folder / "training_args.bin").unlink(missing_ok=True)  # contains local paths
             trainer.state.save_to_json(str(folder / _HISTORY))
 
     def _evaluated(self, name: str, who: str, model: str | Path) -> _Metrics:
@@ -438,42 +454,47 @@ class _Run:
         folder = self._step(f"scores/{name}/{who}", made_of, work, alone=True, renew=True)
         return read_json(folder / "scores.json")
 
-    def _latency(self, told: Latency, student: Path) -> dict[str, Any]:
+    def _latency(self, given: Latency, student: Path) -> dict[str, Any]:
         def work(folder: Path, _: Path) -> None:
             models = {
                 name: load_model(source, "AutoModel", dtype=torch.float32).to(self.state.device)
                 for name, source in (("teacher", self.dense), ("student", student))
             }
             before, times = torch.get_num_threads(), {}
-            threads = told.threads or before
+            threads = given.threads or before
             torch.set_num_threads(threads)
             try:
-                for batch in told.batch:
-                    found = measure.latency(models, batch, told.tokens, told.seconds)
-                    times[batch] = {name: timing._asdict() for name, timing in found.items()}
+                for batch in given.batch:
+                    timings = measure.latency(models, batch, given.tokens, given.seconds)
+                    times[batch] = {name: timing._asdict() for name, timing in timings.items()}
             finally:
                 torch.set_num_threads(before)
-            how = {"threads": threads, "dtype": "float32", "tokens": told.tokens}
-            latency = {"machine": machine(), **how, "milliseconds": times}
+            latency = {
+                "machine": machine(),
+                "threads": threads,
+                "dtype": "float32",
+                "tokens": given.tokens,
+                "milliseconds": times,
+            }
             write_json(folder / "latency.json", latency)
 
-        made_of = {"student": identity(student), "latency": asdict(told), "machine": machine()}
+        made_of = {"student": identity(student), "latency": asdict(given), "machine": machine()}
         folder = self._step("latency", made_of, work, alone=True, renew=True)
         return read_json(folder / "latency.json")
 
-    # Telling
+    # Reports
 
-    def _tell(self, scores: Sequence[Score], who: str) -> None:
+    def _print_scores(self, scores: Sequence[Score], who: str) -> None:
         for score in scores:
             value = f"{score.teacher:.2f}" if who == "teacher" else score
             paper = ", ".join(f"{name} {number:g}" for name, number in score.paper.items())
             beside = f"   [paper: {paper}]" if paper else ""
-            self.say(f"  {score.task} {score.split} {score.metric}, {who}: {value}{beside}")
+            self.print(f"  {score.task} {score.split} {score.metric}, {who}: {value}{beside}")
 
     def _summarise(
         self, stage1: Path, students: list[tuple], scores: list[Score], latency: dict | None
     ) -> None:
-        """Numbers, cards and curves, from what is on the disk."""
+        """Write numbers, cards and curves from the files of the steps."""
         dense, ours = (
             measure.parameters(without_weights(source).base_model)
             for source in (self.dense, stage1)
@@ -486,11 +507,11 @@ class _Run:
         text = yaml.safe_dump(self.recipe.given, sort_keys=False, allow_unicode=True)
         write_file(self.output / "recipe.yaml", text)
         write_json(self.output / "results.json", results)
-        fewer = f"{dense / ours:.1f} times fewer (without heads)"
-        self.say(f"{ours:,} parameters instead of {dense:,}, {fewer}")
+        ratio = f"{dense / ours:.1f} times fewer (without heads)"
+        self.print(f"{ours:,} parameters instead of {dense:,}, {ratio}")
         for batch, times in latency["milliseconds"].items() if latency else ():
             student, teacher = (times[name]["median"] for name in ("student", "teacher"))
-            self.say(f"{student:.1f} ms instead of {teacher:.1f} at batch {batch}")
+            self.print(f"{student:.1f} ms instead of {teacher:.1f} at batch {batch}")
         pictures: dict[str, dict[str, Path]] = {}
         if self.recipe.stage1:
             self._save_card(stage1, "stage 1", latency=latency)
@@ -505,28 +526,28 @@ class _Run:
                 histories = {of: curves.read(folder / _HISTORY) for of, folder in folders.items()}
                 curves.save(histories, self.output / "curves" / f"{name}.png")
         except (ImportError, ValueError) as error:  # no matplotlib, or nothing to draw
-            self.say(f"Curves are not drawn: {error}")
-        self.say(f"Students, with their cards, are in {students[-1][2] if students else stage1}.")
+            self.print(f"No curves: {error}")
+        self.print(f"Students, with their cards, are in {students[-1][2] if students else stage1}.")
 
-    def _save_card(self, folder: Path, stage: str, **told: Any) -> None:
+    def _save_card(self, folder: Path, stage: str, **results: Any) -> None:
         model, recipe = without_weights(folder), self.recipe
         with torch.device("meta"):
             dense = model.dense_class(model.config.to_dense())
         form = recipe.student.preset or "Kronecker student"
         name = f"{form} of {without_paths(recipe.teacher)}, {stage}"
         size = measure.parameters(dense)
-        card = model_card(model, name=name, dense_parameters=size, recipe=recipe.given, **told)
+        card = model_card(model, name=name, dense_parameters=size, recipe=recipe.given, **results)
         write_file(folder / "README.md", str(card))
 
 
 def _compared(teacher: _Metrics, ours: Mapping[int, _Metrics]) -> list[Score]:
-    """Metrics by set, of the teacher and by seed, beside the paper's."""
+    """Scores of all sets and metrics: the teacher's, the students' by seed, and the paper's."""
     scores = []
     for name, metrics in teacher.items():
         task = TASKS[name]
-        by_seed = {seed: compare(task, told[name]) for seed, told in ours.items()}
+        by_seed = {seed: compare(task, scored[name]) for seed, scored in ours.items()}
         for metric, paper in compare(task, metrics).items():
-            seeds = {seed: told[metric]["ours"] for seed, told in by_seed.items()}
+            seeds = {seed: row[metric]["ours"] for seed, row in by_seed.items()}
             scores.append(Score(name, task.evaluation, metric, paper.pop("ours"), seeds, paper))
     return scores
 
@@ -538,13 +559,13 @@ def _load(task: Task, source: str | Path, **config: Any) -> PreTrainedModel:
 
 
 def _located(source: str) -> str:
-    """Where a name, a path or ``package:NAME/PATH`` is."""
+    """A hub name or local path, with ``package:NAME/PATH`` and ``~`` resolved."""
     if not source.startswith(_PACKAGE):
         source = os.path.expanduser(source)
         is_local = source.startswith((".", "/")) or source.count("/") > 1 or not source
         if is_local and not Path(source).exists():
             raise FileNotFoundError(
-                f"{source!r} is no file or folder; give one that is there, or a name on the hub."
+                f"{source!r} is no file or folder; give an existing one, or a name on the hub."
             )
         return source
     name, _, path = source.removeprefix(_PACKAGE).partition("/")
@@ -557,13 +578,13 @@ def _located(source: str) -> str:
 
 
 def _settings(stage: Stage) -> dict[str, Any]:
-    """What of it the weights depend on."""
-    kept = {k: v for k, v in stage.arguments.items() if not k.startswith(_INDIFFERENT)}
+    """The settings of a stage that the weights depend on."""
+    kept = {k: v for k, v in stage.arguments.items() if not k.startswith(_IRRELEVANT)}
     return asdict(stage) | {"arguments": kept}
 
 
 def _last_checkpoint(training: Path) -> str | None:
-    """The last that is whole: Trainer writes its state after everything else."""
+    """The last complete checkpoint: Trainer writes its state after everything else."""
     whole = {
         int(step): path.parent
         for path in training.glob(f"checkpoint-*/{_HISTORY}")
@@ -574,7 +595,7 @@ def _last_checkpoint(training: Path) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without bars of loading and tables of what a new head lacks: that is as it should be."""
+    """Hide loading bars and reports of new heads' missing weights, which are expected here."""
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

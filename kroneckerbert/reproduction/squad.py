@@ -1,4 +1,4 @@
-"""Questions answered by a span of their text: SQuAD 1.1 and 2.0, from file to metric."""
+"""Questions answered by a span of a text: SQuAD 1.1 and 2.0, from file to metric."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Question:
     Args:
         id: Unique among the questions.
         question: The question.
-        context: The text that answers it, or does not.
-        answers: All that are right, verbatim from the text; none if it has no answer.
-        starts: The character of the text at which each answer begins.
+        context: The text, which may contain no answer.
+        answers: All correct answers, verbatim from the text; empty if there is none.
+        starts: The index of the first character of each answer in the text.
 
     Raises:
-        ValueError: If the text is empty, or an answer is not where it is said to be.
+        ValueError: If the text is empty, or an answer is not at its start.
     """
 
     id: str
@@ -54,7 +54,7 @@ class Question:
 
     def __post_init__(self):
         if not self.context.strip():
-            raise ValueError(f"question {self.id!r}: its text is empty; it must have words.")
+            raise ValueError(f"question {self.id!r}: its text is empty; it must contain words.")
         for answer, start in zip(self.answers, self.starts, strict=True):
             found = self.context[start : start + len(answer)] if start >= 0 else ""
             if not answer or found != answer:
@@ -68,15 +68,15 @@ Questions = list[Question]
 
 
 def read_squad(path: Path) -> Questions:
-    """The questions of a file in SQuAD's JSON format, 1.1 or 2.0.
+    """The questions of a file in SQuAD's JSON format, version 1.1 or 2.0.
 
     Args:
         path: Plain, or compressed if it ends in ``.gz``.
 
     Raises:
-        ValueError: If it is not in that format, an answer is not where it is said to be, an id
-            comes twice, or there is no question.
-        OSError: If it cannot be read or decompressed.
+        ValueError: If the format is wrong, an answer is not at its start, an id occurs twice, or
+            there is no question.
+        OSError: If the file cannot be read or decompressed.
     """
     try:
         with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
@@ -95,8 +95,8 @@ def read_squad(path: Path) -> Questions:
         ]
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise OSError(
-            f"{path} is no gzip file, or is cut short ({error}); a file that ends in .gz must be "
-            "compressed."
+            f"{path} is not a gzip file, or is truncated ({error}); a file that ends in .gz must "
+            "be compressed."
         ) from error
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeError) as error:
         raise ValueError(
@@ -120,15 +120,15 @@ class SpanDataset(Dataset):
 
     Args:
         tokenizer: A fast tokenizer.
-        questions: Their first answer is the one that is trained.
-        max_length: Tokens of a window, question and special ones included. Of a question at most
-            64 are kept, and fewer where the text would have no room.
-        stride: Tokens that a window shares with the one before.
+        questions: The first answer of each is the target.
+        max_length: Tokens of a window, including question and special tokens. A question keeps at
+            most 64 tokens, or fewer if the text would have no room.
+        stride: Tokens that a window shares with the previous one.
         train: Whether items have ``start_positions`` and ``end_positions``: the answer's first and
-            last token, or twice that of ``[CLS]`` where the window does not hold all of it.
+            last token, or ``[CLS]`` for both if the window does not contain the whole answer.
 
     Raises:
-        ValueError: If a window has no room for more than it shares, or a size is no integer.
+        ValueError: If a window has no room beyond its overlap, or a size is not an integer.
     """
 
     def __init__(
@@ -153,8 +153,8 @@ class SpanDataset(Dataset):
             self.columns["token_type_ids"] = []
         if train:
             self.columns |= {"start_positions": [], "end_positions": []}
-        self.windows: list[_Window] = []  # without `train`
-        for first in range(0, len(questions), 1000):  # all tokens as lists would fill gigabytes
+        self.windows: list[_Window] = []  # if not train
+        for first in range(0, len(questions), 1000):  # lists of all tokens would take gigabytes
             batch = questions[first : first + 1000]
             encoded = tokenizer(
                 _shortened(tokenizer, [q.question for q in batch], min(room, _LONGEST_QUESTION)),
@@ -197,34 +197,34 @@ def predict_spans(
     null_threshold: float | None = None,
     max_length: int = 384,
 ) -> dict[str, str]:
-    """The answers of a model: of each question's spans the one with the highest sum of logits.
+    """The span with the highest sum of start and end logits, for each question.
 
-    They are the spans of up to 30 tokens in all windows of its text, and all are compared, where
-    BERT's own script combines the 20 best starts and ends.
+    All spans of up to 30 tokens in all windows are compared; BERT's own script combines the 20 best
+    starts and ends.
 
     Args:
-        model: One for question answering.
+        model: A model for question answering.
         tokenizer: Its tokenizer.
-        questions: Their answers are not looked at.
-        batch_size: Windows per forward pass; they are batched by length.
-        null_threshold: The answer is empty if the logits of ``[CLS]``, in the window where their
-            sum is least, exceed those of the best span by more than this: 0 for SQuAD 2.0. None
-            gives every question an answer: SQuAD 1.1.
-        max_length: Tokens of a window, or what model and tokenizer take if that is less. A third
-            is shared with the window before.
+        questions: Their answers are not used.
+        batch_size: Windows per forward pass; windows of similar length are batched together.
+        null_threshold: The answer is empty if the sum of the logits of ``[CLS]``, in the window
+            where it is smallest, exceeds that of the best span by more than this: 0 for SQuAD 2.0.
+            None gives every question an answer, as SQuAD 1.1 requires.
+        max_length: Tokens of a window, limited by model and tokenizer. Each window shares a third
+            with the previous one.
 
     Returns:
-        The answers by the questions' ids.
+        Answers by question id.
 
     Raises:
-        ValueError: If the model has no head for spans, or a number is none that it can be.
+        ValueError: If the model has no head for spans, or a number is out of range.
     """
     if not type(model).__name__.endswith("ForQuestionAnswering"):
         raise ValueError(
             f"a {type(model).__name__} has no head for spans; use a model for question answering."
         )
     if null_threshold is not None and math.isnan(null_threshold):
-        raise ValueError("null_threshold = nan is exceeded by nothing; use a number, or None.")
+        raise ValueError("null_threshold = nan compares with nothing; use a number, or None.")
     max_length = min(check_integer("max_length", max_length), max_tokens(model, tokenizer))
     dataset = SpanDataset(tokenizer, questions, max_length, max_length // 3, train=False)
     best = [(-math.inf, "")] * len(questions)
@@ -247,17 +247,17 @@ def predict_spans(
 def squad_metrics(
     predictions: Mapping[str, str], questions: Sequence[Question]
 ) -> dict[str, float]:
-    """SQuAD's metrics, by the rules of the script of version 2.0.
+    """SQuAD's metrics, by the rules of the official script for version 2.0.
 
-    Case, punctuation, articles and surplus spaces do not count, and of several right answers the
-    nearest does. A question without answers is answered by the empty text alone.
+    Case, punctuation, articles and extra spaces are ignored, and the best match among several
+    correct answers counts. The correct prediction for a question without answers is the empty text.
 
     Args:
         predictions: An answer for every question, by id.
-        questions: With the right answers.
+        questions: The questions with their correct answers.
 
     Returns:
-        ``exact_match`` and ``f1``, that of the words shared, in per cent.
+        ``exact_match`` and ``f1`` of shared words, in per cent.
 
     Raises:
         ValueError: If there are no questions, or one has no prediction.
@@ -269,6 +269,8 @@ def squad_metrics(
             f"{len(missing)} of {len(questions)} questions have no prediction, such as "
             f"{missing[0]!r}; an unanswered question needs the prediction ''."
         )
+    # Not torchmetrics' squad: it fails on questions without answers, counts an answer that is only
+    # an article, and sums in float32.
     exact = f1 = 0.0
     for question in questions:
         prediction = _words(predictions[question.id])
@@ -280,13 +282,13 @@ def squad_metrics(
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """Where a window's tokens come from.
+    """The origin of a window's tokens.
 
     Args:
-        question: Its index.
-        cls: The token that stands for no answer.
-        context: The first token of the text.
-        characters: Shape ``(tokens of the text, 2)``: where in the text each begins and ends.
+        question: Index of the question.
+        cls: Position of ``[CLS]``, which stands for no answer.
+        context: Position of the text's first token.
+        characters: Shape ``(tokens of the text, 2)``: first character of each and the one after it.
     """
 
     question: int
@@ -295,10 +297,10 @@ class _Window:
     characters: np.ndarray
 
     def answer(self, question: Question) -> tuple[int, int]:
-        """The first and the last token of the first answer, or twice ``cls`` if it is not here."""
+        """First and last token of the first answer, or ``cls`` for both if it is not in here."""
         if question.answers and len(self.characters):
             text, start = question.answers[0], question.starts[0]
-            begin = start + len(text) - len(text.lstrip())  # spaces are in no token
+            begin = start + len(text) - len(text.lstrip())  # spaces belong to no token
             end = start + len(text.rstrip())
             if self.characters[0, 0] <= begin and end <= self.characters[-1, 1]:
                 first = np.searchsorted(self.characters[:, 1], begin, side="right")
@@ -308,7 +310,7 @@ class _Window:
 
 
 def _shortened(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: int) -> list[str]:
-    """The texts up to this many tokens."""
+    """The texts, each truncated to this many tokens."""
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     spans = tokenizer(texts, **options)["offset_mapping"]
     return [
@@ -324,7 +326,7 @@ def _window_logits(
     dataset: SpanDataset,
     batch_size: int,
 ) -> Iterator[tuple[_Window, Tensor, Tensor]]:
-    """Each window with the logits of its tokens as start and as end, float32, on the CPU."""
+    """Each window with its start and end logits ``(tokens,)``, float32, on the CPU."""
     lengths = [len(ids) for ids in dataset.columns["input_ids"]]
     batches, order = batches_by_length(dataset, lengths, tokenizer, batch_size)
     windows = iter([dataset.windows[i] for i in order])
@@ -338,9 +340,9 @@ def _window_logits(
 
 
 def _best_span(starts: Tensor, ends: Tensor) -> tuple[float, int, int]:
-    """The highest sum of a start and of an end that is at most 29 tokens behind it, and both."""
+    """Highest sum of a start and an end at most 29 tokens after it, with both positions."""
     ends = pad(ends, (0, _LONGEST_ANSWER - 1), value=-math.inf).unfold(0, _LONGEST_ANSWER, 1)
-    scores = starts[:, None] + ends  # [start, tokens behind it]
+    scores = starts[:, None] + ends  # (start, tokens after it)
     first, behind = divmod(int(scores.argmax()), _LONGEST_ANSWER)
     return scores[first, behind].item(), first, first + behind
 

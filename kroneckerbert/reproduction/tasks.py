@@ -1,10 +1,10 @@
-"""The tasks of the KroneckerBERT paper: their rows, metrics and published results."""
+"""The tasks of the KroneckerBERT paper: data, metrics and published results."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,27 +23,57 @@ from kroneckerbert.reproduction.squad import (
 _SPELLINGS = {"train": ("train",), "validation": ("dev", "val", "validation"), "test": ("test",)}
 _PUBLISHED = ("BERT_BASE", "KroneckerBERT_8", "KroneckerBERT_21")
 
+# The paper's results for BERT_BASE, KroneckerBERT_8 and KroneckerBERT_21 by task, split and metric,
+# in per cent; None where it reports none. From its tables 2 and 3 (test), 4 and 7 (validation), 5
+# (SQuAD) and 9 (out of distribution). It names no metrics. Test results use GLUE's; on validation,
+# QQP's can only be accuracy, and MRPC's is assumed to be F1.
+_PAPER: dict[tuple[str, str, str], tuple[float | None, ...]] = {
+    ("cola", "validation", "matthews"): (None, 43.6, 34.0),
+    ("cola", "test", "matthews"): (52.8, 39.8, 28.3),
+    ("sst2", "validation", "accuracy"): (None, 91.1, 88.9),
+    ("sst2", "test", "accuracy"): (93.4, 91.9, 88.4),
+    ("mrpc", "validation", "f1"): (None, 87.5, 86.2),
+    ("mrpc", "test", "f1"): (87.9, 88.5, 87.1),
+    ("stsb", "validation", "spearman"): (None, 88.0, 86.4),
+    ("stsb", "test", "spearman"): (85.2, 84.5, 81.3),
+    ("qqp", "validation", "accuracy"): (None, 90.9, 90.0),
+    ("qqp", "test", "f1"): (71.1, 71.5, 70.5),
+    ("mnli", "validation", "accuracy"): (None, 82.8, 80.6),
+    ("mnli", "test", "accuracy"): (83.9, 83.0, 81.3),
+    ("mnli_mismatched", "validation", "accuracy"): (None, 83.5, 80.6),
+    ("mnli_mismatched", "test", "accuracy"): (83.4, 82.7, 80.1),
+    ("qnli", "validation", "accuracy"): (None, 90.7, 87.2),
+    ("qnli", "test", "accuracy"): (90.9, 90.2, 86.1),
+    ("rte", "validation", "accuracy"): (None, 69.66, 66.4),
+    ("rte", "test", "accuracy"): (67.0, 67.2, 64.7),
+    ("squad", "validation", "exact_match"): (80.5, 78.1, 70.7),
+    ("squad", "validation", "f1"): (88.0, 86.3, 80.5),
+    ("squad_v2", "validation", "exact_match"): (74.5, 70.4, 66.9),
+    ("squad_v2", "validation", "f1"): (77.7, 73.8, 69.3),
+    ("paws", "test", "accuracy"): (61.3, 61.4, None),
+    ("imdb", "test", "accuracy"): (88.0, 86.5, None),
+    ("hans", "validation", "accuracy"): (50.7, 50.4, None),
+}
+
 
 @dataclass(frozen=True)
 class Task:
-    """A task, or a set on which the models of another task are evaluated.
+    """A task, or an extra set on which models of another task are evaluated.
 
     Args:
-        name: As on the command line.
-        kind: Classes, a number, or a span of a text.
-        labels: The classes in GLUE's order, that of the integers in a ``Table``.
-        metrics: What is reported, the headline first.
-        hub: Where ``datasets.load_dataset`` finds it.
-        columns: There, the one or two texts and, last, the label.
-        splits: What its splits are called there; no others can be read.
-        files: Where else than at ``<name>_<split>.tsv`` a folder may have it.
-        file_columns: As `columns`, in files whose header differs.
-        file_labels: As `labels`, in files whose words differ.
-        header: The columns of files that do not name them.
-        evaluated_on: Sets on which its models are evaluated besides, by name.
+        name: Name on the command line.
+        kind: Predicts a class, a number, or a span of a text.
+        labels: The classes in GLUE's order; a ``Table`` contains their indices.
+        metrics: Reported metrics, the main one first.
+        hub: Arguments of ``datasets.load_dataset``.
+        columns: Columns of that dataset: one or two texts, then the label.
+        splits: The dataset's name for each available split.
+        files: File names in a data folder, besides ``<name>_<split>.tsv``.
+        file_columns: Columns in these files, if they differ from ``columns``.
+        file_labels: Labels in these files, if they differ from ``labels``.
+        header: Columns of files without a header.
+        evaluated_on: Names of extra sets for the task's models.
         null_threshold: See ``kroneckerbert.reproduction.squad.predict_spans``.
-        paper: By split and metric what the paper reports of BERT_BASE, KroneckerBERT_8 and
-            KroneckerBERT_21, in per cent; None where it does not.
     """
 
     name: str
@@ -59,7 +89,6 @@ class Task:
     header: tuple[str, ...] = ()
     evaluated_on: tuple[str, ...] = ()
     null_threshold: float | None = None
-    paper: Mapping[tuple[str, str], tuple[float | None, ...]] = field(default_factory=dict)
 
     @property
     def pairs(self) -> bool:
@@ -67,8 +96,13 @@ class Task:
         return len(self.columns) == 3
 
     @property
+    def paper(self) -> dict[tuple[str, str], tuple[float | None, ...]]:
+        """The paper's results for BERT_BASE, KroneckerBERT_8 and _21 by split and metric."""
+        return {key[1:]: results for key, results in _PAPER.items() if key[0] == self.name}
+
+    @property
     def evaluation(self) -> str:
-        """The split to evaluate on: the validation split, or the test split of those without."""
+        """The validation split, or the test split if there is none."""
         return "validation" if "validation" in self.splits else "test"
 
 
@@ -109,79 +143,38 @@ def _squad(name: str, version: str, **others) -> Task:
     )
 
 
-# The paper's numbers are those of its tables 2 and 3 (test), 4 and 7 (validation), 5 (SQuAD) and 9
-# (out of distribution). It names no metrics: those of its test results are GLUE's; QQP's on
-# validation can only be the accuracy; MRPC's there is taken for F1.
+# fmt: off
 _TASKS = (
     _glue(
-        "cola",
-        "CoLA",
-        ("unacceptable", "acceptable"),
-        ("matthews",),
-        ("sentence",),
+        "cola", "CoLA", ("unacceptable", "acceptable"), ("matthews",), ("sentence",),
         header=("source", "label", "mark", "sentence"),
-        paper={
-            ("validation", "matthews"): (None, 43.6, 34.0),
-            ("test", "matthews"): (52.8, 39.8, 28.3),
-        },
     ),
     _glue(
-        "sst2",
-        "SST-2",
-        ("negative", "positive"),
-        ("accuracy",),
-        ("sentence",),
+        "sst2", "SST-2", ("negative", "positive"), ("accuracy",), ("sentence",),
         evaluated_on=("imdb",),
-        paper={
-            ("validation", "accuracy"): (None, 91.1, 88.9),
-            ("test", "accuracy"): (93.4, 91.9, 88.4),
-        },
     ),
     _glue(
-        "mrpc",
-        "MRPC",
-        ("not_equivalent", "equivalent"),
-        ("f1", "accuracy"),
+        "mrpc", "MRPC", ("not_equivalent", "equivalent"), ("f1", "accuracy"),
         ("sentence1", "sentence2"),
         file_columns=("#1 String", "#2 String", "Quality"),
         evaluated_on=("paws",),
-        paper={("validation", "f1"): (None, 87.5, 86.2), ("test", "f1"): (87.9, 88.5, 87.1)},
     ),
     _glue(
-        "stsb",
-        "STS-B",
-        (),
-        ("pearson", "spearman"),
-        ("sentence1", "sentence2"),
+        "stsb", "STS-B", (), ("pearson", "spearman"), ("sentence1", "sentence2"),
         file_columns=("sentence1", "sentence2", "score"),
-        paper={
-            ("validation", "spearman"): (None, 88.0, 86.4),
-            ("test", "spearman"): (85.2, 84.5, 81.3),
-        },
     ),
     _glue(
-        "qqp",
-        "QQP",
-        ("not_duplicate", "duplicate"),
-        ("f1", "accuracy"),
+        "qqp", "QQP", ("not_duplicate", "duplicate"), ("f1", "accuracy"),
         ("question1", "question2"),
         file_columns=("question1", "question2", "is_duplicate"),
-        paper={("validation", "accuracy"): (None, 90.9, 90.0), ("test", "f1"): (71.1, 71.5, 70.5)},
     ),
     mnli := _glue(
-        "mnli",
-        "MNLI",
-        ("entailment", "neutral", "contradiction"),
-        ("accuracy",),
+        "mnli", "MNLI", ("entailment", "neutral", "contradiction"), ("accuracy",),
         ("premise", "hypothesis"),
         splits={"train": "train", "validation": "validation_matched", "test": "test_matched"},
         files=("MNLI/{split}.tsv", "MNLI/{split}_matched.tsv"),
         file_columns=("sentence1", "sentence2", "gold_label"),
         evaluated_on=("mnli_mismatched",),
-        paper={
-            ("validation", "accuracy"): (None, 82.8, 80.6),
-            ("test", "accuracy"): (83.9, 83.0, 81.3),
-        },
     ),
     replace(
         mnli,
@@ -189,104 +182,54 @@ _TASKS = (
         splits={"validation": "validation_mismatched", "test": "test_mismatched"},
         files=("MNLI/{split}_mismatched.tsv",),
         evaluated_on=(),
-        paper={
-            ("validation", "accuracy"): (None, 83.5, 80.6),
-            ("test", "accuracy"): (83.4, 82.7, 80.1),
-        },
     ),
     _glue(
-        "qnli",
-        "QNLI",
-        ("entailment", "not_entailment"),
-        ("accuracy",),
+        "qnli", "QNLI", ("entailment", "not_entailment"), ("accuracy",),
         ("question", "sentence"),
-        paper={
-            ("validation", "accuracy"): (None, 90.7, 87.2),
-            ("test", "accuracy"): (90.9, 90.2, 86.1),
-        },
     ),
     _glue(
-        "rte",
-        "RTE",
-        ("entailment", "not_entailment"),
-        ("accuracy",),
+        "rte", "RTE", ("entailment", "not_entailment"), ("accuracy",),
         ("sentence1", "sentence2"),
         evaluated_on=("hans",),
-        paper={
-            ("validation", "accuracy"): (None, 69.66, 66.4),
-            ("test", "accuracy"): (67.0, 67.2, 64.7),
-        },
     ),
     _glue(
-        "wnli",
-        "WNLI",
-        ("not_entailment", "entailment"),
-        ("accuracy",),
+        "wnli", "WNLI", ("not_entailment", "entailment"), ("accuracy",),
         ("sentence1", "sentence2"),
     ),
-    _squad(
-        "squad",
-        "1.1",
-        paper={
-            ("validation", "exact_match"): (80.5, 78.1, 70.7),
-            ("validation", "f1"): (88.0, 86.3, 80.5),
-        },
-    ),
-    _squad(
-        "squad_v2",
-        "2.0",
-        null_threshold=0.0,
-        paper={
-            ("validation", "exact_match"): (74.5, 70.4, 66.9),
-            ("validation", "f1"): (77.7, 73.8, 69.3),
-        },
-    ),
+    _squad("squad", "1.1"),
+    _squad("squad_v2", "2.0", null_threshold=0.0),
     Task(
-        "trec",
-        "classification",
-        ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
-        ("accuracy",),
-        # The branch that the Hub converts: `datasets` runs no scripts any more.
+        "trec", "classification", ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"), ("accuracy",),
+        # The Hub's converted branch: `datasets` no longer runs scripts.
         {"path": "CogComp/trec", "revision": "refs/convert/parquet"},
         ("text", "coarse_label"),
         {"train": "train", "test": "test"},
     ),
     Task(
-        "paws",
-        "classification",
-        ("not_equivalent", "equivalent"),
-        ("accuracy",),
+        "paws", "classification", ("not_equivalent", "equivalent"), ("accuracy",),
         {"path": "google-research-datasets/paws", "name": "labeled_final"},
         ("sentence1", "sentence2", "label"),
         {"test": "test"},
         ("PAWS/{split}.tsv",),
-        paper={("test", "accuracy"): (61.3, 61.4, None)},
     ),
     Task(
-        "imdb",
-        "classification",
-        ("negative", "positive"),
-        ("accuracy",),
+        "imdb", "classification", ("negative", "positive"), ("accuracy",),
         {"path": "stanfordnlp/imdb"},
         ("text", "label"),
         {"test": "test"},
         file_labels=("neg", "pos"),
-        paper={("test", "accuracy"): (88.0, 86.5, None)},
     ),
     Task(
-        "hans",
-        "classification",
-        ("entailment", "not_entailment"),
-        ("accuracy",),
+        "hans", "classification", ("entailment", "not_entailment"), ("accuracy",),
         {"path": "jhu-cogsci/hans", "revision": "refs/convert/parquet"},
         ("premise", "hypothesis", "label"),
         {"validation": "validation"},
         ("heuristics_evaluation_set.txt", "HANS/heuristics_evaluation_set.txt"),
         file_columns=("sentence1", "sentence2", "gold_label"),
         file_labels=("entailment", "non-entailment"),
-        paper={("validation", "accuracy"): (50.7, 50.4, None)},
     ),
 )
+# fmt: on
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
 
@@ -294,7 +237,7 @@ def find_task(name: str) -> Task:
     """The task of this name.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such task.
     """
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}.")
@@ -305,24 +248,24 @@ def read_task(name: str, split: str, data: str | Path | None = None) -> Table | 
     """The rows of one split of a task.
 
     Args:
-        name: In ``TASKS``.
+        name: A key of ``TASKS``.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        data: A folder with ``<name>_<split>.tsv``, see ``kroneckerbert.data.read_table``, or
-            with the task's official files: the unpacked archive of GLUE (``SST-2/train.tsv``),
-            SQuAD's ``train-v1.1.json``, ``PAWS/test.tsv``, ``heuristics_evaluation_set.txt``.
-            All may be compressed (``.gz``), and ``dev`` and ``val`` are ``validation``. None
-            downloads from the Hugging Face Hub.
+        data: A folder with ``<name>_<split>.tsv``, see ``kroneckerbert.data.read_table``, or with
+            the task's official files: the unpacked archive of GLUE (``SST-2/train.tsv``), SQuAD's
+            ``train-v1.1.json``, ``PAWS/test.tsv``, ``heuristics_evaluation_set.txt``. Files may be
+            compressed (``.gz``); ``dev`` and ``val`` also mean ``validation``. None downloads from
+            the Hugging Face Hub.
 
     Returns:
-        Questions if the task is one of spans; else a table whose labels are floats if it is a
-        regression, and otherwise positions in the task's ``labels``.
+        Questions for a span task; else a table with float labels for a regression, and indices of
+        the task's ``labels`` for a classification.
 
     Raises:
-        ValueError: If there is no such task or split, or the rows break the format, have no labels
-            or labels that are not the task's.
+        ValueError: If there is no such task or split, or the rows have the wrong format, no labels
+            or unknown labels.
         FileNotFoundError: If the folder has none of these files.
         ImportError: If ``datasets`` is needed and missing.
-        OSError: If a file cannot be read, or the Hub not be reached.
+        OSError: If a file cannot be read, or the Hub cannot be reached.
     """
     task = find_task(name)
     if split not in task.splits:
@@ -333,35 +276,35 @@ def read_task(name: str, split: str, data: str | Path | None = None) -> Table | 
 
 
 def read_file(task: Task, path: Path) -> Table | Questions:
-    """All rows of a file of the task, whatever its name.
+    """All rows of a task's file, whatever the file's name.
 
     Args:
         task: The task.
-        path: In a format of ``read_task``, plain or compressed (``.gz``).
+        path: A file in a format of ``read_task``, plain or compressed (``.gz``).
 
     Returns:
         As ``read_task``.
 
     Raises:
-        ValueError: If the rows break the format, have no labels or labels that are not the task's.
+        ValueError: If the rows have the wrong format, no labels or unknown labels.
         OSError: If the file cannot be read.
     """
     return read_squad(path) if task.kind == "span" else _read_rows(task, path)
 
 
 def match_labels(task: Task, table: Table, config: PreTrainedConfig) -> Table:
-    """The table with its labels as this model numbers them.
+    """The table with labels renumbered as the model numbers them.
 
-    A model that names its labels may have them in any order; one that does not
-    (``LABEL_0``, ...) is taken to have GLUE's.
+    A model that names its labels may have them in any order; one that does not (``LABEL_0``, ...)
+    is assumed to use GLUE's order.
 
     Args:
-        task: Of classification or regression.
-        table: Of ``read_task``.
-        config: Of a model for sequence classification.
+        task: A classification or regression.
+        table: The result of ``read_task``.
+        config: Configuration of a model for sequence classification.
 
     Raises:
-        ValueError: If the labels of task and model are not the same.
+        ValueError: If task and model have different labels.
     """
     ids = {str(name).lower(): i for name, i in config.label2id.items()}
     names = [name.lower() for name in task.labels]
@@ -386,23 +329,23 @@ def evaluate_task(
     rows: Table | Questions,
     batch_size: int = 32,
 ) -> dict[str, float]:
-    """The task's metrics, the headline first.
+    """The task's metrics, the main one first.
 
     Args:
-        model: Any transformer, dense or Kronecker, with the head of this kind of task; a
-            regression of pairs also takes one without, see
+        model: Any transformer, dense or Kronecker, with a head for this kind of task; a regression
+            on pairs also accepts a model without a head, see
             ``kroneckerbert.evaluation.evaluate``.
         tokenizer: Its tokenizer.
         task: The task.
-        rows: Of ``read_task``.
-        batch_size: Rows per forward pass; they are batched by length.
+        rows: The result of ``read_task``.
+        batch_size: Rows per forward pass; rows of similar length are batched together.
 
     Returns:
-        As ``kroneckerbert.evaluation.evaluate``, of spans in per cent as
+        As ``kroneckerbert.evaluation.evaluate``; for spans, in per cent, as
         ``kroneckerbert.reproduction.squad.squad_metrics``.
 
     Raises:
-        ValueError: If the model has no such head, or other labels than the task.
+        ValueError: If the model lacks the head, or has other labels than the task.
     """
     if not isinstance(rows, Table):
         answers = predict_spans(model, tokenizer, rows, batch_size, task.null_threshold)
@@ -426,12 +369,12 @@ def compare(
 
     Args:
         task: The task.
-        scores: Of ``evaluate_task``.
-        split: That of the scores; None is the one the task is evaluated on.
+        scores: The result of ``evaluate_task``.
+        split: Split of the scores; None means ``task.evaluation``.
 
     Returns:
-        For every metric ``ours`` and what the paper reports of ``BERT_BASE``, ``KroneckerBERT_8``
-        and ``KroneckerBERT_21``; often nothing.
+        For every metric, ``ours`` and the paper's results for ``BERT_BASE``, ``KroneckerBERT_8``
+        and ``KroneckerBERT_21`` where it reports them.
     """
     scale = 1 if task.kind == "span" else 100
     compared = {}
@@ -451,16 +394,16 @@ def _from_hub(task: Task, split: str) -> Table | Questions:
     except ImportError as error:
         raise ImportError(
             f"{task.name} is downloaded with datasets ({error}): pip install 'kron-kernels[data]', "
-            "or name a folder that has its files: --data DIR",
+            "or give a folder with its files: --data DIR",
             name="datasets",
         ) from error
     path = task.hub["path"]
     try:
         rows = load_dataset(**task.hub, split=task.splits[split])
-    except Exception as error:  # httpx's and the scripts' are no OSErrors
+    except Exception as error:  # httpx raises no OSError
         raise OSError(
-            f"the Hub does not give {path} ({type(error).__name__}: {error}); name a folder that "
-            f"has the files of {task.name}: --data DIR"
+            f"{path} cannot be loaded from the Hub ({type(error).__name__}: {error}); give a "
+            f"folder with the files of {task.name}: --data DIR"
         ) from error
     if task.kind == "span":
         return [
@@ -517,7 +460,7 @@ def _read_rows(task: Task, path: Path) -> Table:
             f"{path}: its first row has {len(header)} fields, {', '.join(header)[:80]!r}; a file "
             f"of {task.name} has rows label<TAB>text, or a header with {', '.join(columns)}."
         )
-    if task.name == "qqp":  # the official files have a few questions torn over two lines
+    if task.name == "qqp":  # the official files split a few questions over two lines
         rows = [row for row in rows if len(row) >= len(header)]
     for number, row in enumerate(rows, 1):
         if len(row) != len(header):
@@ -532,7 +475,7 @@ def _read_rows(task: Task, path: Path) -> Table:
 
 
 def _targets(task: Task, labels: Sequence, source: Path | str) -> list[int] | list[float]:
-    """Floats for a regression, else positions in the task's labels."""
+    """Floats for a regression, else indices of the task's labels."""
     ids = {str(i): i for i in range(len(task.labels))}
     for names in (task.labels, task.file_labels):
         ids |= {name: i for i, name in enumerate(names)}
@@ -540,7 +483,7 @@ def _targets(task: Task, labels: Sequence, source: Path | str) -> list[int] | li
         _finite(label) if task.kind == "regression" else ids.get(str(label)) for label in labels
     ]
     for number, (label, target) in enumerate(zip(labels, targets, strict=True), 1):
-        if str(label) in ("-1", "-1.0"):  # how the Hub writes that there is none
+        if str(label) in ("-1", "-1.0"):  # the Hub's mark for a missing label
             raise ValueError(_without_labels(source))
         if target is None:
             raise ValueError(
@@ -551,7 +494,7 @@ def _targets(task: Task, labels: Sequence, source: Path | str) -> list[int] | li
 
 
 def _without_labels(source: Path | str) -> str:
-    return f"{source} has no labels: GLUE keeps those of its test sets; use the validation split."
+    return f"{source} has no labels: GLUE does not publish its test labels; use validation."
 
 
 def _finite(label: str | float) -> float | None:

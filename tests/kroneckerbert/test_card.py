@@ -1,4 +1,4 @@
-"""A model card: metadata that the Hub reads, the numbers, and no trace of the machine."""
+"""Model cards: metadata for the Hub, the numbers, and no trace of the machine."""
 
 import platform
 import socket
@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import BertConfig, BertForSequenceClassification
+from tiny import tiny_bert
+from transformers import BertForSequenceClassification
 
 from kroneckerbert import compress
 from kroneckerbert.reproduction.card import Score, machine, model_card, without_paths
@@ -15,13 +16,12 @@ from kroneckerbert.reproduction.card import Score, machine, model_card, without_
 
 @pytest.fixture(scope="module")
 def student():
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "max_position_embeddings": 32, "vocab_size": 16}
-    return compress(BertForSequenceClassification(BertConfig(**sizes)), "kronecker-bert-8")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 16}
+    return compress(tiny_bert(BertForSequenceClassification, **sizes), "kronecker-bert-8")
 
 
 @pytest.fixture
-def told() -> dict:
+def facts() -> dict:
     timing = {"median": 4.0, "low": 3.5, "high": 5.0}
     return {
         "name": "small, sst2",
@@ -54,8 +54,8 @@ def told() -> dict:
     }
 
 
-def test_metadata_are_what_the_hub_reads(student, told, tmp_path):
-    model_card(student, **told).save(tmp_path / "README.md")
+def test_metadata_are_what_the_hub_reads(student, facts, tmp_path):
+    model_card(student, **facts).save(tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text()
     header = yaml.safe_load(text.split("---\n")[1])
     assert header["library_name"] == "transformers"
@@ -72,8 +72,8 @@ def test_metadata_are_what_the_hub_reads(student, told, tmp_path):
     assert results["imdb"].dataset_split == "test"
 
 
-def test_the_text_has_the_numbers(student, told):
-    text = str(model_card(student, **told))
+def test_the_text_has_the_numbers(student, facts):
+    text = str(model_card(student, **facts))
     assert "90.50 ± 0.71 (90.00 to 91.00)" in text and "| 92.50 |" in text and "91.1" in text
     assert f"{sum(p.numel() for p in student.parameters()):,} parameters" in text
     assert "12,345" in text
@@ -84,15 +84,15 @@ def test_the_text_has_the_numbers(student, told):
     assert "- Wikipedia: CC BY-SA" in text
     assert "| stage 2, sst2 | batch_size 32, learning_rate 0.0005 |" in text
     assert "rte" not in text.split("## Hyper-parameters")[1].split("## Recipe")[0]
-    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == told["recipe"]
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == facts["recipe"]
     assert f"torch {torch.__version__.partition('+')[0]}" in text
 
 
-def test_nothing_of_the_machine_is_told(student, told, tmp_path):
-    told["recipe"]["teacher"] = str(tmp_path / "my-bert")
-    told["recipe"]["stage1"]["corpus"]["source"] = "~/texts/all.txt.gz"
-    told["recipe"]["tasks"]["sst2"] = {"fine_tuning": {"model": "./tuned/sst2"}}
-    card = model_card(student, **told)
+def test_the_card_reveals_nothing_of_the_machine(student, facts, tmp_path):
+    facts["recipe"]["teacher"] = str(tmp_path / "my-bert")
+    facts["recipe"]["stage1"]["corpus"]["source"] = "~/texts/all.txt.gz"
+    facts["recipe"]["tasks"]["sst2"] = {"fine_tuning": {"model": "./tuned/sst2"}}
+    card = model_card(student, **facts)
     text = str(card)
     for trace in (str(tmp_path), str(tmp_path.parent), "~/", "./tuned", socket.gethostname()):
         assert trace not in text
@@ -114,13 +114,13 @@ def test_nothing_of_the_machine_is_told(student, told, tmp_path):
         ({"a": ["/x/y"], "b": 3}, {"a": ["y"], "b": 3}),
     ],
 )
-def test_of_paths_the_last_part_is_left(value, public):
+def test_paths_are_reduced_to_their_last_part(value, public):
     assert without_paths(value) == public
 
 
-def test_a_card_of_stage_1_has_no_scores(student, told):
-    told |= {"scores": (), "latency": None, "seed": None}
-    text = str(model_card(student, **told))
+def test_a_card_of_stage_1_has_no_scores(student, facts):
+    facts |= {"scores": (), "latency": None, "seed": None}
+    text = str(model_card(student, **facts))
     assert "## Scores" not in text and "## Latency" not in text and "model-index" not in text
 
 

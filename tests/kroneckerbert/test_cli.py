@@ -4,12 +4,11 @@ import json
 import re
 import runpy
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
-from commands import WORDS, fails, run, save, student_of, succeeds, weights
+from commands import WORDS, fails, save, student_of, succeeds, time_briefly, weights
 from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 import kroneckerbert
-from kroneckerbert.cli import app as cli
+from kroneckerbert.cli.sources import read_model
 
 
 @pytest.fixture(autouse=True)
@@ -29,39 +28,42 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at import
 
 
-@pytest.fixture
-def teacher(tmp_path) -> Path:
-    return save(tmp_path / "teacher")
-
-
-@pytest.fixture
-def quickly_timed(monkeypatch):
-    """No choice depends on a time: what is timed is timed a few times only."""
-    for name in ("plan.clock.LAYER_SECONDS", "plan.planner.MODULE_SECONDS"):
-        monkeypatch.setattr(f"kron_kernels.{name}", 0.0)
-    for name in ("_LAYER_SECONDS", "_MODEL_SECONDS"):
-        monkeypatch.setattr(f"kroneckerbert.reporting.{name}", 0.0)
-
-
-@pytest.fixture
-def classifier(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Models and texts that tests may read but not change."""
+    place = tmp_path_factory.mktemp("place")
+    student_of(save(place / "teacher"))
     names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
-    return save(tmp_path / "classifier", BertForSequenceClassification, **names)
-
-
-@pytest.fixture
-def texts(tmp_path) -> Path:
-    path = tmp_path / "texts.txt"
+    student_of(save(place / "classifier", BertForSequenceClassification, **names))
     rows = (" ".join(WORDS[i % 8 :] + WORDS[: i % 5]) for i in range(40))
-    path.write_text("\n".join(rows))
-    return path
+    (place / "texts.txt").write_text("\n".join(rows))
+    (place / "table.tsv").write_text("label\ttext\n" + "pos\tgood film\nneg\tthis is bad\n" * 8)
+    return place
 
 
 @pytest.fixture
-def table(tmp_path) -> Path:
-    path = tmp_path / "table.tsv"
-    path.write_text("label\ttext\n" + "pos\tgood film\nneg\tthis is bad\n" * 8)
-    return path
+def teacher(place) -> Path:
+    return place / "teacher"
+
+
+@pytest.fixture
+def student(place) -> Path:
+    return place / "teacher-student"
+
+
+@pytest.fixture
+def classifier(place) -> Path:
+    return place / "classifier"
+
+
+@pytest.fixture
+def texts(place) -> Path:
+    return place / "texts.txt"
+
+
+@pytest.fixture
+def table(place) -> Path:
+    return place / "table.tsv"
 
 
 @pytest.mark.parametrize(
@@ -76,37 +78,40 @@ def table(tmp_path) -> Path:
 def test_compress_saves_a_model_with_its_head_and_its_tokenizer(tmp_path, cls, student):
     source, out = save(tmp_path / "teacher", cls), tmp_path / "out"
     output = succeeds("compress", source, out, "--preset", "kronecker-bert-8")
-    model = cli._model(str(out))
+    model = read_model(str(out))
     assert type(model) is student
     assert len(AutoTokenizer.from_pretrained(out)) == 13
-    dense = cli._model(str(source)).num_parameters()
+    dense = read_model(str(source)).num_parameters()
     assert f"{dense:,}" in output and f"{model.num_parameters():,}" in output
 
 
 def test_calibration_changes_the_start(tmp_path, teacher, texts):
-    options = {"plain": [], "moments": ["--calibration", texts]}
-    states = {}
-    for name, extra in options.items():
-        succeeds("compress", teacher, tmp_path / name, *extra)
-        states[name] = weights(tmp_path / name)["encoder.layer.0.intermediate.dense.a"]
-    assert not torch.allclose(states["plain"], states["moments"])
+    plain, calibrated, refitted = (tmp_path / name for name in ("plain", "moments", "refitted"))
+    succeeds("compress", teacher, plain)
+    succeeds("compress", teacher, calibrated, "--calibration", texts)
+    succeeds("compress", teacher, refitted, "--calibration", texts, "--sequential")
+    layer = "encoder.layer.0.intermediate.dense"
+    states = [weights(folder) for folder in (plain, calibrated, refitted)]
+    assert not torch.allclose(states[0][f"{layer}.a"], states[1][f"{layer}.a"])
+    assert not torch.equal(states[1][f"{layer}.bias"], states[2][f"{layer}.bias"])
+    assert "calibration" in fails("compress", teacher, tmp_path / "none", "--sequential")
 
 
-def test_a_plan_is_made_shown_and_followed(tmp_path, teacher, texts, quickly_timed):
+def test_a_plan_is_made_shown_and_followed(tmp_path, teacher, texts, monkeypatch):
+    time_briefly(monkeypatch)
     file = tmp_path / "plan.json"
-    told = succeeds(
+    output = succeeds(
         *("plan", teacher, file, "--budget", "parameters=1.5x", "--budget", "flops=100%"),
         *("--objective", "size", "--batch", 2, "--tokens", 16, "--calibration", texts),
     )
-    assert "embeddings.word_embeddings" in told and f"--plan {file}" in told
+    assert "embeddings.word_embeddings" in output and f"--plan {file}" in output
     out = tmp_path / "student"
     succeeds("compress", teacher, out, "--plan", file)
-    student = cli._model(str(out))
+    student = read_model(str(out))
     assert student.config.plan.budget == {"parameters": "1.5x", "flops": "100%"}
-    dense = sum(p.numel() for p in cli._model(str(teacher)).parameters())
+    dense = sum(p.numel() for p in read_model(str(teacher)).parameters())
     assert sum(p.numel() for p in student.parameters()) <= dense / 1.5
     short = ("plan", teacher, file, "--tokens", 16, "--budget")
-    assert "quantity and its limit" in fails(*short, "parameters")
     assert "'parametres'" in fails(*short, "parametres=2x")
     assert "cannot be met" in fails(*short, "parameters=10")
     assert "tokens = 64 exceeds the 32 positions of this BertModel" in fails(
@@ -114,45 +119,36 @@ def test_a_plan_is_made_shown_and_followed(tmp_path, teacher, texts, quickly_tim
     )
 
 
-def test_sequential_refits_on_the_texts(tmp_path, teacher, texts):
-    plain, refitted = tmp_path / "plain", tmp_path / "refitted"
-    succeeds("compress", teacher, plain, "--calibration", texts)
-    succeeds("compress", teacher, refitted, "--calibration", texts, "--sequential")
-    name = "encoder.layer.0.intermediate.dense.bias"
-    assert not torch.equal(weights(plain)[name], weights(refitted)[name])
-    assert "calibration" in fails("compress", teacher, tmp_path / "none", "--sequential")
-
-
-def test_a_report_says_and_draws_what_compressing_did(tmp_path, teacher, texts, quickly_timed):
-    student = student_of(teacher)
+def test_report_prints_and_draws_every_layer(tmp_path, teacher, student, texts, monkeypatch):
+    time_briefly(monkeypatch)
     numbers, picture = tmp_path / "report.json", tmp_path / "report.png"
-    told = succeeds(
+    output = succeeds(
         *("report", student, "--teacher", teacher, "--tokens", 16, "--calibration", texts),
         *("--json", numbers, "--picture", picture, "--threads", 1),
     )
-    assert "the whole model" in told and "output error" in told
+    assert "the whole model" in output and "output error" in output
     rows = json.loads(numbers.read_text())["layers"]
     assert all(row["weight_error"] > 0 for row in rows) and picture.stat().st_size > 5000
     assert "compress it first" in fails("report", teacher)
 
 
-def test_decompress_writes_a_stock_model(tmp_path, teacher):
-    student, dense = student_of(teacher), tmp_path / "dense"
+def test_decompress_writes_a_stock_model(tmp_path, teacher, student):
+    dense = tmp_path / "dense"
     assert "BertModel" in succeeds("decompress", student, dense)
     assert json.loads((dense / "config.json").read_text())["model_type"] == "bert"
     assert "factors" not in (dense / "config.json").read_text()
     ids = torch.tensor([[2, 5, 6, 3]])
     torch.testing.assert_close(
-        cli._model(str(dense))(ids)[0], cli._model(str(student))(ids)[0], rtol=1e-4, atol=1e-5
+        read_model(str(dense))(ids)[0], read_model(str(student))(ids)[0], rtol=1e-4, atol=1e-5
     )
     assert "cannot decompress" in fails("decompress", teacher, tmp_path / "none")
 
 
-def test_export_writes_a_program_and_says_how_near_it_is(tmp_path, teacher, monkeypatch):
+def test_export_writes_a_program_and_reports_its_accuracy(tmp_path, student, monkeypatch):
     pytest.importorskip("transformers.exporters")
-    student, out = student_of(teacher), tmp_path / "program"
-    told = succeeds("export", student, out, "--format", "torch_export", "--static")
-    assert "run against PyTorch on batches of 2x16 tokens" in told and list(out.rglob("*.pt2"))
+    out = tmp_path / "program"
+    output = succeeds("export", student, out, "--format", "torch_export", "--static")
+    assert "run against PyTorch on batches of 2x16 tokens" in output and list(out.rglob("*.pt2"))
     assert "exists" in fails("export", student, out)
     assert "format" in fails("export", student, tmp_path / "none", "--format", "onyx")
     calls = []
@@ -169,8 +165,7 @@ def test_export_writes_a_program_and_says_how_near_it_is(tmp_path, teacher, monk
     }
 
 
-def test_distilling_on_text_brings_the_student_nearer(tmp_path, teacher, texts):
-    student = student_of(teacher)
+def test_distilling_on_text_raises_the_similarity(tmp_path, teacher, student, texts):
     options = ["--data", texts, "--epochs", 10, "--batch-size", 8]
     output = succeeds("distill", teacher, student, tmp_path / "out", *options)
     assert "loss hidden" in output and "last of 50" in output
@@ -188,18 +183,17 @@ def test_distilling_on_text_brings_the_student_nearer(tmp_path, teacher, texts):
 def test_distilling_on_a_table_gives_a_student_without_a_classifier_the_teachers(
     tmp_path, classifier, table, cls
 ):
-    if cls is BertForSequenceClassification:
-        student = student_of(classifier)
-    else:
+    student = classifier.with_name("classifier-student")
+    if cls is not BertForSequenceClassification:
         student = student_of(save(tmp_path / "bare", cls, seed=1))
     out = tmp_path / "out"
     output = succeeds("distill", classifier, student, out, "--data", table, "--steps", 2)
     assert "loss labels" in output and "loss logits" in output
-    model = cli._model(str(out))
+    model = read_model(str(out))
     assert type(model) is kroneckerbert.KroneckerBertForSequenceClassification
     assert model.config.label2id == {"neg": 0, "pos": 1}
     # After two small steps it is still the teacher's.
-    taught = cli._model(str(classifier))
+    taught = read_model(str(classifier))
     for name in ("classifier.weight", "bert.pooler.dense.weight"):
         torch.testing.assert_close(
             model.state_dict()[name], taught.state_dict()[name], atol=1e-3, rtol=0
@@ -207,39 +201,33 @@ def test_distilling_on_a_table_gives_a_student_without_a_classifier_the_teachers
     assert "accuracy" in succeeds("evaluate", out, "--data", table, "--teacher", classifier)
 
 
-def test_distilling_stops_by_the_clock_and_repeats_by_the_seed(tmp_path, teacher, texts):
-    student = student_of(teacher)
-    output = succeeds(
-        "distill", teacher, student, tmp_path / "clock", "--data", texts, "--minutes", 0.01
-    )
+def test_distilling_stops_by_the_clock_and_is_weighted_by_its_options(
+    tmp_path, teacher, student, texts
+):
+    options = ["--minutes", 0.01, "--attention-weight", 0, "--embedding-weight", 0]
+    output = succeeds("distill", teacher, student, tmp_path / "out", "--data", texts, *options)
     assert re.search(r"after \d+\.\d minutes", output)  # and not after its 10**9 steps
-    for name, seed in (("first", 0), ("second", 0), ("third", 1)):
-        options = ["--data", texts, "--steps", 3, "--batch-size", 4, "--seed", seed]
-        succeeds("distill", teacher, student, tmp_path / name, *options)
-    first, second, third = (weights(tmp_path / name) for name in ("first", "second", "third"))
-    assert all(torch.equal(p, second[name]) for name, p in first.items())
-    assert not all(torch.equal(p, third[name]) for name, p in first.items())
-
-
-def test_weights_of_the_loss_reach_the_training(tmp_path, teacher, texts):
-    student = student_of(teacher)
-    options = ["--data", texts, "--steps", 1, "--attention-weight", 0, "--embedding-weight", 0]
-    output = succeeds("distill", teacher, student, tmp_path / "out", *options)
     assert "loss hidden" in output and "loss attention" not in output
 
 
-def test_evaluating_a_task_reads_files_and_folders_and_tells_the_papers_numbers(
-    tmp_path, classifier, table
-):
+def test_another_seed_gives_another_student(tmp_path, teacher, student, texts):
+    # test_signals has equal weights for equal seeds.
+    options = ["--data", texts, "--steps", 3, "--batch-size", 4, "--seed"]
+    for seed in (0, 1):
+        succeeds("distill", teacher, student, tmp_path / str(seed), *options, seed)
+    first, second = weights(tmp_path / "0"), weights(tmp_path / "1")
+    assert not all(torch.equal(p, second[name]) for name, p in first.items())
+
+
+def test_evaluating_a_task_reads_files_and_folders_and_shows_the_papers_numbers(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     rows = "1\tgood film\n0\tthis is bad\n" * 8
     for name in ("sst2_dev.tsv", "imdb_test.tsv"):
         (folder / name).write_text(rows)
-    config = json.loads((classifier / "config.json").read_text())
-    names = {"id2label": {"0": "negative", "1": "positive"}}
+    names = {"id2label": {0: "negative", 1: "positive"}}
     names["label2id"] = {"negative": 0, "positive": 1}
-    (classifier / "config.json").write_text(json.dumps(config | names))
+    classifier = save(tmp_path / "classifier", BertForSequenceClassification, **names)
     student = student_of(classifier)
     of_folder = succeeds(
         "evaluate", student, "--task", "sst2", "--data", folder, "--teacher", classifier
@@ -247,8 +235,8 @@ def test_evaluating_a_task_reads_files_and_folders_and_tells_the_papers_numbers(
     assert "16 rows of validation" in of_folder and "91.1" in of_folder
     of_file = succeeds("evaluate", student, "--task", "sst2", "--data", folder / "sst2_dev.tsv")
     cells = [
-        next(line for line in told.splitlines() if "accuracy" in line).split("│")[2]
-        for told in (of_folder, of_file)
+        next(line for line in output.splitlines() if "accuracy" in line).split("│")[2]
+        for output in (of_folder, of_file)
     ]
     assert cells[0].strip() == cells[1].strip()
     assert "test" in succeeds("evaluate", student, "--task", "imdb", "--data", folder)
@@ -260,12 +248,13 @@ def test_evaluating_a_task_reads_files_and_folders_and_tells_the_papers_numbers(
 
 
 def test_recipes_are_listed_and_run(tmp_path, monkeypatch):
-    told = succeeds("recipes")
+    output = succeeds("recipes")
     for name in ("kronecker-bert-8", "kronecker-bert-21", "minilm-minutes"):
-        assert name in told
+        assert name in output
     calls = []
-    run = "kroneckerbert.reproduction.run.run"
-    monkeypatch.setattr(run, lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(
+        "kroneckerbert.reproduction.run.run", lambda *arguments: calls.append(arguments)
+    )
     options = ["--task", "rte", "--task", "sst2", "--seed", 3, "--set", "stage2.max_length=64"]
     succeeds("reproduce", "kronecker-bert-8", *options, "--data", tmp_path)
     recipe, *others = calls[0]
@@ -278,8 +267,8 @@ def test_recipes_are_listed_and_run(tmp_path, monkeypatch):
     assert "stage1.arguments.lr is unknown" in line
 
 
-def test_benchmark_states_threads_and_writes_what_it_prints(tmp_path, teacher):
-    student, numbers = student_of(teacher), tmp_path / "deep" / "numbers.json"
+def test_benchmark_states_threads_and_writes_what_it_prints(tmp_path, teacher, student):
+    numbers = tmp_path / "deep" / "numbers.json"
     options = ["--batch", 1, "--batch", 2, "--tokens", 8, "--threads", 1, "--seconds", 0.01]
     output = succeeds("benchmark", teacher, student, *options, "--json", numbers)
     assert "8 tokens, 1 threads, cpu" in output
@@ -296,10 +285,7 @@ def test_benchmark_states_threads_and_writes_what_it_prints(tmp_path, teacher):
 
 def test_demo_passes_its_options_on(tmp_path, monkeypatch):
     calls = []
-    stand_in = types.ModuleType("kroneckerbert.demo")
-    stand_in.run = lambda *arguments: calls.append(arguments)
-    monkeypatch.setitem(sys.modules, "kroneckerbert.demo", stand_in)
-    monkeypatch.setattr(kroneckerbert, "demo", stand_in, raising=False)
+    monkeypatch.setattr("kroneckerbert.demo.run", lambda *arguments: calls.append(arguments))
     succeeds("demo")
     succeeds("demo", "--output", tmp_path, "--minutes", 0.5, "--seed", 3)
     assert calls == [(Path("kroneckerbert-demo"), 4.0, 0), (tmp_path, 0.5, 3)]
@@ -315,8 +301,8 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch,
     assert line == "Error: this command needs torchmetrics: pip install 'kron-kernels[bert]'"
 
 
-def test_errors_are_one_line_that_says_what_to_do(tmp_path, teacher, classifier, texts, table):
-    out, student = tmp_path / "out", student_of(teacher)
+def test_errors_are_one_line_with_a_remedy(tmp_path, teacher, student, classifier, texts, table):
+    out = tmp_path / "out"
     broken = tmp_path / "broken.tsv"
     broken.write_text("pos\tgood\nneg\n")
     for arguments, message in (
@@ -329,7 +315,6 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path, teacher, classifier,
         (["evaluate", student, "--data", texts], "add --teacher, or give a table"),
         (["evaluate", classifier, "--data", broken], "broken.tsv, line 2: 1 tab-separated field"),
         (["evaluate", teacher, "--data", table], "BertModel has no head for labels"),
-        (["benchmark", teacher, teacher], "a model is named twice"),
         (
             ["benchmark", teacher, "--tokens", 33],
             f"tokens = 33 exceeds the 32 positions of {teacher}",
@@ -341,19 +326,10 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path, teacher, classifier,
             [teacher, student, out, "--data", texts, "--max-length", 33],
             "--max-length 33 exceeds the 32 positions of teacher and student",
         ),
-        (
-            [teacher, student, out, "--data", texts, "--steps", 1, "--epochs", 1],
-            "--steps 1 and --epochs 1 are two lengths",
-        ),
-        ([teacher, student, out, "--data", texts, "--epochs", 0], "'0' must be a number above 0"),
         ([teacher, student, out, "--data", table], "fine-tuned on them"),
         (
             [classifier, student, out, "--data", broken],
             "broken.tsv, line 2",
-        ),
-        (
-            [teacher, student, out, "--data", texts, "--minutes", -1],
-            "'-1' must be a number above 0",
         ),
     ):
         assert message in fails("distill", *arguments)
@@ -361,15 +337,16 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path, teacher, classifier,
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_folder_without_vocabulary_or_with_damaged_weights_is_refused(tmp_path, teacher):
+def test_a_folder_without_vocabulary_or_with_damaged_weights_is_refused(tmp_path):
     bare = save(tmp_path / "bare", with_tokenizer=False)
     assert "bare has no tokenizer; save it there" in fails("compress", bare, tmp_path / "out")
-    file = teacher / "model.safetensors"
+    file = bare / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    assert "is damaged or cut" in fails("compress", teacher, tmp_path / "out")
+    assert "is damaged or cut" in fails("compress", bare, tmp_path / "out")
 
 
-def test_weights_that_the_file_lacks_are_not_made_up(tmp_path, teacher):
+def test_missing_weights_are_an_error(tmp_path):
+    teacher = save(tmp_path / "teacher")
     config = json.loads((teacher / "config.json").read_text())
     config["architectures"] = ["BertForSequenceClassification"]
     (teacher / "config.json").write_text(json.dumps(config))
@@ -381,9 +358,10 @@ def test_weights_that_the_file_lacks_are_not_made_up(tmp_path, teacher):
     assert "Tensors of another shape: embeddings.word_embeddings.weight (" in line
 
 
-def test_a_save_that_fails_leaves_nothing_half_written(tmp_path, teacher, texts, monkeypatch):
-    student, out = student_of(teacher), tmp_path / "out"
-    before = {path.name for path in tmp_path.iterdir()}
+def test_a_save_that_fails_leaves_nothing_half_written(
+    tmp_path, teacher, student, texts, monkeypatch
+):
+    out = tmp_path / "out"
 
     def full(self, folder, *args, **kwargs):
         (Path(folder) / "half").touch()
@@ -393,19 +371,14 @@ def test_a_save_that_fails_leaves_nothing_half_written(tmp_path, teacher, texts,
     assert "No space left" in fails("compress", teacher, out)
     options = ["--data", texts, "--steps", 1]
     assert "No space left" in fails("distill", teacher, student, out, *options)
-    assert {path.name for path in tmp_path.iterdir()} == before
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_training_that_diverges_is_not_saved(tmp_path, teacher, texts):
-    student, out = student_of(teacher), tmp_path / "out"
+def test_a_training_that_diverges_is_not_saved(tmp_path, teacher, student, texts):
+    out = tmp_path / "out"
     options = ["--data", texts, "--steps", 20, "--learning-rate", 1e9]
     assert "the training diverged" in fails("distill", teacher, student, out, *options)
     assert not out.exists()
-
-
-def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        run("--debug", "compress", tmp_path / "absent", tmp_path / "out")
 
 
 def test_the_module_runs_as_the_command(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Text to stage 1's batches: tokenised once, cut, paired and masked, the same in every run."""
+"""From text to batches for stage 1: tokenised once, cut, paired and masked reproducibly."""
 
 import gzip
 import json
@@ -14,14 +14,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_bert, tiny_tokenizer
 from torch.utils.data import DataLoader
-from transformers import (
-    BertConfig,
-    BertForPreTraining,
-    BertTokenizer,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import BertForPreTraining, Trainer, TrainingArguments
 
 from kroneckerbert.reproduction import corpus as module
 from kroneckerbert.reproduction.corpus import (
@@ -32,20 +27,17 @@ from kroneckerbert.reproduction.corpus import (
     tokenise_corpus,
 )
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [f"w{i}" for i in range(500)]
-PAD, UNK, CLS, SEP, MASK = range(5)
+SPECIAL = PAD, UNK, CLS, SEP, MASK = range(5)
 
 
-def make_tokenizer(tmp_path, words=WORDS, **options):
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("\n".join([*SPECIAL, *words]))
-    return BertTokenizer(str(vocabulary), **{"model_max_length": 512, **options})
+def make_tokenizer(words=WORDS, **options):
+    return tiny_tokenizer(words, **{"model_max_length": 512, **options})
 
 
 @pytest.fixture
-def tokenizer(tmp_path):
-    return make_tokenizer(tmp_path)
+def tokenizer():
+    return make_tokenizer()
 
 
 def documents(*lengths: int) -> list[str]:
@@ -82,7 +74,7 @@ def test_documents_are_stored_one_after_another_without_special_tokens(tmp_path,
 
 
 def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
-    tokenizer = make_tokenizer(tmp_path, [f"w{i}" for i in range(70_000)])
+    tokenizer = make_tokenizer([f"w{i}" for i in range(70_000)])
     corpus = make_corpus(tmp_path, tokenizer, ["w69999 w0"])
     assert corpus[0]["input_ids"] == [CLS, 70_004, 5, SEP]
 
@@ -123,8 +115,8 @@ def test_another_source_or_tokenizer_is_named(tmp_path, tokenizer):
     tokenise_corpus(["w0"], tokenizer, folder, "test")
     with pytest.raises(ValueError, match=r"corpus holds the corpus 'test', not 'other'; remove it"):
         tokenise_corpus(["w1"], tokenizer, folder, "other")
-    cased = make_tokenizer(tmp_path, [*WORDS, "a", "A"], do_lower_case=False)
-    uncased = make_tokenizer(tmp_path, [*WORDS, "a", "A"])
+    cased = make_tokenizer([*WORDS, "a", "A"], do_lower_case=False)
+    uncased = make_tokenizer([*WORDS, "a", "A"])
     tokenise_corpus(["w0"], cased, tmp_path / "cased", "test")
     for there, other in [(folder, cased), (tmp_path / "cased", uncased)]:
         with pytest.raises(
@@ -301,7 +293,7 @@ def test_what_is_pickled_is_small_and_gives_the_same_items(tmp_path, tokenizer):
         ({"pairs": True}, "at least 2 documents, but .*corpus has 1"),
     ],
 )
-def test_what_the_corpus_cannot_give_is_named(tmp_path, tokenizer, options, message):
+def test_impossible_options_are_named(tmp_path, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         make_corpus(tmp_path, tokenizer, ["w0 w1"], **{"max_length": 12, **options})
 
@@ -367,16 +359,8 @@ def test_workers_give_what_the_main_process_gives(tmp_path, tokenizer):
 
 def tiny_model(tokenizer) -> BertForPreTraining:
     torch.manual_seed(0)
-    return BertForPreTraining(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=64,
-        )
-    )
+    sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "max_position_embeddings": 64}
+    return tiny_bert(BertForPreTraining, **sizes)
 
 
 def test_bert_for_pre_training_takes_a_batch(tmp_path, tokenizer):
@@ -468,7 +452,7 @@ def test_wrong_sources_are_named(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """In the place of `datasets`: what it was asked for, and what it answers."""
+    """A stand-in for `datasets`."""
     fake = ModuleType("datasets")
     monkeypatch.setitem(sys.modules, "datasets", fake)
     return fake

@@ -1,4 +1,4 @@
-"""The demo: what it refuses, what an interruption leaves, and once, slowly, the whole of it."""
+"""The demo: what it refuses, interruptions, and one slow test of all of it."""
 
 import io
 import json
@@ -22,9 +22,12 @@ def _no_hub(monkeypatch):
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Little calibration, and no embedding of a thousand sentences."""
-    monkeypatch.setattr(demo, "_CALIBRATION", 32)
-    monkeypatch.setattr(demo, "similarity", lambda *_: {"cosine": 0.5, "ranking": 0.25})
+    """A few sentences, and no embedding."""
+    train, held_out = demo._sentences(seed=0)
+    monkeypatch.setattr(demo, "_sentences", lambda seed: (train[:64], held_out[:8]))
+    monkeypatch.setattr(demo, "embed", lambda *_: None)
+    scores = {"cosine": 0.5, "ranking": 0.25}
+    monkeypatch.setattr(demo, "embedding_similarity", lambda *_: scores)
 
 
 def test_the_text_is_shipped_with_its_licence_and_split_without_overlap():
@@ -36,7 +39,7 @@ def test_the_text_is_shipped_with_its_licence_and_split_without_overlap():
     assert "MIT" in licence.read_text()
 
 
-def test_a_folder_of_somebody_elses_is_refused_before_any_work(tmp_path, monkeypatch):
+def test_a_foreign_folder_is_refused_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "precious").write_text("mine")
     monkeypatch.setattr(demo, "_load", lambda _: pytest.fail("worked before it looked"))
     with pytest.raises(FileExistsError, match="not written by kroneckerbert"):
@@ -45,7 +48,7 @@ def test_a_folder_of_somebody_elses_is_refused_before_any_work(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("minutes", [-1, float("nan"), float("inf")])
-def test_minutes_that_never_end_are_refused(tmp_path, minutes):
+def test_invalid_minutes_are_refused(tmp_path, minutes):
     with pytest.raises(
         ValueError, match=f"minutes = {minutes} must be a finite number of at least"
     ):
@@ -102,7 +105,7 @@ def test_the_table_has_the_factors_and_fits_a_terminal():
 
 
 @pytest.mark.slow
-def test_the_whole_of_it(tmp_path):
+def test_the_whole_demo(tmp_path):
     out = tmp_path / "out"
     results = demo.run(out, minutes=0.1)
     record = json.loads((out / "results.json").read_text())

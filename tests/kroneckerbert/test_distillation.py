@@ -4,6 +4,7 @@ import collections
 import copy
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -14,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_bert
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
     BertForQuestionAnswering,
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from kroneckerbert.distillation import (
+    SHORT_RUN,
     TERMS,
     DistillationConfig,
     DistillationTrainer,
@@ -53,22 +55,12 @@ HEADS = (
 ALL = {**dict.fromkeys(TERMS, 1.0), "logits": None, "labels": None}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for such sizes more threads cost more than they give
-    yield
-    torch.set_num_threads(threads)
-
-
 def bert(cls=BertModel, seed: int = 0, **overrides):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"vocab_size": 40, "intermediate_size": 32, "max_position_embeddings": 16}
+    sizes = {"hidden_size": 16, "vocab_size": 40, "intermediate_size": 32}
     sizes |= {"num_labels": 2 if cls is BertForQuestionAnswering else 3}
     # Ten times the usual spread, or the scores of so narrow a model are all nearly 0.
-    model = cls(BertConfig(**(sizes | {"initializer_range": 0.2} | overrides)))
-    return model.eval()
+    return tiny_bert(cls, **sizes | {"initializer_range": 0.2} | overrides)
 
 
 def perturbed(teacher, by: float = 0.05):
@@ -194,18 +186,6 @@ def test_padding_changes_no_term(cls):
             torch.testing.assert_close(value, want[name], msg=name)
 
 
-def test_without_padding_terms_are_plain_means():
-    teacher, student = bert(), bert(seed=1)
-    batch = padded_batch() | {"attention_mask": torch.ones(3, 8, dtype=torch.long)}
-    s, t = outputs(student, batch), outputs(teacher, batch)
-    got = distillation_terms(s, t, batch["attention_mask"], ALL)
-    mse = torch.nn.functional.mse_loss
-    want = sum(mse(a, b) for a, b in zip(s.attentions, t.attentions, strict=True))
-    torch.testing.assert_close(got["attention"], want)
-    want = sum(mse(a, b) for a, b in zip(s.hidden_states[1:], t.hidden_states[1:], strict=True))
-    torch.testing.assert_close(got["hidden"], want)
-
-
 @pytest.mark.parametrize("cls", HEADS)
 def test_a_student_identical_to_its_teacher_has_terms_of_exactly_zero(cls):
     teacher = bert(cls)
@@ -223,7 +203,7 @@ def test_a_regression_compares_logits_by_mean_squared_error():
         torch.testing.assert_close(got, want)
 
 
-def test_several_labels_at_once_are_compared_one_by_one():
+def test_multi_label_logits_are_compared_label_by_label():
     teacher, student = (bert(BertForSequenceClassification, seed) for seed in (0, 1))
     batch = padded_batch()
     got = terms(student, teacher, batch, problem_type="multi_label_classification")["logits"]
@@ -308,13 +288,6 @@ def matmuls_in(call) -> int:
     return sum(e.count for e in profile.key_averages() if e.key == "aten::bmm")
 
 
-def test_the_attention_implementation_is_restored_after_an_error():
-    model = bert()
-    with pytest.raises(KeyError), attention_scores(model):
-        raise KeyError
-    assert model.config._attn_implementation == "sdpa"
-
-
 def test_a_default_model_has_an_attention_loss_and_stock_attentions_are_refused(tmp_path):
     student, teacher, batch = bert(seed=1), bert(), padded_batch()
     assert student.config._attn_implementation == "sdpa"
@@ -331,16 +304,6 @@ def test_a_default_model_has_an_attention_loss_and_stock_attentions_are_refused(
 
 
 # The trainer
-
-
-def test_the_loss_of_a_perturbed_copy_falls_within_30_steps(tmp_path):
-    teacher = bert()
-    run = trainer(
-        tmp_path, perturbed(teacher), teacher, dataset(32), max_steps=30, learning_rate=1e-2
-    )
-    run.train()
-    (losses,) = log_histories([run])
-    assert losses[-1] < losses[0] / 4
 
 
 def test_logged_terms_add_up_to_the_logged_loss(tmp_path):
@@ -379,7 +342,7 @@ def test_evaluation_needs_no_labels_and_reports_every_term(tmp_path):
     terms = [metrics[f"eval_loss_{name}"] for name in TERMS if name != "labels"]
     assert metrics["eval_loss"] == pytest.approx(sum(terms), rel=1e-5)
     assert "eval_loss_labels" not in metrics
-    again = run.evaluate()  # starts anew
+    again = run.evaluate()  # the means are reset
     assert again["eval_loss_hidden"] == metrics["eval_loss_hidden"]
 
 
@@ -416,31 +379,6 @@ def test_a_span_task_trains_on_both_ends(tmp_path):
     assert {f"loss_{name}" for name in TERMS} <= run.state.log_history[0].keys()
 
 
-def test_sixteen_at_once_and_four_times_four_give_the_same_weights(tmp_path):
-    teacher = bert(BertForSequenceClassification)
-    data = dataset(64, labels=torch.arange(64) % 3)
-    students = []
-    for size in (16, 4):
-        student = perturbed(teacher)
-        run = trainer(
-            tmp_path,
-            student,
-            teacher,
-            data,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=16 // size,
-            optim="sgd",
-            learning_rate=0.1,
-            max_grad_norm=0.0,
-        )
-        run.train()
-        students.append((student, run))
-    (large, one), (small, many) = students
-    assert_same_weights(large, small, rtol=1e-5, atol=1e-6)
-    first, second = log_histories([one, many])
-    assert first == pytest.approx(second, rel=1e-5)
-
-
 def ragged(n: int = 32, **columns) -> list[dict]:
     """Rows of 1 to 8 tokens, so that batches differ in how much of them is real."""
     rows = dataset(n, **columns)
@@ -473,28 +411,26 @@ EXACT = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0, "max_steps
 
 
 @pytest.mark.parametrize("cls", UNEVEN)
-@pytest.mark.parametrize("size", [4, 1])
-def test_accumulation_equals_one_large_batch_however_batches_differ(tmp_path, cls, size):
+def test_accumulation_equals_one_large_batch_however_batches_differ(tmp_path, cls):
     teacher, runs = bert(cls), []
-    for batch in (16, size):
-        student = perturbed(teacher)
+    for size in (16, 4, 1):
         run = trainer(
             tmp_path,
-            student,
+            perturbed(teacher),
             teacher,
             ragged(**UNEVEN[cls]()),
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=16 // batch,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=16 // size,
             **EXACT,
         )
         run.train()
-        runs.append((student, run))
-    (large, one), (small, many) = runs
-    # float32 sums of at most 1,024 terms in another order, over 3 steps.
-    assert_same_weights(large, small, rtol=2e-5, atol=2e-6)
-    for a, b in zip(one.state.log_history, many.state.log_history, strict=True):
-        for name in (name for name in a if name.startswith("loss")):
-            assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-7), name
+        runs.append(run)
+    for run in runs[1:]:
+        # float32 sums of at most 1,024 terms in another order, over 3 steps.
+        assert_same_weights(runs[0].model, run.model, rtol=2e-5, atol=2e-6)
+        for a, b in zip(runs[0].state.log_history, run.state.log_history, strict=True):
+            for name in (name for name in a if name.startswith("loss")):
+                assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-7), name
 
 
 def test_a_students_layers_are_taught_by_the_layers_that_the_map_names():
@@ -564,20 +500,20 @@ def test_a_cached_teacher_teaches_what_the_teacher_itself_does(tmp_path, cls):
             assert one[name] == pytest.approx(log[name], rel=1e-2), name
 
 
-def test_a_cache_is_refused_for_another_teacher_data_or_terms_and_for_masks_drawn_anew(tmp_path):
+def test_a_cache_is_refused_for_other_teachers_data_or_terms_and_for_random_masks(tmp_path):
     cache = {"teacher_cache": str(tmp_path / "cache"), "attention_weight": 0.0}
     teacher = bert()
     trainer(tmp_path / "run", perturbed(teacher), teacher, **cache).train()
-    for change, message in (
-        ({"teacher": bert(seed=5)}, "for other settings, by teacher"),
-        ({"data": ragged()}, "for other settings, by data"),  # the same tokens, another mask
-        ({"data": dataset(15)}, "for other settings, by data"),
-        ({"attention_weight": 1.0}, "for other settings, by attentions"),
+    for change, different in (
+        ({"teacher": bert(seed=5)}, "teacher"),
+        ({"data": ragged()}, "data"),  # the same tokens, another mask
+        ({"data": dataset(15)}, "data"),
+        ({"attention_weight": 1.0}, "attentions"),
     ):
         other = change.pop("teacher", teacher)
         data = change.pop("data", dataset())
         run = trainer(tmp_path / "run", perturbed(other), other, data, **(cache | change))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=rf"for other settings \(different: {different}"):
             run.train()
 
     class MaskedAnew(list):
@@ -592,7 +528,7 @@ def test_a_cache_is_refused_for_another_teacher_data_or_terms_and_for_masks_draw
         run.train()
 
 
-def test_what_a_cache_depends_on():
+def test_a_cache_depends_on_data_and_teacher():
     rows = [{"input_ids": torch.arange(4), "token_type_ids": torch.zeros(4), "labels": 1}]
     before = cache.described(rows, {"labels"})
     assert cache.described([rows[0] | {"labels": 2}], {"labels"}) == before
@@ -633,78 +569,50 @@ def test_annealing_hands_over_from_the_teacher_to_the_labels(tmp_path):
         assert log["loss"] == pytest.approx(want, rel=1e-4)
 
 
-def test_four_steps_and_four_resumed_equal_eight(tmp_path):
-    teacher, start = bert(), bert(seed=1)
-    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "student_dropout": True}
-    options["save_total_limit"] = 3
-    straight = copy.deepcopy(start)
-    trainer(tmp_path / "a", straight, teacher, dataset(20), **options).train()
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 4
-
-    data = dataset(20)
-    trainer(
-        tmp_path / "b", copy.deepcopy(start), teacher, data, callbacks=[Stop()], **options
-    ).train()
-    resumed = copy.deepcopy(start)
-    run = trainer(tmp_path / "b", resumed, teacher, data, **options)
-    run.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
-    assert run.state.global_step == 8
-    assert_same_weights(straight, resumed, rtol=0, atol=0)
-
-
 RESUMABLE = {
     "max_steps": 9, "save_strategy": "steps", "save_steps": 3, "student_dropout": True,
     "gradient_accumulation_steps": 2, "train_sampling_strategy": "group_by_length",
     "per_device_train_batch_size": 3, "save_total_limit": 1,
 }  # fmt: skip
-KILLED = """
-import os, signal, sys, torch
-sys.path.insert(0, sys.argv[1])
-import test_distillation as t
-torch.set_num_threads(1)
-kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-
-class At(t.TrainerCallback):
-    def on_substep_end(self, args, state, control, **kwargs):
-        if sys.argv[3] == "between two batches" and state.global_step == 6:
-            kill()
-
-run = t.trainer(sys.argv[2], t.bert(seed=1), t.bert(), t.ragged(20), callbacks=[At()],
-                **t.RESUMABLE)
-if sys.argv[3] == "while saving":
-    save = run._save_optimizer_and_scheduler
-    run._save_optimizer_and_scheduler = lambda to: kill() if "checkpoint-6" in to else save(to)
-run.train()
-"""
 
 
-@pytest.mark.parametrize("moment, last", [("between two batches", 6), ("while saving", 3)])
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path, moment, last):
-    (tmp_path / "killed.py").write_text(KILLED)
-    arguments = [tmp_path / "killed.py", Path(__file__).parent, tmp_path / "run", moment]
-    killed = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, timeout=300
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert [f.name for f in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{last}"]
+def train_and_be_killed(folder, moment: str) -> None:
+    def kill(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    teacher, straight, resumed = bert(), bert(seed=1), bert(seed=1)
-    trainer(tmp_path / "straight", straight, teacher, ragged(20), **RESUMABLE).train()
-    run = trainer(tmp_path / "run", resumed, teacher, ragged(20), **RESUMABLE)
-    run.train(resume_from_checkpoint=True)
-    assert run.state.global_step == 9
-    assert_same_weights(straight, resumed, rtol=0, atol=0)
-    assert [f.name for f in (tmp_path / "run").iterdir()] == ["checkpoint-9"]
+    class At(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if moment == "between two batches" and state.global_step == 6:
+                kill()
+
+    run = trainer(folder, bert(seed=1), bert(), ragged(20), callbacks=[At()], **RESUMABLE)
+    if moment == "while saving":
+        save = run._save_optimizer_and_scheduler
+        run._save_optimizer_and_scheduler = lambda to: kill() if "checkpoint-6" in to else save(to)
+    run.train()
 
 
-def test_a_new_run_that_may_be_resumed_begins(tmp_path):
-    a, b = bert(seed=1), bert(seed=1)
-    trainer(tmp_path / "a", a, bert()).train()
-    trainer(tmp_path / "b", b, bert()).train(resume_from_checkpoint=True)
-    assert_same_weights(a, b, rtol=0, atol=0)
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+    teacher, straight = bert(), bert(seed=1)
+    # True begins a new run where there is none to resume.
+    trainer(tmp_path / "straight", straight, teacher, ragged(20), **RESUMABLE).train(True)
+    for moment, last in (("between two batches", 6), ("while saving", 3)):
+        folder = tmp_path / moment
+        # Forked: a fresh interpreter takes longer to import transformers than all else here.
+        process = multiprocessing.get_context("fork").Process(
+            target=train_and_be_killed, args=(folder, moment)
+        )
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        assert [f.name for f in folder.glob("checkpoint-*")] == [f"checkpoint-{last}"]
+
+        resumed = bert(seed=1)
+        run = trainer(folder, resumed, teacher, ragged(20), **RESUMABLE)
+        run.train(resume_from_checkpoint=True)
+        assert run.state.global_step == 9
+        assert_same_weights(straight, resumed, rtol=0, atol=0)
+        assert [f.name for f in folder.iterdir()] == ["checkpoint-9"]
 
 
 SAVED = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
@@ -840,38 +748,16 @@ def test_attention_dropout_that_is_a_number_is_left_out_too(tmp_path):
     assert not torch.equal(model(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
-def test_activation_checkpointing_gives_the_same_gradients(tmp_path):
-    teacher, grads = bert(BertForSequenceClassification), []
-    batch = padded_batch() | {"labels": torch.tensor([0, 1, 2])}
-    for checkpointing in (False, True):
-        student = perturbed(teacher, by=0.2)
-        if checkpointing:
-            name = "activation_checkpointing_enable"  # transformers >= 5.23 deprecates the other
-            getattr(student, name, student.gradient_checkpointing_enable)()
-        run = trainer(tmp_path, student, teacher)
-        with trainer_module._without_dropout(student):
-            run.current_gradient_accumulation_steps = 1
-            run.training_step(student, dict(batch))
-        grads.append({name: p.grad for name, p in student.named_parameters()})
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, msg=name)
-
-
 def test_bfloat16_autocast_trains_with_a_float32_loss(tmp_path):
     teacher = bert(BertForSequenceClassification)
     data = dataset(32, labels=torch.arange(32) % 3)
     exact, mixed = (
         trainer(
-            tmp_path,
-            perturbed(teacher, 0.2),
-            teacher,
-            data,
-            bf16=bf16,
-            max_steps=30,
-            learning_rate=1e-2,
+            *(tmp_path, perturbed(teacher, 0.2), teacher, data),
+            bf16=steps > 1, max_steps=steps, learning_rate=1e-2,
         )
-        for bf16 in (False, True)
-    )
+        for steps in (1, 30)
+    )  # fmt: skip
     dtypes = set()
     teacher.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
         lambda module, args, out: dtypes.add(out.dtype)
@@ -922,6 +808,18 @@ def test_steps_end_training_before_the_clock_with_the_usual_schedule(tmp_path):
         assert run.state.global_step == 4
         rates.append([log["learning_rate"] for log in run.state.log_history if "loss" in log])
     assert rates[0] == rates[1]
+
+
+def test_a_run_ends_by_minutes_steps_or_epochs_with_the_rate_of_its_stage(tmp_path):
+    until = partial(DistillationConfig.until, str(tmp_path))
+    timed, counted, passes = until(minutes=5), until(steps=7), until(minutes=5, epochs=0.5)
+    assert (timed.max_minutes, timed.max_steps) == (5, 10**9)
+    assert (counted.max_minutes, counted.max_steps) == (None, 7)
+    assert (passes.max_minutes, passes.max_steps, passes.num_train_epochs) == (5, -1, 0.5)
+    assert (timed.learning_rate, until(steps=1, labelled=True).learning_rate) == (1e-3, 1e-4)
+    assert until(steps=1, labelled=True, **SHORT_RUN).learning_rate == SHORT_RUN["learning_rate"]
+    with pytest.raises(ValueError, match="give minutes, steps or epochs"):
+        until()
 
 
 # What is refused
@@ -1034,7 +932,6 @@ def test_a_term_that_is_not_finite_is_named_at_the_first_step(tmp_path):
 
 SHARDED = """
 import copy, sys, torch
-sys.path.insert(0, sys.argv[1])
 import test_distillation as t
 from kroneckerbert import compress
 from kroneckerbert.distillation.trainer import _let_record
@@ -1072,8 +969,9 @@ torch.distributed.destroy_process_group()
 
 def launch(processes: int, script: Path, *arguments: object) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *launcher, str(script), str(Path(__file__).parent)]
-    subprocess.run([*command, *map(str, arguments)], check=True, timeout=180)
+    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, check=True, timeout=180, env=environment)
 
 
 @pytest.mark.slow
@@ -1084,20 +982,19 @@ def test_parameters_in_shards_have_the_gradients_of_whole_ones(tmp_path):
 
 PROCESS = """
 import sys, torch
-sys.path.insert(0, sys.argv[1])
 import test_distillation as t
 torch.set_num_threads(1)
 student = t.bert(seed=1)
-minutes = float(sys.argv[4]) or None
-run = t.trainer(sys.argv[2], student, t.bert(), t.ragged(32), optim="sgd", max_grad_norm=0.0,
+minutes = float(sys.argv[3]) or None
+run = t.trainer(sys.argv[1], student, t.bert(), t.ragged(32), optim="sgd", max_grad_norm=0.0,
                 learning_rate=0.1, max_minutes=minutes, max_steps=10**6 if minutes else 4,
-                per_device_train_batch_size=8 // int(sys.argv[3]), eval_dataset=t.dataset(8))
+                per_device_train_batch_size=8 // int(sys.argv[2]), eval_dataset=t.dataset(8))
 run.train()
 metrics = run.evaluate()
 assert bool(minutes) == (run.state.global_step != 4)
 if run.is_world_process_zero():
     logs = [log for log in run.state.log_history if "loss" in log]
-    torch.save((student.state_dict(), logs, metrics), sys.argv[2] + "/result.pt")
+    torch.save((student.state_dict(), logs, metrics), sys.argv[1] + "/result.pt")
 """
 
 

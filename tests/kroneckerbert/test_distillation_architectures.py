@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from test_architectures import CONFIGS, ENCODER, teacher
+from test_distillation import LENGTHS, outputs, terms
+from test_distillation import trainer as tiny_trainer
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -37,9 +39,6 @@ MORE = {
 }
 NAMES = (*CONFIGS, *MORE)
 HOOKED = ("mpnet", "deberta-v2", "deberta")  # which do not call the attention interface
-LENGTHS = (7, 1, 4)  # real tokens of the three sequences of `batch`
-ALL = {**dict.fromkeys(TERMS, 1.0), "logits": None, "labels": None}
-
 each_architecture = pytest.mark.parametrize("name", NAMES)
 
 
@@ -80,16 +79,6 @@ def captured(model: PreTrainedModel, inputs: dict[str, Tensor]):
     return model(**inputs, output_hidden_states=True, output_attentions=True)
 
 
-def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]):
-    with attention_scores(model):
-        return captured(model, inputs)
-
-
-def computed_terms(student, teacher, inputs) -> dict[str, Tensor]:
-    s, t = outputs(student, inputs), outputs(teacher, inputs)
-    return distillation_terms(s, t, inputs["attention_mask"], ALL)
-
-
 def trainer(tmp_path, student, teacher, **options) -> DistillationTrainer:
     padding = teacher.config.pad_token_id or 0
     ids = torch.randint(5, 64, (16, 8), generator=torch.Generator().manual_seed(3))
@@ -97,10 +86,8 @@ def trainer(tmp_path, student, teacher, **options) -> DistillationTrainer:
     mask[::3, 5:] = 0
     rows = zip(ids.where(mask == 1, padding), mask, torch.arange(16) % 2, strict=True)
     data = [dict(zip(("input_ids", "attention_mask", "labels"), row, strict=True)) for row in rows]
-    options = {"max_steps": 2, "per_device_train_batch_size": 16, "logging_steps": 1} | options
-    options = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True} | options
-    args = DistillationConfig(output_dir=str(tmp_path), report_to="none", **options)
-    return DistillationTrainer(student, teacher, args, train_dataset=data)
+    options = {"max_steps": 2, "per_device_train_batch_size": 16} | options
+    return tiny_trainer(tmp_path, student, teacher, data, **options)
 
 
 # Inputs
@@ -408,10 +395,10 @@ def test_padding_changes_no_term(name):
     model = dense(name)
     student = factorised(model)
     padding = model.config.pad_token_id or 0
-    want = computed_terms(student, model, batch(padding=padding))
+    want = terms(student, model, batch(padding=padding))
     assert set(want) == {"embedding", "attention", "hidden"}
     for inputs in (batch(padding=17), batch(width=13, padding=padding)):
-        for term, value in computed_terms(student, model, inputs).items():
+        for term, value in terms(student, model, inputs).items():
             torch.testing.assert_close(value, want[term], rtol=1e-5, atol=1e-7, msg=term)
 
 
@@ -419,7 +406,7 @@ def test_padding_changes_no_term(name):
 def test_a_student_identical_to_its_teacher_has_terms_of_exactly_zero(name):
     model = dense(name, AutoModelForSequenceClassification)
     for either in (model, factorised(model)):
-        got = computed_terms(copy.deepcopy(either), either, batch())
+        got = terms(copy.deepcopy(either), either, batch())
         assert set(got) == set(TERMS) - {"labels"}
         assert all(value.item() == 0 for value in got.values()), got
 
@@ -509,7 +496,7 @@ def test_a_model_whose_scores_cannot_be_read_is_refused_and_trains_without_them(
 
 def test_electras_detector_trains_on_its_labels_and_has_no_distribution_to_compare(tmp_path):
     model = teacher(ElectraForPreTraining, "electra")
-    with pytest.raises(ValueError, match=r"no distribution to compare: set logits_weight=0"):
+    with pytest.raises(ValueError, match=r"not a distribution: set logits_weight=0"):
         trainer(tmp_path, factorised(model), model)
     run = trainer(tmp_path, factorised(model), model, logits_weight=0.0)
     for row in run.train_dataset:

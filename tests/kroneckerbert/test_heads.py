@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from tiny import tiny_bert
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -13,14 +13,8 @@ from transformers import (
 from kroneckerbert import compress
 from kroneckerbert.distillation.heads import with_head_of
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 40}
-SIZES |= {"intermediate_size": 64, "max_position_embeddings": 16}
-FACTORS = {"query": {"a_shape": [4, 4]}, "word_embeddings": {"a_shape": [40, 4]}}
+FACTORS = {"query": {"a_shape": [4, 4]}, "word_embeddings": {"a_shape": [64, 4]}}
 IDS = torch.arange(1, 9)[None]
-
-
-def bert(cls, **options):
-    return cls(BertConfig(**(SIZES | options))).eval()
 
 
 @pytest.mark.parametrize(
@@ -33,9 +27,9 @@ def bert(cls, **options):
     ],
 )
 def test_a_headless_student_gets_its_teachers_head_and_keeps_its_body(tmp_path, cls, options):
-    body = compress(bert(BertModel), FACTORS)
+    body = compress(tiny_bert(BertModel), FACTORS)
     body.save_pretrained(tmp_path)
-    teacher = bert(cls, **options)
+    teacher = tiny_bert(cls, **options)
     student = with_head_of(teacher, tmp_path).eval()
     assert type(student).__name__ == f"Kronecker{cls.__name__}"
     assert student.config.id2label == teacher.config.id2label
@@ -55,22 +49,22 @@ def test_a_headless_student_gets_its_teachers_head_and_keeps_its_body(tmp_path, 
 
 
 def test_a_tied_decoder_does_not_bring_the_teachers_words(tmp_path):
-    body = compress(bert(BertModel), {"query": {"a_shape": [4, 4]}})  # words stay dense
+    body = compress(tiny_bert(BertModel), {"query": {"a_shape": [4, 4]}})  # words stay dense
     body.save_pretrained(tmp_path)
-    student = with_head_of(bert(BertForMaskedLM), tmp_path)
+    student = with_head_of(tiny_bert(BertForMaskedLM), tmp_path)
     words = body.embeddings.word_embeddings.weight
     torch.testing.assert_close(student.bert.embeddings.word_embeddings.weight, words)
 
 
 def test_a_student_keeps_a_head_of_its_own(tmp_path):
-    own = compress(bert(BertForSequenceClassification, num_labels=3), FACTORS)
+    own = compress(tiny_bert(BertForSequenceClassification, num_labels=3), FACTORS)
     own.save_pretrained(tmp_path)
-    teacher = bert(BertForSequenceClassification, num_labels=3)
+    teacher = tiny_bert(BertForSequenceClassification, num_labels=3)
     kept = with_head_of(teacher, tmp_path)
     torch.testing.assert_close(kept.classifier.weight, own.classifier.weight)
 
 
 def test_a_teacher_without_a_head_is_refused(tmp_path):
-    compress(bert(BertModel), FACTORS).save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="a BertModel has no head to take over"):
-        with_head_of(bert(BertModel), tmp_path)
+    compress(tiny_bert(BertModel), FACTORS).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="a BertModel has no head to copy"):
+        with_head_of(tiny_bert(BertModel), tmp_path)

@@ -1,4 +1,4 @@
-"""A recipe from end to end on tiny models: what it does, does not do again, and goes on with."""
+"""A recipe from end to end on tiny models: what it does, skips and resumes."""
 
 import json
 import os
@@ -14,15 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from commands import save
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForPreTraining, BertTokenizer, Trainer, TrainingArguments
+from tiny import WORDS, tiny_tokenizer
+from transformers import BertForPreTraining, Trainer, TrainingArguments
 
 from kroneckerbert import DistillationConfig
 from kroneckerbert.distillation.signals import Interrupted
 from kroneckerbert.reproduction import curves, recipe
 from kroneckerbert.reproduction import run as reproduction
 
-WORDS = ["a", "b", "c", "good", "bad", "film", "is", "this"]
 GLUE = {"mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte"}
 
 
@@ -34,7 +35,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
-    """Pictures take a third of a tiny run's time; that of `finished` is done before, with them."""
+    """No pictures, a third of a tiny run's time; only the fixture `finished` draws them."""
     stand_in = SimpleNamespace(read=curves.read, save=lambda *_: None)
     monkeypatch.setattr(reproduction, "curves", stand_in)
 
@@ -43,13 +44,8 @@ def undrawn(monkeypatch):
 def sources(tmp_path_factory) -> Path:
     """A teacher with the heads of pre-training, text, and the files of sst2, imdb and stsb."""
     folder = tmp_path_factory.mktemp("sources")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "max_position_embeddings": 32, "vocab_size": 13}
-    BertForPreTraining(BertConfig(initializer_range=0.3, **sizes)).save_pretrained(folder / "bert")
-    vocabulary = folder / "words.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizer(str(vocabulary), model_max_length=32).save_pretrained(folder / "bert")
+    save(folder / "bert", BertForPreTraining)
+    tiny_tokenizer(model_max_length=32).save_pretrained(folder / "bert")
     rows = (" ".join(WORDS[i % 8 :] + WORDS[: i % 5]) for i in range(40))
     (folder / "texts.txt").write_text("\n".join(rows))
     data = folder / "data"
@@ -62,8 +58,8 @@ def sources(tmp_path_factory) -> Path:
         question = {"id": "1", "question": "is this ?"}
         question["answers"] = [{"text": "good", "answer_start": 7}]
         paragraph = {"context": "a film good this is bad", "qas": [question]}
-        told = {"version": "1.1", "data": [{"title": "", "paragraphs": [paragraph]}]}
-        (data / f"{name}.json").write_text(json.dumps(told))
+        content = {"version": "1.1", "data": [{"title": "", "paragraphs": [paragraph]}]}
+        (data / f"{name}.json").write_text(json.dumps(content))
     return folder
 
 
@@ -100,8 +96,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(first: Path, second: Path) -> bool:
-    theirs = weights(second)
-    ours = weights(first)
+    ours, theirs = weights(first), weights(second)
     return ours.keys() == theirs.keys() and all(torch.equal(p, theirs[n]) for n, p in ours.items())
 
 
@@ -121,19 +116,21 @@ def finished(sources, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", recipe.shipped())
-def test_every_shipped_recipe_is_one(name, tmp_path):
-    told = recipe.load(name)
-    assert told.description
+def test_every_shipped_recipe_is_valid(name, tmp_path):
+    loaded = recipe.load(name)
+    assert loaded.description
+    if (source := loaded.stage1.corpus.source).startswith("package:"):
+        assert Path(reproduction._located(source)).is_file()
     for cls, stage in [
-        (DistillationConfig, told.stage1),
-        *((DistillationConfig, task.stage2) for task in told.tasks.values()),
-        *((TrainingArguments, task.fine_tuning) for task in told.tasks.values()),
+        (DistillationConfig, loaded.stage1),
+        *((DistillationConfig, task.stage2) for task in loaded.tasks.values()),
+        *((TrainingArguments, task.fine_tuning) for task in loaded.tasks.values()),
     ]:
         cls(output_dir=str(tmp_path), **stage.arguments)
     if name.startswith("kronecker-bert"):
-        assert told.student.preset == name
-        assert set(told.tasks) == GLUE | {"squad", "squad_v2"}
-        assert told.tasks["squad_v2"].stage2.max_length == 384
+        assert loaded.student.preset == name
+        assert set(loaded.tasks) == GLUE | {"squad", "squad_v2"}
+        assert loaded.tasks["squad_v2"].stage2.max_length == 384
 
 
 def test_shipped_learning_rates_are_those_of_table_8():
@@ -161,10 +158,10 @@ def test_changes_reach_any_key(tmp_path, given):
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(given))
     changes = ["stage1.arguments.learning_rate=2e-4", "tasks.rte={}", "seeds=[3]", "latency="]
-    told = recipe.load(path, changes)
-    assert told.stage1.arguments["learning_rate"] == 2e-4
-    assert told.tasks["rte"].stage2.batch_size == 4
-    assert told.seeds == [3] and told.latency is None
+    loaded = recipe.load(path, changes)
+    assert loaded.stage1.arguments["learning_rate"] == 2e-4
+    assert loaded.tasks["rte"].stage2.batch_size == 4
+    assert loaded.seeds == [3] and loaded.latency is None
 
 
 @pytest.mark.parametrize(
@@ -182,10 +179,10 @@ def test_changes_reach_any_key(tmp_path, given):
         ("seeds=[1, 1]", "seeds must be different numbers, at least one; got [1, 1]"),
         ("seeds=7", "seeds must be list[int], got 7"),
         ("stage1.heads=[nsp]", "stage1.heads must be [], [mlm] or [mlm, nsp]; got ['nsp']"),
-        ("stage1.arguments.output_dir=x", "is no argument here: run chooses it"),
-        ("stage2.arguments.seed=1", "stage2.arguments.seed is no argument here: write seeds"),
+        ("stage1.arguments.output_dir=x", "cannot be set here: run chooses it"),
+        ("stage2.arguments.seed=1", "stage2.arguments.seed cannot be set here: write seeds"),
         ("evaluation.also=[imbd]", "did you mean evaluation.also: imdb?"),
-        ("student.sequential", "a key and its value: stage1.arguments.learning_rate=1e-4"),
+        ("student.sequential", "a key and its value, such as stage1.arguments.learning_rate=1e-4"),
         ("teacher.name=x", "which has no keys"),
         ("teacher=", "teacher is missing; a recipe needs it"),
         ("stage1=", "student.calibration needs stage1.corpus"),
@@ -193,7 +190,7 @@ def test_changes_reach_any_key(tmp_path, given):
         ("latency.seconds=0", "seconds above 0"),
     ],
 )
-def test_what_is_wrong_is_named_with_what_is_right(tmp_path, given, change, message):
+def test_an_error_names_the_wrong_key_and_the_remedy(tmp_path, given, change, message):
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(given))
     with pytest.raises((ValueError, TypeError)) as caught:
@@ -201,7 +198,7 @@ def test_what_is_wrong_is_named_with_what_is_right(tmp_path, given, change, mess
     assert message in str(caught.value)
 
 
-def test_what_is_no_recipe_is_refused(tmp_path):
+def test_other_files_than_recipes_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"one of .*kronecker-bert-21"):
         recipe.load("absent")
     path = tmp_path / "own.yaml"
@@ -209,7 +206,7 @@ def test_what_is_no_recipe_is_refused(tmp_path):
     with pytest.raises(TypeError, match="must be a mapping"):
         recipe.load(path)
     path.write_text("a: [")
-    with pytest.raises(ValueError, match="is no YAML"):
+    with pytest.raises(ValueError, match="is not YAML"):
         recipe.load(path)
 
 
@@ -253,18 +250,20 @@ def test_a_second_run_does_nothing_and_a_new_seed_only_its_own(
     before = files(finished)
     capsys.readouterr()
     reproduction.run(recipe.parse(given), finished, sources / "data")
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert files(finished) == before
-    assert not [line for line in told.splitlines() if line.startswith("- ")]
-    # The teacher's score is told before its student's, and the processes before everything.
-    assert told.index("process(es)") < told.index("sst2, stage 2: 4 rows a step = 1 device(s) x 4")
-    assert told.index("accuracy, teacher") < told.index("accuracy, student")
+    assert not [line for line in output.splitlines() if line.startswith("- ")]
+    # The teacher's score is output before its student's, and the processes before everything.
+    assert output.index("process(es)") < output.index(
+        "sst2, stage 2: 4 rows a step = 1 device(s) x 4"
+    )
+    assert output.index("accuracy, teacher") < output.index("accuracy, student")
     reproduction.run(recipe.parse(given), finished, sources / "data", seeds=[5])
     new = files(finished).keys() - before.keys()
     assert new == {finished / "stage2/sst2/seed-5/model.safetensors"}
 
 
-def test_a_changed_recipe_is_told_what_changed_and_what_to_delete(finished, sources, given):
+def test_a_changed_recipe_reports_the_change_and_the_folder_to_delete(finished, sources, given):
     given["stage1"]["arguments"]["learning_rate"] = 0.5
     with pytest.raises(ValueError) as caught:
         reproduction.run(recipe.parse(given), finished, sources / "data")
@@ -273,7 +272,7 @@ def test_a_changed_recipe_is_told_what_changed_and_what_to_delete(finished, sour
     assert f"Delete {finished / 'stage1'}" in message
 
 
-def test_other_evaluations_are_done_again(finished, sources, given):
+def test_changed_evaluations_are_repeated(finished, sources, given):
     before = files(finished)
     given["evaluation"] = {}
     given["stage1"]["arguments"]["logging_steps"] = 3  # no weight depends on it
@@ -302,7 +301,7 @@ def test_regressions_spans_own_teachers_caches_and_no_stage_1(finished, sources,
 # What stops a run
 
 
-def test_missing_things_are_told_before_any_work(sources, given, tmp_path):
+def test_missing_inputs_are_reported_before_any_work(sources, given, tmp_path):
     output = tmp_path / "out"
 
     def message(data=sources / "data", **changes) -> str:
@@ -311,8 +310,8 @@ def test_missing_things_are_told_before_any_work(sources, given, tmp_path):
         assert not (output / "start").exists()
         return str(caught.value)
 
-    told = message(tasks={"rte": {}})
-    assert "rte_train.tsv" in told and "leave the task out" in told
+    error = message(tasks={"rte": {}})
+    assert "rte_train.tsv" in error and "leave out the task" in error
     assert "sst2" in message(data=None) and "--data DIR" in message(data=None)
     assert "is no file or folder" in message(teacher="./absent/bert")
     assert "absent_package" in message(teacher="package:absent_package/model")
@@ -349,7 +348,7 @@ KILLED = """
 """
 
 
-def test_a_stopped_run_keeps_the_last_step_and_goes_on_to_the_same_weights(
+def test_a_stopped_run_resumes_from_its_last_step_to_the_same_weights(
     finished, sources, given, tmp_path, monkeypatch
 ):
     output, name = tmp_path / "out", "stage2/sst2/seed-1"
@@ -374,7 +373,7 @@ def test_a_stopped_run_keeps_the_last_step_and_goes_on_to_the_same_weights(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(finished, sources, given, tmp_path):
+def test_a_killed_run_resumes_to_the_same_weights(finished, sources, given, tmp_path):
     path, output = tmp_path / "own.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(given))
     for training in ("stage1", "teacher", "stage2/sst2/seed-0"):
@@ -450,7 +449,7 @@ def test_curves_without_a_loss_or_matplotlib_are_refused(tmp_path, monkeypatch):
         curves.save({"run": [{"step": 1, "epoch": 1}]}, tmp_path / "curves.png")
     for text in ("{}", "[]", '{"log_history": [1]}', '{"log_history": 1}', "[" * 2000, ""):
         (tmp_path / "trainer_state.json").write_text(text)
-        with pytest.raises(ValueError, match=r"no trainer_state\.json"):
+        with pytest.raises(ValueError, match=r"is not a trainer_state\.json"):
             curves.read(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"kron-kernels\[demo\]"):

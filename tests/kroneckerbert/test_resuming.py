@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from; files of it that are missing or damaged."""
+"""Which checkpoint a training resumes from; missing and damaged files."""
 
 import shutil
 import subprocess
@@ -49,7 +49,7 @@ def output(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def again(finished):
-    """A trainer that refuses before it does anything, and so serves many tests."""
+    """A trainer that refuses before any work, shared by many tests."""
     return run(finished[0])
 
 
@@ -67,8 +67,8 @@ def test_any_damage_to_any_file_is_found_with_the_checkpoint_that_is_whole(outpu
         whole = (output / file).read_bytes()
         for damage in DAMAGES.values():
             (output / file).write_bytes(damage(whole))
-            said = refused(again, output, rf"{file} is damaged.*checkpoint-2 is whole")
-            assert f"resume_from_checkpoint={str(output / 'checkpoint-2')!r}" in said
+            message = refused(again, output, rf"{file} is damaged.*checkpoint-2 is whole")
+            assert f"resume_from_checkpoint={str(output / 'checkpoint-2')!r}" in message
         if file.name != CHECKSUMS:
             (output / file).unlink()
             refused(again, output, rf"{file} is missing.*checkpoint-2 is whole")
@@ -80,8 +80,8 @@ def test_any_damage_to_any_file_is_found_with_the_checkpoint_that_is_whole(outpu
 
 
 @pytest.mark.parametrize("name", [*NEEDED, "model.safetensors", "training_args.bin"])
-def test_without_checksums_what_can_be_known_is(output, again, name):
-    """As versions before them wrote checkpoints."""
+def test_without_checksums_bad_files_are_still_found(output, again, name):
+    """Checkpoints as earlier versions wrote them."""
     for step in (2, 4):
         (output / f"checkpoint-{step}" / CHECKSUMS).unlink()
     file = output / "checkpoint-4" / name
@@ -93,7 +93,7 @@ def test_without_checksums_what_can_be_known_is(output, again, name):
         refused(again, output, rf"{name} is missing.*checkpoint-2 is whole")
 
 
-def test_a_checkpoint_without_checksums_goes_on_with_a_sentence(output, finished):
+def test_a_checkpoint_without_checksums_resumes_with_a_warning(output, finished):
     shutil.rmtree(output / "checkpoint-4")
     (output / "checkpoint-2" / CHECKSUMS).unlink()
     old = run(output)
@@ -108,13 +108,13 @@ def test_a_checkpoint_without_checksums_goes_on_with_a_sentence(output, finished
         run(output, max_steps=2).train(True)
 
 
-def test_a_checkpoint_of_the_model_only_has_no_training_to_go_on_with(tmp_path):
+def test_a_checkpoint_without_optimizer_cannot_be_resumed(tmp_path):
     run(tmp_path, save_only_model=True).train()
-    with pytest.raises(OSError, match=r"optimizer.pt is missing \(with save_only_model"):
+    with pytest.raises(OSError, match=r"optimizer.pt is missing \(save_only_model"):
         run(tmp_path, save_only_model=True).train(True)
 
 
-def test_random_states_of_all_processes_are_wanted(output):
+def test_random_states_of_all_processes_are_required(output):
     checkpoint = output / "checkpoint-4"
     (checkpoint / CHECKSUMS).unlink()
     now = {}
@@ -134,7 +134,7 @@ def test_random_states_of_all_processes_are_wanted(output):
         start(1)
 
 
-def test_a_checkpoint_that_is_not_there_is_told_beside_those_that_are(output):
+def test_a_missing_checkpoint_is_reported_with_the_existing_ones(output):
     with pytest.raises(FileNotFoundError, match=r"no folder True .*are: checkpoint-2, checkpoint"):
         run(output).train(resume_from_checkpoint="True")
 
@@ -156,11 +156,11 @@ def test_a_checkpoint_of_transformers_own_trainer_is_no_older_one(output, recwar
         {"per_device_train_batch_size": 2},
     ],
 )
-def test_a_run_of_other_settings_is_not_gone_on_with_unless_it_is_named(output, other):
+def test_a_run_with_other_settings_is_resumed_only_by_path(output, other):
     name, value = next(iter(other.items()))
-    said = {"per_device_train_batch_size": "rows_of_a_step"}.get(name, name)
+    setting = {"per_device_train_batch_size": "rows_of_a_step"}.get(name, name)
     new = run(output, **other)
-    with pytest.raises(ValueError, match=rf"is of another run: .*{said} was .* and is {value}"):
+    with pytest.raises(ValueError, match=rf"is of another run: .*{setting} was .* and is {value}"):
         new.train(resume_from_checkpoint=True)
     assert new.state.global_step == 0
     if name == "max_steps":
@@ -182,28 +182,28 @@ class KilledAfter(TrainerCallback):
             raise Killed
 
 
-def test_a_new_run_goes_on_from_its_own_checkpoint_and_not_from_an_older_longer_runs(output):
+def test_a_new_run_resumes_its_own_checkpoint_not_an_older_longer_runs(output):
     options = {"max_steps": 3, "save_steps": 1}
     with pytest.raises(Killed):
         run(output, **options, callbacks=[KilledAfter(1)]).train()
     assert {p.name for p in output.iterdir()} == {f"checkpoint-{n}" for n in (1, 2, 4)}
     resumed = run(output, **options, callbacks=[KilledAfter(1)])
     with (
-        pytest.warns(UserWarning, match=r"checkpoint-4 is of another run: max_steps.*left aside"),
-        pytest.raises(Killed),  # at once, for it has gone on from step 1
+        pytest.warns(UserWarning, match=r"checkpoint-4 is of another run: max_steps.*ignored"),
+        pytest.raises(Killed),  # at once, since it resumes from step 1
     ):
         resumed.train(resume_from_checkpoint=True)
     assert resumed._from == str(output / "checkpoint-1")
 
 
-def test_of_runs_with_the_same_settings_the_one_that_began_last_is_gone_on_with(output):
+def test_the_latest_run_with_the_same_settings_is_resumed(output):
     with pytest.raises(Killed):
-        run(output, callbacks=[KilledAfter(2)]).train()  # anew, over the older run's checkpoint-2
+        run(output, callbacks=[KilledAfter(2)]).train()  # overwrites the older run's checkpoint-2
     again = run(output)
     again.train(resume_from_checkpoint=True)
     assert again._from == str(output / "checkpoint-2")
     numbers = {read_checksums(output / f"checkpoint-{step}")["run"] for step in (2, 4)}
-    assert numbers == {again._run}  # a run that goes on is the same run
+    assert numbers == {again._run}  # a resumed run keeps its number
     assert resuming.last(output, again._settings) == output / "checkpoint-4"
 
 
@@ -261,22 +261,21 @@ def test_damaged_outputs_of_a_cached_teacher_are_named(tmp_path):
 
 PROCESS = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
 import test_resuming as t
-run = t.run(sys.argv[2], callbacks=[t.KilledAfter(int(sys.argv[3]))])
+run = t.run(sys.argv[1], callbacks=[t.KilledAfter(int(sys.argv[2]))])
 try:
     run.train(resume_from_checkpoint=True)
 except t.Killed:
-    assert int(sys.argv[3]) == 3
+    assert int(sys.argv[2]) == 3
 except OSError as error:
-    assert int(sys.argv[3]) == 0 and "rng_state_1.pth is missing" in str(error)
+    assert int(sys.argv[2]) == 0 and "rng_state_1.pth is missing" in str(error)
 else:
     assert run.state.global_step == 4 and run._from.endswith("checkpoint-2")
 """
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_together_or_refuse_together(tmp_path):
+def test_two_processes_resume_or_refuse_together(tmp_path):
     script, out = tmp_path / "process.py", tmp_path / "out"
     script.write_text(PROCESS)
     launch(2, script, out, 3)

@@ -11,9 +11,10 @@ import torch
 from commands import WORDS, fails, run, save, student_of, succeeds, weights
 from transformers import TrainerCallback
 
-from kroneckerbert.cli import app as cli
+from kroneckerbert.cli.sources import read_model
 from kroneckerbert.distillation import DistillationTrainer
 from kroneckerbert.distillation.signals import Stop, handled, interrupt
+from kroneckerbert.loading import load_tokenizer
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_stopped_distillation_goes_on_to_the_same_weights(tmp_path, teacher, t
         names = {path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))}
         assert names == {"out.training"}
 
-    assert f"Going on from {kept}" in succeeds(*command)
+    assert f"Continuing from {kept}" in succeeds(*command)
     whole, resumed = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     assert not kept.exists()
@@ -112,7 +113,7 @@ def test_a_damaged_training_says_what_to_delete_and_what_is_deleted_begins_anew(
     line = fails(*command)
     assert f"{weights_file} is damaged" in line and line.endswith(f"delete {kept} to begin anew.")
     shutil.rmtree(kept / "checkpoint")
-    assert "Going on" not in succeeds(*command)
+    assert "Continuing" not in succeeds(*command)
     assert out.exists() and not kept.exists()
 
 
@@ -144,7 +145,7 @@ def test_a_signal_at_the_last_step_or_while_saving_loses_nothing(
     student = student_of(teacher)
     command = ["distill", teacher, student, tmp_path / "one", "--data", texts, "--steps", 2]
     assert interrupted(signal.SIGINT, *command, step=2)[0] == 0
-    cls = type(cli._model(str(student)))
+    cls = type(read_model(str(student)))
     save_pretrained = cls.save_pretrained
 
     def saving(self, *arguments, **options):
@@ -189,7 +190,7 @@ def test_any_command_ends_with_one_line_and_cleans_up(tmp_path, teacher, monkeyp
     def save_pretrained(self, folder, **options):
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(type(cli._tokenizer(str(teacher))), "save_pretrained", save_pretrained)
+    monkeypatch.setattr(type(load_tokenizer(teacher)), "save_pretrained", save_pretrained)
     assert run("compress", teacher, tmp_path / "out") == (128 + number, "Interrupted.\n")
     assert set(tmp_path.iterdir()) == before
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers

@@ -1,4 +1,4 @@
-"""Questions from file to metric; an oracle in the model's place must come out without a fault."""
+"""Questions from file to metric; an oracle in place of the model must score 100."""
 
 import gzip
 import json
@@ -8,13 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForQuestionAnswering,
-    BertModel,
-    BertTokenizer,
-    DataCollatorWithPadding,
-)
+from tiny import tiny_bert, tiny_tokenizer
+from transformers import BertForQuestionAnswering, BertModel, DataCollatorWithPadding
 
 from kroneckerbert.reproduction.squad import (
     Question,
@@ -41,19 +36,16 @@ QUESTIONS = [ask(i, f"which {i} ?", answer) for i, answer in enumerate(ANSWERS)]
 
 
 @pytest.fixture
-def tokenizer(tmp_path):
+def tokenizer():
     """Letters and other signs, so that a word is many tokens."""
     signs = string.ascii_lowercase + string.digits
-    vocabulary = tmp_path / "vocab.txt"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *signs, *("##" + c for c in signs)]
-    vocabulary.write_text("\n".join([*words, *string.punctuation, "which", "the", "barrel"]))
-    return BertTokenizer(str(vocabulary), model_max_length=512)
+    pieces = [*signs, *("##" + c for c in signs), *string.punctuation, "which", "the", "barrel"]
+    return tiny_tokenizer(pieces, model_max_length=512)
 
 
 def model(tokenizer, positions: int = 64, cls=BertForQuestionAnswering):
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    sizes |= {"intermediate_size": 8, "max_position_embeddings": positions}
-    return cls(BertConfig(vocab_size=len(tokenizer), **sizes))
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": positions}
+    return tiny_bert(cls, num_hidden_layers=1, **sizes)
 
 
 def oracle(tokenizer, questions, positions: int = 64, sure: float = 10.0):
@@ -126,7 +118,7 @@ def test_a_damaged_or_missing_file_is_no_format_error(tmp_path):
     for damaged in (whole[:-20], b"{}"):
         path = tmp_path / "cut.json.gz"
         path.write_bytes(damaged)
-        with pytest.raises(OSError, match=r"cut.json.gz is no gzip file, or is cut short"):
+        with pytest.raises(OSError, match=r"cut.json.gz is not a gzip file, or is truncated"):
             read_squad(path)
     with pytest.raises(FileNotFoundError):
         read_squad(tmp_path / "absent.json")

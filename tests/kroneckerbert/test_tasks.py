@@ -1,4 +1,4 @@
-"""Every place a task's rows may lie in, what is refused, and the paper's numbers beside ours."""
+"""All sources of a task's rows, what is refused, and the paper's numbers beside ours."""
 
 import builtins
 import gzip
@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny_bert, tiny_tokenizer
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
-    BertTokenizer,
 )
 
 from kroneckerbert.data import Table
@@ -28,16 +28,12 @@ WORDS = ["zero", "one", "two", "x", "y"]
 
 
 @pytest.fixture
-def tokenizer(tmp_path):
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    return BertTokenizer(str(vocabulary), model_max_length=32)
+def tokenizer():
+    return tiny_tokenizer(WORDS, model_max_length=32)
 
 
 def model(cls=BertForSequenceClassification, **config):
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    sizes |= {"intermediate_size": 8, "max_position_embeddings": 32}
-    return cls(BertConfig(vocab_size=10, **sizes, **config))
+    return tiny_bert(cls, num_hidden_layers=1, **config)
 
 
 def write(folder, name: str, *rows: str):
@@ -228,7 +224,7 @@ def test_a_broken_file_names_the_row_and_the_rule(tmp_path, file, rows, message)
         read_task("rte", "validation", tmp_path)
 
 
-def test_numbers_that_are_none(tmp_path):
+def test_invalid_scores_are_refused(tmp_path):
     header = "sentence1\tsentence2\tscore\tid"
     for score in ("high", "nan"):
         write(tmp_path, "stsb_train.tsv", header, f"a\tb\t{score}\t0")
@@ -248,11 +244,11 @@ def test_numbers_that_are_none(tmp_path):
 )
 def test_test_sets_without_labels_send_to_validation(tmp_path, name, file, rows):
     write(tmp_path, file, *rows)
-    with pytest.raises(ValueError, match=r"has no labels: GLUE .*; use the validation split"):
+    with pytest.raises(ValueError, match=r"has no labels: GLUE .*; use validation"):
         read_task(name, "test", tmp_path)
 
 
-def test_what_was_looked_for_and_what_is_there(tmp_path):
+def test_a_missing_file_is_reported_with_the_names_tried(tmp_path):
     write(tmp_path, "sst2_train.tsv", "1\tgood")
     (tmp_path / "other").mkdir()
     looked_for = r"sst2_dev.tsv, sst2_val.tsv, .*, SST-2/dev.tsv, .*; the folder has other, sst2_t"
@@ -264,7 +260,7 @@ def test_what_was_looked_for_and_what_is_there(tmp_path):
         read_task("squad", "train", tmp_path / "absent")
 
 
-def test_an_unknown_task_or_split_is_told_what_there_is(tmp_path):
+def test_an_unknown_task_or_split_lists_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="no task 'sst'; the tasks are cola, sst2"):
         read_task("sst", "train", tmp_path)
     with pytest.raises(ValueError, match="trec has no split 'validation'; it has train, test"):
@@ -302,14 +298,16 @@ def test_the_hub(monkeypatch):
     hub(monkeypatch, [row])
     assert read_task("squad", "train") == [Question("1", "?", "a", ("a",), (0,))]
     hub(monkeypatch, [{"sentence": "a", "label": -1, "idx": 0}])
-    with pytest.raises(ValueError, match=r"nyu-mll/glue has no labels: .*use the validation split"):
+    with pytest.raises(ValueError, match=r"nyu-mll/glue has no labels: .*use validation"):
         read_task("sst2", "test")
 
 
 def test_without_network_or_datasets_the_remedy_is_a_folder(monkeypatch):
     for error in (ConnectionError("offline"), RuntimeError("no scripts")):
         hub(monkeypatch, error)
-        with pytest.raises(OSError, match=r"nyu-mll/glue \(.*Error: .*\); .* --data DIR") as caught:
+        with pytest.raises(
+            OSError, match=r"nyu-mll/glue cannot be .* \(.*Error: .*\); .* --data DIR"
+        ) as caught:
             read_task("rte", "train")
         assert caught.value.__cause__ is error
     imported = builtins.__import__
@@ -353,7 +351,7 @@ def test_other_labels_than_the_models_are_refused(name, labels):
 
 
 def predicts_the_second_token(model):
-    """In the place of the model: the class is what the first word says."""
+    """Replace the model's forward: the class is the one the first word names."""
 
     def forward(input_ids, **others):
         word = input_ids[:, 1] - 5
@@ -382,7 +380,7 @@ def test_every_task_reports_its_own_metrics(tokenizer):
         assert scores == pytest.approx({m: expected[m] for m in scores}, abs=1e-5), name
 
 
-def test_a_model_is_asked_by_its_own_names(tokenizer):
+def test_labels_follow_the_models_own_order(tokenizer):
     table = Table([0, 1], ["zero", "one"], ["x", "x"])
     turned = model(id2label={0: "not_entailment", 1: "entailment"})
     turned.config.label2id = {"not_entailment": 0, "entailment": 1}

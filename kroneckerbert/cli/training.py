@@ -1,0 +1,361 @@
+"""Commands that train and evaluate: distill, evaluate, reproduce."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from kroneckerbert.cli.shell import (
+    MAX_SEED,
+    console,
+    errors,
+    input_file,
+    names,
+    number,
+    regular,
+    right,
+)
+from kroneckerbert.cli.sources import on_gpu, read_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DEFAULT_MINUTES = 5.0
+
+
+def distill(
+    teacher: Annotated[
+        str, typer.Argument(help="The dense model; for a labelled table, fine-tuned on its task.")
+    ],
+    student: Annotated[str, typer.Argument(help="A folder written by 'compress' or 'distill'.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the trained student.")],
+    data: Annotated[
+        Path,
+        input_file(
+            "Plain text, one per line, or a table label<TAB>text[<TAB>second text]; may be .gz."
+        ),
+    ],
+    minutes: Annotated[
+        float | None,
+        number(float, f"Training time; {_DEFAULT_MINUTES:g} if no limit is given.", above=True),
+    ] = None,
+    steps: Annotated[int | None, number(int, "Stop after this many steps.", 1)] = None,
+    epochs: Annotated[
+        float | None, number(float, "Stop after this many passes over the data.", above=True)
+    ] = None,
+    batch_size: Annotated[int | None, number(int, "Texts per step; 32 if unset.", 1)] = None,
+    learning_rate: Annotated[
+        float | None,
+        number(
+            float,
+            "Peak value; if unset, 1e-3 on plain text and 1e-4 on a table.",
+            above=True,
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None, number(int, "Tokens kept of each text; 128 if unset.", 3)
+    ] = None,
+    seed: Annotated[int, number(int, "Seed for the order of the texts.", most=MAX_SEED)] = 0,
+    embedding_weight: Annotated[
+        float, number(float, "Weight of the squared error of the embeddings.")
+    ] = 1.0,
+    attention_weight: Annotated[
+        float, number(float, "Weight of the squared error of the attention scores.")
+    ] = 1.0,
+    hidden_weight: Annotated[
+        float, number(float, "Weight of the squared error of the layers' outputs.")
+    ] = 1.0,
+    logits_weight: Annotated[
+        float | None,
+        number(float, "Weight of the logits' divergence; if unset, 1 if both have logits."),
+    ] = None,
+    labels_weight: Annotated[
+        float | None,
+        number(float, "Weight of the task's own loss; if unset, 1 if there are labels."),
+    ] = None,
+) -> None:
+    """Train a student to reproduce its teacher's outputs, layer by layer.
+
+    Stage 1: plain text and the pre-trained teacher. Stage 2: a labelled table and the teacher
+    fine-tuned on it; a student without a classifier gets a copy of the teacher's.
+
+    Ctrl-C (or SIGTERM) stops after the current step and keeps a checkpoint in OUT.training, from
+    which the same command continues. A second one quits at once.
+    """
+    if steps is not None and epochs is not None:
+        raise typer.BadParameter(
+            f"--steps {steps} and --epochs {epochs:g} are two lengths; give one."
+        )
+
+    from kroneckerbert.data import TextDataset, is_table, label_targets, read_lines, read_table
+    from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
+    from kroneckerbert.distillation.heads import with_head_of
+    from kroneckerbert.distillation.provenance import digest, identity
+    from kroneckerbert.distillation.resuming import find, keep
+    from kroneckerbert.distillation.signals import Interrupted, stoppable
+    from kroneckerbert.files import replace_folder, writable_folder
+    from kroneckerbert.loading import check_source, load_tokenizer
+    from kroneckerbert.modeling_kroneckerbert import max_tokens, positions
+
+    out = writable_folder(out)
+    table = read_table(data) if is_table(data) else None
+    texts = read_lines(data) if table is None else table.texts
+    if minutes is None and steps is None and epochs is None:
+        minutes = _DEFAULT_MINUTES
+    given: dict[str, Any] = {
+        "learning_rate": learning_rate,
+        "per_device_train_batch_size": batch_size,
+        "seed": seed,
+        "embedding_weight": embedding_weight,
+        "attention_weight": attention_weight,
+        "hidden_weight": hidden_weight,
+        "logits_weight": logits_weight,
+        "labels_weight": labels_weight,
+    }
+    args = DistillationConfig.until(
+        str(out),
+        minutes=minutes,
+        steps=steps,
+        epochs=epochs,
+        labelled=table is not None,
+        logging_first_step=True,
+        logging_steps=10,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    # By the names of this command's options: an error says which of them has changed.
+    made_of = {
+        "--data": digest(data.read_bytes()),
+        "--minutes": minutes,
+        "--steps": steps,
+        "--epochs": epochs,
+        "--batch-size": args.per_device_train_batch_size,
+        "--learning-rate": args.learning_rate,
+        "--max-length": max_length,
+        "--seed": seed,
+        **{f"--{name}-weight": weight for name, weight in args.weights.items()},
+    }
+    for name, source in {"teacher": teacher, "student": student}.items():
+        check_source(source)
+        made_of[name] = identity(source)
+    kept = out.with_name(f"{out.name}.training")
+    checkpoint, seconds = find(kept, made_of)
+
+    teacher_model, tokenizer = read_model(teacher).float(), load_tokenizer(teacher)
+    labels = None
+    if table is None:
+        student_model = read_model(student).float()
+    else:
+        labels = label_targets(table.labels, _classifier(teacher, teacher_model).config)
+        student_model = with_head_of(teacher_model, student).float()
+    longest = min(max_tokens(teacher_model, tokenizer), positions(student_model))
+    max_length = max_length or min(128, longest)
+    if max_length > longest:
+        raise ValueError(
+            f"--max-length {max_length} exceeds the {longest} positions of teacher and student."
+        )
+    texts_b = None if table is None else table.texts_b
+    dataset = TextDataset(tokenizer, texts, texts_b, labels, max_length)
+
+    # The folder is made before the training, which is wasted if nothing can be saved.
+    with replace_folder(out) as folder:
+        args.output_dir = str(folder)
+        trainer = DistillationTrainer(
+            student_model, teacher_model, args, train_dataset=dataset, processing_class=tokenizer
+        )
+        if checkpoint is not None:
+            errors.print(f"Continuing from {checkpoint}.", soft_wrap=True)
+            trainer.count_as_spent(seconds)
+        start = time.monotonic() - seconds
+        with stoppable(trainer) as stop:
+            trainer.train(None if checkpoint is None else str(checkpoint))
+            elapsed = time.monotonic() - start
+            step = trainer.state.global_step
+            if stop.number is not None and step < trainer.state.max_steps:
+                keep(kept, folder / f"checkpoint-{step}", made_of, elapsed)
+                raise Interrupted(
+                    stop.number,
+                    f"Stopped after step {step}; the training is kept in {kept}, which you may "
+                    "delete to begin anew.",
+                )
+            student_model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    shutil.rmtree(kept, ignore_errors=True)
+
+    reports = [log for log in trainer.state.log_history if "loss" in log]
+    first, last = reports[0], reports[-1]
+    losses = Table("mean over steps", right("1"), right(f"last of {trainer.state.global_step:,}"))
+    for name in (name for name in last if name.startswith("loss")):
+        losses.add_row(name.replace("_", " "), f"{first[name]:.4g}", f"{last[name]:.4g}")
+    console.print(losses)
+    console.print(f"Saved to {out} after {elapsed / 60:.1f} minutes.", soft_wrap=True)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The model to evaluate.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Plain text, one per line, or a table label<TAB>text[<TAB>second text]; may be "
+            ".gz. With --task, the task's file or the folder that holds it; if unset, the task is "
+            "downloaded from the Hugging Face hub.",
+            exists=True,
+            callback=regular,
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="A task by name (sst2, stsb, squad, …): uses its labels and metrics, and shows "
+            "the paper's results."
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split of the task: train, validation (if unset) or test."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The model's teacher: evaluated as well or, on plain text, compared with the "
+            "model."
+        ),
+    ] = None,
+    batch_size: Annotated[int, number(int, "Texts per forward pass.", 1)] = 32,
+) -> None:
+    """Measure a model on a task or a labelled table, or its similarity to its teacher on text."""
+    from kroneckerbert.data import is_table, read_lines, read_table
+    from kroneckerbert.evaluation import evaluate as evaluate_model
+    from kroneckerbert.evaluation import similarity
+    from kroneckerbert.loading import load_tokenizer
+
+    sources = [model] if teacher is None else [model, teacher]
+    if task is not None:
+        _evaluate_task(sources, task, split, data, batch_size)
+        return
+    if split is not None:
+        raise typer.BadParameter("--split selects a split of a task; give --task as well.")
+    if data is None or data.is_dir():
+        raise typer.BadParameter("--data must be a file, unless --task names the file in a folder.")
+    labelled = is_table(data)
+    if not labelled and teacher is None:
+        raise ValueError(
+            f"{data} is plain text, on which a model can only be compared with a teacher: add "
+            "--teacher, or give a table label<TAB>text."
+        )
+    rows: Any = read_table(data) if labelled else read_lines(data)
+    tokenizer = load_tokenizer(model)
+    models = [on_gpu(read_model(source)) for source in sources]
+    if labelled:
+        columns = [evaluate_model(m, tokenizer, rows, batch_size) for m in models]
+    else:
+        columns = [similarity(models[0], models[1], tokenizer, rows)]
+        sources = [f"{model} to {teacher}"]
+    table = Table(f"{len(rows):,} texts", *map(right, sources))
+    for metric in columns[0]:
+        table.add_row(metric, *(f"{column[metric]:.4f}" for column in columns))
+    console.print(table)
+
+
+def _evaluate_task(
+    models: list[str], name: str, split: str | None, data: Path | None, batch_size: int
+) -> None:
+    """Print the task's metrics of each model beside the paper's results, in per cent."""
+    from kroneckerbert.loading import load_tokenizer
+    from kroneckerbert.reproduction.tasks import (
+        compare,
+        evaluate_task,
+        find_task,
+        read_file,
+        read_task,
+    )
+
+    task = find_task(name)
+    split = split or task.evaluation
+    if data is not None and data.is_file():
+        rows = read_file(task, data)
+    else:
+        rows = read_task(name, split, data)
+    tokenizer = load_tokenizer(models[0])
+    columns = []
+    for source in models:
+        scores = evaluate_task(on_gpu(read_model(source)), tokenizer, task, rows, batch_size)
+        columns.append(compare(task, scores, split))
+    published = dict.fromkeys(key for row in columns[0].values() for key in row if key != "ours")
+    headings = [*models, *(f"paper's {key}" for key in published)]
+    table = Table(f"{name}, {len(rows):,} rows of {split}, per cent", *map(right, headings))
+    for metric, row in columns[0].items():
+        cells = [f"{column[metric]['ours']:.2f}" for column in columns]
+        cells += [f"{row[key]:g}" if key in row else "" for key in published]
+        table.add_row(metric, *cells)
+    console.print(table)
+
+
+def reproduce(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a name listed by 'recipes'.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Output folder; runs/RECIPE if unset.", file_okay=False),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the tasks' files; if unset, they are downloaded from the hub.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="One of the recipe's tasks; may be repeated. All if unset."),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        number(int, "Replaces the recipe's seeds of stage 2; may be repeated.", most=MAX_SEED),
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Override a key of the recipe: stage1.arguments.learning_rate=1e-4. May be "
+            "repeated.",
+        ),
+    ] = None,
+) -> None:
+    """Run a recipe: initial student, stage 1, teachers, stage 2, scores and model cards.
+
+    The same command resumes an interrupted run; Ctrl-C during a training in one process keeps its
+    last step. For several GPUs: torchrun --nproc-per-node 4 -m kroneckerbert reproduce ..., or
+    accelerate launch.
+    """
+    from kroneckerbert.reproduction.recipe import load
+    from kroneckerbert.reproduction.run import run
+
+    out = output or Path("runs") / Path(recipe).stem
+    run(load(recipe, change or ()), out, data, task or None, seed or None)
+
+
+def recipes() -> None:
+    """List the recipes included in the package."""
+    from kroneckerbert.reproduction.recipe import shipped
+
+    table = Table(names("recipe"), names("description"))
+    for name, description in shipped().items():
+        table.add_row(name, description)
+    console.print(table)
+    console.print("Next: kroneckerbert reproduce RECIPE --data DIR", soft_wrap=True)
+
+
+def _classifier(source: str, model: PreTrainedModel) -> PreTrainedModel:
+    from kroneckerbert.evaluation import classifies_sequences
+
+    if not classifies_sequences(model):
+        raise TypeError(
+            f"{source} is a {type(model).__name__}, but a labelled table needs a teacher that was "
+            "fine-tuned on them, a model for sequence classification; for stage 1 give plain text."
+        )
+    return model
