@@ -1,6 +1,6 @@
 """Backends by name. The compiled ones have the same functions: see ``ops`` for what each does."""
 
 from kron_kernels.backends import cuda, native
-from kron_kernels.backends.triton import launch as triton_gpu
+from kron_kernels.backends.triton import launch
 
-COMPILED = {"native": native, "triton": triton_gpu, "cuda": cuda}
+COMPILED = {"native": native, "triton": launch, "cuda": cuda}

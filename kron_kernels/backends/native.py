@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kron_kernels.backends import abi
 from kron_kernels.backends.abi import product
+from kron_kernels.backends.gradients import new_gradients, returned
 from kron_kernels.checks import Activation, Layer
 from kron_kernels.shapes import KronShape
 
@@ -179,23 +180,17 @@ def kron_feed_forward(
 
 def kron_matmul_backward(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of x, a and b, an empty tensor for one that is not needed."""
     dy, x = dy.contiguous(), x.contiguous()
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dx, da, db = (
-        t.new_empty(t.shape if wanted else 0, dtype=dtype)
-        for t, wanted, dtype in zip((x, a, b), needed, (x.dtype, sums, sums), strict=True)
-    )
-    pointers = (
-        abi.address(g) if wanted else 0 for g, wanted in zip((dx, da, db), needed, strict=True)
-    )
+    grads = new_gradients((x, a, b), needed, _sums(x))
     isa, threads, pool, dtype, tokens, address = _call(x)
-    arguments = product((a, b), None, None, None, None)
     _native.backward(
-        isa, threads, pool, dtype, tokens, abi.address(dy), address, *arguments, *pointers
+        *(isa, threads, pool, dtype, tokens, abi.address(dy), address),
+        *product((a, b), None, None, None, None),
+        *map(abi.address, grads),
     )
-    return dx, da.to(a.dtype), db.to(b.dtype)
+    return returned(grads, x)
 
 
 def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
@@ -219,21 +214,20 @@ def kron_feed_forward_backward(
     """Gradients of x, up's a, b and bias, down's a and b; empty where not needed."""
     dy, x = dy.contiguous(), x.contiguous()
     bias = None if up[2] is None else up[2].contiguous()
-    operands: tuple[Any, ...] = x, up[0], up[1], bias, down[0], down[1]
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    needed = [n and t is not None for n, t in zip(needed, operands, strict=True)]
-    grads = [
-        x.new_empty(t.shape if wanted else 0, dtype=x.dtype if t is x else sums)
-        for t, wanted in zip(operands, needed, strict=True)
-    ]
+    grads = new_gradients((x, *up[:2], bias, *down[:2]), needed, _sums(x))
     isa, threads, pool, dtype, tokens, address = _call(x)
     _native.feed_forward_backward(
         *(isa, threads, pool, dtype, tokens, abi.address(dy), address),
         *product(up[:2], bias, None, activation, None),
         *product(down[:2], None, None, None, None),
-        *(abi.address(g) if wanted else 0 for g, wanted in zip(grads, needed, strict=True)),
+        *map(abi.address, grads),
     )
-    return tuple(g.to(x.dtype) for g in grads)
+    return returned(grads, x)
+
+
+def _sums(x: Tensor) -> torch.dtype:
+    """The dtype in which gradients are summed over tokens."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _call(x: Tensor) -> tuple[int, ...]:
