@@ -46,6 +46,7 @@ struct Device device = {2, 99 << 10};
 typedef const char *(*Intercept)(const char *kernel, int64_t grid, int64_t threads, int64_t shared,
                                  const void *arguments, int64_t size);
 Intercept intercept;
+const char *const RUN = reinterpret_cast<const char *>(1); // the callback's answer
 
 // ---- the order ---------------------------------------------------------------------------------
 
@@ -501,9 +502,11 @@ const char *run(const Kernel &kernel, const Launch &launch, const void *argument
   kernel_entry = reinterpret_cast<void (*)(const void *)>(const_cast<void *>(kernel.entry));
   kernel_arguments = arguments;
   if (const char *error = check_launch(launch)) return error;
-  if (intercept)
-    return intercept(kernel.name, launch.grid, launch.threads, launch.shared, arguments,
-                     int64_t(size));
+  if (intercept) {
+    const char *answer = intercept(kernel.name, launch.grid, launch.threads, launch.shared,
+                                   arguments, int64_t(size));
+    if (answer != RUN) return answer;
+  }
   return run_grid(launch);
 }
 
