@@ -1,8 +1,8 @@
 // The C ABI of the compiled kernels: raw pointers and sizes, no torch and no Python headers.
 //
-// Sizes and strides count elements. Every function returns nullptr, or a sentence that says what is
-// wrong (static storage; nothing was written). Null pointers, sizes that no memory holds and numbers
-// that are in no enum are refused; that a buffer is as large as the sizes say is the caller's part.
+// Sizes and strides count elements. Every function returns nullptr or an error message (static storage;
+// nothing was written). Null pointers, impossible sizes and numbers outside an enum are errors. The
+// caller must make buffers as large as the sizes say.
 #pragma once
 #include <stdint.h>
 
@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-// Goes up with every change of a structure, an enum or an argument. kron_abi() returns the number that
+// Increases with every change of a structure, an enum or an argument. kron_abi() returns the number that
 // the library was built with: compare them before the first call.
 enum { KRON_ABI = 1 };
 int64_t kron_abi(void);
@@ -21,14 +21,14 @@ enum kron_isa { KRON_PORTABLE, KRON_AVX2, KRON_AVX512 }; // NEON is what PORTABL
 
 enum { KRON_MAX_FACTORS = 8, KRON_MAX_PRODUCTS = 4 };
 
-// A factor (rank, rows, cols) with any strides, so that a transposed factor needs no copy.
+// A factor (rank, rows, cols). Any strides: a transposed factor needs no copy.
 typedef struct {
   const void *data;
   int64_t rows, cols;
   int64_t rank_stride, row_stride, col_stride;
 } kron_factor;
 
-// y = act((Σ_k F_1k ⊗ F_2k ⊗ …) x + bias) + residual, of contiguous rows.
+// y = act((Σ_k F_1k ⊗ F_2k ⊗ …) x + bias) + residual, in contiguous rows.
 typedef struct {
   int64_t rank, n_factors;
   kron_factor factors[KRON_MAX_FACTORS];
@@ -47,7 +47,7 @@ typedef int32_t (*kron_parallel_for)(int64_t begin, int64_t end, int64_t grain, 
 
 typedef struct {
   int64_t isa;     // enum kron_isa, at most what kron_cpu_isa returns
-  // At most this many, 1 to 65536. Sums over tokens depend on it, and a feed-forward's last bits.
+  // The most threads, 1 to 65536. The last bits of sums over tokens and of a feed-forward depend on it.
   int64_t threads;
   kron_parallel_for parallel_for;
 } kron_execution;
@@ -55,39 +55,39 @@ typedef struct {
 // The widest instruction set that this machine has and this binary was built for.
 int64_t kron_cpu_isa(void);
 
-// Several products of the same x (tokens, n), which is read once.
+// Several products of the same x (tokens, n); x is read once.
 const char *kron_cpu_forward(const kron_execution *, int64_t dtype, int64_t tokens, const void *x,
                              int64_t n_products, const kron_product *products);
 
-// The product along the middle axis of x (tokens, n, tail): y and residual are (tokens, m, tail),
-// and bias is (m, tail). With it a product of many factors goes through memory a few at a time.
+// The product along the middle axis of x (tokens, n, tail): y and residual are (tokens, m, tail), and
+// bias is (m, tail). Products of many factors use it for a few factors at a time.
 const char *kron_cpu_forward_along(const kron_execution *, int64_t dtype, int64_t tokens,
                                    const void *x, int64_t tail, const kron_product *);
 
-// down(act(up x)): the hidden vector exists one block of tokens at a time, and for
-// up = (k x l) ⊗ large, contracted from the right, and down = (l' x k) ⊗ large', from the left, 64
-// entries or so at a time.
+// down(act(up x)), with the hidden vector of one block of tokens at a time in memory. If up = (k x l) ⊗
+// large is contracted from the right, and down = (l' x k) ⊗ large' from the left, about 64 entries of it
+// exist at a time.
 const char *kron_cpu_feed_forward(const kron_execution *, int64_t dtype, int64_t tokens,
                                   const void *x, const kron_product *up, const kron_product *down);
 
-// Gradients of a product of two factors (its bias, residual, activation and y are not looked at).
-// dx (tokens, n) in x's dtype; da and db, contiguous, in float32, for KRON_FLOAT64 in float64; each
-// may be null. Sums over tokens run in an order fixed by the number of threads.
+// Gradients of a product of two factors; its bias, residual, activation and y are ignored. dx (tokens, n)
+// has x's dtype; da and db are contiguous, in float32 (for KRON_FLOAT64: float64). Each may be null. The
+// order of sums over tokens depends only on the number of threads.
 const char *kron_cpu_backward(const kron_execution *, int64_t dtype, int64_t tokens, const void *dy,
                               const void *x, const kron_product *product, void *dx, void *da,
                               void *db);
 
-// Gradients of kron_cpu_feed_forward for factors that meet entry by entry, recomputing the hidden
-// vector, which exists nowhere: dx in x's dtype; the others, contiguous, in the dtype of sums, as
-// above; dbias is of up's bias. Each may be null.
+// Gradients of kron_cpu_feed_forward for factors that share the hidden vector entry by entry; it is
+// recomputed and never stored. dx has x's dtype; the others are contiguous, in the dtype of sums as
+// above. dbias is the gradient of up's bias. Each may be null.
 const char *kron_cpu_feed_forward_backward(const kron_execution *, int64_t dtype, int64_t tokens,
                                            const void *dy, const void *x, const kron_product *up,
                                            const kron_product *down, void *dx, void *da_up,
                                            void *db_up, void *dbias, void *da_down, void *db_down);
 
-// --- NVIDIA GPUs. Every pointer is to the GPU's memory; a call only launches kernels on a stream. It
-// allocates nothing and waits for nothing, so that it can be captured in a graph. Products have two
-// factors, of float32, float16 or bfloat16. A library without CUDA kernels has none of these functions.
+// --- NVIDIA GPUs. All pointers are to the GPU's memory. A call only launches kernels on a stream: it
+// allocates nothing and waits for nothing, so a CUDA graph can capture it. Products have two factors, in
+// float32, float16 or bfloat16. A library without CUDA kernels has none of these functions.
 
 typedef struct {
   int64_t device; // the GPU's index
@@ -95,37 +95,33 @@ typedef struct {
   int64_t tf32;   // whether KRON_FLOAT32 may be multiplied in tf32
 } kron_cuda_execution;
 
-// nullptr if this GPU can run the kernels, else why not.
+// nullptr if this GPU can run the kernels, otherwise why not.
 const char *kron_cuda_why_not(int64_t device);
 
-// For which GPUs there are kernels, such as "80 86 90".
-const char *kron_cuda_archs(void);
-
-// nullptr if the product is served, forward and backward, else why not.
+// nullptr if the kernels can compute the product and its gradients, otherwise why not.
 const char *kron_cuda_unserved(const kron_product *);
 
-// As kron_cpu_forward.
+// Like kron_cpu_forward.
 const char *kron_cuda_forward(const kron_cuda_execution *, int64_t dtype, int64_t tokens,
                               const void *x, int64_t n_products, const kron_product *products);
 
-// As kron_cpu_backward, with the same bits every time. workspace has at least as many bytes as
-// kron_cuda_backward_workspace says, for the gradients asked for.
+// Like kron_cpu_backward, and deterministic. workspace has at least kron_cuda_backward_workspace bytes.
 int64_t kron_cuda_backward_workspace(const kron_cuda_execution *, int64_t dtype, int64_t tokens,
                                      const kron_product *product);
 const char *kron_cuda_backward(const kron_cuda_execution *, int64_t dtype, int64_t tokens,
                                const void *dy, const void *x, const kron_product *product, void *dx,
                                void *da, void *db, void *workspace);
 
-// nullptr if kron_cuda_feed_forward and its backward serve these two, else why not.
+// nullptr if kron_cuda_feed_forward and its backward can compute these two, otherwise why not.
 const char *kron_cuda_feed_forward_unserved(const kron_cuda_execution *, int64_t dtype,
                                             const kron_product *up, const kron_product *down);
 
 // down(act(up x)), for up = (h x u) ⊗ large, contracted from the right, and down = (p x h) ⊗ large',
-// from the left: the hidden vector exists in registers, one entry at a time.
+// from the left. The hidden vector exists in registers, one entry at a time.
 const char *kron_cuda_feed_forward(const kron_cuda_execution *, int64_t dtype, int64_t tokens,
                                    const void *x, const kron_product *up, const kron_product *down);
 
-// As kron_cpu_feed_forward_backward, with the same bits every time.
+// Like kron_cpu_feed_forward_backward, and deterministic.
 int64_t kron_cuda_feed_forward_backward_workspace(const kron_cuda_execution *, int64_t dtype,
                                                   int64_t tokens, const kron_product *up,
                                                   const kron_product *down);

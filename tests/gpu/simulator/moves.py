@@ -100,7 +100,7 @@ def _mov(machine, instruction: Instruction) -> Step:
     if not target.startswith("{") and not source.startswith("{"):
         destination, value = operands.write(target, type_), operands.read(source, type_)
         return lambda mask: np.copyto(destination, value, where=mask)
-    # A vector's parts lie in the other side's register from its low end on.
+    # A vector's elements are parts of the other side's register, starting at its low end.
     names = elements(target if target.startswith("{") else source)
     part = UNSIGNED[TYPES[type_].itemsize // len(names)]
     if target.startswith("{"):
@@ -115,7 +115,7 @@ def _mov(machine, instruction: Instruction) -> Step:
         ]
 
     def step(mask: Mask) -> None:
-        # Copies first: a part may be source and destination at once.
+        # Copy first: a part may be both source and destination.
         values = [value.copy() for _, value in pairs]
         for (destination, _), value in zip(pairs, values, strict=True):
             np.copyto(destination, value, where=mask)
@@ -125,7 +125,7 @@ def _mov(machine, instruction: Instruction) -> Step:
 
 @executes("cvta")
 def _cvta(machine, instruction: Instruction) -> Step:
-    """Between a state space's own addresses and generic ones."""
+    """Convert between the addresses of a state space and generic ones."""
     type_, operands = instruction.types[-1], machine.operands
     spaces = [modifier.split("::")[0] for modifier in instruction.modifiers]
     space = next((one for one in spaces if one in machine.windows), None)

@@ -1,4 +1,4 @@
-"""Instructions of a whole warp that are not matrix products: shuffles, votes and reductions."""
+"""Instructions of whole warps other than matrix products: shuffles, votes and reductions."""
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def _shfl(machine, instruction: Instruction) -> Step:
 
 
 def _ballot(values: np.ndarray) -> np.ndarray:
-    """The bits of each warp's lanes."""
+    """A bit mask of each warp's lanes."""
     return np.packbits(values.reshape(-1, _LANES), axis=1, bitorder="little").view(np.uint32)[:, 0]
 
 
@@ -146,7 +146,7 @@ def _redux(machine, instruction: Instruction) -> Step:
     "discard",
 )
 def _nothing(machine, instruction: Instruction) -> Step:
-    """Orders or hints, which a machine without weak memory and without caches need not obey."""
+    """Fences and hints, which have no effect without weak memory and caches."""
     return lambda mask: None
 
 
