@@ -15,7 +15,7 @@ import torch
 import kron_kernels
 from kron_kernels import dispatch
 from kron_kernels.backends import cuda
-from kron_kernels.backends.triton import launch as triton_gpu
+from kron_kernels.backends.triton import launch
 from kron_kernels.shapes import KronShape
 
 # KroneckerBERT's layers, 8x and 21x (NAACL 2022, Table 1).
@@ -44,7 +44,7 @@ def report() -> str:
         "accelerate": "kroneckerbert's distillation: pip install kron-kernels[bert]",
     }.items():
         lines.append(f"{package:14}{_version(package) or f'not installed ({use})'}")
-        if package == "triton" and _version(package) and (reason := triton_gpu.why_no_triton()):
+        if package == "triton" and _version(package) and (reason := launch.why_no_triton()):
             lines[-1] += f", not used: {reason}"
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     lines.append(

@@ -1,16 +1,16 @@
-"""Shared by every test: NaN in fresh memory, and one place that draws operands."""
+"""Fixtures of every test: NaN in fresh memory, one thread, a seed, dtypes by name."""
 
 import os
 
 import pytest
 import torch
 
-from benchmarks.gpu.checks import arithmetic
+from kron_kernels.testing.checks import arithmetic
 
 
 @pytest.fixture(autouse=True)
 def _unwritten_memory_is_nan():
-    """A result that a kernel forgot to write fails, instead of passing with what lay there."""
+    """An entry that a kernel forgot to write fails, instead of passing with stale memory."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -18,27 +18,27 @@ def _unwritten_memory_is_nan():
 
 
 def pytest_configure():
-    """One thread, for fixtures of a session, too: the last bits of a sum depend on the number."""
+    """One thread, for session fixtures too: the last bits of a sum depend on the number."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Small operations on two busy cores wait for one another; tests of threads ask for them."""
+    """One thread, unless a test sets another number: threads of small operations only wait."""
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _no_loss_of_power(monkeypatch):
-    """What tests write need not outlive the machine, and waiting for a busy disk takes seconds."""
+def _no_fsync(monkeypatch):
+    """No fsync: waiting for a busy disk takes seconds, and tests need no durable files."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(autouse=True)
-def _same_numbers():
-    """What a test draws from the global generator does not depend on the tests before it."""
+def _seed():
+    """A test's random numbers do not depend on the tests before it."""
     torch.manual_seed(0)
 
 
@@ -49,6 +49,6 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def dtype(request):
-    """A dtype, or float32 multiplied in tf32."""
+    """A dtype by name; "tf32" is float32 multiplied in tf32."""
     with arithmetic(request.param) as found:
         yield found

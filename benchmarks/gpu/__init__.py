@@ -1,27 +1,8 @@
-"""What wants a GPU, and what can be said of GPU kernels without one.
+"""The command for GPU owners, ``python -m benchmarks.gpu``.
 
-With a GPU, or its simulator:
-
-- ``__main__``: the command, ``python -m benchmarks.gpu``; ``jobs`` is what it runs, ``processes``
-  how a crash or a hang costs one job only, ``report`` what it writes
-- ``correctness``: which checks are made. ``products``, ``blocks`` and ``programs`` have them, and
-  ``checks`` and ``cases`` what they share with the tests
-- ``timing``: which cells are timed, and how; ``contenders``: who takes part; ``clocks``
-- ``tune``: measures tiles for the Triton kernels, ``python -m benchmarks.tune``
-- ``environment``: what the machine has
-
-Without a GPU:
-
-- ``static``: a compiled kernel read; ``bounds``: the least time that ``devices`` allow it
-- ``triton_budget``, ``cuda_budget``: what the kernels may cost (``budget`` is what they share)
-- ``side_by_side``: our kernels, LyCORIS's and dense layers by those bounds
+- ``__main__`` runs pytest for each section: the tests of tests/gpu that need a GPU, and
+  ``measurements``, with the hooks of ``plugin``
+- ``measurements`` times the ``workloads`` of all ``contenders`` and tunes the Triton kernels
+  (``tuning``), both by ``timing``
+- ``environment`` and ``report`` write down the machine and the results
 """
-
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
-
-# The simulator and the emulator live in tests/, which is no package.
-if str(ROOT / "tests/gpu") not in sys.path:
-    sys.path.append(str(ROOT / "tests/gpu"))

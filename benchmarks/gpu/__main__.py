@@ -1,26 +1,25 @@
-"""Everything that wants a real GPU, by one command: what is right, how fast, by which tiles.
+"""Check, time and tune the GPU kernels on this machine's GPU, and write a report.
 
     python -m benchmarks.gpu
-    python -m benchmarks.gpu --out report --only environment correctness --quick
-    python -m benchmarks.gpu --simulate --quick  # without a GPU
+    python -m benchmarks.gpu --quick --only correctness -- -k feed_forward
 
-It notes the environment, holds the kernels of both engines, Triton's and CUDA's, to a float64
-oracle on the CPU, times them against one another, dense layers, plain PyTorch and, where they are
-installed, LyCORIS and FastKron (pip install lycoris-lora; pip install --no-deps pyfastkron), and
-calls benchmarks.tune, which writes this GPU's table of tiles for Triton. An engine that is missing
-is said to be, and left out. DIR/report.md says what was checked, what failed and what was not
-done; DIR/report.json has all of it.
+Notes the environment; compares the kernels of both engines, Triton's and CUDA's, with a float64
+oracle on the CPU; times them beside dense layers, plain PyTorch and, where installed, LyCORIS and
+FastKron (pip install lycoris-lora; pip install --no-deps pyfastkron); and measures tiles for
+Triton, which go into this GPU's table. A missing engine is left out and named. DIR/report.md and
+DIR/report.json say what was checked, what failed and what was not done.
 
-Every section runs in a process of its own, which is started again behind a check that took the GPU
-or the process with it, or that gave no sign for a while. The exit status is 0 if all that was done
-passed, 1 if something failed, 2 if there is no GPU.
+Each section is a run of pytest: a test that crashes, or hangs for 15 minutes, costs that test.
+Arguments after -- are pytest's. The exit status is 0 if everything done passed, 1 if something
+failed, 2 if there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
+import json
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -29,34 +28,25 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import clocks, simulated
-from benchmarks.gpu.correctness import correctness_jobs
-from benchmarks.gpu.environment import environment_jobs
-from benchmarks.gpu.jobs import FAILED, NOT_DONE, PASSED, Place, run_jobs
-from benchmarks.gpu.processes import LOST, in_processes, read_lines
-from benchmarks.gpu.report import SECTIONS, write_report
-from benchmarks.gpu.timing import timing_jobs
-from benchmarks.gpu.tune import NO_GPU, tuning_jobs
+from benchmarks.gpu.environment import ROOT
+from benchmarks.gpu.report import FAILED, NOT_DONE, PASSED, Result, read_results, write_report
 from kron_kernels.backends import cuda
 
-JOBS = {
-    "environment": environment_jobs,
-    "correctness": correctness_jobs,
-    "timing": timing_jobs,
-    "tuning": tuning_jobs,
+TESTS = {
+    "correctness": ["tests/gpu/test_on_gpu.py", "tests/gpu/test_gpu_programs.py"],
+    "timing": [
+        "benchmarks/gpu/measurements.py::test_launch_overhead",
+        "benchmarks/gpu/measurements.py::test_workload",
+    ],
+    "tuning": ["benchmarks/gpu/measurements.py::test_tile"],
 }
-
-
-def run_section(section: str, args: argparse.Namespace, place: Place) -> list[dict[str, Any]]:
-    jobs, lines = JOBS[section](place), args.out / f"jobs-{section}.jsonl"
-    lines.unlink(missing_ok=True)
-    if place.simulated:
-        run_jobs(section, jobs, place, lines)
-    else:
-        flags = ["--out", str(args.out), *(["--quick"] if args.quick else [])]
-        start = [sys.executable, "-m", "benchmarks.gpu", *flags, "--child", section]
-        in_processes(section, jobs, lines, lambda first: [*start, str(first)])
-    return read_lines(lines)
+SECTIONS = ("environment", *TESTS)
+PATIENCE = 900  # seconds after which a test counts as hung
+RESTARTS = 20  # of a section's worker, after crashes and hangs
+NO_GPU = (
+    "PyTorch finds no GPU here, and this command checks and measures one. Without a GPU the same "
+    "checks run in a simulator: pytest tests/gpu/test_on_gpu.py."
+)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -68,12 +58,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu-report"), metavar="DIR")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--quick", action="store_true", help="fewer cases of everything")
-    parser.add_argument(
-        "--simulate",
-        action="store_true",
-        help="without a GPU: the checks with small sizes, in the simulator of tests/gpu/simulator",
-    )
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --")
     args = parser.parse_args(arguments)
     args.out = args.out.absolute()
     return args
@@ -81,38 +66,70 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parsed(arguments)
-    if not args.simulate and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         print(NO_GPU)
         return 2
-    if importlib.util.find_spec("triton") is None and (args.simulate or not cuda.archs()):
-        why = "the simulator needs it" if args.simulate else "there are no CUDA kernels either"
-        print(f"Triton is not installed, and {why}.")
+    if not cuda.archs() and not importlib.util.find_spec("triton"):
+        print("Triton is not installed, and no CUDA kernels are compiled: nothing to check.")
         return 2
-    # Triton 3.9 warns while the first is unset; cuBLAS is deterministic with the second.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     args.out.mkdir(parents=True, exist_ok=True)
-    if not args.simulate:
-        return run_all(args, Place("cuda", args.quick, args.out, clocks.graph_clock))
-    with simulated.clock(args.out / "tuned") as clock:
-        return run_all(args, Place("cpu", args.quick, args.out, clock))
-
-
-def run_all(args: argparse.Namespace, place: Place) -> int:
-    if args.child:
-        section, first = args.child[0], int(args.child[1])
-        lines = args.out / f"jobs-{section}.jsonl"
-        ok = run_jobs(section, JOBS[section](place)[first:], place, lines)
-        return 0 if ok else LOST
-    results: list[dict[str, Any]] = []
-    sections = [s for s in SECTIONS if s in args.only]
+    facts, results = environment()
+    sections = [section for section in SECTIONS if section in args.only]
     for section in sections:
-        results += run_section(section, args, place)
-        write_report(args.out, results, sections, args)  # a killed run leaves what it has
-    counts = Counter(r["state"] for r in results)
+        if section in TESTS:
+            results += run_section(section, args)
+        write_report(args.out, facts, results, sections, args.quick)
+    counts = Counter(r.state for r in results)
     print(", ".join(f"{counts[state]} {state}" for state in (PASSED, FAILED, NOT_DONE)), end="; ")
     print(f"see {args.out / 'report.md'}")
     return 1 if counts[FAILED] else 0
+
+
+def environment() -> tuple[dict[str, Any], list[Result]]:
+    """Facts on the machine, from a process that may crash."""
+    command = [sys.executable, "-m", "benchmarks.gpu.environment"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        message = f"exit status {done.returncode}"
+        return {}, [Result("environment", "environment", FAILED, message, done.stderr)]
+    return json.loads(done.stdout), []
+
+
+def run_section(section: str, args: argparse.Namespace) -> list[Result]:
+    """Run a section's tests in a worker that is restarted behind a crash or a hang."""
+    xml = args.out / f"{section}.xml"
+    xml.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", *TESTS[section], "-p", "benchmarks.gpu.plugin"]
+    command += ["-m", "gpu and not slow", "--quick"] if args.quick else ["-m", "gpu"]
+    command += [
+        "-n1",
+        "--dist=load",
+        f"--max-worker-restart={RESTARTS}",
+        "-vv",
+        f"--junitxml={xml}",
+    ]
+    command += ["-o", f"faulthandler_timeout={PATIENCE}", "-o", "faulthandler_exit_on_timeout=true"]
+    command += [f"--tiles={args.out / 'tuning.jsonl'}", *args.pytest]
+    with (
+        open(args.out / f"{section}.log", "w") as log,  # the stacks of crashes and hangs
+        subprocess.Popen(command, cwd=ROOT, stderr=log) as process,
+    ):
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # pytest gets it as well, and writes what it has
+            status = process.wait()
+    results = read_results(section, xml)
+    return results + unfinished(section, status, results)
+
+
+def unfinished(section: str, status: int, results: list[Result]) -> list[Result]:
+    """What keeps tests from being run at all: a status of pytest, or too many crashes."""
+    if status > 1:  # neither passed nor failed
+        message = f"pytest ended with status {status}; some tests may not have been run"
+        return [Result(section, "pytest", FAILED, message)]
+    if sum("crashed while running" in r.message for r in results) > RESTARTS:
+        return [Result(section, "other tests", NOT_DONE, f"more than {RESTARTS} tests crashed")]
+    return []
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who is timed: both engines, eager, dense layers, other libraries; each is checked first."""
+"""Contenders of a workload: both engines, eager, dense layers and libraries, each with a check."""
 
 from __future__ import annotations
 
@@ -11,22 +11,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.gpu.checks import slack
-from benchmarks.gpu.jobs import ENGINES, Place
 from kron_kernels import kron_feed_forward, kron_matmul, kron_qkv, reference
 from kron_kernels.backends import COMPILED, eager
-from kron_kernels.backends.triton import launch as triton_gpu
 from kron_kernels.shapes import KronShape
 from kron_kernels.testing import assert_close
+from kron_kernels.testing.checks import slack
 
-Step = Callable[[], Any]
-# By one kernel, or what an engine has nearest to it: a block and qkv are Triton's "fused". The
-# others' times are multiples of the first that is there.
+ENGINES = ("triton", "cuda")
+# Our contenders; "fused" is Triton's of a block or qkv. Tables give the others' times as multiples
+# of the first of these that was timed.
 OURS = ("triton", "fused", "cuda")
+Step = Callable[[], Any]
+Layer = tuple[Tensor, Tensor, Tensor]  # a, b, bias
 
 
-class Cell(NamedTuple):
-    """What is timed: one product, a block of two, or three of one x."""
+def why_not(engine: str, device: str) -> str | None:
+    """Why the engine has no kernels for this device, or None."""
+    sizes = (1, 4), (1, 2, 2), (1, 2, 2)
+    return COMPILED[engine].why_not(
+        *(torch.empty(size, device=device, dtype=torch.float16) for size in sizes)
+    )
+
+
+class Workload(NamedTuple):
+    """One product, a feed-forward block of two, or three products of one x."""
 
     kind: str  # "forward", "training"; with "block" or "qkv" before
     label: str
@@ -39,7 +47,7 @@ class Cell(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """A call to time, and the check of its result."""
+    """A call to time, and a check of its result."""
 
     step: Step
     check: Callable[[Any], None]
@@ -49,53 +57,53 @@ class Contender(NamedTuple):
 
 
 def contenders(
-    place: Place, cell: Cell, dtype: torch.dtype, left_out: dict[str, str]
+    workload: Workload, device: str, dtype: torch.dtype, left_out: dict[str, str]
 ) -> dict[str, Contender]:
-    """New operands, and everyone's call on them."""
-    training = cell.kind.endswith("training")
-    layers = [fresh_layer(place, s, dtype) for s in cell.shapes]
-    x = torch.randn(cell.tokens, cell.shapes[0].in_features, device=place.device, dtype=dtype)
+    """Draw operands and return all contenders; add the reasons of those missing to left_out."""
+    training = workload.kind.endswith("training")
+    layers = [fresh_layer(s, device, dtype) for s in workload.shapes]
+    x = torch.randn(workload.tokens, workload.shapes[0].in_features, device=device, dtype=dtype)
     dense = [(reference.materialize(a, b), bias) for a, b, bias in layers]
     leaves = [x, *(t for layer in layers for t in layer)]
     dense_leaves = [x, *(t for layer in dense for t in layer)]
     for t in (*leaves, *dense_leaves) if training else ():
         t.requires_grad_()
-    calls = {key: (call, leaves) for key, call in kron_calls(cell, x, layers, left_out).items()}
+    calls = {key: (call, leaves) for key, call in kron_calls(workload, x, layers, left_out).items()}
     if len(layers) == 1:
         ((a, b, bias),) = layers
-        # Leaves of two axes, for a view would have a gradient of its own.
+        # Leaves with two axes: a view would have a gradient of its own.
         flat = [t.detach()[0].requires_grad_(training) for t in (a, b)]
-        some = library_calls(cell, x, *flat, bias, left_out)
+        some = library_calls(workload, x, *flat, bias, left_out)
         calls |= {key: (call, [x, *flat, bias]) for key, call in some.items()}
-    calls["dense"] = partial(dense_call, cell, x, dense), dense_leaves
-    dy = torch.randn(cell.tokens, cell.shapes[-1].out_features, device=place.device, dtype=dtype)
+    calls["dense"] = partial(dense_call, workload, x, dense), dense_leaves
+    dy = torch.randn(workload.tokens, workload.shapes[-1].out_features, device=device, dtype=dtype)
     made = {}
     for key, (call, some) in calls.items():
-        check = partial(hold_cell, cell, layers, x, dy, dtype, key == "dense")
+        check = partial(check_contender, workload, layers, x, dy, dtype, key == "dense")
         if training:
             call = partial(with_gradients, call, some, dy)
         made[key] = Contender(call, check)
     return made
 
 
-def fresh_layer(place: Place, s: KronShape, dtype: torch.dtype) -> triton_gpu.Layer:
-    new = {"device": place.device, "dtype": dtype}
+def fresh_layer(s: KronShape, device: str, dtype: torch.dtype) -> Layer:
+    new = {"device": device, "dtype": dtype}
     a = torch.randn(1, s.m1, s.n1, **new) / s.n1**0.5
     b = torch.randn(1, s.m2, s.n2, **new) / s.n2**0.5
     return a, b, torch.randn(s.out_features, **new)
 
 
 def kron_calls(
-    cell: Cell, x: Tensor, layers: list[triton_gpu.Layer], left_out: dict[str, str]
+    workload: Workload, x: Tensor, layers: list[Layer], left_out: dict[str, str]
 ) -> dict[str, Step]:
-    """Ours, by each engine that serves all layers."""
+    """Our calls by each engine that has kernels for all layers."""
     calls: dict[str, Step] = {}
     for engine in ENGINES:
         reasons = [COMPILED[engine].why_not(x, a, b) for a, b, _ in layers]
         if reason := next(filter(None, reasons), None):
             left_out[engine] = reason
         else:
-            calls |= engine_calls(cell, x, layers, engine)
+            calls |= engine_calls(workload, x, layers, engine)
     if len(layers) == 1:
         ((a, b, bias),) = layers
         calls["eager"] = lambda: kron_matmul(x, a, b, bias=bias, backend="eager")
@@ -103,10 +111,10 @@ def kron_calls(
 
 
 def engine_calls(
-    cell: Cell, x: Tensor, layers: list[triton_gpu.Layer], engine: str
+    workload: Workload, x: Tensor, layers: list[Layer], engine: str
 ) -> dict[str, Step]:
     fused, apart = ("fused", "calls") if engine == "triton" else (engine, f"{engine} calls")
-    if cell.kind.startswith("block"):
+    if workload.kind.startswith("block"):
         (a1, b1, bias1), (a2, b2, bias2) = layers
 
         def two_calls() -> Tensor:
@@ -114,7 +122,7 @@ def engine_calls(
             return kron_matmul(hidden, a2, b2, bias=bias2, backend=engine)
 
         return {fused: lambda: kron_feed_forward(x, *layers, backend=engine), apart: two_calls}
-    if cell.kind.startswith("qkv"):
+    if workload.kind.startswith("qkv"):
         return {
             fused: lambda: kron_qkv(x, *layers, backend=engine),
             apart: lambda: [kron_matmul(x, a, b, bias=c, backend=engine) for a, b, c in layers],
@@ -124,7 +132,7 @@ def engine_calls(
 
 
 def library_calls(
-    cell: Cell, x: Tensor, a: Tensor, b: Tensor, bias: Tensor, left_out: dict[str, str]
+    workload: Workload, x: Tensor, a: Tensor, b: Tensor, bias: Tensor, left_out: dict[str, str]
 ) -> dict[str, Step]:
     calls = {}
     for library in peers.LIBRARIES:
@@ -137,18 +145,20 @@ def library_calls(
                 left_out[key] = f"{peers.first_line(error)}; {library.pip} {library.package}"
                 continue
             if call is None:
-                left_out[key] = f"it does not serve {cell.kind} in {cell.dtype}"
+                left_out[key] = f"does not support {workload.kind} in {workload.dtype}"
             else:
                 calls[key] = lambda call=call: call() + bias
     return calls
 
 
-def dense_call(cell: Cell, x: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor | list[Tensor]:
-    if cell.kind.startswith("block"):
+def dense_call(
+    workload: Workload, x: Tensor, layers: list[tuple[Tensor, Tensor]]
+) -> Tensor | list[Tensor]:
+    if workload.kind.startswith("block"):
         (w1, c1), (w2, c2) = layers
         return F.linear(F.gelu(F.linear(x, w1, c1)), w2, c2)
     ys = [F.linear(x, w, c) for w, c in layers]
-    return ys if cell.kind.startswith("qkv") else ys[0]
+    return ys if workload.kind.startswith("qkv") else ys[0]
 
 
 def with_gradients(call: Step, leaves: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
@@ -156,21 +166,21 @@ def with_gradients(call: Step, leaves: list[Tensor], dy: Tensor) -> tuple[Tensor
     return y, *torch.autograd.grad(y, leaves, dy)
 
 
-def hold_cell(
-    cell: Cell,
-    layers: list[triton_gpu.Layer],
+def check_contender(
+    workload: Workload,
+    layers: list[Layer],
     x: Tensor,
     dy: Tensor,
     dtype: torch.dtype,
     dense: bool,
     results: Any,
 ) -> None:
-    """Rows of y and dx to float64, and all tokens' gradients of the factors, by pieces."""
-    width = sum(max(s.in_features, s.out_features) for s in cell.shapes)
+    """Compare rows of y, dx, and the gradients of the factors with float64, in chunks of tokens."""
+    width = sum(max(s.in_features, s.out_features) for s in workload.shapes)
     exact = [[t.detach().double() for t in layer] for layer in layers]
-    rows = torch.linspace(0, cell.tokens - 1, min(cell.tokens, 256), device=x.device).long()
-    expected = exact_block(cell, x[rows].detach().double(), exact)
-    training = cell.kind.endswith("training")
+    rows = torch.linspace(0, workload.tokens - 1, min(workload.tokens, 256), device=x.device).long()
+    expected = exact_results(workload, x[rows].detach().double(), exact)
+    training = workload.kind.endswith("training")
     ys = results[:1] if training else [results] if isinstance(results, Tensor) else results
     for y, other in zip(ys, expected, strict=True):
         assert_close("y", y[rows].detach(), other, width, slack=slack(dtype, width))
@@ -178,24 +188,24 @@ def hold_cell(
         return
     sums = [torch.zeros_like(t) for layer in exact for t in layer]
     exact = [[t.requires_grad_() for t in layer] for layer in exact]
-    for i in range(0, cell.tokens, 4096):
+    for i in range(0, workload.tokens, 4096):
         part = x[i : i + 4096].detach().double().requires_grad_()
-        (y,) = exact_block(cell, part, exact)
+        (y,) = exact_results(workload, part, exact)
         flat = [t for layer in exact for t in layer]
         dx, *grads = torch.autograd.grad(y, [part, *flat], dy[i : i + 4096].double())
         got = results[1][i : i + 4096]
         assert_close("dx", got, dx, width, slack=slack(dtype, width))
         sums = [total + g for total, g in zip(sums, grads, strict=True)]
     for i, (got, other) in enumerate(zip(results[2:], sums, strict=True)):
-        n = width * cell.tokens
-        # Few entries may happen to be small; this is what their terms let expect.
-        scale = max(other.square().mean().sqrt().item(), cell.tokens**0.5)
-        got = got.view(other.shape)  # of a library without ranks
+        n = width * workload.tokens
+        # Few entries may happen to be small: the scale is at least that of their terms.
+        scale = max(other.square().mean().sqrt().item(), workload.tokens**0.5)
+        got = got.view(other.shape)  # a library's has no axis of ranks
         assert_close(f"gradient {i}", got, other, n, scale=scale, slack=slack(dtype, n))
 
 
-def exact_block(cell: Cell, x: Tensor, layers: list[list[Tensor]]) -> list[Tensor]:
-    if cell.kind.startswith("block"):
+def exact_results(workload: Workload, x: Tensor, layers: list[list[Tensor]]) -> list[Tensor]:
+    if workload.kind.startswith("block"):
         (a1, b1, c1), (a2, b2, c2) = layers
         hidden = F.gelu(eager.kron_matmul(x, a1, b1, bias=c1))
         return [eager.kron_matmul(hidden, a2, b2, bias=c2)]

@@ -1,22 +1,25 @@
-"""What the machine has."""
+"""The machine's software and GPU, as JSON: ``python -m benchmarks.gpu.environment``."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
+import json
 import platform
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import kron_kernels
-from benchmarks.gpu import ROOT
-from benchmarks.gpu.jobs import ENGINES, Job, Place, missing
+from benchmarks.gpu.contenders import ENGINES, why_not
 from kron_kernels.backends import cuda
 
+ROOT = Path(__file__).parents[2]
 
-def environment(place: Place) -> dict[str, Any]:
+
+def software() -> dict[str, Any]:
     facts = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -30,17 +33,17 @@ def environment(place: Place) -> dict[str, Any]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
-    facts["GPUs that CUDA's kernels are compiled for"] = cuda.archs() or None
-    if place.simulated:
-        return facts | {"gpu": "none: simulated, sm_80"}
+    return facts | {"GPUs that CUDA's kernels are compiled for": cuda.archs() or None}
+
+
+def hardware() -> dict[str, Any]:
     p = torch.cuda.get_device_properties(0)
     query = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
     query += ("power.limit", "temperature.gpu", "persistence_mode", "mig.mode.current")
     which = f"GPU-{p.uuid}" if hasattr(p, "uuid") else "0"
     columns = f"--query-gpu={','.join(query)}"
     line = _output("nvidia-smi", columns, "--format=csv,noheader", "-i", which)
-    values = line.split(", ") if line else []
-    return facts | {
+    return {
         "gpu": p.name,
         "gpus": torch.cuda.device_count(),
         "capability": f"{p.major}.{p.minor}",
@@ -50,8 +53,8 @@ def environment(place: Place) -> dict[str, Any]:
         "shared_memory": getattr(p, "shared_memory_per_block_optin", None),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        **{f"engine {e}": missing(place.device, e) or "serves" for e in ENGINES},
-        **dict(zip(query, values, strict=False)),
+        **{f"engine {e}": why_not(e, "cuda") or "available" for e in ENGINES},
+        **dict(zip(query, line.split(", ") if line else [], strict=False)),
     }
 
 
@@ -62,5 +65,5 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def environment_jobs(place: Place) -> list[Job]:
-    return [Job("environment", "environment", environment)]
+if __name__ == "__main__":
+    print(json.dumps(software() | hardware()))

@@ -1,21 +1,22 @@
-"""The report: report.json with all of it, report.md to read."""
+"""The report: report.json with everything, report.md to read."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
-from benchmarks.gpu import tune
+from benchmarks.gpu import tuning
 from benchmarks.gpu.contenders import OURS
-from benchmarks.gpu.jobs import FAILED, NOT_DONE, PASSED
 from kron_kernels import dispatch
 from kron_kernels.files import write_file
 
-SECTIONS = ("environment", "correctness", "timing", "tuning")
+PASSED, FAILED, NOT_DONE = "passed", "failed", "not done"
 NEVER = [
     "KroneckerBERT's models, their distillation and command line on a GPU",
     "training on several GPUs",
@@ -24,30 +25,81 @@ NEVER = [
 ]
 
 
-def write_report(out: Path, results: list[dict[str, Any]], sections: Sequence[str], args) -> None:
-    gaps = [f"the section {s}: it was not asked for" for s in SECTIONS if s not in sections]
-    if args.simulate:
-        gaps.insert(0, "a GPU: nothing here was run on one, the checks ran in the simulator")
-    if args.quick:
+class Result(NamedTuple):
+    """The outcome of a test."""
+
+    section: str
+    name: str  # test_forward[triton-16x2-12x24-...]
+    state: str  # PASSED, FAILED or NOT_DONE
+    message: str = ""
+    traceback: str = ""
+    seconds: float = 0.0
+    data: Any = None
+
+    @property
+    def group(self) -> str:
+        """The test's function, and the engine if its first parameter is one."""
+        function, engine = re.match(r"(?:test_)?(\w+)(?:\[(triton|cuda)\b)?", self.name).groups()
+        words = function.replace("_", " ")
+        return f"{engine}: {words}" if engine else words
+
+
+def read_results(section: str, xml: Path) -> list[Result]:
+    """Results from pytest's JUnit XML, which an interrupted run may lack."""
+    if not xml.exists():
+        return []
+    return [_result(section, case) for case in ElementTree.parse(xml).iter("testcase")]
+
+
+def _result(section: str, case: ElementTree.Element) -> Result:
+    problems = [*case.iter("failure"), *case.iter("error")]
+    skipped = case.find("skipped")
+    state = FAILED if problems else PASSED if skipped is None else NOT_DONE
+    about = problems[0] if problems else skipped
+    data = next((p.get("value") for p in case.iter("property") if p.get("name") == "data"), "null")
+    return Result(
+        section,
+        case.get("name", ""),
+        state,
+        "" if about is None else about.get("message", ""),
+        "\n".join(p.text or "" for p in problems),
+        float(case.get("time", 0)),
+        json.loads(data),
+    )
+
+
+def write_report(
+    out: Path,
+    environment: dict[str, Any],
+    results: list[Result],
+    sections: Sequence[str],
+    quick: bool,
+) -> None:
+    gaps = [
+        f"the section {s}: it was not asked for"
+        for s in ("correctness", "timing", "tuning")
+        if s not in sections
+    ]
+    if quick:
         gaps.append("the cases that --quick leaves out")
     report = {
-        "simulated": args.simulate,
-        "quick": args.quick,
+        "quick": quick,
         "sections": list(sections),
-        "counts": dict(Counter(r["state"] for r in results)),
+        "counts": dict(Counter(r.state for r in results)),
         "not_done": not_done(results) + gaps + NEVER,
-        "results": results,
+        "environment": environment,
+        "results": [r._asdict() | {"group": r.group} for r in results],
     }
     write_file(out / "report.json", json.dumps(report, indent=1) + "\n")
-    write_file(out / "report.md", markdown(report))
+    write_file(out / "report.md", markdown(environment, results, report["not_done"]))
 
 
-def not_done(results: list[dict[str, Any]]) -> list[str]:
-    """A line a reason."""
+def not_done(results: list[Result]) -> list[str]:
+    """Skipped tests and contenders, a line for each reason."""
     reasons = defaultdict(list)
     for r in results:
-        if r["state"] == NOT_DONE:
-            reasons[r["section"], r["message"]].append(r["name"])
+        if r.state == NOT_DONE:
+            reasons[r.section, r.message].append(r.name)
     lines = []
     for (section, why), names in reasons.items():
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -57,59 +109,58 @@ def not_done(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def missing_contenders(results: list[dict[str, Any]]) -> dict[str, str]:
-    """Who was left out of every cell, and why first."""
-    cells = [r["data"] for r in results if r["section"] == "timing" and "left_out" in _data(r)]
+def missing_contenders(results: list[Result]) -> dict[str, str]:
+    """Contenders left out of every workload, with their first reason."""
+    timed = timings(results)
     missing: dict[str, str] = {}
-    for cell in cells:
-        missing |= {k: why for k, why in cell["left_out"].items() if k not in missing}
-    timed = {key for cell in cells for key in cell["loop"]}
-    return {k: why for k, why in missing.items() if k not in timed}
+    for timing in timed:
+        missing = timing["left_out"] | missing
+    present = {key for timing in timed for key in timing["loop"]}
+    return {k: why for k, why in missing.items() if k not in present}
 
 
-def _data(result: dict[str, Any]) -> dict[str, Any]:
-    return result.get("data") or {}
+def timings(results: list[Result]) -> list[dict[str, Any]]:
+    """Data of the workloads that were timed."""
+    return [r.data for r in results if r.section == "timing" and r.data and "loop" in r.data]
 
 
-def markdown(report: dict[str, Any]) -> str:
-    results, counts = report["results"], Counter(report["counts"])
-    facts = next((_data(r) for r in results if r["section"] == "environment"), {})
-    where = "in the simulator" if report["simulated"] else f"on {facts.get('gpu', 'a GPU')}"
+def markdown(environment: dict[str, Any], results: list[Result], gaps: list[str]) -> str:
+    counts = Counter(r.state for r in results)
     lines = [
-        f"# kron_kernels {where}",
+        f"# kron_kernels on {environment.get('gpu', 'a GPU')}",
         "",
         f"{counts[PASSED]} passed, {counts[FAILED]} failed, {counts[NOT_DONE]} not done.",
         "",
         *failures(results),
-        *checked_groups(results),
+        *groups(results),
         *timing_tables(results),
         *tuning_lines(results),
         "## Not done",
         "",
-        *(f"- {line}" for line in report["not_done"]),
+        *(f"- {line}" for line in gaps),
         "",
         "## Environment",
         "",
-        *(f"- {key}: {value}" for key, value in facts.items()),
+        *(f"- {key}: {value}" for key, value in environment.items()),
         "",
         *order_table(results),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def failures(results: list[dict[str, Any]]) -> list[str]:
-    failed = [r for r in results if r["state"] == FAILED]
+def failures(results: list[Result]) -> list[str]:
+    failed = [r for r in results if r.state == FAILED]
     lines = ["## Failures", ""] if failed else ["Nothing that was done failed.", ""]
     for r in failed:
-        detail = r.get("traceback") or r["message"]
-        lines += [f"### {r['section']}: {r['name']}", "", "```", detail.rstrip(), "```", ""]
+        text = f"{r.message}\n{r.traceback}".strip()
+        lines += [f"### {r.section}: {r.name}", "", "```", text, "```", ""]
     return lines
 
 
-def checked_groups(results: list[dict[str, Any]]) -> list[str]:
+def groups(results: list[Result]) -> list[str]:
     table = defaultdict(Counter)
     for r in results:
-        table[r["section"], r["group"]][r["state"]] += 1
+        table[r.section, r.group][r.state] += 1
     lines = ["## What was done", "", "| section | what | passed | failed | not done |"]
     lines.append("| --- | --- | ---: | ---: | ---: |")
     for (section, group), n in table.items():
@@ -117,18 +168,16 @@ def checked_groups(results: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def timing_tables(results: list[dict[str, Any]]) -> list[str]:
-    """By kind and dtype: one of ours in microseconds, and the others' time over it."""
-    done = [_data(r) for r in results if r["section"] == "timing" and r["state"] == PASSED]
+def timing_tables(results: list[Result]) -> list[str]:
+    """By kind and dtype: one of ours in microseconds, and the others as multiples of it."""
     tables = defaultdict(list)
-    for cell in done:
-        if "loop" in cell:
-            tables[cell["kind"], cell["dtype"]].append(cell)
-    lines = ["## Timing", ""] if done else []
-    for cell in done:
-        if "loop" not in cell:
-            lines.append("Launching one call keeps the CPU for, in microseconds:")
-            lines += ["", *(f"- {key}: {us}" for key, us in cell.items()), ""]
+    for timing in timings(results):
+        tables[timing["kind"], timing["dtype"]].append(timing)
+    overhead = [r.data for r in results if r.name == "test_launch_overhead" and r.data]
+    lines = ["## Timing", ""] if tables or overhead else []
+    for call in overhead:
+        lines += ["CPU time of launching one call, in microseconds:", ""]
+        lines += [*(f"- {key}: {us}" for key, us in call.items()), ""]
     if tables:
         lines.append(
             "The first column in microseconds a call, the median and in brackets the quartiles; "
@@ -136,21 +185,21 @@ def timing_tables(results: list[dict[str, Any]]) -> list[str]:
             "and calls, and cuda. Calls are made one by one, or replayed as a CUDA graph. "
             "A star marks operands that fit into the L2 cache."
         )
-    for (kind, dtype), cells in tables.items():
-        lines += ["", f"### {kind}, {dtype}", "", *ratio_table(cells)]
+    for (kind, dtype), some in tables.items():
+        lines += ["", f"### {kind}, {dtype}", "", *ratio_table(some)]
     return [*lines, ""] if lines else []
 
 
-def ratio_table(cells: list[dict[str, Any]]) -> list[str]:
-    keys = dict.fromkeys(k for cell in cells for k in cell["loop"])
+def ratio_table(timings: list[dict[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(k for timing in timings for k in timing["loop"])
     own = next((key for key in OURS if key in keys), "ours")
     names = [key for key in keys if key != own]
     columns = [f"{key}{how}" for how in ("", ", graph") for key in (own, *names)]
     lines = [f"| | tokens | {' | '.join(columns)} |", f"|{' --- |' * 2}{' ---: |' * len(columns)}"]
-    for cell in cells:
-        entries = [*ratios(cell["loop"], own, names), *ratios(cell["graph"], own, names)]
-        star = "" if cell["larger_than_L2"] else " *"
-        lines.append(f"| {cell['label']}{star} | {cell['tokens']} | {' | '.join(entries)} |")
+    for timing in timings:
+        entries = [*ratios(timing["loop"], own, names), *ratios(timing["graph"], own, names)]
+        star = "" if timing["larger_than_L2"] else " *"
+        lines.append(f"| {timing['label']}{star} | {timing['tokens']} | {' | '.join(entries)} |")
     return lines
 
 
@@ -165,53 +214,55 @@ def ratios(times: dict[str, list[float]], own: str, names: Sequence[str]) -> lis
 SPANS = ((4, "up to 4"), (16, "5 to 16"))
 
 
-def order_table(results: list[dict[str, Any]]) -> list[str]:
+def order_table(results: list[Result]) -> list[str]:
     """Whether dispatch.GPU_ORDER has the faster engine first."""
     table: dict[tuple[str, str, str], list[list[float]]] = defaultdict(list)
-    for cell in map(_data, results):
-        if "row" not in cell or "cuda" not in cell["loop"]:
+    for timing in timings(results):
+        if "cuda" not in timing["loop"]:
             continue
         # Triton's time over CUDA's, of calls one by one and of graphs.
         pair = [
             times[key][0] / times["cuda"][0]
-            for times in (cell["loop"], cell["graph"])
+            for times in (timing["loop"], timing["graph"])
             for key in ("triton", "fused")
             if key in times
         ]
         if len(pair) == 2:
-            tokens = next((span for most, span in SPANS if cell["tokens"] <= most), "more")
-            table[cell["row"], cell["kind"].split()[-1], tokens].append(pair)
+            tokens = next((span for most, span in SPANS if timing["tokens"] <= most), "more")
+            table[timing["row"], timing["kind"].split()[-1], tokens].append(pair)
     if not table:
         return []
     lines = [
-        "## Who comes first",
+        "## The faster engine",
         "",
-        "The rows of dispatch.GPU_ORDER, whom each asks first, and in how many of the cells under "
-        "Timing that had both engines CUDA's was faster: called one by one, and as CUDA graphs. "
-        "Behind them Triton's time over CUDA's, of graphs: the median, the least and the greatest.",
+        "The rows of dispatch.GPU_ORDER, the engines in their order, and how many of the workloads "
+        "under Timing with both engines were faster by CUDA's: called one by one, and as CUDA "
+        "graphs. Then Triton's time over CUDA's, of graphs: median, minimum and maximum.",
         "",
-        "| row | order | | tokens | cells | cuda faster | cuda faster, graph | triton / cuda |",
+        "| row | order | | tokens | workloads | cuda faster | cuda faster, graph | triton / cuda |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     rows, measured = list(dispatch.GPU_ORDER), {row for row, *_ in table}
-    for (row, kind, tokens), cells in sorted(table.items(), key=lambda e: rows.index(e[0][0])):
-        who = ", ".join(dispatch.GPU_ORDER[row])
-        wins = [sum(pair[i] > 1 for pair in cells) for i in (0, 1)]
-        some = [pair[1] for pair in cells]
+    for (row, kind, tokens), pairs in sorted(table.items(), key=lambda e: rows.index(e[0][0])):
+        order = ", ".join(dispatch.GPU_ORDER[row])
+        wins = [sum(pair[i] > 1 for pair in pairs) for i in (0, 1)]
+        some = [pair[1] for pair in pairs]
         spread = f"{median(some):.2f} ({min(some):.2f} to {max(some):.2f})"
         lines.append(
-            f"| {row} | {who} | {kind} | {tokens} | {len(cells)} | {wins[0]} | {wins[1]} "
+            f"| {row} | {order} | {kind} | {tokens} | {len(pairs)} | {wins[0]} | {wins[1]} "
             f"| {spread} |"
         )
-    return [*lines, *(f"\nNo cell of the row: {row}." for row in rows if row not in measured), ""]
+    return [
+        *lines,
+        *(f"\nNo workload of the row: {row}." for row in rows if row not in measured),
+        "",
+    ]
 
 
-def tuning_lines(results: list[dict[str, Any]]) -> list[str]:
-    records = [_data(r) for r in results if r["section"] == "tuning" and r["state"] == PASSED]
+def tuning_lines(results: list[Result]) -> list[str]:
+    records = [r.data for r in results if r.section == "tuning" and r.data]
     if not records:
         return []
     better = [r for r in records if r["best"] != r["rule"]]
-    simulated = any(r["device"] == "simulated" for r in records)
-    clock = " Times are counts of simulated instructions, not times." * simulated
-    head = f"{len(better)} of {len(records)} cases have a tile that beats the rule's.{clock}"
-    return ["## Tuning", "", head, "", *(f"- {tune.line(r)}" for r in better), ""]
+    head = f"{len(better)} of {len(records)} cases have a tile that beats the rule's."
+    return ["## Tuning", "", head, "", *(f"- {tuning.summary(r)}" for r in better), ""]

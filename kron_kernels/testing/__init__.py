@@ -15,21 +15,24 @@ def assert_close(
     scale: float | None = None,
     slack: float = 4,
 ) -> None:
-    """Hold ``actual`` to a float64 oracle within what rounding explains, by maximum and by RMS.
+    """Compare ``actual`` with a float64 oracle, within the error that rounding explains.
 
-    The rounding of a sum of n products grows as √n: with entries of expected RMS s, the error's RMS
-    may reach ``slack * eps * √n * s`` and its maximum six times that, eps being the machine epsilon
-    of actual's dtype. Sums of 16-bit products are held to float32's epsilon, and to one rounding of
-    the result: with their own, 1024 terms would excuse anything.
+    The rounding error of a sum of n products grows as √n. If the entries have an RMS of s and
+    ``actual``'s dtype a machine epsilon of eps, the error's RMS may reach ``slack * eps * √n * s``
+    and its maximum six times that. A 16-bit result may have one rounding of its own, and sums in
+    float32: with eps of 16 bits 1024 terms would excuse anything.
 
     Args:
-        name: What is compared, for the message.
+        name: The tensor's name, for the error message.
         actual: The tensor under test, floating point or complex; a NaN fails.
-        expected: The oracle, in float64 or complex128.
+        expected: The oracle, of the same shape, in float64 or complex128.
         terms: n, the number of products summed into an entry, along all contractions.
-        scale: RMS that an entry can be expected to have, where expected has too few entries to
-            show it; taken from expected otherwise.
+        scale: Expected RMS of an entry; measured on ``expected`` by default, which may have too
+            few entries to show it.
         slack: Factor for the intermediate roundings of a kernel.
+
+    Raises:
+        AssertionError: If the shapes differ or the error is larger; with the worst entry.
     """
     if actual.shape != expected.shape:
         raise AssertionError(f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")

@@ -11,15 +11,6 @@ from compiling import ROOT
 from simulator.cuda import CudaDevice, why_not
 from turns import in_turns
 
-from benchmarks.gpu.cases import DTYPES, FEED_FORWARDS, PAIRS, PRESETS, SHAPES, SUMS, draw, name
-from benchmarks.gpu.checks import (
-    arithmetic,
-    check_feed_forward,
-    check_forward,
-    check_gradients,
-    hold,
-    terms,
-)
 from kron_kernels import (
     KronShape,
     dispatch,
@@ -32,6 +23,24 @@ from kron_kernels import (
 from kron_kernels.backends import abi, cuda
 from kron_kernels.backends import gpu as gpu_backends
 from kron_kernels.backends.triton import served
+from kron_kernels.testing.cases import (
+    DTYPES,
+    FEED_FORWARDS,
+    PAIRS,
+    PRESETS,
+    SHAPES,
+    SUMS,
+    draw,
+    name,
+)
+from kron_kernels.testing.checks import (
+    arithmetic,
+    check_feed_forward,
+    check_forward,
+    check_gradients,
+    hold,
+    terms,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("gpu"),

@@ -1,4 +1,4 @@
-"""What the compiled CUDA C++ kernels cost stays within benchmarks/gpu/cuda_budget.json."""
+"""Resources of the compiled CUDA C++ kernels stay within static/cuda_budget.json."""
 
 import json
 import subprocess
@@ -6,10 +6,9 @@ import subprocess
 import pytest
 import torch
 from simulator.cuda import why_not
-
-from benchmarks.gpu import cuda_budget
-from benchmarks.gpu.budget import check_budget
-from benchmarks.gpu.static import nvidia_tool
+from static import cuda_budget
+from static.budget import check_budget
+from static.reading import nvidia_tool
 
 BUDGET = json.loads(cuda_budget.BUDGET.read_text())
 try:

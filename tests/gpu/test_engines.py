@@ -14,7 +14,10 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from turns import in_turns, slow
 
-from benchmarks.gpu.cases import (
+from kron_kernels import KronShape, kron_feed_forward, kron_matmul, reference
+from kron_kernels.backends import COMPILED, cuda
+from kron_kernels.backends.triton import configs
+from kron_kernels.testing.cases import (
     ACTIVATIONS,
     DTYPES,
     FEED_FORWARDS,
@@ -27,7 +30,7 @@ from benchmarks.gpu.cases import (
     draw,
     name,
 )
-from benchmarks.gpu.checks import (
+from kron_kernels.testing.checks import (
     check_feed_forward,
     check_forward,
     check_gradients,
@@ -35,9 +38,6 @@ from benchmarks.gpu.checks import (
     hold,
     terms,
 )
-from kron_kernels import KronShape, kron_feed_forward, kron_matmul, reference
-from kron_kernels.backends import COMPILED, cuda
-from kron_kernels.backends.triton import configs
 
 # Machines: stand-ins for a GPU (see conftest.py) and dtypes.
 TRITON = [*(("triton-80", d) for d in DTYPES), ("triton-90", "float16"), ("triton-120", "float16")]

@@ -13,11 +13,11 @@ from compiling import digest
 from simulator import SimulationError
 from simulator.cuda import KERNELS, CudaDevice, serving, why_not
 
-from benchmarks.gpu.cases import draw
 from kron_kernels import KronShape, kron_feed_forward, kron_matmul, reference
 from kron_kernels.backends import COMPILED
 from kron_kernels.backends.triton import configs
 from kron_kernels.testing import assert_close
+from kron_kernels.testing.cases import draw
 
 needs_emulator = pytest.mark.skipif(bool(emulator.why_not()), reason=str(emulator.why_not()))
 no_nvcc = emulator.why_not() or why_not()

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch.func import vmap
 from turns import in_turns
 
-from benchmarks.gpu.cases import PAIRS, PRESETS, SHAPES, draw
-from benchmarks.gpu.checks import hold, terms
 from kron_kernels import (
     KroneckerEmbedding,
     KronShape,
@@ -21,6 +19,8 @@ from kron_kernels import (
     kron_qkv,
     reference,
 )
+from kron_kernels.testing.cases import PAIRS, PRESETS, SHAPES, draw
+from kron_kernels.testing.checks import hold, terms
 
 pytest.importorskip("triton")
 from simulator import Device

@@ -1,4 +1,4 @@
-"""What the compiled GPU kernels cost stays within benchmarks/gpu/triton_budget.json."""
+"""Resources of the compiled Triton kernels stay within static/triton_budget.json."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import triton_budget
-from benchmarks.gpu.budget import check_budget
+from static import triton_budget
+from static.budget import check_budget
 
 BUDGET = json.loads(triton_budget.BUDGET.read_text())
 KERNELS = list(dict.fromkeys(entry["match"]["kernel"] for entry in BUDGET))

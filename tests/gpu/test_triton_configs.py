@@ -98,7 +98,7 @@ def test_a_missing_table_is_a_warning_once_for_each_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(configs, "TUNED", tmp_path)
     try:
-        with pytest.warns(UserWarning, match=r"'an H100'.*python -m benchmarks\.tune"):
+        with pytest.warns(UserWarning, match=r"'an H100'.*python -m benchmarks.gpu --only tuning"):
             assert configs.device_of(x) == H100
         with warnings.catch_warnings():
             warnings.simplefilter("error")

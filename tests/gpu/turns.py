@@ -1,11 +1,11 @@
-"""Which cases run by default: of near-duplicates some in turn, the whole product with -m slow."""
+"""Selection of the cases that run by default; the whole product runs with -m slow."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu.cases import name
+from kron_kernels.testing.cases import name
 
 
 def slow(cases: Iterable[Sequence[Any]]) -> list:
@@ -22,8 +22,8 @@ def in_turns(
 ) -> list:
     """Every shape on every machine, as ``(*machine, shape)``.
 
-    By default a shape runs on ``each`` of the machines in turn, so that all shapes and all machines
-    do; the others, and all of ``rest``, are slow.
+    By default a shape runs on ``each`` of the machines in turn, which covers all shapes and all
+    machines. The other combinations, and all of ``rest``, are slow.
     """
     cases = []
     for i, shape in enumerate(shapes):

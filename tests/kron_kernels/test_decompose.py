@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import SHAPES, name
 
 from kron_kernels import (
     KroneckerEmbedding,
@@ -22,6 +21,7 @@ from kron_kernels import (
     nearest_kronecker_sum,
 )
 from kron_kernels.reference import materialize
+from kron_kernels.testing.cases import SHAPES, name
 
 # With the last, every sort of factor: square, 1 x 1, 1 x n, n x 1, A smaller than B and larger.
 ALL = [*SHAPES, KronShape(1, 6, 7, 1), KronShape(7, 1, 1, 6), KronShape(1, 1, 6, 4)]

@@ -15,13 +15,13 @@ from typing import get_args
 
 import pytest
 import torch
-from operands import SHAPES, draw, name
 from torch.utils.flop_counter import FlopCounterMode
 
 import kron_kernels
 from kron_kernels import KronShape, dispatch, explain_backends, kron_matmul
 from kron_kernels.backends import abi
 from kron_kernels.reference import materialize
+from kron_kernels.testing.cases import SHAPES, draw, name
 
 BACKENDS = get_args(dispatch.Backend)
 OPERANDS = draw(SHAPES[1], dtype=torch.float32)

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import SHAPES, draw, name
 from torch.utils.flop_counter import FlopCounterMode
 
 from kron_kernels import KronShape, dispatch, kron_feed_forward, kron_matmul, kron_qkv, reference
 from kron_kernels.backends import eager
 from kron_kernels.testing import assert_close
+from kron_kernels.testing.cases import SHAPES, draw, name
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
 

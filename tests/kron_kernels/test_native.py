@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import SHAPES, draw, name
 
 import kron_kernels
 from kron_kernels import (
@@ -24,6 +23,7 @@ from kron_kernels import (
 )
 from kron_kernels.backends import abi, native
 from kron_kernels.testing import assert_close
+from kron_kernels.testing.cases import SHAPES, draw, name
 
 pytestmark = pytest.mark.skipif(native._native is None, reason="the kernels are not compiled")
 

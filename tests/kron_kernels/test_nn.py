@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import watching
-from operands import SHAPES, name
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, weight_norm
@@ -23,6 +22,7 @@ from kron_kernels import nn as kron_nn
 from kron_kernels.embedding import kron_cross_entropy
 from kron_kernels.reference import materialize
 from kron_kernels.testing import assert_close
+from kron_kernels.testing.cases import SHAPES, name
 
 EMBEDDINGS = [(11, 12, 4, 1), (11, 12, 4, 3), (7, 6, 1, 2), (5, 8, 8, 1)]  # v, d, b_size, rank
 

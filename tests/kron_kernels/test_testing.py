@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from operands import SHAPES, draw, name
 
 from kron_kernels import KronShape, reference
 from kron_kernels.testing import assert_close
+from kron_kernels.testing.cases import SHAPES, draw, name
 
 NARROW = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float64, torch.float32, *NARROW]

@@ -1,7 +1,7 @@
 """Configurations of the Triton kernels: which factor mixes, and the tiles of a launch.
 
 The tiles follow a rule. A table measured on a GPU, ``tuned/<name>.json`` written by
-``benchmarks/tune.py``, overrides it. This module needs PyTorch only, not Triton.
+``python -m benchmarks.gpu --only tuning``, overrides it. This module needs PyTorch only.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def _properties(index: int) -> GPU:
     if not _table(p.name):
         warnings.warn(
             f"kron_kernels has no tiles measured on {p.name!r} and uses its rule instead; "
-            "python -m benchmarks.tune measures them.",
+            "python -m benchmarks.gpu --only tuning measures them.",
             stacklevel=2,
         )
     shared = getattr(p, "shared_memory_per_block_optin", None) or 64 * 1024

@@ -1,18 +1,13 @@
-"""What the compiled Triton kernels cost, for every GPU generation; needs no GPU.
+"""Resources of the compiled Triton kernels for every GPU generation; needs no GPU.
 
-    python -m benchmarks.gpu.triton_budget [--match TEXT] [--arch 80 90 …] [--write]
-
-Compiles KroneckerBERT's layers as a large batch would run them and prints registers, spills, shared
-memory, occupancy and tensor-core instructions. ``triton_budget.json`` says what is allowed of what
-Triton 3.9 makes; --write makes it from what is seen. The tests hold the kernels to it, and to no
-spills where Triton is 3.8 or later than 3.9.
+KroneckerBERT's layers are compiled as a large batch would run them. ``triton_budget.json`` has the
+limits, made from the output of Triton 3.9. With other Tritons from 3.8 on the tests hold the
+kernels to no spills instead.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,19 +15,17 @@ import triton
 from simulator import Device
 from torch.torch_version import TorchVersion
 
-from benchmarks.gpu.budget import command
-from benchmarks.gpu.cases import PRESETS, SQUARES
-from benchmarks.gpu.static import Static, static_report
 from kron_kernels import KroneckerEmbedding, KronShape, kron_feed_forward, kron_matmul, kron_qkv
-from kron_kernels.backends.triton import configs as triton_launch
-from kron_kernels.backends.triton import launch as triton_gpu
+from kron_kernels.backends.triton import launch
+from kron_kernels.testing.cases import PRESETS, SQUARES
+from static.reading import Static, static_report
 
 BUDGET = Path(__file__).with_name("triton_budget.json")
-BUDGETED = "3.9"  # whose code the limits are of: others take up to a third more registers
+BUDGETED = "3.9"  # the Triton of the limits; others take up to a third more registers
 VERSION = TorchVersion(triton.__version__)
 ARCHS = (80, 86, 89, 90, 100, 120, "gfx942")
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
-TOKENS = 256  # enough for the tiles of a large batch on the stand-in's two multiprocessors
+TOKENS = 256  # enough for the tiles of a large batch on the simulated two multiprocessors
 
 LAYERS = PRESETS | {"square": SQUARES[0]}
 
@@ -43,7 +36,7 @@ def operands(s: KronShape, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 
 def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], object]]]:
-    """Name of a layer, of what is done to it, and the call."""
+    """Name of a layer, of the operation, and the call."""
     for layer, s in LAYERS.items():
 
         def forward(dtype: torch.dtype, s: KronShape = s) -> None:
@@ -52,7 +45,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], object]]]:
 
         def factors(dtype: torch.dtype, s: KronShape = s) -> None:
             x, a, b, _ = operands(s, dtype)
-            triton_gpu.factor_gradients(x.new_zeros(TOKENS, s.out_features), x, a, b, True, True)
+            launch.factor_gradients(x.new_zeros(TOKENS, s.out_features), x, a, b, True, True)
 
         def inputs(dtype: torch.dtype, s: KronShape = s) -> None:
             x, a, b, _ = operands(s.transposed, dtype)
@@ -60,7 +53,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], object]]]:
 
         yield layer, "forward", forward
         yield layer, "dX", inputs
-        if layer != "8x attention":  # made by PyTorch's product
+        if layer != "8x attention":  # whose gradient is PyTorch's matrix product
             yield layer, "dA, dB", factors
 
     for size in ("8x", "21x"):
@@ -76,7 +69,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], object]]]:
 
         def backward(dtype: torch.dtype, layers=layers) -> None:
             x, first, second = layers(dtype)
-            triton_gpu.kron_feed_forward_backward(x, x, first, "gelu", second, [True] * 6)
+            launch.kron_feed_forward_backward(x, x, first, "gelu", second, [True] * 6)
 
         yield f"{size} block", "forward", feed_forward
         yield f"{size} block", "backward", backward
@@ -94,23 +87,17 @@ def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], object]]]:
 
 
 def compiled(call: Callable[[torch.dtype], object], arch: int | str, dtype: torch.dtype) -> Static:
-    """The static report of the kernel that a call launches."""
-    simulated, simulating = triton_launch.SIMULATED, triton_launch.simulating
-    triton_launch.SIMULATED = replace(simulated, shared=SHARED[arch])
-    triton_launch.simulating = True
-    try:
-        with Device(arch, execute=False) as device:
-            call(dtype)
-    finally:
-        triton_launch.SIMULATED, triton_launch.simulating = simulated, simulating
-    (launch,) = device.launches
-    return static_report(launch.asm, arch, launch.num_warps, launch.shared)
+    """Static report of the kernel that a call launches."""
+    with Device(arch, execute=False, shared=SHARED[arch]) as device:
+        call(dtype)
+    (kernel,) = device.launches
+    return static_report(kernel.asm, arch, kernel.num_warps, kernel.shared)
 
 
 def rows(
     match: str = "", archs: Sequence[int | str] = ARCHS, dtype: torch.dtype = torch.float16
 ) -> Iterator[dict[str, object]]:
-    """The report of every case whose name contains ``match``, as a budget's rows."""
+    """Reports of the cases whose name contains ``match``, as rows of a budget."""
     for layer, action, call in cases():
         if match in f"{layer} {action}":
             for arch in archs:
@@ -120,7 +107,7 @@ def rows(
 
 
 def entry(row: dict[str, object]) -> dict[str, object]:
-    """What a later compilation of the same case may cost: as much, and never a spill."""
+    """Limits for later compilations of the same case: this row's resources, and no spills."""
     return {
         "match": {"kernel": row["kernel"], "arch": row["arch"]},
         "max": {
@@ -145,9 +132,3 @@ def show(row: dict[str, object]) -> str:
         f"{row['warps']} warps x {row['blocks_per_sm']:2} blocks  "
         f"tensor {row['tensor'].total():3}  loads by bits {dict(row['global_loads'])}"
     )
-
-
-if __name__ == "__main__":
-    if "--write" in sys.argv and not VERSION.startswith(BUDGETED):
-        sys.exit(f"{BUDGET.name} is of Triton {BUDGETED}, and {VERSION} is installed.")
-    command(__doc__, BUDGET, ARCHS, rows, show, entry)

@@ -1,7 +1,7 @@
-"""A compiled GPU kernel read without a GPU: what it takes, and which instructions it holds.
+"""Resources and instructions of a compiled GPU kernel, read from its machine code without a GPU.
 
-``static_report`` disassembles what Triton compiled (``CompiledKernel.asm``), ``nvidia_kernels`` a
-cubin of any compiler; ``occupancy`` says how many blocks a multiprocessor holds.
+``static_report`` disassembles Triton's output (``CompiledKernel.asm``), ``nvidia_kernels`` a cubin
+of any compiler; ``occupancy`` computes how many blocks fit on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from benchmarks.gpu.devices import MULTIPROCESSORS, Multiprocessor
+from static.multiprocessors import MULTIPROCESSORS, Multiprocessor
 
 Arch = int | str  # 80 for sm_80, or "gfx942"
 Limit = Literal["registers", "shared", "threads", "blocks"]
 
 
 class Occupancy(NamedTuple):
-    """How many blocks one multiprocessor holds at once, and what forbids one more."""
+    """Blocks that one multiprocessor holds at once, and the resource that forbids one more."""
 
     blocks_per_sm: int
     occupancy: float  # resident warps over the most that could be: 0 to 1
@@ -33,12 +33,12 @@ class Occupancy(NamedTuple):
 
 @dataclass(frozen=True)
 class Static:
-    """What a kernel's machine code says before it runs.
+    """Static properties of a kernel's machine code.
 
     The counts are of instructions in the code, not of executions. Widths are bits per lane. Bulk
     copies (TMA) have no width per lane and are not among the loads and stores, nor are atomics.
-    ``vars`` makes a row for ``check_budget`` of it; ``dataclasses.asdict`` does not copy a Counter
-    but counts its items.
+    ``vars`` turns it into a row for ``check_budget``; ``dataclasses.asdict`` would count the items
+    of a Counter instead of copying it.
     """
 
     arch: Arch
@@ -64,10 +64,9 @@ class Static:
 def occupancy(arch: Arch, threads: int, registers: int, shared: int) -> Occupancy:
     """Residency of blocks of ``threads``, by NVIDIA's rules (cuda_occupancy.h).
 
-    ``registers`` are per thread, ``shared`` bytes per block without the system's reserve. A block
-    that fits on no multiprocessor has 0 blocks. All of the memory that can be shared memory is
-    taken to be. The tensor memory of sm_100, which limits residency too, is left out: what a
-    kernel takes of it is not in ``asm``.
+    ``registers`` are per thread, ``shared`` bytes per block without the system's reserve. 0 blocks
+    if a block does not fit. All memory that can be shared memory is assumed to be. The tensor
+    memory of sm_100 limits residency too, but ``asm`` does not tell how much a kernel uses.
     """
     sm = _multiprocessor(arch)
     warps = ceil(threads / sm.warp)
@@ -79,7 +78,7 @@ def occupancy(arch: Arch, threads: int, registers: int, shared: int) -> Occupanc
     resident_warps = sm.registers // sm.partitions // per_warp * sm.partitions
     per_block = _round_up(shared + sm.shared_reserve, sm.shared_unit)
     limits: dict[Limit, int] = {
-        # In this order, so that a tie names what no change of registers or tiles could raise.
+        # Of equal limits the first is named: one that no change of registers or tiles could raise.
         "threads": sm.threads // (warps * sm.warp),
         "blocks": sm.blocks,
         "registers": resident_warps // warps if launches else 0,
@@ -101,11 +100,10 @@ def _round_up(value: int, unit: int) -> int:
 
 
 def static_report(asm: Mapping[str, Any], arch: Arch, num_warps: int, shared: int) -> Static:
-    """Reads ``CompiledKernel.asm``: its ``cubin`` for NVIDIA, its ``amdgcn`` for AMD.
+    """Read ``CompiledKernel.asm``: its ``cubin`` for NVIDIA, its ``amdgcn`` for AMD.
 
     ``num_warps`` and ``shared`` (dynamic bytes per block) are those of ``CompiledKernel.metadata``.
-    Disassembling a cubin takes the CUDA toolkit's cuobjdump and nvdisasm, or those that Triton
-    brings along.
+    Disassembling a cubin needs cuobjdump and nvdisasm, from the CUDA toolkit or from Triton.
     """
     threads = num_warps * _multiprocessor(arch).warp
     if isinstance(arch, str):
@@ -147,7 +145,7 @@ class _Census:
 
 
 def _one_kernel(pattern: re.Pattern[str], text: str) -> Iterator[int]:
-    """The numbers of the only match: the counts of several kernels would be mixed."""
+    """Numbers of the only match; with several, the counts of different kernels would be mixed."""
     matches = list(pattern.finditer(text))
     if len(matches) != 1:
         raise ValueError(f"{len(matches)} kernels found by {pattern.pattern!r} instead of one")
@@ -174,7 +172,7 @@ def _nvidia_report(cubin: bytes, arch: int) -> tuple[_Resources, _Census]:
 
 
 def nvidia_kernels(cubin: bytes, arch: int) -> dict[str, tuple[_Resources, _Census, int]]:
-    """Of each kernel by name what it takes, what its code holds, and how many bytes that has."""
+    """By kernel: its resources, its instructions, and the bytes of its code."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
@@ -195,10 +193,10 @@ def nvidia_kernels(cubin: bytes, arch: int) -> dict[str, tuple[_Resources, _Cens
 
 
 def nvidia_tool(name: str) -> str:
-    """A program of the CUDA toolkit: the toolkit's own, or the one that Triton brings along."""
+    """Path of a program of the CUDA toolkit, or of Triton's copy of it."""
     if found := shutil.which(name):
         return found
-    # Here, because the bounds and budgets do without Triton.
+    # Imported here because CUDA's budget needs no Triton if the toolkit is installed.
     from triton import knobs
 
     return getattr(knobs.nvidia, name).path
@@ -214,7 +212,7 @@ def run(*command: str, cwd: str | None = None) -> str:
 def _nvidia_census(sass: str) -> _Census:
     census = _Census()
     for predicate, mnemonic in _SASS.findall(sass):
-        # ptxas pads the end with NOP, and puts loads that never execute next to barriers.
+        # ptxas pads the end with NOPs and puts loads that never execute next to barriers.
         if mnemonic == "NOP" or predicate in ("!PT", "!UPT"):
             continue
         census.instructions += 1

@@ -1,4 +1,4 @@
-"""What the checks share, those of the tests too: how results are held to the oracle, and whose."""
+"""Checks of a backend's products, gradients and feed-forward blocks against float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import ACTIVATIONS, draw
-from benchmarks.gpu.jobs import NotDone, Place
-from kron_kernels import KronShape, kron_feed_forward, kron_matmul, kron_qkv, reference
-from kron_kernels.backends import COMPILED, cuda
+from kron_kernels import kron_feed_forward, kron_matmul, kron_qkv, reference
+from kron_kernels.backends import COMPILED
 from kron_kernels.backends.gpu import precision
-from kron_kernels.backends.triton import launch as triton_gpu
+from kron_kernels.dispatch import Backend
+from kron_kernels.shapes import KronShape
 from kron_kernels.testing import assert_close
+from kron_kernels.testing.cases import ACTIVATIONS, draw
 
-
-def require(condition: object, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
+Layer = tuple[Tensor, Tensor, Tensor | None]  # a, b, bias
 
 
 @contextmanager
 def arithmetic(dtype: str) -> Iterator[torch.dtype]:
-    """A dtype by name, with float32's products in tf32 if it is that."""
+    """Yield the dtype of this name; "tf32" is float32 with products in tf32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:
@@ -35,77 +32,94 @@ def arithmetic(dtype: str) -> Iterator[torch.dtype]:
 
 
 def terms(s: KronShape) -> int:
+    """Terms summed into an entry of the product, as ``assert_close`` counts them."""
     return s.rank * (s.n1 + s.n2)
 
 
 def slack(dtype: torch.dtype, n: int) -> float:
-    """Tf32 has 10 bits of fraction instead of 23, in every term alike."""
+    """``assert_close``'s slack for sums of n terms, tf32 included.
+
+    tf32 has 10 bits of fraction instead of 23, and rounds every term alike.
+    """
     tf32 = dtype == torch.float32 and precision(dtype) == "tf32"
     return 4 * 2.0**13 / n**0.5 if tf32 else 4
 
 
-def hold(label: str, actual: Tensor, expected: Tensor, n: int, dtype: torch.dtype, **more) -> None:
-    require(actual.dtype == dtype, f"{label}: {actual.dtype}, not {dtype}")
+def hold(
+    label: str,
+    actual: Tensor,
+    expected: Tensor,
+    n: int,
+    dtype: torch.dtype,
+    scale: float | None = None,
+) -> None:
+    """``assert_close`` for tensors of any device, and the result's dtype."""
+    if actual.dtype != dtype:
+        raise AssertionError(f"{label}: {actual.dtype}, not {dtype}")
     actual, expected = actual.detach().cpu(), expected.detach().cpu()
-    assert_close(label, actual, expected, n, slack=slack(dtype, n), **more)
+    assert_close(label, actual, expected, n, scale=scale, slack=slack(dtype, n))
 
 
 def close(label: str, actual: Tensor, expected: Tensor, rtol: float) -> None:
-    """Within rtol of the largest entry."""
+    """Require that no entry differs by more than ``rtol`` times the largest expected entry."""
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
-    error, most = (actual - expected).abs().max().item(), expected.abs().max().item()
-    require(error <= rtol * most, f"{label}: {error:.3g} off, with entries up to {most:.3g}")
+    error, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
+    if not error <= rtol * largest:  # a NaN fails
+        raise AssertionError(f"{label}: {error:.3g} off, with entries up to {largest:.3g}")
 
 
 def same(label: str, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    """Require equal bits."""
     for i, (p, q) in enumerate(zip(first, second, strict=True)):
-        require(torch.equal(p, q), f"{label}, result {i}: bits differ")
+        if not torch.equal(p, q):
+            raise AssertionError(f"{label}, result {i}: bits differ")
 
 
-def oracle(x: Tensor, *factors: Tensor, **more: Any) -> Tensor:
-    """In float64 on the CPU."""
+def oracle(x: Tensor, *factors: Tensor, **epilogue: Any) -> Tensor:
+    """``reference.kron_matmul`` on the CPU, for operands on any device."""
 
-    def home(t: Any) -> Any:
+    def to_cpu(t: Any) -> Any:
         return t.detach().cpu() if isinstance(t, Tensor) else t
 
-    more = {key: home(value) for key, value in more.items()}
-    return reference.kron_matmul(home(x), *map(home, factors), **more)
+    epilogue = {key: to_cpu(value) for key, value in epilogue.items()}
+    return reference.kron_matmul(to_cpu(x), *map(to_cpu, factors), **epilogue)
 
 
 def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Leaves in float64 on the CPU."""
     return [t.detach().cpu().double().requires_grad_() for t in tensors]
 
 
-def rms(t: Tensor) -> float:
+def _rms(t: Tensor) -> float:
     return t.square().mean().sqrt().item()
 
 
 def epilogue_of(
     s: KronShape, tokens: int, dtype: torch.dtype, turn: int, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Every activation, with and without a bias and a residual, in turn."""
+    """Arguments of ``kron_matmul``; ``turn`` cycles through activations, biases and residuals."""
     bias = torch.randn(s.out_features).to(device, dtype) if turn % 3 else None
     residual = torch.randn(tokens, s.out_features).to(device, dtype) if turn % 2 else None
     return {"bias": bias, "activation": ACTIVATIONS[turn % 5], "residual": residual}
 
 
 def check_forward(
-    s: KronShape, tokens: int, dtype: torch.dtype, backend: str, turn: int, device: str = "cpu"
+    s: KronShape, tokens: int, dtype: torch.dtype, backend: Backend, turn: int, device: str = "cpu"
 ) -> None:
-    """Every activation, bias, residual and stride of the factors, in turn."""
+    """Check a product; ``turn`` cycles through the epilogues and the strides of the factors."""
     x, a, b = (t.to(device) for t in draw(s, tokens, dtype))
     if turn % 2:  # transposed factors, as a gradient has them
         a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
-    more = epilogue_of(s, tokens, dtype, turn, device)
-    y = kron_matmul(x, a, b, **more, backend=backend)
+    epilogue = epilogue_of(s, tokens, dtype, turn, device)
+    y = kron_matmul(x, a, b, **epilogue, backend=backend)
     # The sum may be a single number near zero, and the factors' rounding is that of its terms.
-    expected = oracle(x, a, b, **more)
+    expected = oracle(x, a, b, **epilogue)
     size = oracle(x.abs(), a.abs(), b.abs()) / (s.rank * s.n1 * s.n2) ** 0.5
-    hold("y", y, expected, terms(s), dtype, scale=max(rms(expected), rms(size)))
+    hold("y", y, expected, terms(s), dtype, scale=max(_rms(expected), _rms(size)))
 
 
 def check_gradients(
-    s: KronShape, tokens: int, dtype: torch.dtype, backend: str, device: str = "cpu"
+    s: KronShape, tokens: int, dtype: torch.dtype, backend: Backend, device: str = "cpu"
 ) -> None:
     x, a, b = (t.to(device).requires_grad_() for t in draw(s, tokens, dtype))
     dy = torch.randn(tokens, s.out_features).to(device, dtype)
@@ -131,24 +145,19 @@ def hold_gradients(
     ):
         # A gradient may have a single entry, near zero by chance: its scale is at least that of n
         # products of random signs, whose absolute values sum to √n times as much.
-        scale = max(rms(total) / n**0.5, rms(other))
+        scale = max(_rms(total) / n**0.5, _rms(other))
         hold(label, grad, other, max(tokens, 1) * (s.m1 + s.m2 + terms(s)), dtype, scale=scale)
 
 
 def check_qkv(
-    s: KronShape, tokens: int, dtype: torch.dtype, backend: str, device: str = "cpu"
+    s: KronShape, tokens: int, dtype: torch.dtype, backend: Backend, device: str = "cpu"
 ) -> None:
-    """Three products of one x, with factors of their own."""
+    """Check three products of one x with different factors, one of them without a bias."""
     x, a, b = (t.to(device) for t in draw(s, tokens, dtype))
-    layers = layers_of(s, a, b)
+    biases = (torch.randn(s.out_features).to(a) if i != 1 else None for i in range(3))
+    layers: list[Layer] = [(a.roll(i, 1), b.roll(i, 2), bias) for i, bias in enumerate(biases)]
     for y, (a, b, bias) in zip(kron_qkv(x, *layers, backend=backend), layers, strict=True):
         hold("y", y, oracle(x, a, b, bias=bias), terms(s), dtype)
-
-
-def layers_of(s: KronShape, a: Tensor, b: Tensor, n: int = 3) -> list[triton_gpu.Layer]:
-    """Different factors, and a bias in all but the second."""
-    biases = (torch.randn(s.out_features).to(a) if i != 1 else None for i in range(n))
-    return [(a.roll(i, 1), b.roll(i, 2), bias) for i, bias in enumerate(biases)]
 
 
 def check_feed_forward(
@@ -157,12 +166,19 @@ def check_feed_forward(
     tokens: int,
     dtype: torch.dtype,
     activation: str,
-    backend: str,
+    backend: Backend,
     bias: bool = True,
     meets: bool | None = True,
     device: str = "cpu",
 ) -> bool:
-    """The block and its gradients; whether they meet in one kernel, which ``meets`` may require."""
+    """Check the block and its gradients.
+
+    Args:
+        meets: Whether the factors must meet in one kernel; None accepts either.
+
+    Returns:
+        Whether they do.
+    """
     x, a1, b1 = draw(up, tokens, dtype)
     _, a2, b2 = draw(down, 1, dtype)
     operands = [x, a1, b1, a2, b2]
@@ -171,10 +187,11 @@ def check_feed_forward(
     operands = [t.to(device) for t in operands]
     dy = torch.randn(tokens, down.out_features).to(device, dtype)
     met = COMPILED[backend].meet(*operands[1:5])
-    require(met == meets or meets is None, f"the factors {'do not ' * (not met)}meet in one kernel")
+    if meets is not None and met != meets:
+        raise AssertionError(f"the factors {'do not ' * (not met)}meet in one kernel")
 
     exact = wide(operands)
-    expected = _block(reference_block, exact, activation=activation)
+    expected = _block(_reference_block, exact, activation=activation)
     n = terms(up) + terms(down)
     more = {"activation": activation, "backend": backend}
     y = _block(kron_feed_forward, operands, residual=dy, **more)
@@ -193,27 +210,6 @@ def _block(call: Callable[..., Tensor], operands: Sequence[Tensor], **more: Any)
     return call(x, (a1, b1, bias1), (a2, b2, bias2), **more)
 
 
-def reference_block(x: Tensor, up: tuple, down: tuple, activation: str) -> Tensor:
+def _reference_block(x: Tensor, up: Layer, down: Layer, activation: str) -> Tensor:
     hidden = reference.kron_matmul(x, *up[:2], bias=up[2], activation=activation)
     return reference.kron_matmul(hidden, *down[:2], bias=down[2])
-
-
-# --- operands where jobs run
-
-
-def drawn(place: Place, s: KronShape, tokens: int, dtype: torch.dtype) -> list[Tensor]:
-    """x, a and b on the device."""
-    operands = [t.to(place.device) for t in draw(s, tokens, dtype)]
-    if place.engine == "cuda" and (reason := cuda.why_not(*operands)):  # Triton serves them all
-        raise NotDone(reason)
-    return operands
-
-
-def noise(place: Place, dtype: torch.dtype, *size: int) -> Tensor:
-    return torch.randn(size).to(dtype).to(place.device)
-
-
-def layer(place: Place, s: KronShape, dtype: torch.dtype) -> triton_gpu.Layer:
-    """With a bias."""
-    _, a, b = drawn(place, s, 1, dtype)
-    return a, b, noise(place, dtype, s.out_features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kron_kernels import KronShape
+from kron_kernels.shapes import KronShape
 
 # Sides of one, primes, both orders, both layouts of the eager backend, the paper's small factors.
 SHAPES = [
@@ -36,9 +36,9 @@ SUMS = [
     KronShape(384, 384, 8, 2, 4),
     KronShape(384, 384, 2, 8, 4),
 ]
-# Both orders, either factor as the mix, whatever is odd, and a rank in each.
+# SHAPES, and odd sizes in both orders, with either factor as the mix.
 MIXED = [*SHAPES, KronShape(3, 20, 34, 40), KronShape(70, 66, 8, 2, 2)]
-# Of factors that meet in one kernel: plain, odd, sums.
+# Pairs of layers whose factors meet in one kernel: plain, odd, and sums.
 FEED_FORWARDS = [
     (KronShape(4, 2, 12, 24), KronShape(2, 4, 24, 12)),
     (KronShape(5, 3, 7, 9), KronShape(3, 5, 11, 7)),
@@ -49,19 +49,20 @@ ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
 
 
 def name(s: KronShape) -> str:
+    """A shape as a test's id: ``16x2-12x24``, or ``7x5-13x11-r3``."""
     return f"{s.m1}x{s.n1}-{s.m2}x{s.n2}" + (f"-r{s.rank}" if s.rank > 1 else "")
 
 
 def draw(
     s: KronShape, tokens: int | tuple[int, ...] = 7, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``x (*tokens, n)``, ``a (r, m1, n1)``, ``b (r, m2, n2)``; alike every time."""
+    """``x (*tokens, n)``, ``a (r, m1, n1)``, ``b (r, m2, n2)`` on the CPU; the same every time."""
     lead = (tokens,) if isinstance(tokens, int) else tokens
-    seed = torch.Generator().manual_seed(sum(s) + len(lead))
+    generator = torch.Generator().manual_seed(sum(s) + len(lead))
     wide = torch.complex128 if dtype.is_complex else torch.float64
 
     def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=seed, dtype=wide)
+        return torch.randn(size, generator=generator, dtype=wide)
 
     x = randn(*lead, s.in_features)
     a = randn(s.rank, s.m1, s.n1) / s.n1**0.5

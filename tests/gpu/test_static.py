@@ -1,10 +1,9 @@
-"""The static report of compiled GPU kernels, against facts that are known without it."""
+"""Static reports of compiled GPU kernels, compared with facts known by other means."""
 
 import functools
 import shutil
 import subprocess
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,12 @@ import pytest
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from static import reading  # noqa: E402
+from static.budget import check_budget  # noqa: E402
+from static.multiprocessors import MULTIPROCESSORS  # noqa: E402
+from static.reading import Static, occupancy, static_report  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-
-from benchmarks.gpu import static  # noqa: E402
-from benchmarks.gpu.bounds import lower_bound  # noqa: E402
-from benchmarks.gpu.budget import check_budget  # noqa: E402
-from benchmarks.gpu.devices import DEVICES, MULTIPROCESSORS  # noqa: E402
-from benchmarks.gpu.static import Static, occupancy, static_report  # noqa: E402
 
 NVIDIA = [80, 90, 100, 120]
 AMD = "gfx942"
@@ -202,7 +199,7 @@ def test_widths_of_nvidia_instructions(line, field, width):
 .L_x_1:
         /*0020*/                   NOP;
 """
-    got = static._nvidia_census(sass)
+    got = reading._nvidia_census(sass)
 
     assert getattr(got, field) == {width: 1}
     assert got.instructions == 1
@@ -320,149 +317,6 @@ def test_occupancy_against_llvm(name):
 def test_an_unknown_architecture_is_refused():
     with pytest.raises(ValueError, match="'gfx1100'"):
         static_report({"amdgcn": ""}, "gfx1100", num_warps=4, shared=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "tflops"),  # float32 without tensor cores, from the same data sheets
-    [
-        ("A100", 19.5),
-        ("H100", 66.9),
-        ("RTX 4090", 82.6),
-        ("RTX 5090", 104.8),
-        ("RTX 3090", 35.6),
-        ("B200", 75),
-    ],
-)
-def test_devices_reach_their_published_float32_rate(name, tflops):
-    d = DEVICES[name]
-
-    assert 2 * d.fp32_lanes * d.sms * d.clock_ghz / 1e3 == pytest.approx(tflops, rel=5e-3)
-    assert d.capability in MULTIPROCESSORS
-
-
-def test_every_device_has_its_figure():
-    assert set(DEVICES) == {"A100", "H100", "RTX 4090", "RTX 5090", "RTX 3090", "B200"}
-
-
-def kernel(arch=80, registers=32, shared=0, warps=4) -> Static:
-    nothing = Counter()
-    residency = occupancy(arch, 32 * warps, registers, shared)._asdict()
-    counts = dict.fromkeys(("instructions", "barriers", "shuffles", "spill_loads"), 0)
-    kinds = ("tensor", "global_loads", "global_stores", "shared_loads", "shared_stores")
-    return Static(
-        arch=arch,
-        registers=registers,
-        shared=shared,
-        warps=warps,
-        stack=0,
-        spill_stores=0,
-        **residency,
-        **counts,
-        **dict.fromkeys(kinds, nothing),
-    )
-
-
-A100 = DEVICES["A100"]
-HZ = 1.41e9
-
-
-@pytest.mark.parametrize(
-    ("resource", "instructions", "traffic", "dram"),
-    [
-        ("dram", {}, {}, 2039e9),
-        ("l2", {}, {"load_sectors": HZ * 5120 / 32 / 108}, 0),
-        ("l2", {}, {"load_sectors": HZ * 40 / 108, "store_sectors": HZ * 120 / 108}, 0),
-        ("tensor", {}, {"mma_flops": 312e12 / 108}, 0),
-        ("issue", {"movmatrix": HZ * 3, "ld.global.v4.b32": HZ, "mov": 9 * HZ}, {}, 0),
-        ("issue", {"shfl.bfly.b32": HZ * 4, "ld.param.b64": 9 * HZ, "cvta": 9 * HZ}, {}, 0),
-        ("fp32", {"fma": HZ, "add": HZ / 2, "mul": HZ / 2}, {}, 0),
-        ("special", {"ex2": HZ / 4, "rcp": HZ / 4}, {}, 0),
-        ("shared", {}, {"smem_load_wavefronts": HZ / 4, "smem_store_wavefronts": HZ * 3 / 4}, 0),
-    ],
-)
-def test_what_keeps_a_resource_busy_for_a_second(resource, instructions, traffic, dram):
-    """One block was counted, and each SM of the A100 has one."""
-    got = lower_bound(A100, kernel(), Counter(instructions), Counter(traffic), 1, 108, dram)
-
-    assert got.limiter == resource
-    assert getattr(got, resource) == pytest.approx(1)
-    assert got.seconds == pytest.approx(1)
-    assert got.tail == 1
-
-
-def test_counts_are_scaled_from_the_blocks_counted_to_the_launch():
-    counts, traffic = Counter({"fma": 800}), Counter(mma_flops=4096, load_sectors=80)
-    few = lower_bound(A100, kernel(), counts, traffic, 8, 4096, 10**6)
-    twice = Counter({k: 2 * v for k, v in traffic.items()})
-    more = lower_bound(A100, kernel(), counts + counts, twice, 16, 4096, 10**6)
-
-    assert few == more
-
-
-def test_fewer_blocks_than_multiprocessors_leave_the_rest_idle():
-    counts, traffic = Counter({"fma": 800}), Counter(mma_flops=4096)
-    one = lower_bound(A100, kernel(), counts, traffic, 1, 1, 0)
-    full = lower_bound(A100, kernel(), counts, traffic, 1, 108, 0)
-    double = lower_bound(A100, kernel(), counts, traffic, 1, 216, 0)
-
-    assert (one.fp32, one.tensor) == pytest.approx((full.fp32, full.tensor))
-    assert double.fp32 == pytest.approx(2 * full.fp32)
-
-
-def test_the_tail_of_the_last_wave():
-    resident = kernel().blocks_per_sm
-    wave = resident * 108
-    assert resident == 16
-
-    def at(blocks):
-        return lower_bound(A100, kernel(), Counter(fma=1), Counter(), 1, blocks, 0)
-
-    assert at(wave).tail == at(3 * wave).tail == 1
-    assert at(wave + 1).tail == pytest.approx(2 * wave / (wave + 1))
-    assert at(wave + 1).seconds == pytest.approx(at(2 * wave).seconds)
-
-
-def test_coalescing_and_bank_conflicts():
-    traffic = Counter(
-        load_sectors=32,
-        load_bytes=128,
-        smem_load_wavefronts=31,
-        smem_load_ideal=1,
-        smem_store_wavefronts=1,
-        smem_store_ideal=1,
-    )
-    got = lower_bound(A100, kernel(), Counter(), traffic, 1, 1, 0)
-
-    assert got.coalescing == 1 / 8  # 4 of every 32 bytes
-    assert got.bank_conflicts == 16
-    assert lower_bound(A100, kernel(), Counter(), Counter(), 1, 1, 0).bank_conflicts == 1
-
-
-def test_the_device_decides_how_many_blocks_it_holds():
-    """Code for sm_80 runs on sm_86, which has room for 12 blocks of 128 threads instead of 16."""
-    got = lower_bound(DEVICES["RTX 3090"], kernel(80), Counter(fma=1), Counter(), 1, 12 * 82 + 1, 0)
-
-    assert got.tail == pytest.approx(2 * 12 * 82 / (12 * 82 + 1))
-
-
-@pytest.mark.parametrize(("arch", "device"), [(80, "H100"), (86, "A100"), (AMD, "A100")])
-def test_code_for_another_architecture_is_refused(arch, device):
-    other = replace(kernel(), arch=arch)
-    with pytest.raises(ValueError, match="does not run on"):
-        lower_bound(DEVICES[device], other, Counter(), Counter(), 1, 1, 0)
-
-
-def test_a_block_that_fits_nowhere_is_refused():
-    big = kernel(80, shared=120 * 1024)
-    assert big.blocks_per_sm == 1
-    with pytest.raises(ValueError, match="does not fit"):
-        lower_bound(DEVICES["RTX 3090"], big, Counter(), Counter(), 1, 1, 0)
-
-
-@pytest.mark.parametrize(("counted", "blocks"), [(0, 1), (1, 0)])
-def test_an_empty_launch_is_refused(counted, blocks):
-    with pytest.raises(ValueError, match="blocks"):
-        lower_bound(A100, kernel(), Counter(), Counter(), counted, blocks, 0)
 
 
 ROWS = [

@@ -1,11 +1,8 @@
-"""What the compiled CUDA C++ kernels cost, for every GPU generation; needs no GPU.
+"""Resources of the compiled CUDA C++ kernels for every GPU generation; needs no GPU.
 
-    python -m benchmarks.gpu.cuda_budget [--match TEXT] [--arch 80 90 …] [--write]
-
-Reads the machine code in the installed module or, where that has no kernels for a generation, has
-nvcc compile what is missing. Prints what each kernel takes and holds, and how many of its blocks a
-multiprocessor has when KroneckerBERT's layers launch it. ``cuda_budget.json`` says what is allowed;
---write makes it from what is seen, with a little room. The tests hold the kernels to it.
+The machine code is that of the installed module or, for a generation that it lacks, nvcc's.
+``cuda_budget.json`` has the limits, with a little room: on each kernel's code, and on the blocks
+that a multiprocessor holds when KroneckerBERT's layers launch it.
 """
 
 from __future__ import annotations
@@ -23,18 +20,17 @@ from pathlib import Path
 import torch
 from simulator import cuda
 
-from benchmarks.gpu.budget import command
-from benchmarks.gpu.devices import DEVICES
-from benchmarks.gpu.static import nvidia_kernels, nvidia_tool, occupancy, run
-from benchmarks.gpu.triton_budget import LAYERS
 from kron_kernels import KronShape, kron_feed_forward, kron_matmul, kron_qkv
 from kron_kernels.backends import cuda as backend
+from kron_kernels.testing.cases import PRESETS
+from static.multiprocessors import CARDS
+from static.reading import nvidia_kernels, nvidia_tool, occupancy, run
 
 BUDGET = Path(__file__).with_name("cuda_budget.json")
-ARCHS = (80, 86, 89, 90, 100, 120)
-CODE_ROOM = 1.1  # of the bytes of code; what they are spent on is limited by other means
-CODE = "code"  # the case of what is known without a launch
-TOKENS = 16384  # a large batch: launches are cut for speed, not to occupy the GPU at all
+ARCHS = tuple(CARDS)
+CODE_ROOM = 1.1  # slack on the bytes of code, whose ingredients have limits of their own
+CODE = "code"  # the case of rows that need no launch
+TOKENS = 16384  # a large batch, where launches are planned for speed rather than for occupancy
 
 
 def installed() -> Path | None:
@@ -44,7 +40,7 @@ def installed() -> Path | None:
 
 @lru_cache
 def embedded(module: Path) -> dict[int, list[bytes]]:
-    """The cubins in a module, by architecture."""
+    """Cubins in a module, by architecture."""
     found: dict[int, list[bytes]] = {}
     if b".nv_fatbin" not in module.read_bytes():
         return found
@@ -58,7 +54,7 @@ def embedded(module: Path) -> dict[int, list[bytes]]:
 
 @lru_cache
 def cubins(arch: int) -> list[bytes]:
-    """The machine code of all kernels for an architecture: the installed one, else nvcc's."""
+    """Machine code of all kernels for an architecture: the installed one, else nvcc's."""
     module = installed()
     if module and (found := embedded(module).get(arch)):
         return found
@@ -68,7 +64,7 @@ def cubins(arch: int) -> list[bytes]:
 
 
 def cases(dtype: torch.dtype = torch.float16) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What KroneckerBERT's layers ask for."""
+    """KroneckerBERT's calls, by name."""
 
     def layer(s: KronShape) -> tuple[torch.Tensor, ...]:
         sizes = (s.rank, s.m1, s.n1), (s.rank, s.m2, s.n2), (s.out_features,)
@@ -77,10 +73,8 @@ def cases(dtype: torch.dtype = torch.float16) -> Iterator[tuple[str, Callable[[]
     def tokens(features: int) -> torch.Tensor:
         return torch.zeros(TOKENS, features, dtype=dtype)
 
-    for name, s in LAYERS.items():
+    for name, s in PRESETS.items():
         x, (a, b, bias) = tokens(s.in_features), layer(s)
-        if backend.why_not(x, a, b):
-            continue
         dy = tokens(s.out_features)
         yield (
             f"{name} forward",
@@ -91,7 +85,7 @@ def cases(dtype: torch.dtype = torch.float16) -> Iterator[tuple[str, Callable[[]
             lambda dy=dy, x=x, a=a, b=b: backend.kron_matmul_backward(dy, x, a, b, [True] * 3),
         )
     for size in ("8x", "21x"):
-        up, down = layer(LAYERS[f"{size} up"]), layer(LAYERS[f"{size} down"])
+        up, down = layer(PRESETS[f"{size} up"]), layer(PRESETS[f"{size} down"])
         x = tokens(768)
         yield (
             f"{size} block forward",
@@ -103,14 +97,13 @@ def cases(dtype: torch.dtype = torch.float16) -> Iterator[tuple[str, Callable[[]
                 x, x, up, "gelu", down, [True] * 6
             ),
         )
-    x, one = tokens(768), layer(LAYERS["21x attention"])
+    x, one = tokens(768), layer(PRESETS["21x attention"])
     yield "21x QKV forward", lambda: kron_qkv(x, *[one] * 3, backend="cuda")
 
 
 def launches(arch: int, registers: dict[str, int]) -> Iterator[dict[str, object]]:
-    """How many blocks of each launch a multiprocessor has; of those that only add up parts not."""
-    multiprocessors = next(one.sms for one in DEVICES.values() if one.capability == arch)
-    device = cuda.CudaDevice(arch, execute=False, multiprocessors=multiprocessors)
+    """Rows with the occupancy of each launch, except those that only add up partial sums."""
+    device = cuda.CudaDevice(arch, execute=False, multiprocessors=CARDS[arch])
     with device:
         for case, call in cases():
             device.launches.clear()
@@ -135,7 +128,7 @@ def launches(arch: int, registers: dict[str, int]) -> Iterator[dict[str, object]
 
 
 def rows(match: str = "", archs: Sequence[int] = ARCHS) -> Iterator[dict[str, object]]:
-    """Of each kernel whose name contains ``match``, of all code, and of each launch."""
+    """Rows of each kernel whose name contains ``match``, of all code, and of each launch."""
     for arch in archs:
         size, registers = 0, {}
         for cubin in cubins(arch):
@@ -159,7 +152,7 @@ def rows(match: str = "", archs: Sequence[int] = ARCHS) -> Iterator[dict[str, ob
 
 
 def entry(row: dict[str, object]) -> dict[str, object]:
-    """What a later compilation of the same kernel may cost, and never a spill."""
+    """Limits for later compilations of the same kernel: this row's resources, and no spills."""
     match = {key: row[key] for key in ("case", "kernel", "arch")}
     if "bytes" in row:
         return {"match": match, "max": {"bytes": int(row["bytes"] * CODE_ROOM)}}
@@ -199,7 +192,3 @@ def show(row: dict[str, object]) -> str:
         f"code {row['code']:6}  loads by bits {dict(row['global_loads'])}  "
         f"stores {dict(row['global_stores'])}"
     )
-
-
-if __name__ == "__main__":
-    command(__doc__, BUDGET, ARCHS, rows, show, entry)

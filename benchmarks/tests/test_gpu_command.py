@@ -1,0 +1,296 @@
+"""The command for GPU owners and its measurements, without a GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks.gpu import __main__, contenders, environment, tuning
+from benchmarks.gpu.contenders import Workload
+from benchmarks.gpu.report import Result, not_done, order_table, timing_tables
+from benchmarks.gpu.workloads import time_workload, workloads
+from kron_kernels import KronShape, dispatch
+from kron_kernels.backends.triton import configs, launch
+from kron_kernels.backends.triton.configs import Tile
+
+pytest_plugins = ["benchmarks.tests.simulated_gpu"]
+ROOT = Path(__file__).parents[2]
+TINY = tuning.Case(KronShape(4, 2, 16, 32), torch.float16, 16)
+OTHER = tuning.Case(KronShape(3, 4, 5, 2), torch.float16, 4)
+UP, DOWN = KronShape(4, 2, 12, 24), KronShape(2, 4, 24, 12)
+
+
+# --- the command
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Run the command as if there were a GPU; returns its exit status and report."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(__main__, "environment", lambda: ({"gpu": "no GPU"}, []))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+
+    def run(sections, *pytest_arguments, plugin="", tests=""):
+        """With a plugin of pytest, and other tests in place of those of correctness."""
+        (tmp_path / "planted.py").write_text(plugin)
+        if tests:
+            path = tmp_path / "test_planted.py"
+            path.write_text(f"import pytest\npytestmark = pytest.mark.gpu\n{tests}")
+            monkeypatch.setitem(__main__.TESTS, "correctness", [str(path), "-c", "pyproject.toml"])
+        arguments = ["--quick", "--only", *sections, "--out", str(tmp_path / "out")]
+        status = __main__.main([*arguments, "--", "-p", "planted", *pytest_arguments])
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        return status, report, (tmp_path / "out" / "report.md").read_text()
+
+    return run
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert __main__.main(["--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "no GPU" in said and "simulator" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_environment_is_read_in_a_process_that_may_fail(monkeypatch):
+    facts = environment.software()
+    assert facts["torch"] == torch.__version__ and facts["triton"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found, (failed,) = __main__.environment()
+    assert not found and failed.state == "failed" and "Traceback" in failed.traceback
+
+
+def test_measurements_by_the_command(command, tmp_path):
+    """Of small cases, in the simulator."""
+    plugin = f"""
+from torch import float16
+from benchmarks.gpu import tuning, workloads
+from benchmarks.gpu.contenders import Workload
+from benchmarks.tests.simulated_gpu import gpu
+from kron_kernels import KronShape
+workloads.workloads = lambda quick: [Workload("forward", "a label", ({UP},), 5, "float16")]
+tuning.cases = lambda quick: [tuning.Case({OTHER.shape}, float16, 4)] * quick
+"""
+    status, report, text = command(["timing", "tuning"], "-k", "not overhead", plugin=plugin)
+    assert status == 0 and report["counts"] == {"passed": 2}, text
+    timing, tile = (r["data"] for r in report["results"])
+    assert set(timing["loop"]) >= {"triton", "eager", "dense"} and tile["key"] == OTHER.key
+    assert set(tuning.measured(tmp_path / "out" / "tuning.jsonl", "simulated")) == {OTHER.key}
+    assert "### forward, float16" in text and "## Tuning" in text
+    assert "Nothing that was done failed" in text and str(ROOT) not in text
+    assert "the section correctness: it was not asked for" in text
+    assert not (ROOT / "kron_kernels/backends/triton/tuned/simulated.json").exists()
+
+
+def test_a_wrong_kernel_is_a_failure(command):
+    plugin = """
+from kron_kernels.backends.triton import launch
+right = launch.kron_matmul
+launch.kron_matmul = lambda *operands: right(*operands) + 1
+"""
+    chosen = "simulated and triton and (contiguous or no_row)"
+    status, report, text = command(
+        ["correctness"], "-m", "not gpu and not slow", "-k", chosen, plugin=plugin
+    )
+    assert status == 1 and report["counts"] == {"failed": 1, "passed": 1}
+    (failed,) = (r for r in report["results"] if r["state"] == "failed")
+    assert (
+        failed["name"] == "test_operands_that_are_not_contiguous_or_not_aligned[simulated triton]"
+    )
+    assert "in units of" in failed["message"] and "assert_close" in failed["traceback"]
+    assert text.index("## Failures") < text.index("## What was done")
+    assert any("section timing" in gap for gap in report["not_done"])
+
+
+def test_a_crash_a_hang_and_a_lost_gpu_cost_one_test_each(command, monkeypatch):
+    monkeypatch.setattr(__main__, "PATIENCE", 3)
+    tests = """
+import os, time
+from benchmarks.gpu import plugin
+def test_0(): pass
+def test_1(): os.abort()
+def test_2(): pass
+def test_3(): time.sleep(100)
+def test_4():
+    plugin._lost = lambda: True
+    assert 1 == 2, "an illegal address"
+def test_5(): pass
+def test_6(): pytest.skip("no reason")
+"""
+    status, report, text = command(["correctness"], tests=tests)
+    results = sorted(report["results"], key=lambda r: r["name"])
+    assert status == 1 and [r["name"] for r in results] == [f"test_{i}" for i in range(7)]
+    assert "".join(r["state"][0] for r in results) == "pfpffpn"
+    messages = [r["message"] for r in results]
+    assert "crashed while running" in messages[1] and "crashed while running" in messages[3]
+    assert "an illegal address" in messages[4]
+    assert "correctness: test_6: no reason" in text
+
+
+def test_tests_that_were_never_run_are_reported():
+    crashed = Result("correctness", "test_0", "failed", "worker 'gw0' crashed while running it")
+    most = [crashed] * __main__.RESTARTS
+    assert not __main__.unfinished("correctness", 1, most)
+    (stopped,) = __main__.unfinished("correctness", 1, [*most, crashed])
+    assert stopped.state == "not done" and "20 tests crashed" in stopped.message
+    (ended,) = __main__.unfinished("correctness", 5, [])
+    assert ended.state == "failed" and "status 5" in ended.message
+
+
+def test_skipped_tests_are_one_line_for_each_reason():
+    results = [Result("correctness", f"test_{i}[cuda]", "not done", "no CUDA") for i in range(6)]
+    results.append(Result("correctness", "test_9", "not done", "one GPU"))
+    many, one = not_done(results)
+    assert many.startswith("correctness: test_0[cuda]; ") and many.endswith("and 2 more: no CUDA")
+    assert one == "correctness: test_9: one GPU"
+    assert results[0].group == "cuda: 0" and results[-1].group == "9"
+
+
+# --- timing
+
+
+@pytest.mark.parametrize(
+    "kind, shapes, names",
+    [
+        ("forward", (UP,), {"triton", "eager", "dense"}),
+        ("training", (UP,), {"triton", "eager", "dense"}),
+        ("block training", (UP, DOWN), {"fused", "calls", "dense"}),
+        ("qkv forward", (UP,) * 3, {"fused", "calls", "dense"}),
+    ],
+)
+def test_every_contender_of_a_workload_is_checked_and_timed(kind, shapes, names, gpu):
+    dtype = "float32" if kind == "training" else "float16"
+    data = time_workload(Workload(kind, "a label", shapes, 5, dtype), gpu)
+    assert set(data["loop"]) == set(data["graph"]) >= names
+    result = Result("timing", "test_workload", "passed", data=json.loads(json.dumps(data)))
+    assert "a label" in "\n".join(timing_tables([result]))
+
+
+@pytest.mark.parametrize(
+    "kind, shapes, names",
+    [
+        ("forward", (UP,), {"triton", "cuda", "eager"}),
+        ("block training", (UP, DOWN), {"fused", "calls", "cuda", "cuda calls"}),
+        ("qkv forward", (UP,) * 3, {"fused", "calls", "cuda", "cuda calls"}),
+    ],
+)
+def test_both_engines_are_timed_and_compared_with_the_order(
+    kind, shapes, names, gpu, emulated_cuda
+):
+    timed = [
+        time_workload(Workload(kind, "a label", shapes, tokens, "float16"), gpu)
+        for tokens in (1, 19)
+    ]
+    assert all(set(data["loop"]) == set(data["graph"]) >= names for data in timed)
+    results = [Result("timing", "test_workload", "passed", data=data) for data in timed]
+    header = next(line for line in timing_tables(results) if "tokens" in line)
+    assert " cuda |" in header and " cuda, graph |" in header
+    # The simulated clock gives the first contender, Triton's, one unit, and CUDA's more.
+    table = order_table(results)
+    (few,) = (line for line in table if "| up to 4 tokens |" in line)
+    assert f"| cuda, triton | {kind.split()[-1]} | up to 4 | 1 | 0 | 0 | 0." in few
+    (more,) = (line for line in table if "| more |" in line)
+    assert " | 1 | 0 | 0 | 0." in more
+    missing = sum("No workload of the row" in line for line in table)
+    assert missing == len(dispatch.GPU_ORDER) - 2
+
+
+def test_a_wrong_contender_is_left_out_and_one_of_ours_fails(gpu, monkeypatch):
+    workload = Workload("forward", "a label", (UP,), 5, "float16")
+    monkeypatch.setattr(contenders, "dense_call", lambda workload, x, layers: x.new_zeros(5, 48))
+    assert "dense" in time_workload(workload, gpu)["left_out"]
+    right = launch.kron_matmul
+    monkeypatch.setattr(launch, "kron_matmul", lambda *o, **more: right(*o, **more) + 1)
+    with pytest.raises(AssertionError, match="in units of"):
+        time_workload(workload, gpu)
+
+
+def test_a_quick_run_times_a_part_of_the_workloads():
+    quick, full = workloads(quick=True), workloads(quick=False)
+    assert len(full) == len(set(full)) == 3 * 7 * 22 and len(quick) == 4 * 22
+    assert {w.kind for w in quick} == {w.kind for w in full}
+
+
+# --- tuning
+
+
+@pytest.fixture
+def slow_rule(monkeypatch):
+    """A rule that is easily beaten."""
+    bad = Tile(tokens=8, depth=16, columns=16, tiles=1, warps=8, stages=2)
+    monkeypatch.setattr(configs, "rule", lambda *case: bad)
+
+
+@pytest.mark.usefixtures("slow_rule")
+def test_tuning_writes_a_table_that_launches_read(gpu, tmp_path):
+    record = tuning.tune(TINY, gpu, 1, tmp_path / "tuning.jsonl")
+    assert record["gain"] > tuning.BETTER and not record["wrong"] and len(record["times"]) > 4
+    best = Tile(**record["best"])
+    assert best != Tile(**record["rule"])
+    simulated = configs.GPU("simulated", 2, 99 * 1024)
+    assert configs.tile(TINY.geometry, 16, torch.float16, False, simulated) == best
+    assert configs.tile(TINY.geometry, 9, torch.float16, False, simulated) == best
+    assert configs.tile(TINY.geometry, 8, torch.float16, False, simulated) != best
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["simulated.json"]
+
+
+@pytest.mark.usefixtures("slow_rule")
+def test_an_interrupted_tuning_continues(gpu, tmp_path, monkeypatch):
+    path, seen = tmp_path / "tuning.jsonl", []
+    real = tuning.tune_case
+
+    def interrupted(case, *more):
+        seen.append(case)
+        if case == OTHER and seen.count(OTHER) == 1:
+            raise KeyboardInterrupt
+        return real(case, *more)
+
+    def tune():
+        for case in (TINY, OTHER):
+            tuning.tune(case, gpu, 1, path)
+
+    monkeypatch.setattr(tuning, "tune_case", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune()
+    (tmp_path / "tuned" / "simulated.json").unlink()
+    configs._table.cache_clear()
+    with path.open("a") as file:
+        file.write('{"device": "simul')  # torn off
+    tune()
+    assert seen == [TINY, OTHER, OTHER]
+    assert set(tuning.measured(path, "simulated")) == {TINY.key, OTHER.key}
+    table = json.loads((tmp_path / "tuned" / "simulated.json").read_text())
+    assert TINY.key in table  # measured before the interruption
+
+
+@pytest.mark.usefixtures("slow_rule")
+def test_candidates_that_do_not_compile_are_counted_and_wrong_ones_named(gpu, monkeypatch):
+    run = tuning.run
+
+    def planted(key, tile, *operands):
+        if tile.warps == 4:
+            raise RuntimeError("out of resource")
+        ys = run(key, tile, *operands)
+        return [y + 1 for y in ys] if tile.stages == 4 else ys
+
+    monkeypatch.setattr(tuning, "run", planted)
+    record = tuning.tune_case(TINY, gpu, 1)
+    assert record["left_out"] == {"RuntimeError": 1}
+    (wrong,) = record["wrong"]
+    assert "stages 4" in wrong and "1 WRONG" in tuning.summary(record)
+
+
+def test_only_possible_neighbours_are_tried():
+    small = configs.GPU("small", 2, 99 * 1024)
+    for case in tuning.cases(quick=True):
+        g, products = case.geometry, case.products
+        t = configs.rule(g, case.tokens, 2, False, small, products)
+        near = tuning.neighbours(g, t, products)
+        assert t not in near and len(set(near)) == len(near) > 3
+        assert all(n.tokens * g.vectors >= 16 and min(n.depth, n.columns) >= 16 for n in near)
+    cases = tuning.cases(quick=False)
+    assert len({case.key for case in cases}) == len(cases)

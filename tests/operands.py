@@ -1,5 +1,0 @@
-"""Shapes and operands that every test draws alike; the benchmarks have them too."""
-
-from benchmarks.gpu.cases import SHAPES, draw, name
-
-__all__ = ["SHAPES", "draw", "name"]
