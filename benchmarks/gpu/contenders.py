@@ -14,7 +14,7 @@ from benchmarks import peers
 from benchmarks.gpu.checks import slack
 from benchmarks.gpu.jobs import ENGINES, Place
 from kron_kernels import kron_feed_forward, kron_matmul, kron_qkv, reference
-from kron_kernels.backends import COMPILED, eager
+from kron_kernels.backends import BACKENDS, eager
 from kron_kernels.backends.triton import launch as triton_gpu
 from kron_kernels.shapes import KronShape
 from kron_kernels.testing import assert_close
@@ -91,7 +91,7 @@ def kron_calls(
     """Ours, by each engine that serves all layers."""
     calls: dict[str, Step] = {}
     for engine in ENGINES:
-        reasons = [COMPILED[engine].why_not(x, a, b) for a, b, _ in layers]
+        reasons = [BACKENDS[engine].why_not(x, a, b) for a, b, _ in layers]
         if reason := next(filter(None, reasons), None):
             left_out[engine] = reason
         else:
@@ -197,6 +197,6 @@ def hold_cell(
 def exact_block(cell: Cell, x: Tensor, layers: list[list[Tensor]]) -> list[Tensor]:
     if cell.kind.startswith("block"):
         (a1, b1, c1), (a2, b2, c2) = layers
-        hidden = F.gelu(eager.kron_matmul(x, a1, b1, bias=c1))
-        return [eager.kron_matmul(hidden, a2, b2, bias=c2)]
-    return [eager.kron_matmul(x, a, b, bias=c) for a, b, c in layers]
+        hidden = F.gelu(eager.plain_matmul(x, (a1, b1), c1))
+        return [eager.plain_matmul(hidden, (a2, b2), c2)]
+    return [eager.plain_matmul(x, (a, b), c) for a, b, c in layers]

@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.gpu import simulated
 from benchmarks.gpu.clocks import Clock
-from kron_kernels.backends import COMPILED
+from kron_kernels.backends import BACKENDS, Backend
 
 ENGINES = ("triton", "cuda")
 PASSED, FAILED, NOT_DONE = "passed", "failed", "not done"
@@ -42,8 +41,8 @@ class Place:
     engine: str = "triton"  # whose kernels a check runs
 
     @property
-    def kernels(self) -> ModuleType:
-        return COMPILED[self.engine]
+    def kernels(self) -> Backend:
+        return BACKENDS[self.engine]
 
     @property
     def simulated(self) -> bool:
@@ -82,7 +81,7 @@ def missing(device: str, engine: str) -> str | None:
         torch.empty(size, device=device, dtype=torch.float16)
         for size in ((1, 4), (1, 2, 2), (1, 2, 2))
     )
-    return COMPILED[engine].why_not(x, a, b)
+    return BACKENDS[engine].why_not(x, a, b)
 
 
 class Job(NamedTuple):

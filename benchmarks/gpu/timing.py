@@ -19,7 +19,7 @@ from benchmarks.gpu.checks import arithmetic
 from benchmarks.gpu.contenders import OURS, Cell, Contender, Step, contenders, fresh_layer
 from benchmarks.gpu.jobs import ENGINES, Job, NotDone, Place, lost
 from kron_kernels import dispatch, kron_matmul, reference
-from kron_kernels.backends import COMPILED
+from kron_kernels.backends import BACKENDS
 from kron_kernels.timing import Timing
 
 
@@ -146,7 +146,7 @@ def launch_overhead(place: Place) -> dict[str, float]:
         "F.linear": lambda: F.linear(x, weight, bias),
     }
     for engine in ENGINES:
-        if COMPILED[engine].why_not(x, a, b):
+        if BACKENDS[engine].why_not(x, a, b):
             continue
         by = {"backend": engine}
         calls |= {
@@ -154,7 +154,7 @@ def launch_overhead(place: Place) -> dict[str, float]:
             f"kron_matmul by {engine}, with gradients": lambda by=by: kron_matmul(
                 *again[:3], bias=again[3], **by
             ),
-            f"{engine}'s launcher alone": lambda kernels=COMPILED[engine]: kernels.kron_matmul(
+            f"{engine}'s launcher alone": lambda kernels=BACKENDS[engine]: kernels.kron_matmul(
                 x, (a, b), bias
             ),
         }

@@ -315,7 +315,7 @@ def test_a_few_tokens_go_through_the_block_in_two_launches(gpu):
 def test_a_feed_forward_that_does_not_meet_goes_in_two_launches(up, down):
     x, a1, b1 = draw(up, 30, torch.float32)
     _, a2, b2 = draw(down, 5, torch.float32)
-    assert not cuda.meet(a1, b1, a2, b2)
+    assert not cuda.fuses((a1, b1, None), (a2, b2, None))
     y = kron_feed_forward(x, (a1, b1, None), (a2, b2, None), backend="cuda")
     hidden = reference.kron_matmul(x, a1, b1, activation="gelu")
     hold("y", y, reference.kron_matmul(hidden, a2, b2), terms(up) + terms(down), torch.float32)

@@ -268,7 +268,7 @@ def test_a_feed_forward_that_does_not_meet_goes_in_two_launches(gpu):
     up, down = KronShape(24, 24, 4, 2), KronShape(24, 24, 2, 4)
     x, a1, b1 = draw(up, 5, torch.float32)
     _, a2, b2 = draw(down, 5, torch.float32)
-    assert not triton_gpu.meet(a1, b1, a2, b2)
+    assert not triton_gpu.fuses((a1, b1, None), (a2, b2, None))
     y = kron_feed_forward(x, (a1, b1, None), (a2, b2, None), backend="triton")
     hidden = reference.kron_matmul(x, a1, b1, activation="gelu")
     hold("y", y, reference.kron_matmul(hidden, a2, b2), terms(up) + terms(down), torch.float32)

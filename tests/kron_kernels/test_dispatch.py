@@ -23,7 +23,7 @@ from kron_kernels import KronShape, dispatch, explain_backends, kron_matmul
 from kron_kernels.backends import abi
 from kron_kernels.reference import materialize
 
-BACKENDS = get_args(dispatch.Backend)
+BACKENDS = get_args(dispatch.BackendName)
 OPERANDS = draw(SHAPES[1], dtype=torch.float32)
 X, *FACTORS = OPERANDS
 

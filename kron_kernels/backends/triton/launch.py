@@ -130,9 +130,9 @@ def sizes(g: Geometry) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-def plan(x: Tensor, a: Tensor, b: Tensor) -> str:
-    """What the kernel would do, in words."""
-    g = _geometry(KronShape.of(a, b))
+def describe(x: Tensor, *factors: Tensor) -> str:
+    """How the kernel computes this product, in words."""
+    g = _geometry(KronShape.of(*factors))
     t = triton_launch.tile(
         g, prod(x.shape[:-1]), x.dtype, precision(x.dtype) == "ieee", device_of(x)
     )
@@ -321,12 +321,13 @@ def _summed(parts: Tensor | None, dtype: torch.dtype, over: int = 0) -> Tensor |
     return None if parts is None else parts.sum(over).to(dtype)
 
 
-def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
-    """Whether ``a1 ⊗ b1`` and ``a2 ⊗ b2`` fit the fused feed-forward block.
+def fuses(up: Layer, down: Layer) -> bool:
+    """Whether these layers fit the fused feed-forward block.
 
     They meet in a hidden grid that they exchange by columns, and a block of few tokens has room for
     what it keeps of them: the sums of both products.
     """
+    (a1, b1, _), (a2, b2, _) = up, down
     (r1, hidden, u), (r2, p, _) = a1.shape, a2.shape
     sums = r1 * power_of_two(u) * b1.shape[1] + power_of_two(p) * b2.shape[1]
     rows = max(r1 * power_of_two(u), r2 * power_of_two(p))
@@ -345,7 +346,7 @@ def kron_feed_forward(
     x: Tensor, up: Layer, activation: Activation, down: Layer, residual: Tensor | None
 ) -> Tensor:
     """``down(act(up(x))) + residual`` of ``(a, b, bias)`` each, x ``(T, n)``."""
-    if not meet(*up[:2], *down[:2]):
+    if not fuses(up, down):
         hidden = kron_matmul(x, up[:2], up[2], activation)
         return kron_matmul(hidden, down[:2], down[2], None, residual)
     from kron_kernels.backends.triton.feed_forward import feed_forward_kernel
