@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.eager_forms import others
 from kron_kernels import dispatch, kron_feed_forward, kron_matmul
 from kron_kernels.backends.eager import merge_small
-from kron_kernels.checks import check_factors
+from kron_kernels.checks import check_product
 from kron_kernels.reference import materialize
 from kron_kernels.testing import assert_close
 
@@ -201,7 +201,7 @@ def contenders(
     """All but dense. What stands before a colon is a column of the table."""
     calls = {"auto": lambda: kron_matmul(x, *factors)}
     calls["eager"] = lambda: kron_matmul(x, *factors, backend="eager")
-    if reason := dispatch.why_not("native", x, *check_factors(x, factors)):
+    if reason := dispatch.why_not("native", x, *check_product(x, factors)):
         left_out["native"] = reason
     else:
         calls["native"] = lambda: kron_matmul(x, *factors, backend="native")

@@ -74,8 +74,8 @@ def _unserved(rank: int, m1: int, n1: int, m2: int, n2: int) -> str | None:
     return _native.cuda_unserved(*abi.product_of_shapes([(rank, m1, n1), (rank, m2, n2)]))
 
 
-def plan(x: Tensor) -> str:
-    """What the kernels would do, in words."""
+def describe(x: Tensor, *factors: Tensor) -> str:
+    """How the kernels compute this product, in words."""
     if prod(x.shape[:-1]) <= FEW_TOKENS:
         return "a warp for each column, without tensor cores"
     if x.dtype != torch.float32:
@@ -132,14 +132,15 @@ def kron_matmul_backward(
     return returned(grads, x)
 
 
-def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
-    """Whether ``a1 ⊗ b1`` and ``a2 ⊗ b2`` fit the fused feed-forward block and its backward."""
+def fuses(up: Layer, down: Layer) -> bool:
+    """Whether these layers fit the fused feed-forward block and its backward."""
+    (a1, b1, _), (a2, b2, _) = up, down
     shapes = (*a1.shape, *b1.shape[1:], *a2.shape, *b2.shape[1:])
-    return _meet(a1.device.index or 0, abi.DTYPES[a1.dtype], _tf32(a1.dtype), *shapes)
+    return _fuses(a1.device.index or 0, abi.DTYPES[a1.dtype], _tf32(a1.dtype), *shapes)
 
 
 @lru_cache(maxsize=4096)
-def _meet(device: int, dtype: int, tf32: bool, *shapes: int) -> bool:
+def _fuses(device: int, dtype: int, tf32: bool, *shapes: int) -> bool:
     r1, m1, n1, m2, n2, r2, p1, q1, p2, q2 = shapes
     up = abi.product_of_shapes([(r1, m1, n1), (r1, m2, n2)])
     down = abi.product_of_shapes([(r2, p1, q1), (r2, p2, q2)])
@@ -150,7 +151,7 @@ def kron_feed_forward(
     x: Tensor, up: Layer, activation: Activation, down: Layer, residual: Tensor | None
 ) -> Tensor:
     """``down(act(up(x))) + residual`` of ``x (T, n)`` and two ``(a, b, bias)``."""
-    if x.shape[0] <= FEW_TOKENS or not meet(*up[:2], *down[:2]):
+    if x.shape[0] <= FEW_TOKENS or not fuses(up, down):
         hidden = kron_matmul(x, up[:2], up[2], activation)
         return kron_matmul(hidden, down[:2], down[2], None, residual)
     x = x.contiguous()

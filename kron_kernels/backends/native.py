@@ -1,7 +1,7 @@
 """Compiled CPU kernels: ``csrc/kron.h`` through the module ``kron_kernels._native``.
 
-Operands are contiguous rows; factors may have any strides, so that the transposed factors of a
-gradient are not copied. Nothing is packed or kept between calls.
+Rows are made contiguous. Factors may have any strides, so a gradient's transposed factors are not
+copied. Nothing is packed or kept between calls.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kron_kernels.shapes import KronShape
 _native = abi.module
 _ISAS = ("portable", "avx2", "avx512")
 _MAX_FACTORS = 8
-_GROUPED = 4096  # features of a group of several factors: a block of tokens is 200 KB of them
+_GROUPED = 4096  # features of a group of several factors; a block of tokens of them is 200 KB
 
 _isa = _native.isa() if _native else 0  # tests lower it, to run what other machines run
 
@@ -50,7 +50,7 @@ def _stay_alone() -> None:
     _threads = lambda: 1  # noqa: E731
 
 
-# A forked child inherits torch's pool without its threads: to call it is to wait for ever.
+# A forked child inherits torch's pool without its threads: a call of it would never return.
 if hasattr(os, "register_at_fork"):  # Windows does not fork
     os.register_at_fork(after_in_child=_stay_alone)
 
@@ -58,6 +58,11 @@ if hasattr(os, "register_at_fork"):  # Windows does not fork
 def instruction_set() -> str:
     """The one in use: ``avx512``, ``avx2`` or ``portable`` (NEON, on ARM)."""
     return _ISAS[_isa]
+
+
+def describe(x: Tensor, *factors: Tensor) -> str:
+    """The instruction set."""
+    return instruction_set()
 
 
 def why_not(x: Tensor, *factors: Tensor) -> str | None:
@@ -107,8 +112,8 @@ def _kron_matmul_in_passes(
 ) -> Tensor:
     """More than two factors, in groups small enough for a block of tokens to stay in the cache.
 
-    The last group acts on rows of x. Each before it acts on the axes in front of those that are
-    done, along which its lanes run.
+    The last group acts on rows of x. Each group before it acts on the axes in front of the finished
+    ones, along which its lanes run.
     """
     dtype = x.dtype
     if dtype in (torch.bfloat16, torch.float16):  # one rounding, at the end
@@ -134,7 +139,7 @@ def _kron_matmul_in_passes(
 
 @lru_cache(maxsize=4096)
 def _groups(shapes: tuple[torch.Size, ...]) -> list[int]:
-    """Where each group of factors starts, the last group first."""
+    """The index of each group's first factor, the last group first."""
     starts, inputs, outputs = [len(shapes)], 1, 1
     for i in reversed(range(len(shapes))):
         _, m, n = shapes[i]
@@ -193,8 +198,12 @@ def kron_matmul_backward(
     return returned(grads, x)
 
 
-def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
-    """Whether ``a1 ⊗ b1`` and ``a2 ⊗ b2`` share a hidden grid that they can exchange by entries."""
+def fuses(up: Layer, down: Layer) -> bool:
+    """Whether the layers can exchange the hidden vector entry by entry.
+
+    They can if both read it as the same grid, up computes it entry by entry and down reads it so.
+    """
+    (a1, b1, _), (a2, b2, _) = up, down
     (_, k, _), (_, width, _) = a1.shape, b1.shape
     return (
         (k, width) == (a2.shape[2], b2.shape[2])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kron_kernels import KronShape
-from kron_kernels.backends import COMPILED
+from kron_kernels.backends import BACKENDS
 from kron_kernels.backends.triton import configs
 from kron_kernels.testing.cases import draw, name
 
@@ -42,7 +42,7 @@ class Machine(NamedTuple):
 
     @property
     def kernels(self) -> ModuleType:
-        return COMPILED[self.engine]
+        return BACKENDS[self.engine]
 
     def draw(self, s: KronShape, tokens: int, dtype: torch.dtype) -> list[Tensor]:
         """x, a and b; skips the test if the engine has no kernel for their shape."""

@@ -12,9 +12,9 @@ from static.reading import nvidia_tool
 
 BUDGET = json.loads(cuda_budget.BUDGET.read_text())
 try:
-    COMPILED = set(cuda_budget.embedded(module) if (module := cuda_budget.installed()) else ())
+    BACKENDS = set(cuda_budget.embedded(module) if (module := cuda_budget.installed()) else ())
 except ImportError:  # without the tools, which the tests skip for
-    COMPILED = set()
+    BACKENDS = set()
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +31,12 @@ def _tools(monkeypatch):
 @pytest.mark.parametrize(
     "arch",
     [
-        pytest.param(arch, marks=[] if arch in COMPILED else pytest.mark.slow)
+        pytest.param(arch, marks=[] if arch in BACKENDS else pytest.mark.slow)
         for arch in cuda_budget.ARCHS
     ],
 )
 def test_the_kernels_keep_to_their_budget(arch):
-    if arch not in COMPILED and (reason := why_not()):
+    if arch not in BACKENDS and (reason := why_not()):
         pytest.skip(reason)
     rows = list(cuda_budget.rows(archs=(arch,)))
     budget = [entry for entry in BUDGET if entry["match"]["arch"] == arch]

@@ -15,7 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from turns import in_turns, slow
 
 from kron_kernels import KronShape, kron_feed_forward, kron_matmul, reference
-from kron_kernels.backends import COMPILED, cuda
+from kron_kernels.backends import BACKENDS, cuda
 from kron_kernels.backends.triton import configs
 from kron_kernels.testing.cases import (
     ACTIVATIONS,
@@ -147,7 +147,7 @@ def test_random_products_and_their_gradients(seed, gpu, monkeypatch):
     if gpu.backend == "cuda":
         gpu.device(draws.choice([1, 2, 40]), draws.choice([101376, 232448]))
     x, a, b = draw(s, 1, dtype)
-    if reason := COMPILED[gpu.backend].why_not(x, a, b):
+    if reason := BACKENDS[gpu.backend].why_not(x, a, b):
         with pytest.raises(ValueError, match=re.escape(reason)):
             kron_matmul(x, a, b, backend=gpu.backend)
         assert min(s.m1, s.n1, s.m2, s.n2) > 1
@@ -212,7 +212,7 @@ def test_rows_that_are_not_contiguous(s, gpu):
 
 @on("triton-80", "triton-90", "emulated")
 def test_no_tokens_is_no_launch(gpu):
-    backward = COMPILED[gpu.backend].kron_matmul_backward
+    backward = BACKENDS[gpu.backend].kron_matmul_backward
     for s in MIXED[:4]:
         x, a, b = draw(s, 0, torch.float16)
         with gpu.recorded() as launches:
@@ -285,7 +285,7 @@ def test_gradients(case, dtype, gpu, monkeypatch):
 
 @on("triton-80", "triton-90", "emulated")
 def test_gradients_are_the_same_bits_every_time(gpu):
-    backward = COMPILED[gpu.backend].kron_matmul_backward
+    backward = BACKENDS[gpu.backend].kron_matmul_backward
     s = SHAPES[3]
     x, a, b = draw(s, 150, torch.float16)
     dy = torch.randn(150, s.out_features).half()
@@ -313,7 +313,7 @@ def test_only_the_needed_gradients_are_computed(s, needed, gpu):
     kron_matmul(*operands, backend=gpu.backend).sum().backward()
     assert [t.grad is not None for t in operands] == [bool(n) for n in needed]
     with gpu.recorded() as launches:
-        COMPILED[gpu.backend].kron_matmul_backward(
+        BACKENDS[gpu.backend].kron_matmul_backward(
             torch.ones(30, s.out_features), *(t.detach() for t in operands), needed
         )
     if gpu.backend == "triton":
@@ -411,7 +411,7 @@ def test_a_feed_forward_that_does_not_meet_takes_two_launches(up, down, gpu):
     x, a1, b1 = draw(up, 30, torch.float32)
     _, a2, b2 = draw(down, 5, torch.float32)
     layers = (a1, b1, None), (a2, b2, None)
-    assert not COMPILED[gpu.backend].meet(a1, b1, a2, b2)
+    assert not BACKENDS[gpu.backend].fuses(*layers)
     with gpu.recorded() as launches:
         y = kron_feed_forward(x, *layers, backend=gpu.backend)
     assert len(launches) == 2

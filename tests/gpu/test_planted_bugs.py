@@ -14,7 +14,7 @@ from simulator import SimulationError
 from simulator.cuda import KERNELS, CudaDevice, serving, why_not
 
 from kron_kernels import KronShape, kron_feed_forward, kron_matmul, reference
-from kron_kernels.backends import COMPILED
+from kron_kernels.backends import BACKENDS
 from kron_kernels.backends.triton import configs
 from kron_kernels.testing import assert_close
 from kron_kernels.testing.cases import draw
@@ -55,7 +55,7 @@ def gradients(backend: str, s: KronShape, tokens: int, needed=(True, True, True)
     expected = torch.autograd.grad(reference.kron_matmul(*wide), wide, dy.double())
 
     def run() -> None:
-        grads = COMPILED[backend].kron_matmul_backward(dy, x, a, b, needed)
+        grads = BACKENDS[backend].kron_matmul_backward(dy, x, a, b, needed)
         for grad, other, wanted in zip(grads, expected, needed, strict=True):
             if wanted:
                 assert_close("gradient", grad, other, tokens * (s.n1 + s.n2 + s.m1 + s.m2))
@@ -76,7 +76,7 @@ def block(backend: str, up: KronShape, down: KronShape, tokens: int, backward=Fa
 
     def run() -> None:
         if backward:
-            backward_of = COMPILED[backend].kron_feed_forward_backward
+            backward_of = BACKENDS[backend].kron_feed_forward_backward
             got = backward_of(dy, x, layers[0], "gelu", layers[1], [True] * 6)
         else:
             got = [kron_feed_forward(x, *layers, backend=backend)]

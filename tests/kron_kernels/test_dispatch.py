@@ -23,7 +23,7 @@ from kron_kernels.backends import abi
 from kron_kernels.reference import materialize
 from kron_kernels.testing.cases import SHAPES, draw, name
 
-BACKENDS = get_args(dispatch.Backend)
+BACKENDS = get_args(dispatch.BackendName)
 OPERANDS = draw(SHAPES[1], dtype=torch.float32)
 X, *FACTORS = OPERANDS
 

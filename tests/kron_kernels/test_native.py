@@ -208,8 +208,8 @@ BLOCKS = [
 
 
 def test_the_blocks_meet_or_not():
-    factors = [(*layer(up)[:2], *layer(down)[:2]) for up, down in BLOCKS]
-    assert [native.meet(*f) for f in factors] == [True, True, False, False]
+    fused = [native.fuses(layer(up), layer(down)) for up, down in BLOCKS]
+    assert fused == [True, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

@@ -2,6 +2,7 @@
 
 import io
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from kron_kernels import (
     KroneckerEmbedding,
     KroneckerFeedForward,
     KroneckerLinear,
+    dispatch,
     explain_backends,
-    functional,
     kron_feed_forward,
     kron_matmul,
     kron_qkv,
@@ -265,12 +266,16 @@ def test_none_is_refused_under_autocast_too():
                 kron_matmul(x, a, MATMUL["b"])
 
 
-def test_autocast_of_a_device_that_torch_does_not_count_is_asked_for(monkeypatch):
-    monkeypatch.setattr(functional, "under_autocast", lambda x: x.is_meta)
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: monkeypatch.undo() or nullcontext())
-    x, a, b = (t.to("meta") for t in (MATMUL["x"].bfloat16(), MATMUL["a"], MATMUL["b"]))
-    assert kron_matmul(x, a, b).dtype == torch.bfloat16  # as a linear layer before it leaves x
+def test_autocast_is_noticed_on_a_device_that_the_quick_question_leaves_out():
+    x = SimpleNamespace(is_cpu=False, device=torch.device("mps"))
+    torch.set_autocast_enabled("mps", True)
+    try:
+        assert not torch._C._is_any_autocast_enabled()
+        assert dispatch.under_autocast(x)
+        assert not dispatch.under_autocast(torch.ones(1))
+    finally:
+        torch.set_autocast_enabled("mps", False)
+    assert not dispatch.under_autocast(x)
 
 
 # --- Who watches sees every call.

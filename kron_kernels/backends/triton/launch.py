@@ -23,14 +23,14 @@ from kron_kernels.checks import Activation, Layer
 from kron_kernels.shapes import KronShape
 
 __all__ = [
+    "describe",
+    "fuses",
     "kron_embedding",
     "kron_feed_forward",
     "kron_feed_forward_backward",
     "kron_matmul",
     "kron_matmul_backward",
     "kron_qkv",
-    "meet",
-    "plan",
     "why_no_triton",
     "why_not",
     "why_not_embedding",
@@ -52,9 +52,9 @@ def sizes(g: Geometry) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-def plan(x: Tensor, a: Tensor, b: Tensor) -> str:
-    """What the kernel would do, in words."""
-    g = _geometry(KronShape.of(a, b))
+def describe(x: Tensor, *factors: Tensor) -> str:
+    """How the kernel computes this product, in words."""
+    g = _geometry(KronShape.of(*factors))
     t = configs.tile(
         g, prod(x.shape[:-1]), x.dtype, precision(x.dtype) == "ieee", configs.device_of(x)
     )
@@ -244,12 +244,13 @@ def _summed(parts: Tensor | None, dtype: torch.dtype, over: int = 0) -> Tensor |
     return None if parts is None else parts.sum(over).to(dtype)
 
 
-def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
-    """Whether ``a1 ⊗ b1`` and ``a2 ⊗ b2`` fit the fused feed-forward block.
+def fuses(up: Layer, down: Layer) -> bool:
+    """Whether these layers fit the fused feed-forward block.
 
     Both must use the same hidden grid column by column, and a program must have room for the
     accumulators of both products.
     """
+    (a1, b1, _), (a2, b2, _) = up, down
     (r1, hidden, u), (r2, p, _) = a1.shape, a2.shape
     sums = r1 * power_of_two(u) * b1.shape[1] + power_of_two(p) * b2.shape[1]
     rows = max(r1 * power_of_two(u), r2 * power_of_two(p))
@@ -268,7 +269,7 @@ def kron_feed_forward(
     x: Tensor, up: Layer, activation: Activation, down: Layer, residual: Tensor | None
 ) -> Tensor:
     """``down(act(up(x))) + residual`` of ``x (T, n)`` and two ``(a, b, bias)``."""
-    if not meet(*up[:2], *down[:2]):
+    if not fuses(up, down):
         hidden = kron_matmul(x, up[:2], up[2], activation)
         return kron_matmul(hidden, down[:2], down[2], None, residual)
     from kron_kernels.backends.triton.feed_forward import feed_forward_kernel

@@ -139,7 +139,7 @@ def serving(
     emulated: emulator.Emulator, multiprocessors: int = 2, shared: int = 101376
 ) -> Iterator[None]:
     """The backend "cuda" runs an emulated module on CPU tensors."""
-    caches = backend._usable, backend._unserved, backend._meet  # these depend on the module
+    caches = backend._usable, backend._unserved, backend._fuses  # these depend on the module
     with (
         patch.object(backend, "_native", emulated.native),
         patch.object(backend, "_stream", lambda index: 0),

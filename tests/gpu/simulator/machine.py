@@ -165,11 +165,6 @@ class Machine:
 
     def _prepare(self, instruction: Instruction) -> Step:
         """The function that executes an instruction."""
-        import os
-
-        open("/tmp/engines_ops.txt", "a").write(
-            f"{os.environ.get('PYTEST_CURRENT_TEST', '')[:60]}\t{instruction.name}\n"
-        )  # TEMPORARY
         try:
             binder = BINDERS.get(instruction.opcode)
             if binder is None:
