@@ -8,7 +8,7 @@ import numpy as np
 from .errors import Unsupported
 from .formats import TYPES, UNSIGNED, decoder, element_width, encoder
 from .ptx import Instruction
-from .steps import Mask, Step, assign, executes, only
+from .steps import Mask, Step, assign, only
 
 _ROUNDING = {"rn", "rz", "rm", "rp"}
 _IGNORED = ("rn", "approx", "full", "noftz", "ftz", "sat", "relu", "NaN")
@@ -142,25 +142,3 @@ def _mixed_step(machine, instruction: Instruction, function: Callable) -> Step:
         assign(destination, function(*values, last.astype(np.float64)).astype(np.float32), mask)
 
     return step
-
-
-@executes("copysign")
-def _copysign(machine, instruction: Instruction) -> Step:
-    type_ = instruction.types[-1]
-    sign, value = (machine.operands.read(one, type_) for one in instruction.operands[1:3])
-    destination = machine.operands.write(instruction.operands[0], type_)
-    return lambda mask: np.copysign(value, sign, out=destination, where=mask)
-
-
-@executes("testp")
-def _testp(machine, instruction: Instruction) -> Step:
-    source = machine.operands.read(instruction.operands[1], instruction.types[-1])
-    destination = machine.operands.write(instruction.operands[0], "pred")
-    test = {
-        "nan": np.isnan,
-        "notanumber": np.isnan,
-        "finite": np.isfinite,
-        "infinite": np.isinf,
-        "number": lambda values: ~np.isnan(values),
-    }[instruction.modifiers[0]]
-    return lambda mask: assign(destination, test(source), mask)

@@ -19,7 +19,7 @@ WARP = 32
 
 _LIMIT = 2_000_000  # instructions of a batch; beyond it, the loop is considered endless
 _FAIRNESS = 64  # every 64th turn is of the front that waited longest: spin locks end
-_COLLECTIVE = {"mma", "ldmatrix", "stmatrix", "shfl", "vote", "wgmma", "elect", "redux"}
+_COLLECTIVE = {"mma", "ldmatrix", "stmatrix", "shfl", "vote", "wgmma", "redux"}
 
 
 class Front(NamedTuple):

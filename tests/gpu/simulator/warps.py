@@ -4,7 +4,7 @@ import numpy as np
 
 from .formats import TYPES
 from .ptx import Instruction
-from .steps import Mask, Step, assign, executes, only
+from .steps import Mask, Step, executes, only
 
 _LANES = 32
 
@@ -83,31 +83,6 @@ def _vote(machine, instruction: Instruction) -> Step:
     return step
 
 
-@executes("activemask")
-def _activemask(machine, instruction: Instruction) -> Step:
-    destination = machine.operands.write(instruction.operands[0], "b32")
-
-    def step(mask: Mask) -> None:
-        assign(destination, np.repeat(_ballot(machine.active(mask)), _LANES), mask)
-
-    return step
-
-
-@executes("elect")
-def _elect(machine, instruction: Instruction) -> Step:
-    """The first active lane of each warp."""
-    names = [one.strip() for one in instruction.operands[0].split("|")]
-    leader = machine.operands.write(names[0], "b32")
-    chosen = machine.operands.write(names[1], "pred")
-
-    def step(mask: Mask) -> None:
-        first = np.repeat(machine.active(mask).reshape(-1, _LANES).argmax(axis=1), _LANES)
-        assign(leader, first, mask)
-        assign(chosen, first == machine.lane, mask)
-
-    return step
-
-
 @executes("redux")
 def _redux(machine, instruction: Instruction) -> Step:
     only(instruction, "sync", "add", "min", "max", "and", "or", "xor", "NaN")
@@ -148,12 +123,6 @@ def _redux(machine, instruction: Instruction) -> Step:
 def _nothing(machine, instruction: Instruction) -> Step:
     """Fences and hints, which have no effect without weak memory and caches."""
     return lambda mask: None
-
-
-@executes("createpolicy")
-def _createpolicy(machine, instruction: Instruction) -> Step:
-    destination = machine.operands.write(instruction.operands[0], "b64")
-    return lambda mask: assign(destination, 0, mask)
 
 
 @executes("trap")
