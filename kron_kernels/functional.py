@@ -71,7 +71,7 @@ def kron_matmul(
         operands += (bias,)
     if residual is not None:
         operands += (residual,)
-    observed = dispatch.observed(operands)
+    observed = dispatch.is_observed(operands)
     if observed and not torch.compiler.is_compiling():
         check_tensors(x, factors, bias, residual)
     if dispatch.under_autocast(x):
@@ -92,7 +92,7 @@ def kron_matmul(
     way, backend = dispatch.route_matmul(backend, x, factors, operands, observed)
     if way == "plain":
         return eager.plain_matmul(x, factors, bias, activation, residual)
-    rows, last = _rows(x), _rows(residual)
+    rows, last = _rows(x), None if residual is None else _rows(residual)
     if way == "autograd":
         a, b = factors
         y = autograd.kron_matmul(rows, a, b, bias, backend)
@@ -199,7 +199,7 @@ def kron_feed_forward(
         a, b, bias = down
         return named("down", kron_matmul, z, a, b, bias=bias, residual=residual, backend=backend)
     assert activation is not None  # which makes products
-    rows, last = _rows(x), _rows(residual)
+    rows, last = _rows(x), None if residual is None else _rows(residual)
     if way == "autograd":
         y = autograd.FeedForward.apply(rows, *up, activation, *down, backend)
         return _as_x(eager.epilogue(y, None, last), x)
@@ -214,7 +214,7 @@ def kron_embedding(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None = 
     An id outside the table gives NaN on a GPU, where one kernel does the lookup, and raises
     elsewhere.
     """
-    if dispatch.route_embedding(a, b).way == "autograd":
+    if dispatch.route_embedding(a, b) != dispatch.PLAIN:
         return autograd.Embedding.apply(ids, a, b, padding_idx)
     terms = [
         (F.embedding(ids, table, padding_idx)[..., None] * row).flatten(-2)  # (…, d / n, n)
@@ -278,7 +278,7 @@ def _operands(
         operands += layer_tensors(name, layer)
     if residual is not None:
         operands.append(residual)
-    observed = dispatch.observed(operands)
+    observed = dispatch.is_observed(operands)
     if observed and not torch.compiler.is_compiling():
         for name, (a, b, bias) in layers.items():
             named(name, check_tensors, x, (a, b), bias)
@@ -287,9 +287,9 @@ def _operands(
     return operands, observed
 
 
-def _rows(t):
-    """``(…, n)`` as ``(T, n)``; None as None."""
-    return t if t is None or t.ndim == 2 else t.reshape(-1, t.shape[-1])
+def _rows(t: Tensor) -> Tensor:
+    """``(…, n)`` as ``(T, n)``."""
+    return t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
 def _as_x(y: Tensor, x: Tensor) -> Tensor:
