@@ -78,7 +78,7 @@ def route_matmul(
         return "recorded" if _profiled() else "direct", backend
     # For a few tokens, without gradients, the expression takes less time than an operator's call.
     small = backend == "eager" and eager.fits_one_chunk(x, KronShape.of(*factors))
-    if small and not _requires_grad((x, *factors)):
+    if small and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))):
         return PLAIN
     if with_grads:
         return "autograd", backend
@@ -178,11 +178,7 @@ def under_autocast(x: Tensor) -> bool:
 
 def differentiable(operands: Sequence[Tensor]) -> bool:
     """Whether autograd or a ``torch.func`` transform is active."""
-    return transformed() or _requires_grad(operands)
-
-
-def _requires_grad(operands: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    return transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
 
 
 def transformed() -> bool:
