@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,22 +35,18 @@ GPU_ORDER: dict[str, tuple[BackendName, ...]] = {
 }
 
 
-class Route(NamedTuple):
-    """How a call is computed, and the backend, which is "auto" only for "products"."""
+# How a call is computed:
+# - plain: a differentiable PyTorch expression, which compilers and exporters take apart;
+# - products: one kron_matmul after another, each with its own route;
+# - autograd: an autograd.Function around an operator;
+# - operator: an operator of PyTorch's dispatcher, which profilers, modes and compilers see;
+# - recorded: direct, in a range that profilers see, for factors that no operator takes;
+# - direct: a call of the backend, 4 µs faster than an operator, as long as a small product.
+Way = Literal["plain", "products", "autograd", "operator", "recorded", "direct"]
 
-    way: Literal["plain", "products", "autograd", "operator", "recorded", "direct"]
-    """
-    - ``plain``: a differentiable PyTorch expression, which compilers and exporters take apart.
-    - ``products``: one ``kron_matmul`` after another, each with its own route.
-    - ``autograd``: an ``autograd.Function`` around an operator.
-    - ``operator``: an operator of PyTorch's dispatcher, which profilers, modes and compilers see.
-    - ``recorded``: ``direct``, in a range that profilers see; of factors that no operator takes.
-    - ``direct``: a call of the backend, 4 µs faster than an operator, as long as a small product.
-    """
-    backend: BackendName
+Route = tuple[Way, BackendName]  # "auto" with "products" only
 
-
-PLAIN = Route("plain", "eager")
+PLAIN: Route = ("plain", "eager")
 
 
 # --- routes
@@ -63,7 +59,7 @@ def route_matmul(
     operands: Sequence[Tensor],
     observed: bool,
 ) -> Route:
-    """The route of one product of checked operands; ``observed`` is ``observed(operands)``."""
+    """The route of one product of checked operands; ``observed`` is ``is_observed(operands)``."""
     if observed and torch.jit.is_tracing():  # it records PyTorch's own operators only
         with constant_sizes():
             choose(backend, x, factors)
@@ -79,13 +75,13 @@ def route_matmul(
     if len(factors) != 2:  # operators and gradients are for two
         if backend == "eager" or with_grads or observed:
             return PLAIN
-        return Route("recorded" if _profiled() else "direct", backend)
+        return "recorded" if _profiled() else "direct", backend
     # For a few tokens, without gradients, the expression takes less time than an operator's call.
     small = backend == "eager" and eager.fits_one_chunk(x, KronShape.of(*factors))
-    if small and not _requires_grad((x, *factors)):
+    if small and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))):
         return PLAIN
     if with_grads:
-        return Route("autograd", backend)
+        return "autograd", backend
     return _without_gradients(backend, observed)
 
 
@@ -98,8 +94,9 @@ def route_qkv(
 ) -> Route:
     """The route of several products of one x; see ``route_matmul``."""
     products = [layer[:2] for layer in layers]
-    if differentiable(operands) or _low_rank_among(backend, products):
-        return Route("products", backend)
+    # No backend fuses the gradients. "auto" leaves low rank to eager, and only that.
+    if differentiable(operands) or (backend == "auto" and _low_rank_among(products)):
+        return "products", backend
     return _without_gradients(choose(backend, x, *products), observed)
 
 
@@ -114,15 +111,16 @@ def route_feed_forward(
 ) -> Route:
     """The route of a feed-forward block; see ``route_matmul``."""
     products = up[:2], down[:2]
-    # Without an activation the hidden vector is just the input of the second product.
-    if activation is None or _low_rank_among(backend, products):
-        return Route("products", backend)
+    # Without an activation the hidden vector is just the input of the second product. Of low rank,
+    # "auto" leaves a product to eager, and the other one to a backend of its own.
+    if activation is None or (backend == "auto" and _low_rank_among(products)):
+        return "products", backend
     backend = choose(backend, x, *products)
     if not differentiable(operands):
         return _without_gradients(backend, observed)
     if transformed() or torch.compiler.is_compiling() or not BACKENDS[backend].fuses(up, down):
-        return Route("products", backend)
-    return Route("autograd", backend)
+        return "products", backend
+    return "autograd", backend
 
 
 def route_embedding(a: Tensor, b: Tensor) -> Route:
@@ -131,7 +129,7 @@ def route_embedding(a: Tensor, b: Tensor) -> Route:
         return PLAIN
     if transformed() or torch.compiler.is_compiling() or _traced() or not is_plain((a, b)):
         return PLAIN
-    return Route("autograd", "triton")
+    return "autograd", "triton"
 
 
 def in_products(x: Tensor) -> bool:
@@ -144,19 +142,19 @@ def in_products(x: Tensor) -> bool:
 
 def _without_gradients(backend: BackendName, observed: bool) -> Route:
     if backend == "eager" or observed or _profiled():
-        return Route("operator", backend)
-    return Route("direct", backend)
+        return "operator", backend
+    return "direct", backend
 
 
-def _low_rank_among(backend: str, products: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether ``"auto"`` needs a backend for each product, as it leaves low rank to eager."""
-    return backend == "auto" and any(is_low_rank(*factors) for factors in products)
+def _low_rank_among(products: Sequence[Sequence[Tensor]]) -> bool:
+    low_rank = [is_low_rank(*factors) for factors in products]
+    return any(low_rank)
 
 
 # --- what is active
 
 
-def observed(operands: Sequence[Tensor]) -> bool:
+def is_observed(operands: Sequence[Tensor]) -> bool:
     """Whether something may look at the call, or at an operand's data, on its way to a backend.
 
     That is a compiler, a tracer, a dispatch mode, or a tensor that is not plain memory.
@@ -180,11 +178,7 @@ def under_autocast(x: Tensor) -> bool:
 
 def differentiable(operands: Sequence[Tensor]) -> bool:
     """Whether autograd or a ``torch.func`` transform is active."""
-    return transformed() or _requires_grad(operands)
-
-
-def _requires_grad(operands: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    return transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
 
 
 def transformed() -> bool:
@@ -233,10 +227,11 @@ def choose(backend: BackendName, x: Tensor, *products: Sequence[Tensor]) -> Back
     if backend != "auto":
         require(backend, x, *products)
         return backend
-    if any(is_low_rank(*factors) for factors in products):
+    if _low_rank_among(products):
         return "eager"
     for name in _order(x, *products[0]):
-        if not any(BACKENDS[name].why_not(x, *factors) for factors in products):
+        reasons = [BACKENDS[name].why_not(x, *factors) for factors in products]
+        if not any(reasons):
             return name
     return "eager"
 

@@ -71,7 +71,7 @@ def kron_matmul(
         operands += (bias,)
     if residual is not None:
         operands += (residual,)
-    observed = dispatch.observed(operands)
+    observed = dispatch.is_observed(operands)
     if observed and not torch.compiler.is_compiling():
         check_tensors(x, factors, bias, residual)
     if dispatch.under_autocast(x):
@@ -92,18 +92,19 @@ def kron_matmul(
     way, backend = dispatch.route_matmul(backend, x, factors, operands, observed)
     if way == "plain":
         return eager.plain_matmul(x, factors, bias, activation, residual)
-    rows, last = _rows(x), _rows(residual)
+    rows, last = _rows(x, residual)
     if way == "autograd":
         a, b = factors
-        y = autograd.kron_matmul(rows, a, b, bias, backend)
-        return _as_x(eager.epilogue(y, activation, last), x)
-    if way == "operator":
+        y = eager.epilogue(autograd.kron_matmul(rows, a, b, bias, backend), activation, last)
+    elif way == "operator":
         a, b = factors
-        return _as_x(ops.kron_matmul(rows, a, b, bias, activation, last, backend), x)
-    matmul = BACKENDS[backend].kron_matmul
-    if way == "recorded":
-        matmul = torch.profiler.record_function("kron_kernels::kron_matmul")(matmul)
-    return _as_x(matmul(rows, factors, bias, activation, last), x)
+        y = ops.kron_matmul(rows, a, b, bias, activation, last, backend)
+    elif way == "recorded":
+        with torch.profiler.record_function("kron_kernels::kron_matmul"):
+            y = BACKENDS[backend].kron_matmul(rows, factors, bias, activation, last)
+    else:
+        y = BACKENDS[backend].kron_matmul(rows, factors, bias, activation, last)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def kron_qkv(
@@ -137,11 +138,15 @@ def kron_qkv(
             named(name, kron_matmul, x, a, b, bias=bias, backend=backend)
             for name, (a, b, bias) in layers.items()
         ]
-    elif way == "operator":
-        a, b, biases = zip(*checked, strict=True)
-        ys = [_as_x(y, x) for y in ops.kron_qkv(_rows(x), a, b, biases, backend)]
     else:
-        ys = [_as_x(y, x) for y in BACKENDS[backend].kron_qkv(_rows(x), checked)]
+        rows, _ = _rows(x)
+        if way == "operator":
+            a, b, biases = zip(*checked, strict=True)
+            ys = ops.kron_qkv(rows, a, b, biases, backend)
+        else:
+            ys = BACKENDS[backend].kron_qkv(rows, checked)
+        if x.ndim != 2:
+            ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
     q, k, v = ys
     return q, k, v
 
@@ -199,13 +204,15 @@ def kron_feed_forward(
         a, b, bias = down
         return named("down", kron_matmul, z, a, b, bias=bias, residual=residual, backend=backend)
     assert activation is not None  # which makes products
-    rows, last = _rows(x), _rows(residual)
+    rows, last = _rows(x, residual)
     if way == "autograd":
         y = autograd.FeedForward.apply(rows, *up, activation, *down, backend)
-        return _as_x(eager.epilogue(y, None, last), x)
-    if way == "operator":
-        return _as_x(ops.kron_feed_forward(rows, *up, activation, *down, last, backend), x)
-    return _as_x(BACKENDS[backend].kron_feed_forward(rows, up, activation, down, last), x)
+        y = eager.epilogue(y, None, last)
+    elif way == "operator":
+        y = ops.kron_feed_forward(rows, *up, activation, *down, last, backend)
+    else:
+        y = BACKENDS[backend].kron_feed_forward(rows, up, activation, down, last)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def kron_embedding(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None = None) -> Tensor:
@@ -214,7 +221,7 @@ def kron_embedding(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None = 
     An id outside the table gives NaN on a GPU, where one kernel does the lookup, and raises
     elsewhere.
     """
-    if dispatch.route_embedding(a, b).way == "autograd":
+    if dispatch.route_embedding(a, b) != dispatch.PLAIN:
         return autograd.Embedding.apply(ids, a, b, padding_idx)
     terms = [
         (F.embedding(ids, table, padding_idx)[..., None] * row).flatten(-2)  # (…, d / n, n)
@@ -278,7 +285,7 @@ def _operands(
         operands += layer_tensors(name, layer)
     if residual is not None:
         operands.append(residual)
-    observed = dispatch.observed(operands)
+    observed = dispatch.is_observed(operands)
     if observed and not torch.compiler.is_compiling():
         for name, (a, b, bias) in layers.items():
             named(name, check_tensors, x, (a, b), bias)
@@ -287,14 +294,12 @@ def _operands(
     return operands, observed
 
 
-def _rows(t):
-    """``(…, n)`` as ``(T, n)``; None as None."""
-    return t if t is None or t.ndim == 2 else t.reshape(-1, t.shape[-1])
-
-
-def _as_x(y: Tensor, x: Tensor) -> Tensor:
-    """Rows ``(T, m)`` with x's leading dimensions: ``(…, m)``."""
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+def _rows(x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """``(…, n)`` and ``(…, m)`` as ``(T, n)`` and ``(T, m)``."""
+    if x.ndim == 2:
+        return x, residual
+    last = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    return x.reshape(-1, x.shape[-1]), last
 
 
 def _lowered(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -141,7 +141,7 @@ def cost(s: KronShape, form: Form) -> float:
 
 def choose_form(s: KronShape) -> Form:
     """The form of least cost."""
-    # A compiler would trace through the cache, with a warning.
+    # A compiler traces through the cache and warns.
     return _cheapest(s) if torch.compiler.is_compiling() else _cached_cheapest(s)
 
 
@@ -239,8 +239,8 @@ def fits_one_chunk(x: Tensor, s: KronShape) -> bool:
 def _compute(t: Tensor) -> Tensor:
     """Contiguous, and in float32 for 16 bits on a CPU: one rounding, at the end, instead of two.
 
-    A float16 GEMM ran at 14 GFLOP/s where float32 made 62 (AVX-512, one thread); bfloat16, which
-    has instructions there, would make 166, and on older CPUs is slow as well.
+    A float16 GEMM ran at 14 GFLOP/s, float32 at 62 and bfloat16, which has instructions, at 166
+    (AVX-512, one thread); older CPUs are slow in bfloat16 as well.
     """
     narrow = t.dtype in (torch.float16, torch.bfloat16) and t.device.type == "cpu"
     return (t.float() if narrow else t).contiguous()
@@ -252,7 +252,7 @@ def _chunk_tokens(s: KronShape, itemsize: int) -> int:
 
 
 def _chunks(s: KronShape, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same tokens of every argument, as many at a time as fit the cache of a CPU."""
+    """Chunks of tokens that fit a CPU's cache, the same tokens of every argument."""
     step = _chunk_tokens(s, rows[0].element_size())
     if fits_one_chunk(rows[0], s):
         yield rows
@@ -270,7 +270,7 @@ def _b_batched(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None
         return y.view(t, s.out_features)
     z = z.view(t, s.n1, s.rank, s.m2)
     y = torch.bmm(a[0].expand(t, s.m1, s.n1), z[:, :, 0], out=out)
-    # Here and below not in place unless there is an `out`, for vmap's sake.
+    # Here and below not in place without an `out`: vmap does not allow it.
     for k in range(1, s.rank):
         y = torch.baddbmm(y, a[k].expand(t, s.m1, s.n1), z[:, :, k], out=out)
     return y.view(t, s.out_features)
@@ -496,7 +496,7 @@ _DIFFERENTIATE = dict(
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     """``Σ_t left[t] @ right[t]ᵀ`` of ``(t, m, q)`` and ``(t, n, q)``."""
     m, n, q = left.shape[1], right.shape[1], left.shape[2]
-    if m * n <= (m + n) * q:  # products per token are smaller than the copies of a single GEMM
+    if m * n <= (m + n) * q:  # the products per token are smaller than the copies for one GEMM
         return torch.bmm(left, right.mT).sum(0)
     return torch.einsum("tmq,tnq->mn", left, right)
 

@@ -28,7 +28,7 @@ _ISAS = ("portable", "avx2", "avx512")
 _MAX_FACTORS = 8
 _GROUPED = 4096  # features of a group of several factors; a block of tokens of them is 200 KB
 
-_isa = _native.isa() if _native else 0  # tests lower it, to run what other machines run
+_isa = _native.isa() if _native else 0  # tests lower it to run the code of other machines
 
 
 def _thread_pool() -> int:
@@ -81,7 +81,7 @@ def why_not(x: Tensor, *factors: Tensor) -> str | None:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors)):
             return f"it has gradients for two factors, and there are {len(factors)}"
     if not _POOL and _threads() > 1:
-        return "this torch keeps its thread pool to itself (2.10 and later lend it)"
+        return "this torch does not share its thread pool (2.10 and later do)"
     return None
 
 
@@ -151,7 +151,7 @@ def _groups(shapes: tuple[torch.Size, ...]) -> list[int]:
 
 
 def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
-    """``x Wᵀ + bias`` of each ``(a, b, bias)``, up to four; x ``(T, n)`` is read once."""
+    """``x Wᵀ + bias`` of up to four ``(a, b, bias)``; x ``(T, n)`` is read once."""
     x = x.contiguous()
     ys, arguments, kept = [], [], []
     for a, b, bias in layers:
