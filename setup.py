@@ -1,14 +1,14 @@
 """Compiles csrc into the module kron_kernels._native; everything else is in pyproject.toml.
 
-The CPU kernels take a C++17 compiler, those for NVIDIA GPUs CUDA's nvcc besides. What cannot be
-compiled is left out, and the installation says why: PyTorch's own operators serve as well.
+The CPU kernels need a C++17 compiler, those for NVIDIA GPUs also CUDA's nvcc. Kernels that cannot
+be compiled are left out, and the installation says why: PyTorch's operators work without them.
 
-  KRON_KERNELS_BUILD       0 leaves out all kernels, 1 makes a failure of the CPU's an error
-  KRON_KERNELS_CUDA        0 leaves out the GPUs', 1 makes their absence or failure an error
+  KRON_KERNELS_BUILD       0 leaves out all kernels, 1 makes a failure of the CPU kernels an error
+  KRON_KERNELS_CUDA        0 leaves out the GPU kernels, 1 makes their absence or failure an error
   KRON_KERNELS_CUDA_ARCHS  the GPUs to compile for, such as "80 90a"
 
-CXX, CFLAGS, CXXFLAGS, LDFLAGS and NVCC, CUDA_HOME, CUDA_PATH, NVCC_APPEND_FLAGS are obeyed, and so
-is MAX_JOBS.
+CXX, CFLAGS, CXXFLAGS, LDFLAGS, NVCC, CUDA_HOME, CUDA_PATH, NVCC_APPEND_FLAGS and MAX_JOBS have
+their usual meaning.
 """
 
 import os
@@ -29,7 +29,7 @@ from setuptools.errors import CompileError
 FLAGS = """-O3 -std=c++17 -fPIC -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti
     -ffp-contract=fast -fvisibility=hidden -Wall -Wextra -Wno-ignored-attributes -Wno-psabi"""
 X86 = {"avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma", "avx2": "-mavx2 -mfma"}
-# The interpreter brings Python's symbols; the C++ library is linked only if a symbol of it is used.
+# Python's symbols are in the interpreter; the C++ library is linked only if a symbol of it is used.
 LINK = "-shared -s -Wl,--as-needed"
 if sys.platform == "darwin":
     LINK = "-bundle -undefined dynamic_lookup"
@@ -37,27 +37,27 @@ if sys.platform == "darwin":
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden -Xfatbin=-compress-all"
 MATHS = "float16", "bfloat16", "tf32", "float32"
 ARCHS = "80 86 89 90 100 120"
-# CUDA's runtime is part of the module and looks for the driver when it is called: the module asks
-# for no library. Its symbols are hidden, or calls would go to the runtime that torch has loaded.
+# The static CUDA runtime looks for the driver at its first call, so the module needs no library of
+# CUDA. Its symbols are hidden, or calls would go to the runtime that torch has loaded.
 CUDA_LIBRARIES = "-lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,libcudart_static.a"
 
-# The stable ABI of 3.11 is every later Python's, but no free-threaded one's.
+# The stable ABI of 3.11 works in every later Python, but not in free-threaded ones.
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
-# --force-reinstall alone fetches torch again, and pip's cache may hold the wheel without kernels.
+# --force-reinstall alone downloads torch again, and pip may have cached the wheel without kernels.
 NO_KERNELS = (
-    "no compiled kernels; the portable PyTorch backend serves. To get them, install a"
-    " C++17 compiler (GCC or Clang) and Python's headers, then reinstall with pip's options"
-    " --force-reinstall --no-deps --no-cache-dir. What failed: {}"
+    "no compiled kernels; PyTorch's operators are used instead. To get kernels, install a C++17"
+    " compiler (GCC or Clang) and Python's headers, then reinstall with pip's options"
+    " --force-reinstall --no-deps --no-cache-dir. The reason: {}"
 )
 FAILURES = (CompileError, OSError)
 
 
 class Kernels(NamedTuple):
-    """What one kind of processor adds to the module."""
+    """The part of the module for one kind of processor."""
 
     summary: str
-    units: dict[str, list[str]]  # by name, the commands that compile them, a source at the end
+    units: dict[str, list[str]]  # the compiling commands by name; each ends in its source
     defines: list[str]  # for binding.cpp
     libraries: list[str]
 
@@ -65,27 +65,27 @@ class Kernels(NamedTuple):
 class BuildKernels(build_ext):
     def run(self):
         module = Path(self.get_ext_fullpath("kron_kernels._native"))
-        module.unlink(missing_ok=True)  # a failure must not leave an earlier build's
+        module.unlink(missing_ok=True)  # a failure must not leave the module of an earlier build
         try:
             built, summary = self.compile_kernels()
         except FAILURES as reason:
             if "1" in (wish("BUILD"), wish("CUDA")):
                 raise CompileError(f"kron_kernels: {reason}") from None
             say(NO_KERNELS.format(reason))
-            self.extensions = []  # or a strict editable installation looks for the file
+            self.extensions = []  # otherwise a strict editable installation looks for the file
         else:
             module.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(built, module)
             say(f"{summary}; {module.stat().st_size / 1e6:.1f} MB")
 
     def get_ext_filename(self, fullname):
-        # Not the name with the platform that newer Pythons prefer: older ones would not find it.
+        # Newer Pythons prefer a name with the platform, which older ones do not find.
         return os.path.join(*fullname.split(".")) + ".abi3.so"
 
     def compile_kernels(self):
-        """The module's path and what is in it: the CPUs' kernels, and the GPUs' if possible."""
+        """Compile for CPUs, and for GPUs if possible; return the module's path and a summary."""
         if wish("BUILD") == "0":
-            raise CompileError("nothing, KRON_KERNELS_BUILD is 0")
+            raise CompileError("KRON_KERNELS_BUILD is 0")
         if sys.platform == "win32" or not STABLE_ABI:
             raise CompileError("Windows and free-threaded Python are not supported")
         if not any(Path(path, "Python.h").exists() for path in self.include_dirs):
@@ -102,7 +102,7 @@ class BuildKernels(build_ext):
             return built, f"{cpu.summary}, not for NVIDIA GPUs ({reason})"
 
     def compile_module(self, cxx, *kernels):
-        # pip throws an editable build's folder away, and with it what need not be compiled again.
+        # pip deletes the folder of an editable build; keep one, or everything is compiled again.
         folder = Path("build/editable" if self.editable_mode else self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         flags = [f"-I{path}" for path in self.include_dirs]
@@ -137,7 +137,7 @@ def cpu_kernels(cxx):
 
 
 def cuda_kernels(cxx):
-    """The kernels through nvcc; what only calls them through the C++ compiler, with its flags."""
+    """nvcc compiles the kernels; the C++ compiler, with its flags, the code that calls them."""
     nvcc = cuda_compiler(cxx)
     version = re.search(r"release ([\d.]+)", output([*nvcc, "--version"]))
     includes, libraries = cuda_folders(nvcc)
@@ -152,7 +152,7 @@ def cuda_kernels(cxx):
 
 
 def cuda_compiler(cxx):
-    """The command of nvcc, where the variables say or on the PATH."""
+    """The command of nvcc, from the variables or the PATH."""
     if wish("CUDA") == "0":
         raise CompileError("KRON_KERNELS_CUDA is 0")
     homes = [os.environ.get(variable) for variable in ("CUDA_HOME", "CUDA_PATH")]
@@ -161,19 +161,19 @@ def cuda_compiler(cxx):
     nvcc = words("NVCC") or ([found] if found else [])
     if not nvcc:
         raise CompileError("there is no nvcc (NVCC, CUDA_HOME, CUDA_PATH, PATH)")
-    # nvcc takes a file's name, so of "ccache g++ -m64" it gets g++.
+    # -ccbin takes one program: g++ of "ccache g++ -m64".
     return [*nvcc, "-ccbin", [word for word in cxx if not word.startswith("-")][-1]]
 
 
 def cuda_folders(nvcc):
-    """Options for CUDA's headers and libraries, which every distribution puts elsewhere."""
+    """Options for CUDA's headers and libraries, whose places differ between distributions."""
     plan = dry_run(nvcc)
     found = [re.findall(rf"^#\$ {name}=(.*)", plan, re.M) for name in ("INCLUDES", "LIBRARIES")]
     return [shlex.split(" ".join(options)) for options in found]
 
 
 def architectures(nvcc):
-    """Those wanted that this nvcc can compile for (--list-gpu-code leaves out some)."""
+    """The wanted architectures that this nvcc knows (--list-gpu-code omits some of them)."""
     known, unknown = [], []
     for arch in os.environ.get("KRON_KERNELS_CUDA_ARCHS", ARCHS).split():
         try:
@@ -184,15 +184,15 @@ def architectures(nvcc):
     if not known:
         raise CompileError(f"nvcc knows no architecture of {' '.join(unknown)}")
     if unknown:
-        say(f"left out what this nvcc does not know: {' '.join(unknown)}")
+        say(f"left out, unknown to this nvcc: {' '.join(unknown)}")
     return known
 
 
 def code_for(archs):
-    """Options of nvcc: machine code for each, and PTX for the drivers of GPUs without.
+    """Options of nvcc: machine code for each architecture, and PTX for newer GPUs.
 
-    Compiling to PTX is most of the work. It is done once, for the lowest, and serves all above it;
-    an architecture with a letter needs its own.
+    Compiling to PTX is most of the work. It is done once, for the lowest architecture, and used for
+    all above it; an architecture with a letter needs its own PTX.
     """
     plain = sorted((arch for arch in archs if arch.isdigit()), key=int)
     code = [(arch, f"sm_{arch}") for arch in archs if arch not in plain]
@@ -207,7 +207,6 @@ def dry_run(nvcc, *options):
 
 
 def host_compiler():
-    """The command of the C++ compiler."""
     cxx = words("CXX") or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
     if not cxx:
         raise CompileError("there is no C++ compiler (CXX, c++, g++, clang++)")
@@ -242,7 +241,7 @@ def say(text):
 
 
 def run(steps, folder):
-    """Run the steps (output, inputs, command); given ninja, in parallel and only what changed."""
+    """Run the steps (output, inputs, command); with ninja, in parallel and only what changed."""
     ninja = [sys.executable, "-m", "ninja"] if find_spec("ninja") else [shutil.which("ninja")]
     if ninja == [None]:
         for *_, command in steps:
@@ -262,7 +261,7 @@ def run(steps, folder):
 
 def call(command):
     if subprocess.run(command).returncode:
-        raise CompileError("a command failed, with the words above; pip shows them with -v")
+        raise CompileError("a command failed, see its output above (pip shows it with -v)")
 
 
 setup(

@@ -1,26 +1,26 @@
-"""The benchmarks: what is asked is measured, written as JSON, printed as tables and drawn.
+"""Benchmarks: measure, write JSON, print tables, draw pictures.
 
-Results go to benchmarks/results/here, which is not in git, for they are this machine's; those that
-the documentation quotes lie in benchmarks/results. Nothing else should run meanwhile: a warning
-says so if it does.
+Results go to benchmarks/results/here, which git ignores: they are this machine's. The results that
+the documentation quotes are in benchmarks/results. Run nothing else meanwhile: a warning says so if
+other work takes time.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from benchmarks.machine import RESULTS
+from benchmarks import machine
 from kroneckerbert.cli.shell import Commands, input_file, number
 from kroneckerbert.files import writable_file
 
@@ -32,24 +32,35 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-To = Annotated[Path, typer.Option(help="Folder of the results.")]
+HERE = machine.RESULTS / "here"
+# Modules, whose results have their names, in the order of `report`; the first four are `all`.
+MODULES = (
+    *("layers", "model", "training", "memory"),
+    *("eager_forms", "budgets", "starts", "distillation", "distillation_speed"),
+)
+ALL = MODULES[:4]
+
+To = Annotated[Path, typer.Option(help="Folder for the results.")]
 Threads = Annotated[int, number(int, "Threads of every contender.", 1, os.cpu_count() or 1)]
-VERBS = ("layers", "model", "training", "memory")
-HERE = RESULTS / "here"
-DOCS = RESULTS.parents[1] / "docs/assets"
+Quick = Annotated[bool, typer.Option("--quick", help="A tenth of the time and data; not to quote.")]
+Teachers = Annotated[
+    list[str], typer.Argument(metavar="NAME=FOLDER...", help="Sentence encoders with tokenizers.")
+]
+Data = Annotated[
+    Path, typer.Option(exists=True, file_okay=False, help="Folder with the tasks' tables and text.")
+]
 
 
 @app.command()
 def layers(
-    threads: Threads = 1,
     only: Annotated[list[str] | None, typer.Option(help="A group of cells; repeatable.")] = None,
-    match: Annotated[str, typer.Option(help="Of '8x8 ⊗ 4x4, T=1': a regular expression.")] = "",
-    seconds: Annotated[float, number(float, "For each cell.")] = 1.5,
+    match: Annotated[str, typer.Option(help="Regular expression, of '8x8 ⊗ 4x4, T=1'.")] = "",
     compare: Annotated[Path | None, input_file("Earlier results to compare with.")] = None,
+    threads: Threads = 1,
+    quick: Quick = False,
     to: To = HERE,
 ) -> None:
     """One layer: against dense, plain PyTorch and other libraries; scaling; roofline."""
-    from benchmarks import layer_tables
     from benchmarks import layers as module
 
     if unknown := set(only or ()) - set(module.GROUPS):
@@ -64,113 +75,147 @@ def layers(
     then = None
     if compare:  # before it may be overwritten
         with _reading(compare):
-            then = [*map(layer_tables.Row, json.loads(compare.read_text())["rows"])]
-            layer_tables.compare(then, then)
-    results = module.run(cells, threads, seconds, writable_file(to / "layers.json"))
-    report(to, ["layers"])
+            then = module.rows_of(machine.read(compare))
+            module.compare(then, then)
+    measure("layers", threads, quick, to, cells=cells)
     if then:
-        print("\n" + layer_tables.compare([*map(layer_tables.Row, results["rows"])], then))
+        now = module.rows_of(machine.read(to / "layers.json"))
+        print("\n" + module.compare(now, then))
 
 
 @app.command()
 def model(
-    threads: Threads = 1,
     batch: Annotated[list[int], number(int, "Sequences; repeatable.", 1)] = [1, 8],  # noqa: B006
     tokens: Annotated[list[int], number(int, "Of each; repeatable.", 1, 512)] = [16, 128, 512],  # noqa: B006
-    seconds: Annotated[float, number(float, "For each cell, at least.")] = 8.0,
+    threads: Threads = 1,
+    quick: Quick = False,
     to: To = HERE,
 ) -> None:
     """BERT_BASE: dense in PyTorch, torch.compile and onnxruntime, against KroneckerBERT."""
-    from benchmarks import model as module
-
-    module.run(threads, batch, tokens, seconds, writable_file(to / "model.json"))
-    report(to, ["model"])
+    measure("model", threads, quick, to, batch=batch, tokens=tokens)
 
 
 @app.command()
-def training(
+def training(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
+    """A step of training BERT_BASE: dense against KroneckerBERT."""
+    measure("training", threads, quick, to)
+
+
+@app.command()
+def memory(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
+    """Peak memory of that step."""
+    measure("memory", threads, quick, to)
+
+
+@app.command()
+def eager_forms(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
+    """The eager backend's choice of form against every form that PyTorch offers."""
+    measure("eager_forms", threads, quick, to)
+
+
+@app.command()
+def budgets(teachers: Teachers, threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
+    """Budgets of plans, and what saved and reloaded students then measure."""
+    measure("budgets", threads, quick, to, teachers=_folders(teachers))
+
+
+@app.command()
+def starts(
+    teachers: Teachers, data: Data, threads: Threads = 1, quick: Quick = False, to: To = HERE
+) -> None:
+    """Quality of students without training, by the start that made them."""
+    measure("starts", threads, quick, to, teachers=_folders(teachers), data=data)
+
+
+@app.command()
+def distillation(
+    data: Data,
+    work: Annotated[Path, typer.Option(help="Folder of the jobs.")] = Path("build/distillation"),
     threads: Threads = 1,
-    seconds: Annotated[float, number(float, "For each cell, at least.")] = 10.0,
     to: To = HERE,
 ) -> None:
-    """A step of training BERT_BASE: dense against KroneckerBERT."""
-    from benchmarks import training as module
-
-    module.run(threads, module.SIZES, seconds, writable_file(to / "training.json"))
-    report(to, ["training"])
+    """Quality of students after distillation; hours. Start it once for each core."""
+    measure("distillation", threads, False, to, data=data, work=work)
 
 
 @app.command()
-def memory(threads: Threads = 1, to: To = HERE) -> None:
-    """Peak memory of that step."""
-    from benchmarks import memory as module
-
-    module.run(threads, module.BATCHES, writable_file(to / "memory.json"))
-    report(to, ["memory"])
+def distillation_speed(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
+    """Tokens a second in distillation."""
+    measure("distillation_speed", threads, quick, to)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def gpu(context: typer.Context) -> None:
-    """Everything that wants a GPU; the options are those of python -m benchmarks.gpu."""
+    """Everything that needs a GPU; the options are those of python -m benchmarks.gpu."""
     sys.exit(subprocess.call([sys.executable, "-m", "benchmarks.gpu", *context.args]))
 
 
+@app.command()
+def fit_gelu() -> None:
+    """Fit the coefficients of GELU in csrc/cpu/activation.h."""
+    from benchmarks import fit_gelu as module
+
+    module.run()
+
+
 @app.command(name="all")
-def everything(threads: Threads = 1, to: To = HERE) -> None:
-    """Layers, model, training and memory, each in a process of its own; with a GPU, gpu."""
+def everything(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
+    """Layers, model, training and memory, each in a new process; with a GPU, gpu."""
     import torch
 
-    verbs = [[v, "--threads", str(threads), "--to", str(to)] for v in VERBS]
-    if torch.cuda.is_available():
-        verbs.append(["gpu"])
-    failed = [
-        verb
-        for verb, *options in verbs
-        if subprocess.call([sys.executable, "-m", "benchmarks", verb, *options])
-    ]
-    if failed:
+    options = ["--threads", str(threads), "--to", str(to), *["--quick"] * quick]
+    verbs = [[verb, *options] for verb in ALL] + [["gpu"]] * torch.cuda.is_available()
+    command = [sys.executable, "-m", "benchmarks"]
+    if failed := [verb for verb, *rest in verbs if subprocess.call([*command, verb, *rest])]:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
         sys.exit(1)
 
 
 @app.command(name="report")
 def tables_and_pictures(
-    folder: Annotated[Path, typer.Argument(help="With results as JSON.")] = RESULTS,
-    pictures: Annotated[Path, typer.Option(help="Folder for the pictures.")] = DOCS,
+    folder: Annotated[Path, typer.Argument(help="Of results, as JSON.")] = machine.RESULTS,
+    pictures: Annotated[Path | None, typer.Option(help="Folder for the pictures.")] = None,
 ) -> None:
-    """The tables and pictures of results that are there; nothing is measured."""
+    """Print the tables and draw the pictures of results; nothing is measured."""
     if not any(folder.glob("*.json")):
         raise FileNotFoundError(f"{folder} has no results, no .json; measure some first.")
-    writable_file(pictures / "layers.png")
-    report(folder, VERBS, pictures)
+    if pictures:
+        writable_file(pictures / "layers.png")
+    report(folder, MODULES, pictures)
+
+
+def measure(verb: str, threads: int, quick: bool, to: Path, **options: Any) -> None:
+    """Run a module's benchmark, then print its tables and draw the pictures."""
+    path = writable_file(to / f"{verb}.json")
+    import_module(f"benchmarks.{verb}").run(path, threads, 0.1 if quick else 1.0, **options)
+    report(to, [verb])
 
 
 def report(folder: Path, verbs: Iterable[str], pictures: Path | None = None) -> None:
-    """Print the verbs' tables; draw all pictures that the folder's results allow."""
-    from benchmarks import layer_tables, memory, model, plots, training
+    """Print the tables of these results; draw all pictures that the folder's results allow."""
+    from benchmarks import plots
 
-    console = Console(width=150, highlight=False)
-    modules = {"model": model, "training": training, "memory": memory}
+    console = Console(width=200, markup=False, highlight=False)
     for verb in verbs:
         path = folder / f"{verb}.json"
-        if not path.exists():
-            continue
-        with _reading(path):
-            results = json.loads(path.read_text())
-            told = (
-                [layer_tables.report(results)]
-                if verb == "layers"
-                else [*modules[verb].tables(results)]
-            )
-        for table in told:
-            print(table) if verb == "layers" else console.print(table)
-    for picture in plots.draw_all(folder, pictures or folder):
+        if path.exists():
+            with _reading(path):
+                tables = import_module(f"benchmarks.{verb}").tables(machine.read(path))
+            for table in tables:
+                console.print(table)
+    for picture in plots.draw_all(folder, pictures or machine.pictures_of(folder)):
         print(picture)
+
+
+def _folders(teachers: list[str]) -> dict[str, str]:
+    if wrong := [teacher for teacher in teachers if not re.fullmatch("[^=]+=.+", teacher)]:
+        raise typer.BadParameter(f"{wrong[0]!r} must be NAME=FOLDER")
+    return dict(teacher.split("=", 1) for teacher in teachers)
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Within, an error is one of a file of results that is none."""
+    """Turn errors into one that says that the file holds no results."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

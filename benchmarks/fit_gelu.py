@@ -1,10 +1,10 @@
-"""The coefficients of gelu in csrc/cpu/activation.h, minimax by reweighted least squares.
+"""The coefficients of GELU in csrc/cpu/activation.h: minimax by reweighted least squares.
 
 - ``2^f`` for ``|f| <= 1/2``: a polynomial with ``P(0) = 1``, by relative error.
 - The normal distribution ``Φ(-a) = e^(-a²/2) P(a) / Q(a)`` for ``0 <= a <= 8``: a quotient with
   ``Q(0) = 1``, by relative error where Φ(-a) > 0.1, and by a fifth of it where Φ(-a) is small.
 
-Needs mpmath, which torch brings along.
+Needs mpmath, a dependency of torch.
 """
 
 import mpmath
@@ -12,6 +12,12 @@ import numpy as np
 
 LONGEST, POINTS, ROUNDS = 8.0, 600, 1500
 NODES = np.cos(np.pi * (np.arange(POINTS) + 0.5) / POINTS)
+
+
+def run() -> None:
+    mpmath.mp.dps = 40
+    fit_power()
+    fit_tail()
 
 
 def fit_power(degree: int = 5) -> None:
@@ -44,7 +50,7 @@ def fit_tail(above: int = 3, below: int = 4) -> None:
 
 
 def minimax(linear, start: np.ndarray) -> tuple[np.ndarray, float]:
-    """Coefficients of the least largest residual that was met, and that residual."""
+    """Coefficients of the smallest maximal residual met, and that residual."""
     weights, last, best = np.ones(POINTS), start, (start, np.inf)
     for _ in range(ROUNDS):
         rows, right = linear(last)
@@ -63,9 +69,3 @@ def show(what: str, error: float, parts: dict[str, np.ndarray]) -> None:
     for name, coefficients in parts.items():
         print(f"  {name}")
         print("\n".join(f"    {c:.9g}" for c in coefficients))
-
-
-if __name__ == "__main__":
-    mpmath.mp.dps = 40
-    fit_power()
-    fit_tail()

@@ -1,4 +1,7 @@
-"""What the numbers were taken on, its peaks, and whether it had anything else to do."""
+"""Results on disk: the machine's facts beside what was measured on it.
+
+A file holds ``machine``, the facts, and ``rows``, one for each measurement.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,67 @@ import re
 import sys
 import time
 import timeit
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from rich.table import Column, Table
 
 import kron_kernels
 from kron_kernels.backends import native
+from kron_kernels.files import write_file
 
 RESULTS = Path(__file__).parent / "results"
+PICTURES = RESULTS.parents[1] / "docs/assets"
+DENSE = "dense eager"  # the contender that all others are compared with
 FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
-BUSY = 0.05  # of all cores, by others: above it times are said to be doubtful
+BUSY = 0.05  # share of all cores that other work may take before times are called doubtful
 
 
-def facts(threads: int) -> dict:
-    """The processor, its features, versions, threads; the peaks that one process reaches here."""
+class Recording:
+    """Rows measured on one machine, written to ``path`` after each."""
+
+    def __init__(self, path: Path, machine: dict[str, Any], rows: Sequence[dict] = ()) -> None:
+        self.path, self.machine, self.rows = path, machine, [*rows]
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        write(self.path, {"machine": self.machine, "rows": self.rows})
+
+
+@contextmanager
+def recording(path: Path, threads: int, rows: Sequence[dict] = ()) -> Iterator[Recording]:
+    """Set the threads; yield a recording that starts with ``rows``; note what else was running.
+
+    Warns if other work takes more than 5 % of the cores, before or during the measurements.
+    """
+    use_threads(threads)
+    record = Recording(path, facts(threads), rows)
+    if (before := psutil.cpu_percent(1.0) / 100) > BUSY:
+        warn(f"other work takes {before:.0%} of the cores: stop it, or trust no time below")
+    start, busy, own = time.time(), _busy(), _own()
+    yield record
+    spent = (_busy() - busy) - (_own() - own)
+    share = max(0.0, spent / (time.time() - start) / (os.cpu_count() or 1))
+    record.machine["others_busy"] = round(share, 3)
+    record.write()
+    if share > BUSY:
+        warn(f"other work took {share:.0%} of the cores meanwhile: measure again without it")
+
+
+def use_threads(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for libraries with another OpenMP
+    torch.set_num_threads(threads)
+
+
+def facts(threads: int) -> dict[str, Any]:
+    """The processor and its features, versions, threads, and the peaks that one process reaches."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     model = re.search(r"model name\s*: (.*)", text)
@@ -55,52 +102,81 @@ def gemm_rate() -> float:
 
 
 def bandwidth() -> float:
-    """GB/s of the best of 20 sums of two arrays of 128 MB into a third: memory, no cache."""
+    """GB/s of the best of 20 sums of two arrays of 128 MB, too large for the caches."""
     a, b, c = torch.ones(3, 2**25)
     best = min(timeit.repeat(lambda: torch.add(a, b, out=c), number=1, repeat=20))
     return 3 * a.nbytes / best / 1e9
 
 
-def use_threads(threads: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for libraries that bring an OpenMP of their own
-    torch.set_num_threads(threads)
-
-
-@contextmanager
-def watched(results: dict) -> Iterator[dict]:
-    """Warns if others keep the cores busy, before and meanwhile; ``results`` notes their share."""
-    if (before := psutil.cpu_percent(1.0) / 100) > BUSY:
-        warn(f"other work takes {before:.0%} of the cores: stop it, or believe no time below")
-    start, busy, own = time.time(), _busy(), _own()
-    yield results
-    spent = (_busy() - busy) - (_own() - own)
-    share = max(0.0, spent / (time.time() - start) / (os.cpu_count() or 1))
-    results["machine"]["others_busy"] = round(share, 3)
-    if share > BUSY:
-        warn(f"other work took {share:.0%} of the cores meanwhile: measure again without it")
-
-
 def _busy() -> float:
-    """Seconds of work on all cores since the start of the machine."""
+    """Seconds of work on all cores since the machine started."""
     times = psutil.cpu_times()
     return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
 
 def _own() -> float:
-    """Seconds of this process and of those it has started and seen end."""
+    """Seconds of work of this process and of its finished children."""
     return sum(os.times()[:4])
 
 
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def warn(text: str) -> None:
-    print(f"WARNING: {text}", file=sys.stderr, flush=True)
+    progress(f"WARNING: {text}")
 
 
-def title(machine: dict) -> str:
-    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-    cpu = f"{machine['cpu']} ({machine['capability']})"
-    return f"{cpu}, {threads}, torch {machine['torch']}, {machine['date'][:10]}"
-
-
-def write(path: Path, results: dict) -> None:
+def write(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results in a file. Committed files of earlier versions are brought to today's form."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(results, list):  # starts.json: each row has the facts
+        return {"machine": results[0], "rows": results}
+    if "cells" in results:
+        results["rows"] = results.pop("cells")
+    if "cpu" in results:  # distillation_speed.json
+        facts = {"capability": results["cpu"], "threads": results["threads"]}
+        results["machine"] = facts | {"torch": results["torch"]}
+    return results
+
+
+def pictures_of(folder: Path) -> Path:
+    """Pictures lie beside their results; those of the committed results in the documentation."""
+    return PICTURES if folder.resolve() == RESULTS else folder
+
+
+def title(machine: dict[str, Any]) -> str:
+    """The machine in a line, as far as an older file has its facts."""
+    cpu = machine.get("cpu") or machine.get("machine") or ""
+    cpu += f" ({machine['capability']})" * ("capability" in machine)
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    parts = (cpu.strip(), threads, f"torch {machine['torch']}", machine.get("date", "")[:10])
+    return ", ".join(filter(None, parts))
+
+
+def table(title: str, headings: Iterable[str], left: Collection[str] = (), **options) -> Table:
+    """An empty table; the columns are aligned to the right, except those in ``left``."""
+    columns = (Column(h, justify="left" if h in left else "right") for h in headings)
+    return Table(*columns, title=title, **options)
+
+
+def versus_dense(
+    heading: str,
+    results: dict[str, Any],
+    values: Callable[[dict[str, Any]], dict[str, float]],
+    digits: int = 0,
+) -> Table:
+    """A line for each row, a column for each contender: its value, and dense's over it."""
+    names = [*values(results["rows"][0])]
+    heading = f"{heading} (times less than {DENSE})\n{title(results['machine'])}"
+    shown = table(heading, ("batch", "tokens", *names))
+    for row in results["rows"]:
+        of = values(row)
+        entries = (f"{of[name]:.{digits}f} ({of[DENSE] / of[name]:.1f})" for name in names)
+        shown.add_row(str(row["batch"]), str(row["tokens"]), *entries)
+    return shown

@@ -1,13 +1,14 @@
-"""Who takes part in the layers' benchmark: dense, ours, plain PyTorch, and other libraries.
+"""The contenders of the layers' benchmark: dense, ours, plain PyTorch, and other libraries.
 
-The extra ``bench`` brings the libraries, but for FastKron, which would replace torch by a CUDA
+The extra ``bench`` installs the libraries, except FastKron, which would replace torch by a CUDA
 build:
 
     pip install --no-deps pyfastkron
 
-A contender takes ``x (T, n)`` and factors ``(m_i, n_i)``, does beforehand what a user would, and
-returns the call to time, which gives a contiguous ``(T, m)``, or None where it does not apply.
-``forward``, ``training`` and ``feed_forward`` return the calls by name, and the check of a result.
+A contender takes ``x (T, n)`` and factors ``(m_i, n_i)``, prepares what a user would prepare once,
+and returns the call to time, whose result is a contiguous ``(T, m)``, or None where it does not
+apply. ``forward``, ``training``, ``feed_forward`` and ``equal_size`` return the calls by name, and
+a function that checks a result.
 """
 
 from __future__ import annotations
@@ -23,25 +24,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.eager_forms import others
-from kron_kernels import dispatch, kron_feed_forward, kron_matmul
+from kron_kernels import kron_feed_forward, kron_matmul
 from kron_kernels.backends.eager import merge_small
-from kron_kernels.checks import check_product
 from kron_kernels.reference import materialize
 from kron_kernels.testing import assert_close
 
 Call = Callable[[], Tensor]
 Sides = list[tuple[int, int]]  # of the factors
-LeftOut = dict[str, str]  # why, by name
+LeftOut = dict[str, str]  # reasons by name
 Calls = dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
 Problem = tuple[Calls, Callable[[str, Tensor | tuple[Tensor, ...]], None]]
 
-# Beyond this many entries nobody would form A ⊗ B: 512 MB in float32.
-DENSE_ENTRIES = 2**27
+DENSE_ENTRIES = 2**27  # a larger A ⊗ B, of 512 MB in float32, is not formed
+TINY = 64  # entries of a factor that is applied entry by entry
+
+
+# --- Plain PyTorch
 
 
 def einsum(x: Tensor, *factors: Tensor) -> Tensor:
-    """The definition as one line; in float64 it is the oracle of every measurement."""
+    """The definition in one line; in float64 it is the oracle of every measurement."""
     rows, columns = "abcdefgh"[: len(factors)], "ijklmnop"[: len(factors)]
     sides = ",".join(r + c for r, c in zip(rows, columns, strict=True))
     x = x.unflatten(1, [f.shape[1] for f in factors])
@@ -65,62 +67,91 @@ def plain(x: Tensor, *factors: Tensor) -> dict[str, Call]:
         "matmul per axis": lambda: matmul_per_axis(x, *factors),
     }
     if len(factors) == 2:
-        return calls | _of_two(x, *factors)
+        return calls | plain_of_two(x, *factors)
     merged = [f[0] for f in merge_small([f[None] for f in factors])]
     return calls | {"merged, matmul per axis": lambda: matmul_per_axis(x, *merged)}
 
 
-def _of_two(x: Tensor, a: Tensor, b: Tensor) -> dict[str, Call]:
+def plain_of_two(x: Tensor, a: Tensor, b: Tensor) -> dict[str, Call]:
+    """Of ``x (T, n1 n2)``, ``a (m1, n1)``, ``b (m2, n2)``."""
     (m1, n1), (m2, n2), t = a.shape, b.shape, len(x)
+    x3 = x.view(t, n1, n2)
+
+    def transposed_b_first() -> Tensor:
+        z = (x.view(t * n1, n2) @ b.T).view(t, n1, m2).transpose(1, 2).reshape(t * m2, n1)
+        return (z @ a.T).view(t, m2, m1).transpose(1, 2).reshape(t, -1)
+
+    def transposed_a_first() -> Tensor:
+        z = x3.transpose(1, 2).reshape(t * n2, n1) @ a.T
+        return (z.view(t, n2, m1).transpose(1, 2).reshape(t * m1, n2) @ b.T).view(t, -1)
 
     def b_first() -> Tensor:
         z = (x.view(t * n1, n2) @ b.mT).view(t, n1, m2)
         return torch.bmm(a.expand(t, m1, n1), z).view(t, -1)
 
     def a_first() -> Tensor:
-        z = torch.bmm(a.expand(t, m1, n1), x.view(t, n1, n2))
+        z = torch.bmm(a.expand(t, m1, n1), x3)
         return (z.view(t * m1, n2) @ b.mT).view(t, -1)
 
-    def slices_of_b() -> Tensor:  # of a tiny right factor
-        columns = x.view(t, n1, n2).unbind(2)
+    def slices_of_a() -> Tensor:
+        rows = (x.view(t * n1, n2) @ b.T).view(t, n1, m2).unbind(1)
+        y = x.new_empty(t, m1, m2)
+        for i, out in enumerate(y.unbind(1)):
+            torch.mul(rows[0], a[i, 0], out=out)
+            for j in range(1, n1):
+                out.addcmul_(rows[j], a[i, j])
+        return y.view(t, -1)
+
+    def slices_of_b() -> Tensor:
+        columns = x3.unbind(2)
         mixed = (sum(b[p, q] * columns[q] for q in range(n2)) for p in range(m2))
         return torch.stack([z @ a.mT for z in mixed], 2).view(t, -1)
 
-    forms = others(x, a, b) | {"bmm, b first": b_first, "bmm, a first": a_first}
-    del forms["kron, then linear"]  # a contender of its own, below
-    if x.requires_grad:
-        forms.pop("slices of a", None)  # written with out=, which has no gradient
-    if m2 * n2 <= 64:
+    forms = {
+        "a @ (x @ bᵀ)": lambda: (a @ (x3 @ b.T)).view(t, -1),
+        "(a @ x) @ bᵀ": lambda: ((a @ x3) @ b.T).reshape(t, -1),
+        "transposed, b first": transposed_b_first,
+        "transposed, a first": transposed_a_first,
+        "bmm, b first": b_first,
+        "bmm, a first": a_first,
+    }
+    if a.numel() <= TINY and not x.requires_grad:  # out= has no gradient
+        forms["slices of a"] = slices_of_a
+    if b.numel() <= TINY:
         forms["slices of b"] = slices_of_b
     return forms
 
 
+# --- Libraries
+
+
 def kron(x: Tensor, *factors: Tensor) -> Call | None:
-    """PEFT's way: the product is formed on every call."""
+    """Form the product on every call, as PEFT does."""
     if x.shape[1] * prod(f.shape[0] for f in factors) > DENSE_ENTRIES:
         return None
     return lambda: F.linear(x, reduce(torch.kron, factors))
 
 
-def fastkron_rows(x: Tensor, *factors: Tensor) -> Call | None:
-    """``X (F ⊗ G ⊗ …)``, for which the factors are stored transposed.
+def in_fastkron(x: Tensor) -> bool:
+    """Whether FastKron has kernels for this call. Its backward is PyTorch's and is not timed."""
+    return x.dtype in (torch.float32, torch.float64) and not x.requires_grad
 
-    It takes tensors, not parameters, and has kernels for two dtypes. alpha and beta stay 1 and 0:
-    with gradients they would be ignored, and its backward is PyTorch, which is not timed here.
-    """
+
+def fastkron_rows(x: Tensor, *factors: Tensor) -> Call | None:
+    """``X (F ⊗ G ⊗ …)``, for which the factors are stored transposed."""
     from pyfastkron import fastkrontorch
 
-    if x.dtype not in (torch.float32, torch.float64) or x.requires_grad:
+    if not in_fastkron(x):
         return None
     transposed = [f.mT.contiguous() for f in factors]
     return lambda: fastkrontorch.gemkm(x, transposed)
 
 
 def fastkron_columns(x: Tensor, *factors: Tensor) -> Call | None:
-    """``(F ⊗ G ⊗ …) X``: other kernels, many times as fast where a side is tiny."""
+    """``(F ⊗ G ⊗ …) X``: other kernels, many times faster where a side is tiny."""
     from pyfastkron import fastkrontorch
 
-    if x.dtype not in (torch.float32, torch.float64) or x.requires_grad:
+    if not in_fastkron(x):
         return None
     return lambda: fastkrontorch.gekmm(list(factors), x.mT).mT.contiguous()
 
@@ -169,15 +200,16 @@ LIBRARIES = [
 
 
 def installed() -> tuple[list[Library], list[str]]:
-    """The libraries that import, and a line for each that does not."""
+    """The libraries that can be imported, and a line for each that cannot."""
     found, missing = [], []
     for library in LIBRARIES:
         try:
             importlib.import_module(library.module)
-            found.append(library)
         except Exception as error:  # a broken installation may raise anything
             why = f"{first_line(error)}; {library.pip} {library.package}"
             missing.append(f"{library.package} skipped: {why}")
+        else:
+            found.append(library)
     return found, missing
 
 
@@ -189,8 +221,11 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:150]
 
 
+# --- Problems
+
+
 def operands(sides: Sides, tokens: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Of a product whose entries are of order 1."""
+    """x and factors of a product whose entries are of order 1."""
     factors = [(torch.randn(m, n) / n**0.5).to(dtype) for m, n in sides]
     return torch.randn(tokens, prod(n for _, n in sides)).to(dtype), factors
 
@@ -198,13 +233,11 @@ def operands(sides: Sides, tokens: int, dtype: torch.dtype) -> tuple[Tensor, lis
 def contenders(
     x: Tensor, factors: list[Tensor], libraries: list[Library], left_out: LeftOut
 ) -> dict[str, Call]:
-    """All but dense. What stands before a colon is a column of the table."""
-    calls = {"auto": lambda: kron_matmul(x, *factors)}
-    calls["eager"] = lambda: kron_matmul(x, *factors, backend="eager")
-    if reason := dispatch.why_not("native", x, *check_product(x, factors)):
-        left_out["native"] = reason
-    else:
-        calls["native"] = lambda: kron_matmul(x, *factors, backend="native")
+    """All except dense. The part of a name before a colon is a column of the table."""
+    calls = {
+        backend: lambda backend=backend: kron_matmul(x, *factors, backend=backend)
+        for backend in ("auto", "eager", "native")
+    }
     calls |= {f"torch: {name}": call for name, call in plain(x, *factors).items()}
     others = {"kron": kron}
     for library in libraries:
@@ -225,7 +258,7 @@ def forward(
     x, factors = operands(sides, tokens, dtype)
     calls = {}
     if prod(m * n for m, n in sides) <= DENSE_ENTRIES:
-        weight = materialize(*factors)  # formed beforehand: a dense layer would own it
+        weight = materialize(*factors)  # formed once: a dense layer would own it
         calls["dense"] = lambda: F.linear(x, weight)
     calls |= contenders(x, factors, libraries, left_out)
     if dtype != torch.float32:
@@ -242,7 +275,7 @@ def forward(
 
 
 def equal_size(sides: Sides, tokens: int) -> Problem:
-    """Ours, dense, and a product of low rank with no more parameters: another function, as fast?"""
+    """Ours, dense, and another function: a low-rank product with no more parameters."""
     x, factors = operands(sides, tokens, torch.float32)
     weight = materialize(*factors)
     m, n = weight.shape
@@ -262,7 +295,7 @@ def equal_size(sides: Sides, tokens: int) -> Problem:
 
 
 def training(sides: Sides, tokens: int, libraries: list[Library], left_out: LeftOut) -> Problem:
-    """y, and the gradients of ``sum(y * dy)`` with regard to x and the factors, or to x and W."""
+    """y, and the gradients of ``sum(y * dy)`` by x and the factors, or by x and W."""
     x, factors = operands(sides, tokens, torch.float32)
     weight = materialize(*factors)
     dy = torch.randn(tokens, len(weight))

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.layer_tables import Row, exponent, geometric_mean, widths
-from benchmarks.layers import PRESETS
-from benchmarks.machine import title
-from benchmarks.model import DENSE
+from benchmarks.layers import PRESETS, Row, exponent, rows_of, widths
+from benchmarks.machine import DENSE, read, title
 
 INK, GRID = "#30343b", "#e3e5e8"
 DENSE_COLOR, OTHER_COLOR, SLOWER_COLOR = "#8a8f98", "#e0a030", "#d1495b"
 EIGHT, TWENTY_ONE = "#0f6ab4", "#7a3aa8"
-NAMES = dict(
-    zip(
-        PRESETS,
-        (f"{times} {layer}" for times in ("8x", "21x") for layer in ("attention", "up", "down")),
-        strict=True,
-    )
-)
-
+GREEN, LIGHT = "#2a9d6f", "#b9bdc4"
+COLORS = {
+    "8x": EIGHT,
+    "21x": TWENTY_ONE,
+    "8x, eager": "#8db6da",
+    "21x, eager": "#bd9cd4",
+    DENSE: DENSE_COLOR,
+}
+Results = dict[str, Any]
 LOOKS = {
     "font.size": 9,
     "axes.edgecolor": GRID,
@@ -48,8 +50,9 @@ LOOKS = {
 
 
 def draw_all(folder: Path, into: Path) -> list[Path]:
-    """Every picture whose results are in the folder; their paths."""
-    pictures: list[tuple[Callable, tuple[str, ...], set[str]]] = [
+    """Draw every picture whose results are in the folder; return their paths."""
+    drawn = []
+    for draw, needs, groups in (
         (speed, ("layers", "model"), {"tokens"}),
         (scaling, ("layers",), {"tokens", "width", "compression"}),
         (roofline, ("layers",), {"presets", "feed_forward"}),
@@ -57,100 +60,87 @@ def draw_all(folder: Path, into: Path) -> list[Path]:
         (model, ("model",), set()),
         (training, ("training", "memory"), set()),
         (quality, ("distillation",), set()),
-    ]
-    drawn = []
-    for draw, needs, groups in pictures:
+    ):
         files = [folder / f"{need}.json" for need in needs]
         if not all(file.exists() for file in files):
             continue
-        first, *more = (json.loads(file.read_text()) for file in files)
-        if groups <= {row["group"] for row in first.get("rows", [])}:
+        results = [*map(read, files)]
+        if groups <= {row.get("group") for row in results[0].get("rows", [])}:
             drawn.append(into / f"{draw.__name__}.png")
             with plt.rc_context(LOOKS):
-                figure = draw(first, *more)
+                figure = draw(*results)
                 figure.savefig(drawn[-1])
                 plt.close(figure)
     return drawn
 
 
-def rows_of(results: dict, *groups: str) -> list[Row]:
-    return [row for row in map(Row, results["rows"]) if row.cell.group in groups]
-
-
-def speed(layer: dict, whole: dict):
+def speed(layer: Results, whole: Results) -> Figure:
     """For the README: layers over their tokens, and the whole model."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9), width_ratios=(1.25, 1))
     over_tokens(left, rows_of(layer, "tokens"))
     threads = f"{layer['machine']['threads']} thread"
     left.set_title(f"Layers: times faster than dense ({threads}, float32)")
-    cell = min(whole["cells"], key=lambda c: (c["batch"], abs(c["tokens"] - 128)))
-    bars(right, {name: ms[0] for name, ms in cell["ms"].items()})
+    cell = min(whole["rows"], key=lambda c: (c["batch"], abs(c["tokens"] - 128)))
+    bars(right, cell)
     threads = f"{whole['machine']['threads']} thread"
     right.set_title(f"BERT_BASE, {cell['batch']} x {cell['tokens']} tokens ({threads})")
     return signed(figure, layer["machine"])
 
 
-def over_tokens(axes, rows: list[Row]) -> None:
+def over_tokens(axes: Axes, rows: list[Row]) -> None:
     """Geometric means over a model's three layers: ours, and the line that most would write."""
     plain = "torch: a @ (x @ bᵀ)"
-    for times, shapes, color in (("8x", PRESETS[:3], EIGHT), ("21x", PRESETS[3:], TWENTY_ONE)):
+    for times, shapes in (("8x", PRESETS[:3]), ("21x", PRESETS[3:])):
         cells = defaultdict(list)
         for row in rows:
             if row.cell.layers in shapes:
                 cells[row.cell.tokens].append(row)
         for name, ls, label in (("auto", "-", "kron_matmul"), (plain, "--", "a @ (x @ bᵀ)")):
             y = [geometric_mean([row.speed("dense", name) for row in c]) for c in cells.values()]
-            axes.plot([*cells], y, color=color, ls=ls, lw=2, label=f"{times}, {label}")
+            axes.plot([*cells], y, color=COLORS[times], ls=ls, lw=2, label=f"{times}, {label}")
     axes.axhline(1, color=DENSE_COLOR, lw=1.2)
-    axes.set(xscale="log", yscale="log", xlabel="tokens")
-    powers_axis(axes.xaxis, 4)
+    log_axes(axes, "tokens", base=4)
     times_axis(axes)
     axes.legend(fontsize=8)
 
 
-def bars(axes, values: dict[str, float]) -> None:
-    names = list(values)[::-1]
-    colors = [{"8x": EIGHT, "21x": TWENTY_ONE}.get(name, DENSE_COLOR) for name in names]
-    axes.barh(range(len(names)), [values[name] for name in names], color=colors, height=0.66)
-    reference = values[DENSE]
-    for i, name in enumerate(names):
-        told = f" {values[name]:.0f} ms ({reference / values[name]:.1f}x)"
-        axes.text(values[name], i, told, va="center", color=INK)
-    shown = {"8x": "KroneckerBERT 8x", "21x": "KroneckerBERT 21x"}
-    axes.set_yticks(range(len(names)), [shown.get(name, name) for name in names])
+def bars(axes: Axes, cell: dict[str, Any]) -> None:
+    values = {name: ms[0] for name, ms in reversed(cell["ms"].items())}
+    colors = [COLORS.get(name, DENSE_COLOR) for name in values]
+    axes.barh(range(len(values)), [*values.values()], color=colors, height=0.66)
+    for i, ms in enumerate(values.values()):
+        text = f" {ms:.0f} ms ({values[DENSE] / ms:.1f}x)"
+        axes.text(ms, i, text, va="center", color=INK)
+    names = (f"KroneckerBERT {name}" if name in ("8x", "21x") else name for name in values)
+    axes.set_yticks(range(len(values)), [*names])
     axes.set_xlim(0, max(values.values()) * 1.3)
     axes.grid(axis="y", visible=False)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    bare(axes)
 
 
-def scaling(results: dict):
+def scaling(results: Results) -> Figure:
     """Cost as the work grows: with the tokens, with the width, and against the compression."""
     figure, (tokens, width, compression) = plt.subplots(1, 3, figsize=(14, 4.3))
-    for row_shape, color in ((PRESETS[1], EIGHT), (PRESETS[4], TWENTY_ONE)):
-        members = [row for row in rows_of(results, "tokens") if row.cell.layers == row_shape]
+    for name, shape in (("8x", PRESETS[1]), ("21x", PRESETS[4])):
+        members = [row for row in rows_of(results, "tokens") if row.cell.layers == shape]
         x = [row.cell.tokens for row in members]
-        if row_shape == PRESETS[1]:
+        if name == "8x":
             tokens.plot(x, [r.us["dense"][0] for r in members], color=DENSE_COLOR, label="dense")
-        name = NAMES[row_shape]
-        band = [[row.us["auto"][i] for row in members] for i in (0, 1, 2)]
-        tokens.plot(x, band[0], color=color, label=name)
-        tokens.fill_between(x, band[1], band[2], color=color, alpha=0.15, lw=0)
-    tokens.set(xscale="log", yscale="log", xlabel="tokens", ylabel="µs")
-    powers_axis(tokens.xaxis, 4)
-    tokens.set_title("768 → 3072, against tokens")
+        median, low, high = zip(*(row.us["auto"] for row in members), strict=True)
+        tokens.plot(x, median, color=COLORS[name], label=f"{name} up")
+        tokens.fill_between(x, low, high, color=COLORS[name], alpha=0.15, lw=0)
+    log_axes(tokens, "tokens", base=4)
+    tokens.set(ylabel="µs", title="768 → 3072, against tokens")
     tokens.legend()
 
-    colors = {"8x attention": EIGHT, "21x attention": TWENTY_ONE, "square": "#2a9d6f"}
-    forms = widths(rows_of(results, "width"))
-    for form, members in forms.items():
+    colors = {"8x attention": EIGHT, "21x attention": TWENTY_ONE, "square": GREEN}
+    for form, members in widths(rows_of(results, "width")).items():
         if form == "square":
             plot_width(width, "dense", members, DENSE_COLOR, "dense")
         label = {"square": "√d x √d ⊗ √d x √d"}.get(form, form)
         plot_width(width, "auto", members, colors[form], label)
-    width.set(xscale="log", yscale="log", xlabel="width d", ylabel="µs")
-    powers_axis(width.xaxis, 2)
-    width.set_title("d → d, 128 tokens; exponents from 1024 on")
+    log_axes(width, "width d", base=2)
+    width.set(ylabel="µs", title="d → d, 128 tokens; exponents from 1024 on")
     width.legend()
 
     for count, color in ((128, EIGHT), (1024, TWENTY_ONE)):
@@ -160,22 +150,23 @@ def scaling(results: dict):
         compression.plot(x, y, marker="o", ms=4, color=color, label=f"{count} tokens")
     promised = [row.cell.dense_flops / row.cell.flops for row in members]
     compression.plot(x, promised, color=INK, ls=":", label="what the FLOPs promise")
-    compression.set(xscale="log", yscale="log", xlabel="times fewer parameters")
-    powers_axis(compression.xaxis, 4)
+    log_axes(compression, "times fewer parameters", base=4)
     compression.set_title("768 → 3072: times faster than dense")
     times_axis(compression)
     compression.legend()
     return signed(figure, results["machine"])
 
 
-def plot_width(axes, name: str, members: list[tuple[int, Row]], color: str, label: str) -> None:
-    sizes, costs = [d for d, _ in members], [row.us[name][0] for _, row in members]
-    wide = [i for i, d in enumerate(sizes) if d >= 1024]
-    p = exponent([sizes[i] for i in wide], [costs[i] for i in wide])
-    axes.plot(sizes, costs, marker="o", ms=3.5, color=color, label=f"{label} ~ d^{p:.2f}")
+def plot_width(
+    axes: Axes, name: str, members: list[tuple[int, Row]], color: str, label: str
+) -> None:
+    costs = {width: row.us[name][0] for width, row in members}
+    wide = {width: cost for width, cost in costs.items() if width >= 1024}
+    label = f"{label} ~ d^{exponent(wide.keys(), wide.values()):.2f}"
+    axes.plot([*costs], [*costs.values()], marker="o", ms=3.5, color=color, label=label)
 
 
-def roofline(results: dict):
+def roofline(results: Results) -> Figure:
     """Each kernel under this machine's two roofs, its best product and its memory."""
     facts = results["machine"]
     figure, axes = plt.subplots(figsize=(7.5, 4.6))
@@ -185,36 +176,32 @@ def roofline(results: dict):
     axes.text(right, peak * 1.06, f"{peak:.0f} GFLOP/s, the best product", ha="right")
     axes.text(0.3, memory * 0.3 * 1.5, f"{memory:.0f} GB/s from memory")
     for row in rows_of(results, "presets", "feed_forward"):
-        times = "8x" if row.cell.layers in PRESETS[:3] or "8x2" in row.cell.layers else "21x"
-        color = EIGHT if times == "8x" else TWENTY_ONE
-        marker = "s" if row.cell.group == "feed_forward" else "o"
-        point = row.flops / row.cell.bytes_moved, row.flops / row.us[row.ours][0] / 1e3
-        size = 3 + 1.6 * math.log10(row.cell.tokens)
-        axes.plot(*point, marker, ms=size, color=color, alpha=0.75)
-        dense_bytes = row.cell.bytes_moved + 4 * (row.cell.dense_entries - row.cell.entries)
-        rate = row.cell.dense_flops / row.us["dense"][0] / 1e3
-        axes.plot(row.cell.dense_flops / dense_bytes, rate, "x", ms=5, color=DENSE_COLOR)
-    for color, marker, label in (
-        (EIGHT, "o", "8x layer"),
-        (EIGHT, "s", "8x feed-forward block"),
-        (TWENTY_ONE, "o", "21x layer"),
-        (TWENTY_ONE, "s", "21x feed-forward block"),
-        (DENSE_COLOR, "x", "dense"),
-    ):
-        axes.plot([], [], marker, color=color, label=label)
+        cell = row.cell
+        times = "8x" if cell.layers in PRESETS[:3] or "8x2" in cell.layers else "21x"
+        marker = "s" if cell.group == "feed_forward" else "o"
+        point = row.flops / cell.bytes_moved, row.flops / row.us[row.ours][0] / 1e3
+        size = 3 + 1.6 * math.log10(cell.tokens)
+        axes.plot(*point, marker, ms=size, color=COLORS[times], alpha=0.75)
+        dense_bytes = cell.bytes_moved + 4 * (cell.dense_entries - cell.entries)
+        rate = cell.dense_flops / row.us["dense"][0] / 1e3
+        axes.plot(cell.dense_flops / dense_bytes, rate, "x", ms=5, color=DENSE_COLOR)
+    for times in ("8x", "21x"):
+        for marker, what in (("o", "layer"), ("s", "feed-forward block")):
+            axes.plot([], [], marker, color=COLORS[times], label=f"{times} {what}")
+    axes.plot([], [], "x", color=DENSE_COLOR, label="dense")
     axes.set(xscale="log", yscale="log", ylabel="GFLOP/s", ylim=(1, peak * 1.6))
     axes.set_xlabel("FLOPs a byte: x, weights and y moved once; larger marks for more tokens")
     axes.legend(loc="lower right")
     return signed(figure, facts)
 
 
-def layers(results: dict):
+def layers(results: Results) -> Figure:
     """Ours and the best other over dense, a column for each cell."""
-    lines = [["presets", "feed_forward"], ["forward"], ["bf16"], ["fastkron"]]
     groups: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows_of(results, *(group for line in lines for group in line)):
+    for row in rows_of(results, "presets", "feed_forward", "forward", "bf16", "fastkron"):
         if not math.isnan(row.speed(row.yardstick)):
             groups[row.cell.group][row.cell.label].append(row)
+    lines = [["presets", "feed_forward"], ["forward"], ["bf16"], ["fastkron"]]
     lines = [kept for line in lines if (kept := [g for g in line if g in groups])]
     figure = plt.figure(figsize=(15, 0.7 + 3.6 * len(lines)))
     parts = figure.subfigures(len(lines), squeeze=False).flat
@@ -228,15 +215,16 @@ def layers(results: dict):
     return figure
 
 
-def columns_of(axes, group: str, layers: dict[str, list[Row]]) -> None:
+def columns_of(axes: Axes, group: str, layers: dict[str, list[Row]]) -> None:
     other = {"marker": "o", "ls": "", "ms": 4.5, "mfc": "white", "mec": DENSE_COLOR, "mew": 1.3}
     own = {"marker": "o", "ls": "", "ms": 6, "mew": 0, "zorder": 4}
-
-    def mean_speed(rows: Iterable[Row]) -> float:
-        return geometric_mean([row.speed(row.yardstick) for row in rows])
-
+    means = {
+        label: geometric_mean([row.speed(row.yardstick) for row in rows])
+        for label, rows in layers.items()
+    }
     x, ticks = 0, {}
-    for label, rows in sorted(layers.items(), key=lambda item: -mean_speed(item[1])):
+    for label in sorted(means, key=means.get, reverse=True):
+        rows = layers[label]
         one, *more = set(label.split(" ⊗ "))
         short = label.replace(", ", ",\n") if more else f"{label.count(one)} of {one}"
         ticks[x + (len(rows) - 1) / 2] = short
@@ -256,22 +244,21 @@ def columns_of(axes, group: str, layers: dict[str, list[Row]]) -> None:
     axes.set(xlim=(-1, x - 1), yscale="log")
     times_axis(axes)
     axes.set_xticks([*ticks], [*ticks.values()], rotation=30, ha="right", rotation_mode="anchor")
-    axes.tick_params(length=0, labelsize=8.5)
     axes.grid(axis="x", visible=False)
-    axes.spines[:].set_visible(False)
+    bare(axes)
+    axes.tick_params(labelsize=8.5)
     axes.set_ylabel(f"speed over {'a matmul per axis' if group == 'fastkron' else 'dense'}")
     tokens = sorted({row.cell.tokens for rows in layers.values() for row in rows})
     axes.set_title(f"{group}, T = {', '.join(map(str, tokens))}")
 
 
-def model(results: dict):
+def model(results: Results) -> Figure:
     """A panel for each batch and number of tokens."""
-    cells = results["cells"]
-    figure, panels = plt.subplots(
-        -(-len(cells) // 3), 3, figsize=(13, 0.5 + 2.1 * -(-len(cells) // 3)), squeeze=False
-    )
+    cells = results["rows"]
+    lines = math.ceil(len(cells) / 3)
+    figure, panels = plt.subplots(lines, 3, figsize=(13, 0.5 + 2.1 * lines), squeeze=False)
     for cell, axes in zip(cells, panels.flat, strict=False):
-        bars(axes, {name: ms[0] for name, ms in cell["ms"].items()})
+        bars(axes, cell)
         axes.set_title(f"{cell['batch']} x {cell['tokens']} tokens")
     for axes in panels.flat[len(cells) :]:
         axes.axis("off")
@@ -279,21 +266,17 @@ def model(results: dict):
     return figure
 
 
-def training(steps: dict, memory: dict):
+def training(steps: Results, memory: Results) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
-    colors = {"8x": EIGHT, "21x": TWENTY_ONE, "8x, eager": "#8db6da", "21x, eager": "#bd9cd4"}
-    for axes, record, key, unit in ((left, steps, "ms", "ms"), (right, memory, "mb", "MB")):
-        names = list(record["cells"][0][key])
-        wide = 0.84 / len(names)
-        for i, name in enumerate(names):
-            color = colors.get(name, DENSE_COLOR if name == DENSE else "#b9bdc4")
-            values = [
-                cell[key][name][0] if key == "ms" else cell[key][name]["peak"]
-                for cell in record["cells"]
-            ]
-            places = [j + (i - len(names) / 2 + 0.5) * wide for j in range(len(values))]
+    ms = [{name: t[0] for name, t in row["ms"].items()} for row in steps["rows"]]
+    mb = [{name: m["peak"] for name, m in row["mb"].items()} for row in memory["rows"]]
+    for axes, results, cells, unit in ((left, steps, ms, "ms"), (right, memory, mb, "MB")):
+        wide = 0.84 / len(cells[0])
+        for i, name in enumerate(cells[0]):
+            places = [j + (i - len(cells[0]) / 2 + 0.5) * wide for j in range(len(cells))]
+            values, color = [cell[name] for cell in cells], COLORS.get(name, LIGHT)
             axes.bar(places, values, wide * 0.92, color=color, label=name)
-        ticks = [f"{cell['batch']} x {cell['tokens']} tokens" for cell in record["cells"]]
+        ticks = [f"{row['batch']} x {row['tokens']} tokens" for row in results["rows"]]
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set(yscale="log", ylabel=unit)
         axes.grid(axis="x", visible=False)
@@ -303,41 +286,37 @@ def training(steps: dict, memory: dict):
     return signed(figure, steps["machine"])
 
 
-def quality(record: dict):
+QUALITY_TASKS = {
+    "sst2": ("SST-2", "accuracy"),
+    "trec": ("TREC", "accuracy"),
+    "mrpc": ("MRPC", "accuracy"),
+    "stsb": ("STS-B", "spearman"),
+    "cola": ("CoLA", "matthews"),
+}
+QUALITY_STUDENTS = {
+    "Kronecker 8x": EIGHT,
+    "Kronecker 8x, low-rank words": GREEN,
+    "SVD 8x": DENSE_COLOR,
+    "Kronecker 21x": TWENTY_ONE,
+    "one dense layer 8x": OTHER_COLOR,
+}
+
+
+def quality(record: Results) -> Figure:
     """What each student keeps of its teacher's score, by task."""
-    scores = record["scores"]
-    tasks = {
-        "sst2": ("SST-2", "accuracy"),
-        "trec": ("TREC", "accuracy"),
-        "mrpc": ("MRPC", "accuracy"),
-        "stsb": ("STS-B", "spearman"),
-        "cola": ("CoLA", "matthews"),
-    }
-    students = {
-        "Kronecker 8x": EIGHT,
-        "Kronecker 8x, low-rank words": "#2a9d6f",
-        "SVD 8x": DENSE_COLOR,
-        "Kronecker 21x": TWENTY_ONE,
-        "one dense layer 8x": OTHER_COLOR,
-    }
     figure, axes = plt.subplots(figsize=(9.5, 3.6))
-    left, ticks = 0.0, {}
-    for task, (name, metric) in tasks.items():
-        kept = {}
-        for student in students:
-            runs = [k for k in scores if k.startswith(f"stage2/{task}/{student}/")]
-            if runs:
-                mean = sum(scores[run][metric] for run in runs) / len(runs)
-                kept[student] = 100 * mean / scores[f"teacher/{task}"][metric]
-        for i, (student, value) in enumerate(kept.items()):
-            axes.bar(left + i, value, 0.92, color=students[student])
-            axes.text(left + i, value - 6, f"{value:.0f}", ha="center", color="white", fontsize=8)
+    left, ticks = 0, {}
+    for task, (name, metric) in QUALITY_TASKS.items():
+        kept = kept_of(record["scores"], task, metric)
         if not kept:
             continue
-        teacher = 100 * scores[f"teacher/{task}"][metric]
+        for x, (student, value) in enumerate(kept.items(), left):
+            axes.bar(x, value, 0.92, color=QUALITY_STUDENTS[student])
+            axes.text(x, value - 6, f"{value:.0f}", ha="center", color="white", fontsize=8)
+        teacher = 100 * record["scores"][f"teacher/{task}"][metric]
         ticks[left + (len(kept) - 1) / 2] = f"{name}\n{metric} {teacher:.1f}"
         left += len(kept) + 1
-    for student, color in students.items():
+    for student, color in QUALITY_STUDENTS.items():
         axes.bar([0], [0], color=color, label=student)
     axes.axhline(100, color=INK, lw=1)
     axes.set_xticks([*ticks], [*ticks.values()])
@@ -345,20 +324,42 @@ def quality(record: dict):
     axes.set_title("Students of MiniLM after minutes of distillation")
     axes.grid(axis="x", visible=False)
     axes.tick_params(length=0)
-    axes.legend(fontsize=8, ncols=len(students), loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    count = len(QUALITY_STUDENTS)
+    axes.legend(fontsize=8, ncols=count, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return figure
 
 
-def times_axis(axes) -> None:
+def kept_of(scores: dict[str, dict], task: str, metric: str) -> dict[str, float]:
+    """Per cent of the teacher's score by student, in the mean over the seeds."""
+    kept = {}
+    for student in QUALITY_STUDENTS:
+        prefix = f"stage2/{task}/{student}/"
+        found = [score[metric] for name, score in scores.items() if name.startswith(prefix)]
+        if found:
+            kept[student] = 100 * sum(found) / len(found) / scores[f"teacher/{task}"][metric]
+    return kept
+
+
+def log_axes(axes: Axes, label: str, base: int) -> None:
+    axes.set(xscale="log", yscale="log", xlabel=label)
+    powers_axis(axes.xaxis, base)
+
+
+def times_axis(axes: Axes) -> None:
     powers_axis(axes.yaxis, 2, "{:g}x")
 
 
-def powers_axis(axis, base: int, form: str = "{:,.0f}") -> None:
+def powers_axis(axis: Axis, base: int, form: str = "{:,.0f}") -> None:
     axis.set_major_locator(LogLocator(base=base, numticks=14))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: form.format(value)))
 
 
-def signed(figure, machine: dict):
+def bare(axes: Axes) -> None:
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def signed(figure: Figure, machine: dict[str, Any]) -> Figure:
     figure.supxlabel(title(machine), fontsize=7.5, color=DENSE_COLOR, x=0.99, ha="right")
     return figure

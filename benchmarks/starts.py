@@ -1,124 +1,101 @@
 """How far a student gets without training: Van Loan, data-aware, SVD and mixed starts, equal size.
 
-    python benchmarks/starts.py NAME=FOLDER … --data DIR [--json benchmarks/results/starts.json]
-    python benchmarks/starts.py --table benchmarks/results/starts.json
-
-A teacher is a folder with a sentence encoder and its tokenizer; the data directory has STS-B,
-SST-2, TREC and plain text as tab-separated and text files (their names are below). All linear
-layers of the encoder are replaced, each by factors of 1/c of its parameters (Kronecker ones of up
-to 32 numbers more, low-rank ones of less than a rank's fewer); the embeddings stay. Then:
+A teacher is a folder with a sentence encoder and its tokenizer; the folder of data has STS-B,
+SST-2, TREC and plain text as tab-separated and text files (their names are below). Each linear
+layer of the encoder is replaced by factors with 1/c of its parameters (Kronecker factors may have
+32 numbers more, low-rank ones up to a rank's fewer); the embeddings stay. Then:
 
 output     relative squared error of the last hidden states on held-out text, against the teacher's
 STS-B      Spearman correlation of the cosine similarities with the scores of test pairs
 SST-2      test accuracy of a linear head on the frozen mean-pooled embeddings, and
 TREC       the same for six classes of questions
+
+A row that the results have, from as much data, is not measured again.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import nn
+from rich.table import Table as Shown
+from torch import Tensor, nn
 from torchmetrics.functional.regression import spearman_corrcoef
-from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 
+from benchmarks import machine
 from kroneckerbert import compress, embed, plan
 from kroneckerbert.configuration_kroneckerbert import factorisable, linear_weight
-from kroneckerbert.data import TextDataset, read_lines, read_table
+from kroneckerbert.data import Table, TextDataset, read_lines, read_table
 
 RATIOS = (4, 8, 16)
-EXCERPTS, EXCERPT_WORDS = 240, 60  # calibration text; as much again is held out
-PAIRS, HEAD_ROWS, TEST_ROWS = 1379, 2000, 2000  # STS-B pairs; rows to train and test heads on
+# Rows of data; a calibration excerpt has 60 words, and as many excerpts are held out.
+ROWS = {"excerpts": 240, "pairs": 1379, "head_rows": 2000, "test_rows": 2000}
+EXCERPT_WORDS = 60
+METRICS = ("output", "STS-B", "SST-2", "TREC")
+Batches = list[dict[str, Tensor]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("teachers", nargs="*", help="NAME=FOLDER")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/starts.json"))
-    parser.add_argument("--table", type=Path, help="print the table of these results, and end")
-    parser.add_argument("--starts", nargs="+", help="only these, by name")
-    parser.add_argument("--ratios", type=int, nargs="+", default=RATIOS)
-    parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--head-rows", type=int, default=HEAD_ROWS)
-    parser.add_argument("--test-rows", type=int, default=TEST_ROWS)
-    parser.add_argument("--excerpts", type=int, default=EXCERPTS)
-    args = parser.parse_args()
-    if args.table:
-        print_table(json.loads(args.table.read_text()))
-        return
-    results = json.loads(args.json.read_text()) if args.json.exists() else []
-    for name, folder in (teacher.split("=", 1) for teacher in args.teachers):
-        model = AutoModel.from_pretrained(folder).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        known, held_out = calibration(tokenizer, args.data, args.excerpts)
-        tasks = Tasks(tokenizer, held_out, model, args)
-
-        def record(ratio, start, student, seconds, name=name, tasks=tasks, model=model):
-            row = {"teacher": name, "ratio": ratio, "start": start, "seconds": seconds}
-            row |= {"kept": linears(student) / linears(model)} | tasks(student)
-            row |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-            row |= {"machine": platform.machine(), "excerpts": args.excerpts}
-            row |= {"pairs": args.pairs, "head_rows": args.head_rows, "test_rows": args.test_rows}
-            same = (name, ratio, start)
-            results[:] = [r for r in results if (r["teacher"], r["ratio"], r["start"]) != same]
-            results.append(row)
-            args.json.write_text(json.dumps(results, indent=1) + "\n")  # a long run may be cut off
-            print(
-                {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True
-            )
-
-        record(1, "teacher", model, 0.0)
-        for ratio in args.ratios:
-            for start, how in starts(model, ratio, known).items():
-                if args.starts and start not in args.starts:
+def run(path: Path, threads: int, effort: float, teachers: dict[str, str], data: Path) -> None:
+    rows = {name: int(effort * count) for name, count in ROWS.items()}
+    earlier = machine.read(path)["rows"] if path.exists() else []
+    done = [key(row) for row in earlier if rows.items() <= row.items()]
+    with machine.recording(path, threads, earlier) as record:
+        for name, folder in teachers.items():
+            model = AutoModel.from_pretrained(folder).eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            known, held_out = calibration(tokenizer, data, rows["excerpts"])
+            tasks = Tasks(tokenizer, held_out, model, data, rows)
+            todo: list[tuple[int, str, Callable]] = [(1, "teacher", lambda model=model: model)]
+            todo += [(r, s, make) for r in RATIOS for s, make in starts(model, r, known).items()]
+            for ratio, start, make in todo:
+                row = {"teacher": name, "ratio": ratio, "start": start}
+                if key(row) in done:
                     continue
+                machine.progress(f"starts: {name}, {ratio}x, {start}")
                 begin = time.perf_counter()
-                student = how()
-                record(ratio, start, student, time.perf_counter() - begin)
-    print_table(results)
+                student = make()
+                row |= {"seconds": time.perf_counter() - begin}
+                row |= {"kept": linears(student) / linears(model)}
+                record.rows = [other for other in record.rows if key(other) != key(row)]
+                record.add(row | tasks.scores(student) | rows)
 
 
-def starts(model: nn.Module, ratio: int, known: list) -> dict:
-    """By name, functions that make a student of 1/ratio of the linear layers' parameters."""
+def key(row: dict[str, Any]) -> tuple[str, int, str]:
+    return row["teacher"], row["ratio"], row["start"]
+
+
+def starts(model: PreTrainedModel, ratio: int, known: Batches) -> dict[str, Callable]:
+    """By name, functions that make a student with 1/ratio of the linear layers' parameters."""
     data = {"calibration": known}
     step = data | {"sequential": True}
     product, low_rank = kronecker(model, ratio), svd(model, ratio)
     # Half the parameters for a product, half for a low-rank part.
     both = {p: [kronecker(model, 2 * ratio)[p], svd(model, 2 * ratio)[p]] for p in product}
 
-    def planned():
-        kept = linears(model) / ratio
+    def planned() -> PreTrainedModel:
         rest = sum(p.numel() for p in model.parameters()) - linears(model)
-        chosen = plan(
-            model,
-            {"parameters": int(kept + rest)},
-            calibration=known,
-            words=False,
-            keep_dense_if_slower=False,
-        )
-        return compress(model, chosen, **step)
+        budget = {"parameters": int(linears(model) / ratio + rest)}
+        options = data | {"words": False, "keep_dense_if_slower": False}
+        return compress(model, plan(model, budget, **options), **step)
 
     return {
-        "Van Loan": lambda: compress(model, product),
-        "Kronecker, data-aware": lambda: compress(model, product, **data),
-        "Kronecker, sequential": lambda: compress(model, product, **step),
-        "SVD": lambda: compress(model, low_rank),
-        "SVD, data-aware": lambda: compress(model, low_rank, **data),
-        "SVD, sequential": lambda: compress(model, low_rank, **step),
-        "Kronecker + SVD, sequential": lambda: compress(model, both, **step),
+        "Van Loan": partial(compress, model, product),
+        "Kronecker, data-aware": partial(compress, model, product, **data),
+        "Kronecker, sequential": partial(compress, model, product, **step),
+        "SVD": partial(compress, model, low_rank),
+        "SVD, data-aware": partial(compress, model, low_rank, **data),
+        "SVD, sequential": partial(compress, model, low_rank, **step),
+        "Kronecker + SVD, sequential": partial(compress, model, both, **step),
         "planned, sequential": planned,
     }
 
 
-def kronecker(model: nn.Module, ratio: int) -> dict:
+def kronecker(model: PreTrainedModel, ratio: int) -> dict[str, dict]:
     """One term, the small factor on the left and as square as the ratio allows."""
     small = {4: (2, 2), 8: (4, 2), 16: (4, 4), 32: (8, 4)}[ratio]
     return {
@@ -127,7 +104,7 @@ def kronecker(model: nn.Module, ratio: int) -> dict:
     }
 
 
-def svd(model: nn.Module, ratio: int) -> dict:
+def svd(model: PreTrainedModel, ratio: int) -> dict[str, dict]:
     """As many terms as 1/ratio of the parameters allows."""
     return {
         path: {"a_shape": [rows, 1], "rank": rows * columns // ratio // (rows + columns)}
@@ -135,40 +112,38 @@ def svd(model: nn.Module, ratio: int) -> dict:
     }
 
 
-def sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    return {p: tuple(linear_weight(m).shape) for p, m in factorisable(model) if is_linear(model, m)}
+def sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    words = model.get_input_embeddings()
+    return {p: tuple(linear_weight(m).shape) for p, m in factorisable(model) if m is not words}
 
 
-def is_linear(model: nn.Module, module: nn.Module) -> bool:
-    return module is not model.get_input_embeddings()
-
-
-def linears(model: nn.Module) -> int:
-    """Parameters of the encoder's linear layers, without biases, whatever form they have."""
-    if hasattr(model.config, "kronecker_factors"):
-        shapes = model.config.kronecker_shapes().values()
-        dense = sum(linear_weight(m).numel() for _, m in factorisable(model) if is_linear(model, m))
-        return dense + sum(s.parameters for terms in shapes for s in terms)
-    return sum(rows * columns for rows, columns in sizes(model).values())
+def linears(model: PreTrainedModel) -> int:
+    """Parameters of the encoder's linear layers, dense or factorised, without biases."""
+    dense = sum(rows * columns for rows, columns in sizes(model).values())
+    if not hasattr(model.config, "kronecker_factors"):
+        return dense
+    shapes = model.config.kronecker_shapes().values()
+    return dense + sum(s.parameters for terms in shapes for s in terms)
 
 
 class Tasks:
     """The measurements of one student."""
 
-    def __init__(self, tokenizer, held_out: list, teacher: nn.Module, args: argparse.Namespace):
+    def __init__(
+        self, tokenizer: Any, held_out: Batches, teacher: nn.Module, data: Path, rows: dict
+    ) -> None:
         self.tokenizer, self.held_out = tokenizer, held_out
         self.target = [hidden(teacher, batch) for batch in held_out]
-        data = args.data
-        self.pairs = spread(read_table(data / "stsb_test.tsv.gz"), args.pairs)
+        self.pairs = spread(read_table(data / "stsb_test.tsv.gz"), rows["pairs"])
         self.tasks = {
             name: (
-                spread(read_table(data / f"{file}_train.tsv.gz"), args.head_rows),
-                spread(read_table(data / f"{file}_test.tsv.gz"), args.test_rows),
+                spread(read_table(data / f"{file}_train.tsv.gz"), rows["head_rows"]),
+                spread(read_table(data / f"{file}_test.tsv.gz"), rows["test_rows"]),
             )
             for name, file in (("SST-2", "sst2"), ("TREC", "trec"))
         }
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def scores(self, model: nn.Module) -> dict[str, float]:
         wrong = whole = 0.0
         for batch, target in zip(self.held_out, self.target, strict=True):
             wrong += (hidden(model, batch) - target).square().sum().item()
@@ -176,29 +151,27 @@ class Tasks:
         first, second = (
             embed(model, self.tokenizer, t) for t in (self.pairs.texts, self.pairs.texts_b)
         )
-        scores = torch.tensor(self.pairs.labels).float()
-        row = {
-            "output": wrong / whole,
-            "STS-B": spearman_corrcoef((first * second).sum(-1), scores).item(),
-        }
-        for name, (train, test) in self.tasks.items():
-            row[name] = accuracy(*(self._features(model, table) for table in (train, test)))
+        labels = torch.tensor(self.pairs.labels).float()
+        correlation = spearman_corrcoef((first * second).sum(-1), labels).item()
+        row = {"output": wrong / whole, "STS-B": correlation}
+        for name, tables in self.tasks.items():
+            row[name] = accuracy(*(self._features(model, table) for table in tables))
         return row
 
-    def _features(self, model: nn.Module, table) -> tuple[torch.Tensor, torch.Tensor]:
+    def _features(self, model: nn.Module, table: Table) -> tuple[Tensor, Tensor]:
         words = sorted(set(table.labels))
         labels = torch.tensor([words.index(label) for label in table.labels])
         return embed(model, self.tokenizer, table.texts), labels
 
 
-def accuracy(train: tuple, test: tuple) -> float:
+def accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
     """Of a linear head: softmax regression to convergence, the ridge chosen on a fifth."""
     (x, y), (x_test, y_test) = train, test
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     fifth = torch.arange(len(x)) % 5 == 0
 
-    def fit(x, y, ridge):
+    def fit(x: Tensor, y: Tensor, ridge: float) -> nn.Linear:
         layer = nn.Linear(x.shape[1], int(y.max()) + 1)
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -206,7 +179,7 @@ def accuracy(train: tuple, test: tuple) -> float:
             layer.parameters(), max_iter=200, line_search_fn="strong_wolfe"
         )
 
-        def loss():
+        def loss() -> Tensor:
             optimizer.zero_grad()
             value = nn.functional.cross_entropy(layer(x), y) + ridge * layer.weight.square().sum()
             value.backward()
@@ -215,34 +188,34 @@ def accuracy(train: tuple, test: tuple) -> float:
         optimizer.step(loss)
         return layer
 
-    def right(layer, x, y):
+    def correct(layer: nn.Linear, x: Tensor, y: Tensor) -> float:
         return (layer(x).argmax(-1) == y).float().mean().item()
 
     ridges = (1e-4, 1e-3, 1e-2)
-    best = max(ridges, key=lambda r: right(fit(x[~fifth], y[~fifth], r), x[fifth], y[fifth]))
-    return right(fit(x, y, best), x_test, y_test)
+    best = max(ridges, key=lambda r: correct(fit(x[~fifth], y[~fifth], r), x[fifth], y[fifth]))
+    return correct(fit(x, y, best), x_test, y_test)
 
 
-def calibration(tokenizer, data: Path, excerpts: int) -> tuple[list, list]:
-    """Batches to calibrate on, and others: every 37th paragraph's first words."""
+def calibration(tokenizer: Any, data: Path, excerpts: int) -> tuple[Batches, Batches]:
+    """Batches to calibrate on, and held-out ones: the first words of every 37th paragraph."""
     lines = read_lines(data / "wikipedia_squad_train.txt.gz")[::37]
     texts = [" ".join(line.split()[:EXCERPT_WORDS]) for line in lines][: 2 * excerpts]
     collate = DataCollatorWithPadding(tokenizer)
     dataset = TextDataset(tokenizer, texts, max_length=128)
     rows = [dataset[i] for i in range(len(dataset))]
-    known, held_out = rows[::2], rows[1::2]
-    return tuple(
+    known, held_out = (
         [dict(collate(part[i : i + 16])) for i in range(0, len(part), 16)]
-        for part in (known, held_out)
+        for part in (rows[::2], rows[1::2])
     )
+    return known, held_out
 
 
 @torch.no_grad()
-def hidden(model: nn.Module, batch: dict) -> torch.Tensor:
+def hidden(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).last_hidden_state[batch["attention_mask"].bool()]
 
 
-def spread(table, rows: int):
+def spread(table: Table, rows: int) -> Table:
     """Rows spread evenly over the table."""
     rows = min(rows, len(table))
     chosen = [i * len(table) // rows for i in range(rows)]
@@ -250,22 +223,18 @@ def spread(table, rows: int):
     return type(table)(*(None if c is None else [c[i] for i in chosen] for c in columns))
 
 
-def print_table(results: list[dict]) -> None:
-    console = Console(width=120)
-    for teacher in dict.fromkeys(row["teacher"] for row in results):
-        rows = [row for row in results if row["teacher"] == teacher]
-        table = Table(title=f"{teacher}: encoder linears c times smaller, no training")
-        for heading in ("c", "start", "kept", "output error", "STS-B", "SST-2", "TREC"):
-            table.add_column(heading, justify="left" if heading == "start" else "right")
-        before = None
-        for row in rows:
-            if row["ratio"] != before:
-                table.add_section()
-            before = row["ratio"]
-            cells = (f"{row[key]:.3f}" for key in ("output", "STS-B", "SST-2", "TREC"))
-            table.add_row(str(row["ratio"]), row["start"], f"{row['kept']:.4f}", *cells)
-        console.print(table)
-
-
-if __name__ == "__main__":
-    main()
+def tables(results: dict[str, Any]) -> list[Shown]:
+    shown = {}
+    before = None
+    for row in results["rows"]:
+        teacher = row["teacher"]
+        if teacher not in shown:
+            heading = f"{teacher}: encoder linears c times smaller, no training"
+            columns = ("c", "start", "kept", "output error", *METRICS[1:])
+            shown[teacher] = machine.table(heading, columns, left=("start",))
+        elif row["ratio"] != before:
+            shown[teacher].add_section()
+        before = row["ratio"]
+        scores = (f"{row[metric]:.3f}" for metric in METRICS)
+        shown[teacher].add_row(str(row["ratio"]), row["start"], f"{row['kept']:.4f}", *scores)
+    return [*shown.values()]

@@ -1,4 +1,4 @@
-"""What setup.py compiles, on machines that fake compilers stand for; and what a module asks for."""
+"""setup.py with fake compilers; the libraries that the module needs; the source distribution."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from kron_kernels.backends import abi
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("setuptools", minversion="77")  # which pyproject.toml asks for
 
-# Both write down how they are called, and whatever an -o asks for.
+# Fake compilers: they log their arguments and write the file of -o.
 LOG = '#!/bin/sh\necho "$*" >> "$0.log"\n'
 WRITE = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo compiled > "$2"; shift; done; exit 0\n'
 CXX = f'{LOG}case "$*" in *-dumpmachine*) echo x86_64-linux-gnu; exit;; esac\n{WRITE}'
@@ -32,7 +32,7 @@ TOO_OLD = NVCC.replace(WRITE, "exit 2\n")
 
 
 class Machine:
-    """A PATH with the compilers it is given; what setup.py builds there, and what it says."""
+    """A PATH with the given compilers, and what setup.py builds there."""
 
     def __init__(self, folder: Path, **scripts: str):
         self.folder, self.bin = folder, folder / "bin"
@@ -64,11 +64,11 @@ class Machine:
         return [line for line in lines if about in line]
 
 
-def test_both_kinds_of_kernels_are_compiled(tmp_path):
+def test_cpu_and_gpu_kernels_are_compiled(tmp_path):
     machine = Machine(tmp_path, cxx=CXX, nvcc=NVCC)
     done = machine.build(CFLAGS="-g0", LDFLAGS="-lmine")
     assert done.returncode == 0 and machine.built
-    assert "left out what this nvcc does not know: 86 89 100 120" in done.stderr
+    assert "left out, unknown to this nvcc: 86 89 100 120" in done.stderr
     assert "for CPUs (avx512, avx2, portable) and NVIDIA GPUs (80 90, by CUDA 12.9)" in done.stderr
     kernels = machine.calls("nvcc", "kernels.cu")
     assert len(kernels) == 4
@@ -99,12 +99,12 @@ def test_an_architecture_with_a_letter_has_its_own_code_and_no_ptx(tmp_path):
         (None, {}, "there is no nvcc"),
         (NVCC, {"KRON_KERNELS_CUDA": "0"}, "KRON_KERNELS_CUDA is 0"),
         (FAILING, {}, "nvcc fatal : no licence"),
-        (TOO_OLD, {}, "a command failed, with the words above"),
+        (TOO_OLD, {}, "a command failed, see its output above"),
         (NVCC, {"KRON_KERNELS_CUDA_ARCHS": "35 999"}, "nvcc knows no architecture of 35 999"),
     ],
     ids=["missing", "left out", "failing", "failing at compiling", "too new for it"],
 )
-def test_without_cuda_the_cpu_kernels_are_there_and_the_reason_is_said(
+def test_without_cuda_the_cpu_kernels_are_built_and_the_reason_is_given(
     tmp_path, nvcc, variables, reason
 ):
     machine = Machine(tmp_path, cxx=CXX, **({"nvcc": nvcc} if nvcc else {}))
@@ -119,7 +119,7 @@ def test_without_cuda_the_cpu_kernels_are_there_and_the_reason_is_said(
         assert done.returncode and reason in done.stderr and not machine.built
 
 
-def test_a_variable_says_where_nvcc_is_before_the_path_does(tmp_path):
+def test_variables_locate_nvcc_before_the_path(tmp_path):
     machine = Machine(tmp_path, cxx=CXX, nvcc=FAILING)
     machine.add(tmp_path / "toolkit" / "bin" / "nvcc", NVCC)
     machine.add(tmp_path / "mine", NVCC)
@@ -127,18 +127,18 @@ def test_a_variable_says_where_nvcc_is_before_the_path_does(tmp_path):
     assert "by CUDA 12.9" in machine.build(NVCC=str(tmp_path / "mine")).stderr
 
 
-def test_without_a_compiler_the_installation_goes_on_unless_told_otherwise(tmp_path):
+def test_without_a_compiler_the_installation_succeeds_unless_kernels_are_required(tmp_path):
     machine = Machine(tmp_path)
     done = machine.build()
     assert done.returncode == 0 and not machine.built
-    assert "no compiled kernels; the portable PyTorch backend serves" in done.stderr
+    assert "no compiled kernels; PyTorch's operators are used instead" in done.stderr
     for variable in ("KRON_KERNELS_BUILD", "KRON_KERNELS_CUDA"):
         assert machine.build(**{variable: "1"}).returncode
 
 
 @pytest.mark.skipif(abi.module is None, reason="the kernels are not compiled")
 @pytest.mark.skipif(not shutil.which("readelf"), reason="needs readelf")
-def test_the_module_asks_for_no_library_of_cuda_or_torch_and_shows_only_its_entry():
+def test_the_module_needs_no_library_of_cuda_or_torch_and_exports_only_its_entry():
     def readelf(option: str) -> str:
         command = ["readelf", "--wide", option, abi.module.__file__]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -146,11 +146,11 @@ def test_the_module_asks_for_no_library_of_cuda_or_torch_and_shows_only_its_entr
     needed = re.findall(r"NEEDED.*\[(.*)\]", readelf("--dynamic"))
     assert needed
     assert not [name for name in needed if re.match(r"lib(cu|nv|torch|c10|python)", name)]
-    shown = re.findall(r" GLOBAL +DEFAULT +\d+ (\w+)", readelf("--dyn-syms"))
-    assert shown == ["PyInit__native"]
+    exported = re.findall(r" GLOBAL +DEFAULT +\d+ (\w+)", readelf("--dyn-syms"))
+    assert exported == ["PyInit__native"]
 
 
-def test_a_source_distribution_has_every_source_and_test(tmp_path):
+def test_the_source_distribution_has_every_source_and_test(tmp_path):
     tree = tmp_path / "tree"
     unwanted = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "*.so", "results")
     shutil.copytree(ROOT, tree, ignore=unwanted)
@@ -158,14 +158,14 @@ def test_a_source_distribution_has_every_source_and_test(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("csrc", "tests"):
+    for folder in ("csrc", "tests", "benchmarks"):
         files = [file for file in (tree / folder).rglob("*") if file.is_file()]
         assert {str(file.relative_to(tree)) for file in files} <= packed
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
-def test_what_the_compilers_here_build_can_be_imported(tmp_path):
+def test_the_module_of_the_real_compilers_can_be_imported(tmp_path):
     machine = Machine(tmp_path)
     here = {"PATH": os.environ["PATH"], "CXXFLAGS": "-O0", "KRON_KERNELS_CUDA_ARCHS": "80"}
     done = machine.build(**here, KRON_KERNELS_BUILD="1")

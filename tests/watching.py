@@ -1,4 +1,4 @@
-"""Every way to watch or to replace the call of a module, for tests of what reads its parameters."""
+"""Ways to observe or replace a module's call, for tests of code that bypasses it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ def _hook(register: Callable) -> Iterator[None]:
 
 @contextmanager
 def _own_forward(module: nn.Module, seen: list) -> Iterator[None]:
-    """As accelerate's hooks and tools that replace a computation."""
+    """Replace the module's forward, as accelerate's hooks do."""
     forward = module.forward
 
     def watched(*args, **kwargs):
@@ -33,7 +33,7 @@ def _own_forward(module: nn.Module, seen: list) -> Iterator[None]:
 
 
 def _watch(register: Callable) -> Callable:
-    """Of a register function of modules or of all modules."""
+    """For a register function of one module, or of all modules."""
 
     def watching(module: nn.Module, seen: list):
         def hook(called, *_):

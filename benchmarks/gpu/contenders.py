@@ -87,9 +87,10 @@ def contenders(
 
 
 def fresh_layer(s: KronShape, device: str, dtype: torch.dtype) -> Layer:
+    """Random factors whose product has entries of order 1, and a bias."""
     new = {"device": device, "dtype": dtype}
-    a = torch.randn(1, s.m1, s.n1, **new) / s.n1**0.5
-    b = torch.randn(1, s.m2, s.n2, **new) / s.n2**0.5
+    a = torch.randn(s.rank, s.m1, s.n1, **new) / s.n1**0.5
+    b = torch.randn(s.rank, s.m2, s.n2, **new) / (s.n2 * s.rank) ** 0.5
     return a, b, torch.randn(s.out_features, **new)
 
 

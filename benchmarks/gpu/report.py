@@ -48,7 +48,8 @@ def read_results(section: str, xml: Path) -> list[Result]:
     """Results from pytest's JUnit XML, which an interrupted run may lack."""
     if not xml.exists():
         return []
-    return [_result(section, case) for case in ElementTree.parse(xml).iter("testcase")]
+    cases = ElementTree.parse(xml).iter("testcase")
+    return [_result(section, case) for case in cases if case.get("name")]  # others were interrupted
 
 
 def _result(section: str, case: ElementTree.Element) -> Result:

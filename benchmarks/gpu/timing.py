@@ -52,10 +52,10 @@ class Gpu:
         return graph.replay
 
     def time(
-        self, turns: Mapping[str, Call], each: int, seconds: float, at_least: int = 7
-    ) -> dict[str, Timing]:
+        self, turns: Mapping[Any, Call], each: int, seconds: float, at_least: int = 7
+    ) -> dict[Any, Timing]:
         """Milliseconds of one of a turn's ``each`` calls; turns alternate, in rotating order."""
-        rounds: list[dict[str, float]] = []
+        rounds: list[dict[Any, float]] = []
         names = list(turns)
         end, warm = time.perf_counter() + seconds, 2
         while len(rounds) < warm + at_least or time.perf_counter() < end:
@@ -67,7 +67,7 @@ class Gpu:
             )
         return {name: _summary([r[name] for r in rounds[warm:]]) for name in turns}
 
-    def time_graphs(self, calls: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
+    def time_graphs(self, calls: Mapping[Any, Sequence[Call]]) -> dict[Any, Timing]:
         """Milliseconds of each contender's calls, one for each set of operands, as CUDA graphs."""
         pool = self.pool()
         graphs = {name: self.captured(some, pool) for name, some in calls.items()}

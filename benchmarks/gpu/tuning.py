@@ -16,29 +16,29 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.contenders import Layer, fresh_layer
 from benchmarks.gpu.timing import Gpu
 from kron_kernels.backends.triton import configs, launch
 from kron_kernels.backends.triton.configs import Geometry, Tile
 from kron_kernels.shapes import KronShape
 from kron_kernels.testing import assert_close
 from kron_kernels.testing.cases import DECODER, PRESETS, SQUARES
+from kron_kernels.timing import Timing
 
 BETTER = 1.03  # a tile must be this much faster to replace the rule's
 _SUMS = 192 * 1024  # bytes of sums in a candidate; a block has no registers for more
 _MIX = 192  # entries that a thread mixes in registers
-
-Layer = tuple[Tensor, Tensor, Tensor]  # a, b, bias
 
 
 class Case(NamedTuple):
@@ -70,17 +70,6 @@ def cases(quick: bool) -> list[Case]:
     found += [Case(PRESETS["21x attention"], dtype, t, 3) for dtype in dtypes for t in tokens]
     found += [Case(DECODER, dtype, t) for dtype in dtypes for t in tokens if t <= 4096]
     return list({case.key: case for case in found}.values())
-
-
-@contextmanager
-def forced(key: str, tile: Tile) -> Iterator[None]:
-    """Use this tile for launches of this key."""
-    before = configs._table
-    configs._table = lambda device: {key: tile}
-    try:
-        yield
-    finally:
-        configs._table = before
 
 
 def neighbours(g: Geometry, t: Tile, products: int = 1) -> list[Tile]:
@@ -119,24 +108,22 @@ def possible(g: Geometry, t: Tile, products: int = 1) -> bool:
 
 def operands(case: Case, gpu: Gpu) -> list[tuple[Tensor, list[Layer]]]:
     """Sets of x and layers, together larger than the L2 cache."""
-    s = case.shape
-    new = {"device": gpu.device, "dtype": case.dtype}
-
-    def layer() -> Layer:
-        a = torch.randn(s.rank, s.m1, s.n1, **new) / s.n1**0.5
-        b = torch.randn(s.rank, s.m2, s.n2, **new) / (s.n2 * s.rank) ** 0.5
-        return a, b, torch.randn(s.out_features, **new)
-
-    each = case.tokens * (s.in_features + case.products * s.out_features) + s.parameters
+    s, products = case.shape, range(case.products)
+    each = case.tokens * (s.in_features + len(products) * s.out_features) + s.parameters
     sets = gpu.rotation(each * case.dtype.itemsize)
+    new = {"device": gpu.device, "dtype": case.dtype}
     return [
-        (torch.randn(case.tokens, s.in_features, **new), [layer() for _ in range(case.products)])
+        (
+            torch.randn(case.tokens, s.in_features, **new),
+            [fresh_layer(s, **new) for _ in products],
+        )
         for _ in range(sets)
     ]
 
 
 def run(key: str, tile: Tile, x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
-    with forced(key, tile):
+    """Launch the product, or the products of one x, with this tile."""
+    with patch.object(configs, "_table", lambda device: {key: tile}):
         if len(layers) > 1:
             return launch.kron_qkv(x, layers)
         ((a, b, bias),) = layers
@@ -156,31 +143,39 @@ def tune_case(case: Case, gpu: Gpu, rounds: int) -> dict[str, Any]:
     rule = configs.rule(case.geometry, case.tokens, itemsize, False, device, case.products)
     expected = [y.double() for y in run(case.key, rule, *sets[0])]
     best, times, wrong, left_out = rule, {}, {}, Counter()
+
+    def time(tiles: list[Tile]) -> dict[Tile, Timing]:
+        calls = {t: [partial(run, case.key, t, *one) for one in sets] for t in tiles}
+        found = gpu.time_graphs(calls)
+        times.update(found)
+        return found
+
     for _ in range(rounds):
         new = [best, *neighbours(case.geometry, best, case.products)]
         # The best tile is timed again: only times of one round can be compared.
         fit = [t for t in new if t == best or (t not in times and t not in wrong)]
         fit = [t for t in fit if _fits(case, t, sets[0], expected, wrong, left_out)]
-        calls = {_text(t): [partial(run, case.key, t, *one) for one in sets] for t in fit}
-        found = gpu.time_graphs(calls)
-        times |= {t: found[_text(t)] for t in fit}
-        fastest = min(fit, key=lambda t: found[_text(t)].median)
-        if found[_text(best)].median <= BETTER * found[_text(fastest)].median:
+        found = time(fit)
+        fastest = min(fit, key=lambda t: found[t].median)
+        if found[best].median <= BETTER * found[fastest].median:
             break
         best = fastest
-    if best != rule:  # confirmed by the two alone
-        pair = {_text(t): [partial(run, case.key, t, *one) for one in sets] for t in (rule, best)}
-        found = gpu.time_graphs(pair)
-        times |= {t: found[_text(t)] for t in (rule, best)}
+    if best != rule:
+        time([rule, best])  # once more, the two alone
         if times[rule].median <= BETTER * times[best].median:
             best = rule
     return {
-        "device": device.name, "key": case.key, "rounds": rounds, "sets": len(sets),
-        "rule": asdict(rule), "best": asdict(best),
+        "device": device.name,
+        "key": case.key,
+        "rounds": rounds,
+        "sets": len(sets),
+        "rule": asdict(rule),
+        "best": asdict(best),
         "gain": times[rule].median / times[best].median,
         "times": {_text(t): list(timing) for t, timing in times.items()},
-        "left_out": dict(left_out), "wrong": {_text(t): why for t, why in wrong.items()},
-    }  # fmt: skip
+        "left_out": dict(left_out),
+        "wrong": {_text(t): why for t, why in wrong.items()},
+    }
 
 
 def _fits(

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu import __main__, contenders, environment, tuning
 from benchmarks.gpu.contenders import Workload
-from benchmarks.gpu.report import Result, not_done, order_table, timing_tables
+from benchmarks.gpu.report import Result, not_done, order_table, read_results, timing_tables
 from benchmarks.gpu.workloads import time_workload, workloads
 from kron_kernels import KronShape, dispatch
 from kron_kernels.backends.triton import configs, launch
@@ -129,6 +129,16 @@ def test_6(): pytest.skip("no reason")
     assert "crashed while running" in messages[1] and "crashed while running" in messages[3]
     assert "an illegal address" in messages[4]
     assert "correctness: test_6: no reason" in text
+
+
+def test_an_interrupted_test_has_no_result(tmp_path):
+    """pytest writes a case without a name."""
+    xml = tmp_path / "correctness.xml"
+    assert read_results("correctness", xml) == []
+    xml.write_text('<testsuite><testcase name="test_0" time="2"/><testcase time="0"/></testsuite>')
+    assert read_results("correctness", xml) == [
+        Result("correctness", "test_0", "passed", seconds=2.0)
+    ]
 
 
 def test_tests_that_were_never_run_are_reported():

@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and docs/ show is true: their code runs, their links lead somewhere."""
+"""README, CONTRIBUTING and docs/: their code runs; their links, commands and names exist."""
 
 import gzip
 import importlib.util
@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 OURS = ("kron_kernels", "kroneckerbert", "benchmarks")
 APPS = {"kroneckerbert": "kroneckerbert.cli.app", "benchmarks": "benchmarks.__main__"}
 EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))
-# Longer than five seconds on one core; the scripts are all of them.
+# Pages whose code takes more than five seconds on one core; so does every example.
 SLOW = {"README.md", "docs/deploying.md", "docs/kroneckerbert.md", "docs/training.md"}
 WORDS = [*map(str, range(10)), *"abcdefghijklmnopqrstuvwxyz", "text", "this", "is", "and", "that"]
 
@@ -37,7 +37,7 @@ def name(path: Path) -> str:
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[int, str]]:
-    """Fenced code of these languages, and the line above its first."""
+    """Fenced code in these languages, each with the number of the line above it."""
     text = page.read_text(encoding="utf-8")
     found = []
     for match in FENCE.finditer(text):
@@ -60,7 +60,7 @@ def _offline(monkeypatch):
 
 @pytest.fixture
 def _flops_for_milliseconds(monkeypatch):
-    """Budgets of latency that are met on any machine, however busy: a plan's clock counts FLOPs."""
+    """Plans time by counting FLOPs: they meet budgets of latency on any machine, however busy."""
 
     def count(calls, seconds=0.0, at_least=0):
         times = {}
@@ -75,7 +75,7 @@ def _flops_for_milliseconds(monkeypatch):
 
 @pytest.fixture
 def names(tmp_path, monkeypatch) -> dict:
-    """What pages use without saying where it is from: a model, its tokenizer, texts, batches."""
+    """Names that pages use without defining them: a model, its tokenizer, texts, batches."""
     pytest.importorskip("transformers")
     from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -120,7 +120,7 @@ def names(tmp_path, monkeypatch) -> dict:
 @pytest.mark.usefixtures("_flops_for_milliseconds")
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, names):
     for line, code in blocks(page, "python"):
-        # Empty lines in front: a traceback has the page's own line.
+        # Empty lines in front give a traceback the page's line numbers.
         exec(compile("\n" * line + code, str(page), "exec"), names)
 
 
@@ -136,7 +136,7 @@ def test_an_example_runs(script, tmp_path):
     assert done.stdout.strip()
 
 
-def test_every_example_has_its_place():
+def test_every_example_is_on_the_page_of_examples():
     page = (ROOT / "docs/examples.md").read_text(encoding="utf-8")
     assert [s for s in EXAMPLES if f"examples/{s.name}" not in page] == []
 
@@ -145,7 +145,7 @@ def test_every_example_has_its_place():
 
 
 def anchors(page: Path) -> set[str]:
-    """Of headings, as GitHub and MkDocs make them of ASCII."""
+    """Anchors of the headings, as GitHub and MkDocs derive them from ASCII text."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     counted: Counter[str] = Counter()
     found = set()
@@ -172,7 +172,7 @@ def test_relative_links_lead_somewhere(page):
         if not file.exists() or not known:
             broken.append(target)
         elif page.parent != ROOT and not file.resolve().is_relative_to(ROOT / "docs"):
-            broken.append(f"{target} is not in docs, which is all that the site has")
+            broken.append(f"{target} is outside docs, so not on the site")
     assert not broken
 
 
@@ -180,7 +180,7 @@ def test_relative_links_lead_somewhere(page):
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of the shell commands of a page, in blocks and in running text."""
+    """The words of a page's shell commands, in blocks and in running text."""
     text = page.read_text(encoding="utf-8")
     shell = [code for _, code in blocks(page, "sh", "bash", "shell")]
     inline = re.findall(r"`([^`]+)`", FENCE.sub("", text))
@@ -204,7 +204,7 @@ def options_of(words: Iterable[str]) -> list[str]:
 
 
 def unknown(words: list[str]) -> list[str]:
-    """What a command names that is not there."""
+    """Modules, verbs and options of a command that do not exist."""
     if "-m" in words[:-1]:
         at = words.index("-m") + 1
         if words[at] in APPS:
@@ -222,7 +222,7 @@ def unknown_to_app(program: str, verb: str = "", *words: str) -> list[str]:
     import typer
 
     verbs = typer.main.get_command(import_module(APPS[program]).app).commands
-    if not re.fullmatch(r"[a-z]+", verb):  # an option of the whole, or an ellipsis
+    if not re.fullmatch("[a-z][a-z-]*", verb):  # an option of the program, or an ellipsis
         return []
     if verb not in verbs:
         return [verb]
@@ -232,7 +232,7 @@ def unknown_to_app(program: str, verb: str = "", *words: str) -> list[str]:
 
 
 def unknown_to_files(program: str, words: list[str]) -> list[str]:
-    """Of a script or module, in which, or in what it imports of ours, an option is a string."""
+    """A script or module that does not exist, or options that no string in its sources names."""
     sources = sources_of(program.replace("/", "."))
     if not sources:
         return [program]
@@ -276,7 +276,7 @@ def test_every_public_name_is_in_the_api(package):
 
 
 @pytest.mark.slow
-def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path):
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package)
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ".ci/mkdocs.yml"]

@@ -72,9 +72,13 @@ def on(machine: Machine, *arguments: Any, slow: bool = False):
 
 
 def cases(arguments: str, values: list):
-    """Parametrise a test with cases made by ``on``; ``arguments`` are those after the machine."""
+    """Parametrise a test with cases made by ``on``; ``arguments`` are those after the machine.
+
+    A dtype is given by name, and goes through the fixture ``dtype``.
+    """
     names = ["machine", *arguments.split()]
-    return pytest.mark.parametrize(names, values, indirect=["machine"])
+    indirect = [name for name in names if name in ("machine", "dtype")]
+    return pytest.mark.parametrize(names, values, indirect=indirect)
 
 
 def machines(*simulated: Machine, slow: tuple[Machine, ...] = (), gpus: list[Machine] = ON_GPU):

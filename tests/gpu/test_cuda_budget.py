@@ -12,14 +12,14 @@ from static.reading import nvidia_tool
 
 BUDGET = json.loads(cuda_budget.BUDGET.read_text())
 try:
-    BACKENDS = set(cuda_budget.embedded(module) if (module := cuda_budget.installed()) else ())
-except ImportError:  # without the tools, which the tests skip for
-    BACKENDS = set()
+    COMPILED = set(cuda_budget.embedded(module) if (module := cuda_budget.installed()) else ())
+except ImportError:  # the tools are missing: the tests skip
+    COMPILED = set()
 
 
 @pytest.fixture(autouse=True)
 def _tools(monkeypatch):
-    # Launches are recorded, not run: nobody need touch the memory of their results.
+    # Launches are recorded, not run: do not touch the memory of their results.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     try:
         nvidia_tool("cuobjdump"), nvidia_tool("nvdisasm")
@@ -27,16 +27,16 @@ def _tools(monkeypatch):
         pytest.skip("needs cuobjdump and nvdisasm, of the CUDA toolkit or of Triton")
 
 
-# What the installation has not compiled takes nvcc a minute for each architecture.
+# nvcc takes a minute for each architecture that the installation has not compiled.
 @pytest.mark.parametrize(
     "arch",
     [
-        pytest.param(arch, marks=[] if arch in BACKENDS else pytest.mark.slow)
+        pytest.param(arch, marks=[] if arch in COMPILED else pytest.mark.slow)
         for arch in cuda_budget.ARCHS
     ],
 )
 def test_the_kernels_keep_to_their_budget(arch):
-    if arch not in BACKENDS and (reason := why_not()):
+    if arch not in COMPILED and (reason := why_not()):
         pytest.skip(reason)
     rows = list(cuda_budget.rows(archs=(arch,)))
     budget = [entry for entry in BUDGET if entry["match"]["arch"] == arch]
@@ -59,7 +59,7 @@ def test_the_budget_has_every_kernel_and_no_spill():
     assert all(entry["min"]["blocks_per_sm"] > 0 for entry in launched)
 
 
-# ---- the reading itself, of a module with kernels of its own
+# --- the reading itself, of a module with toy kernels
 
 TOY = """
 extern "C" __global__ void spilling(float *x, int n) {

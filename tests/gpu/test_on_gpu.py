@@ -58,12 +58,6 @@ def dtype(dtype, machine, request):
     return dtype
 
 
-def in_every_dtype(arguments, values):
-    """Cases whose first argument after the machine is the name of a dtype."""
-    names = ["machine", "dtype", *arguments.split()]
-    return pytest.mark.parametrize(names, values, indirect=["machine", "dtype"])
-
-
 # --- products
 
 
@@ -74,28 +68,23 @@ def products(tokens, few_tokens, cuda_tokens):
     Triton's kernels, ``cuda_tokens`` in that of CUDA's, where nvcc takes half a minute a dtype.
     """
     found = []
-    for (i, s), (j, dtype) in product(
-        enumerate([*ODD, *PRESETS.values(), *SUMS]), enumerate(DTYPES)
-    ):
-        slow = (i + j) % 4 != 0
-        found += [
-            on(gpu, dtype, s, t, 7 * i + j + t, slow=slow)
-            for gpu in ON_GPU
-            for t in tokens(7 * i + j)
-        ]
+    shapes = [*ODD, *PRESETS.values(), *SUMS]
+    for (i, s), (j, dtype) in product(enumerate(shapes), enumerate(DTYPES)):
+        turn, slow = 7 * i + j, (i + j) % 4 > 0
+        found += [on(gpu, dtype, s, t, turn + t, slow=slow) for gpu in ON_GPU for t in tokens(turn)]
         if s in ODD:
-            slow = s not in FEW or (FEW.index(s) + j) % 4 != 0
-            found.append(on(TRITON, dtype, s, few_tokens, 7 * i + j + few_tokens, slow=slow))
+            slow = s not in FEW or (FEW.index(s) + j) % 4 > 0
+            found.append(on(TRITON, dtype, s, few_tokens, turn + few_tokens, slow=slow))
     return found + [on(CUDA, "float16", SHAPES[1], t, t) for t in cuda_tokens]
 
 
 # 3 and 19 tokens are without and with tensor cores in CUDA's kernels.
-@in_every_dtype("s tokens turn", products(lambda turn: ((1, 19, 300)[turn % 3], 35), 5, (3, 19)))
+@cases("dtype s tokens turn", products(lambda turn: ((1, 19, 300)[turn % 3], 35), 5, (3, 19)))
 def test_forward(machine, dtype, s, tokens, turn):
     check_forward(s, tokens, dtype, machine.engine, turn, machine.device)
 
 
-@in_every_dtype("s tokens turn", products(lambda turn: ((1, 70, 1000)[turn % 3],), 9, (19,)))
+@cases("dtype s tokens turn", products(lambda turn: ((1, 70, 1000)[turn % 3],), 9, (19,)))
 def test_gradients(machine, dtype, s, tokens, turn):
     check_gradients(s, tokens, dtype, machine.engine, machine.device)
 
@@ -183,8 +172,8 @@ def test_the_choice_of_a_backend(machine):
     hold("float64 by another backend", y, oracle(x, a, b), terms(SHAPES[2]), torch.float64)
 
 
-@in_every_dtype(
-    "s",
+@cases(
+    "dtype s",
     [
         *(
             on(machine, dtype, s, slow=machine.simulated or dtype != "float16")
@@ -288,7 +277,7 @@ def test_vmap_jvp_and_grad(machine):
     [
         on(machine, dtype, slow=machine.simulated)
         for machine in (*ON_GPU, TRITON)
-        for dtype in (torch.bfloat16, torch.float16)
+        for dtype in ("bfloat16", "float16")
     ],
 )
 def test_autocast(machine, dtype):
@@ -326,7 +315,7 @@ def blocks():
     ]
 
 
-@in_every_dtype("up down tokens activation", blocks())
+@cases("dtype up down tokens activation", blocks())
 def test_feed_forward(machine, dtype, up, down, tokens, activation, record_property):
     # CUDA's kernels fuse blocks without ranks and with up to two vectors, and may fuse others.
     fused = up.rank == down.rank == 1 and min(up.n1, up.n2) <= 2
@@ -351,8 +340,8 @@ def test_a_feed_forward_that_does_not_meet_goes_in_two_launches(machine):
 # --- tables
 
 
-@in_every_dtype(
-    "rank size",
+@cases(
+    "dtype rank size",
     [
         *(
             on(machine, dtype, rank, size, slow=machine.simulated)

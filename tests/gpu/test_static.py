@@ -78,10 +78,10 @@ def test_a_reduction(arch):
     assert (got.arch, got.warps) == (arch, 4)
     assert 4096 // lanes < got.registers < 128
     assert (got.spill_loads, got.spill_stores, got.stack) == (0, 0, 0)
-    # Four float32 to a lane and instruction, and nothing is loaded twice.
+    # An instruction loads four float32 a lane, and nothing is loaded twice.
     assert got.global_loads == got.global_stores == {128: 4096 // lanes // 4}
     # A sum within each warp of 32 takes log2(32) shuffles, and one between four warps two more;
-    # AMD has a sixth step, for which v_readlane serves as well.
+    # AMD has a sixth step, which may be v_readlane.
     assert got.shuffles >= 5 + 2
     # One float32 from each warp.
     assert got.shared == 4 * 4
@@ -99,7 +99,7 @@ def test_a_tensor_core_product(arch):
         assert all(name.startswith("v_mfma_f32_32x32x8") for name in got.tensor)
         assert got.tensor.total() % (macs // (32 * 32 * 8) // 4) == 0
     elif arch == 90:
-        # One instruction for the 64 rows of a warpgroup, which the four warps are.
+        # One instruction for the 64 rows of the four warps, a warpgroup.
         assert got.tensor == {"HGMMA.64x128x16.F32": macs // (64 * 128 * 16)}
     elif arch == 100:
         assert set(got.tensor) == {"UTCHMMA"}
@@ -241,7 +241,7 @@ def test_occupancy_by_hand(arch, threads, registers, shared, blocks, share, limi
     assert got.limited_by == limited_by
 
 
-# What cudaOccMaxActiveBlocksPerMultiprocessor of NVIDIA's own header says, over a grid.
+# Prints cudaOccMaxActiveBlocksPerMultiprocessor of NVIDIA's own header, over a grid.
 ORACLE = """
 #include <cuda_occupancy.h>
 #include <cstdio>
@@ -306,7 +306,7 @@ def test_occupancy_against_nvidias_header(tmp_path):
 
 @pytest.mark.parametrize("name", ["multiply", "normalise"])
 def test_occupancy_against_llvm(name):
-    """LLVM writes how many waves fit on one of four SIMDs; our four are one on each."""
+    """LLVM writes how many waves fit on a SIMD; four waves are one on each of four SIMDs."""
     assembly = compiled(name, AMD).asm["amdgcn"]
     said = int(assembly.split("; Occupancy:")[1].split()[0])
     registers = static_report(compiled(name, AMD).asm, AMD, 4, 0).registers

@@ -11,7 +11,7 @@ from static.budget import check_budget
 
 BUDGET = json.loads(triton_budget.BUDGET.read_text())
 KERNELS = list(dict.fromkeys(entry["match"]["kernel"] for entry in BUDGET))
-# One of each kernel and of each way through it, on two generations; the others are alike.
+# Each kernel and each path through it once, on two generations; the others are alike.
 TWO = (80, 90)
 INSTALLED = triton_budget.VERSION
 OFTEN = {"8x attention forward", "21x up forward", "21x down dA, dB", "square dA, dB"}
@@ -28,7 +28,7 @@ def held(kernel: str, archs=triton_budget.ARCHS) -> None:
         if entry["match"]["kernel"] == kernel and entry["match"]["arch"] in archs
     ]
     assert len(rows) == len(budget) == len(archs)
-    if not INSTALLED.startswith(triton_budget.BUDGETED):  # whose numbers are its own
+    if not INSTALLED.startswith(triton_budget.BUDGETED):  # whose resources may differ
         none = {"spill_loads": 0, "spill_stores": 0}
         matches = [e["match"] for e in budget if e["match"]["arch"] != "gfx942"]
         budget = [{"match": match, "max": none} for match in matches]

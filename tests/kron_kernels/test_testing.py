@@ -1,4 +1,4 @@
-"""The checker is checked: right results pass at their rounding, planted errors do not."""
+"""assert_close passes results with their rounding, and catches planted errors."""
 
 import re
 
@@ -8,26 +8,18 @@ import torch
 from kron_kernels import KronShape, reference
 from kron_kernels.testing import assert_close
 from kron_kernels.testing.cases import SHAPES, draw, name
+from kron_kernels.testing.checks import terms
 
 NARROW = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float64, torch.float32, *NARROW]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def ids(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def terms(s: KronShape) -> int:
-    return s.rank * (s.n1 + s.n2)
-
-
 def product(x, a, b):
-    """``kron_matmul`` once more and plainly, in the operands' dtype."""
+    """``kron_matmul`` by einsum, in the operands' dtype."""
     n1, n2 = a.shape[2], b.shape[2]
     y = torch.einsum("tjq,kij,kpq->tip", x.unflatten(-1, (n1, n2)), a, b)
     return y.flatten(-2)
@@ -86,7 +78,7 @@ def test_nothing_and_zeros_pass():
 
 
 def test_a_given_scale_stands_in_for_too_few_entries():
-    """One entry of a sum of a hundred that happens to be near zero: its error is the sum's."""
+    """A sum of a hundred terms that happens to be near zero has the error of its terms."""
     x = torch.randn(100, dtype=torch.float64)
     expected = torch.zeros(1, dtype=torch.float64) + 1e-9
     actual = expected.float() + 1e-6 * x.norm().float() / 10
@@ -209,7 +201,7 @@ def test_a_smaller_slack_is_stricter():
     caught(actual, expected, terms=1, slack=1)
 
 
-# --- with many terms the limits of 16 bits would pass anything, were they the sum's
+# --- many terms in 16 bits, where limits by the dtype's own epsilon would pass anything
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=ids)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from transformers import BertForSequenceClassification
 from typer.testing import CliRunner
 
-from benchmarks import __main__ as benchmark_main
 from kron_kernels import doctor
 from kroneckerbert.cli import app as cli
 from kroneckerbert.cli.shell import number
@@ -412,37 +411,6 @@ def test_a_student_with_a_damaged_shape_or_fewer_positions_is_refused(place, tmp
     config.write_text(config.read_text().replace('"vocab_size": 13', '"vocab_size": 12'))
     line = fails(*command)
     assert str(short) in line and "have not the shapes" in line
-
-
-# The benchmarks
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ("layers --threads 0", "'0' must be a whole number of at least 1"),
-        ("layers --threads 1000000000", "'1000000000' must be a whole number of at least 1"),
-        ("layers --seconds inf", "'inf' must be a number of at least 0"),
-        ("model --tokens 513", "'513' must be a whole number of at least 1 and at most 512"),
-        ("model --batch x", "'x' must be a whole number"),
-        ("layers --match (", "'(' is no regular expression"),
-        ("layers --only none", "none: there are"),
-        ("layers --compare list.json", "list.json holds no results of this benchmark"),
-        ("layers --compare missing.json", "missing.json"),
-        *((f"{verb} --to list.json/x", "list.json/x") for verb in benchmark_main.VERBS),
-        ("report empty", "empty has no results"),
-        ("report bad", "bad/layers.json holds no results"),
-        ("report full --pictures list.json/x", "cannot write list.json/x"),
-        ("frobnicate", "No such command 'frobnicate'"),
-    ],
-)
-def test_benchmarks_refuse_before_they_measure(tmp_path, monkeypatch, arguments, told):
-    monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "bad", "full"):
-        (tmp_path / folder).mkdir()
-    for file in ("list.json", "bad/layers.json", "full/layers.json"):
-        (tmp_path / file).write_text("[1]")
-    assert told in fails(*arguments.split(), app=benchmark_main.app)
 
 
 def test_the_doctor_takes_no_arguments(capsys):

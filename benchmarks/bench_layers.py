@@ -1,10 +1,10 @@
 """KroneckerBERT's layers beside the dense ones they replace, to compare with earlier commits.
 
-    pytest benchmarks -n0 --benchmark-autosave
-    pytest benchmarks -n0 --benchmark-compare
+    pytest benchmarks/bench_layers.py -n0 --benchmark-autosave
+    pytest benchmarks/bench_layers.py -n0 --benchmark-compare
 
-One contender after the other: for a claim about speed use ``python -m benchmarks layers``, where
-they take turns.
+One contender is timed after the other: for a claim about speed use ``python -m benchmarks layers``,
+where they take turns.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from kron_kernels import KroneckerLinear
 from kron_kernels.testing import assert_close
 
 LAYERS = {shapes: Cell("presets", shapes, 1).sides[0] for shapes in PRESETS}
-SETS = 4  # layers in rotation: their weights leave the caches, as in a model
+SETS = 4  # layers in rotation: their weights leave the caches between turns, as in a model
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
