@@ -1,13 +1,12 @@
-// What a call must satisfy on any device. No data pointer is dereferenced.
+// Checks of a call's arguments, for all devices. No data pointer is dereferenced.
 #pragma once
 #include "kron.h"
 
 namespace kron_checks {
 
-// More numbers than any machine has room for, and few enough for 64 bits to count the sums of 65,536
-// threads.
+// More numbers than fit into any memory; 64 bits can still count the partial sums of 65,536 threads.
 constexpr double MOST_NUMBERS = double(int64_t(1) << 44);
-// Multiply-adds of one factor and token; those of 8 factors are added up in 64 bits.
+// Multiply-adds of one factor and token; 64 bits can count those of 8 factors.
 constexpr double MOST_WORK = double(int64_t(1) << 59);
 
 inline int64_t rows_of(const kron_product &p) {
@@ -21,14 +20,14 @@ inline int64_t columns_of(const kron_product &p) {
   return n;
 }
 
-// Rank, sides, strides, turns and the activation; sizes in doubles, which do not overflow.
+// Checks rank, sides, strides, turns and the activation. Sizes are doubles, which do not overflow.
 inline const char *check_shape(const kron_product *product) {
   if (!product) return "a product is null";
   const kron_product &p = *product;
   if (p.rank < 1) return "the rank must be at least 1";
   if (p.n_factors < 1 || p.n_factors > KRON_MAX_FACTORS) return "there must be 1 to 8 factors";
   if (p.activation < KRON_NONE || p.activation > KRON_SILU) return "there is no such activation";
-  double width = 1, longest = 1; // of x; of the sides
+  double width = 1, longest = 1; // the width of x, the longest side
   int64_t seen = 0, by_turn[KRON_MAX_FACTORS] = {};
   for (int64_t i = 0; i < p.n_factors; i++) {
     const kron_factor &f = p.factors[i];
@@ -60,7 +59,7 @@ inline const char *check_shape(const kron_product *product) {
   return nullptr;
 }
 
-// The number of tokens, and where the factors and the result are; `y` if the product writes one.
+// Checks the number of tokens and, for null, the pointers; `y` says whether the product writes p.y.
 inline const char *check_operands(const kron_product &p, int64_t tokens, const void *x, bool y) {
   if (tokens < 0) return "the number of tokens must not be negative";
   const double m = double(rows_of(p)), n = double(columns_of(p));
@@ -78,11 +77,11 @@ inline const char *check_product(const kron_product *p, int64_t tokens, const vo
   return check_operands(*p, tokens, x, y);
 }
 
-// down takes what up gives.
+// Checks two products, of which down takes the result of up.
 inline const char *check_shapes(const kron_product *up, const kron_product *down) {
   if (const char *error = check_shape(up)) return error;
   if (const char *error = check_shape(down)) return error;
-  return rows_of(*up) == columns_of(*down) ? nullptr : "down must take what up gives";
+  return rows_of(*up) == columns_of(*down) ? nullptr : "down must have as many columns as up has rows";
 }
 inline const char *check_feed_forward(const kron_product *up, const kron_product *down,
                                       int64_t tokens, const void *x, bool y) {
@@ -91,7 +90,7 @@ inline const char *check_feed_forward(const kron_product *up, const kron_product
   return check_operands(*down, tokens, x, y);
 }
 
-// Products of one x.
+// Checks products of the same x.
 inline const char *check_products(int64_t n_products, const kron_product *products, int64_t tokens,
                                   const void *x) {
   if (n_products < 1 || n_products > KRON_MAX_PRODUCTS) return "there must be 1 to 4 products";

@@ -1,8 +1,9 @@
 // The C ABI of the compiled kernels: raw pointers and sizes, no torch and no Python headers.
 //
-// Sizes and strides count elements. Every function returns nullptr or an error message (static storage;
-// nothing was written). Null pointers, impossible sizes and numbers outside an enum are errors. The
-// caller must make buffers as large as the sizes say.
+// Sizes and strides count elements. Functions that return a string return nullptr on success, or an
+// error in static storage; after an error in the arguments, nothing was written. They refuse null
+// pointers, sizes that no memory holds and numbers outside an enum. They cannot check that buffers are
+// as large as the sizes require: that is up to the caller.
 #pragma once
 #include <stdint.h>
 
@@ -10,18 +11,18 @@
 extern "C" {
 #endif
 
-// Increases with every change of a structure, an enum or an argument. kron_abi() returns the number that
-// the library was built with: compare them before the first call.
+// Incremented with every change of a structure, an enum or an argument. kron_abi() returns the number of
+// the library: compare the two before the first call.
 enum { KRON_ABI = 1 };
 int64_t kron_abi(void);
 
 enum kron_dtype { KRON_FLOAT32, KRON_FLOAT64, KRON_BFLOAT16, KRON_FLOAT16 };
 enum kron_activation { KRON_NONE, KRON_GELU, KRON_GELU_TANH, KRON_RELU, KRON_SILU };
-enum kron_isa { KRON_PORTABLE, KRON_AVX2, KRON_AVX512 }; // NEON is what PORTABLE means on ARM
+enum kron_isa { KRON_PORTABLE, KRON_AVX2, KRON_AVX512 }; // on ARM, KRON_PORTABLE uses NEON
 
 enum { KRON_MAX_FACTORS = 8, KRON_MAX_PRODUCTS = 4 };
 
-// A factor (rank, rows, cols). Any strides: a transposed factor needs no copy.
+// A factor (rank, rows, cols) with any strides: a transposed factor needs no copy.
 typedef struct {
   const void *data;
   int64_t rows, cols;
@@ -32,54 +33,55 @@ typedef struct {
 typedef struct {
   int64_t rank, n_factors;
   kron_factor factors[KRON_MAX_FACTORS];
-  int64_t turns[KRON_MAX_FACTORS]; // the factors in the order in which they are contracted
+  int64_t turns[KRON_MAX_FACTORS]; // indices of the factors in the order of contraction
   const void *bias;                // (m,) or null
   const void *residual;            // (tokens, m) or null
   int64_t activation;              // enum kron_activation
   void *y;                         // (tokens, m)
 } kron_product;
 
-// Runs fn(begin, end, context) over disjoint ranges that cover [0, n), on any threads; 0 on success.
-// torch's own torch_parallel_for has this signature. Null means the calling thread.
+// Calls fn(begin, end, context) for disjoint ranges that cover [begin, end), on any threads, and returns
+// 0 on success. It is the signature of torch_parallel_for. Null means the calling thread.
 typedef void (*kron_range)(int64_t begin, int64_t end, void *context);
 typedef int32_t (*kron_parallel_for)(int64_t begin, int64_t end, int64_t grain, kron_range fn,
                                      void *context);
 
 typedef struct {
-  int64_t isa;     // enum kron_isa, at most what kron_cpu_isa returns
-  // The most threads, 1 to 65536. The last bits of sums over tokens and of a feed-forward depend on it.
+  int64_t isa; // enum kron_isa, at most kron_cpu_isa()
+  // The largest number of threads, 1 to 65536. The last bits of sums over tokens and of feed-forward
+  // blocks depend on it.
   int64_t threads;
   kron_parallel_for parallel_for;
 } kron_execution;
 
-// The widest instruction set that this machine has and this binary was built for.
+// The widest instruction set of this machine for which the library has kernels.
 int64_t kron_cpu_isa(void);
 
-// Several products of the same x (tokens, n); x is read once.
+// 1 to KRON_MAX_PRODUCTS products of the same x (tokens, n), which is read once.
 const char *kron_cpu_forward(const kron_execution *, int64_t dtype, int64_t tokens, const void *x,
                              int64_t n_products, const kron_product *products);
 
-// The product along the middle axis of x (tokens, n, tail): y and residual are (tokens, m, tail), and
-// bias is (m, tail). Products of many factors use it for a few factors at a time.
+// The product along the middle axis of x (tokens, n, tail): y and residual are (tokens, m, tail), bias
+// is (m, tail). A product of many factors can be computed a few factors at a time.
 const char *kron_cpu_forward_along(const kron_execution *, int64_t dtype, int64_t tokens,
                                    const void *x, int64_t tail, const kron_product *);
 
-// down(act(up x)), with the hidden vector of one block of tokens at a time in memory. If up = (k x l) ⊗
-// large is contracted from the right, and down = (l' x k) ⊗ large' from the left, about 64 entries of it
-// exist at a time.
+// down(act(up x)). The hidden vector is held for one block of tokens at a time. Where the factors meet
+// entry by entry, about 64 of its entries are held at a time: up = (k x l) ⊗ B, contracted from the
+// right, and down = (l' x k) ⊗ B', contracted from the left, with as many rows of B as columns of B'.
 const char *kron_cpu_feed_forward(const kron_execution *, int64_t dtype, int64_t tokens,
                                   const void *x, const kron_product *up, const kron_product *down);
 
-// Gradients of a product of two factors; its bias, residual, activation and y are ignored. dx (tokens, n)
-// has x's dtype; da and db are contiguous, in float32 (for KRON_FLOAT64: float64). Each may be null. The
-// order of sums over tokens depends only on the number of threads.
+// Gradients of a product of two factors; its bias, residual and y are not read, and its activation is
+// not applied. dx (tokens, n) is in the dtype of x. da and db are contiguous, in float32, or in float64
+// for KRON_FLOAT64. Each may be null. The number of threads fixes the order of sums over tokens.
 const char *kron_cpu_backward(const kron_execution *, int64_t dtype, int64_t tokens, const void *dy,
                               const void *x, const kron_product *product, void *dx, void *da,
                               void *db);
 
-// Gradients of kron_cpu_feed_forward for factors that share the hidden vector entry by entry; it is
-// recomputed and never stored. dx has x's dtype; the others are contiguous, in the dtype of sums as
-// above. dbias is the gradient of up's bias. Each may be null.
+// Gradients of kron_cpu_feed_forward for factors that meet entry by entry. It recomputes the hidden
+// vector, entry by entry. Dtypes are those of kron_cpu_backward; dbias is the gradient of up's bias. Each
+// gradient may be null.
 const char *kron_cpu_feed_forward_backward(const kron_execution *, int64_t dtype, int64_t tokens,
                                            const void *dy, const void *x, const kron_product *up,
                                            const kron_product *down, void *dx, void *da_up,

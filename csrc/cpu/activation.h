@@ -1,4 +1,4 @@
-// Activations on vectors. float32 by the formulas below; float64 by the C library, lane by lane.
+// Activations on vectors: float32 by the formulas below, float64 by the C library, lane by lane.
 #pragma once
 #include <math.h>
 
@@ -31,8 +31,8 @@ KRON_INLINE Floats exp(Floats x) {
   return x != x ? x : y;
 }
 
-// e^(-a²/2) for 0 <= a <= 16, as a power of two; 0 below 2^-126. The coefficients here and below are
-// minimax, found by benchmarks/fit_gelu.py.
+// e^(-a²/2) for 0 <= a <= 16, as a power of two; 0 below 2^-126. benchmarks/fit_gelu.py found the
+// minimax coefficients here and below.
 KRON_INLINE Floats gauss(Floats a) {
   const float magic = 12582912.f; // as in exp
   const Floats u = -0.72134752f * a;
@@ -45,13 +45,12 @@ KRON_INLINE Floats gauss(Floats a) {
   p = p * f + 6.93146980e-1f;
   p = p * f + 1.f;
   const Ints y = bits_of<Ints>(bits_of<Bits>(p) + (bits_of<Bits>(shifted) << 23));
-  return bits_of<Floats>(y & ~(y >> 31)); // an exponent too small has run into the sign
+  return bits_of<Floats>(y & ~(y >> 31)); // too small an exponent has overflowed into the sign
 }
 
-// The normal distribution at -a, which is e^(-a²/2) times a smooth function, here a quotient of
-// polynomials. With rounding its absolute error, half that of erf, is below 1.6e-7 (measured over
-// [-15, 15]; torch's float32 gelu has 3.8e-7), its relative error for a < 5 below 1e-6, without
-// fused multiply-adds below 1.5e-6.
+// The normal distribution at -a: e^(-a²/2) times a quotient of polynomials. Measured over [-15, 15],
+// the absolute error is below 1.6e-7 (half that of erf; gelu of torch in float32 has 3.8e-7). The
+// relative error for a < 5 is below 1e-6, without fused multiply-adds below 1.5e-6.
 KRON_INLINE Floats normal_tail(Floats a, Floats gauss) {
   Floats p = Floats{} + 0.0141593196f;
   p = p * a + 0.107057907f;
@@ -126,9 +125,33 @@ template <int ACTIVATION> KRON_INLINE Slope<Vector<double>> slope(Vector<double>
   return all;
 }
 
-// The compiler drops the derivative, where it costs anything.
-template <int ACTIVATION, class V> KRON_INLINE V activate(V x) {
-  return slope<ACTIVATION>(x).value;
+// Calls body(std::integral_constant<int, activation>()).
+template <class Body> KRON_INLINE void with_activation(int64_t activation, Body body) {
+  switch (activation) {
+  case KRON_GELU: return body(std::integral_constant<int, KRON_GELU>());
+  case KRON_GELU_TANH: return body(std::integral_constant<int, KRON_GELU_TANH>());
+  case KRON_RELU: return body(std::integral_constant<int, KRON_RELU>());
+  case KRON_SILU: return body(std::integral_constant<int, KRON_SILU>());
+  default: return body(std::integral_constant<int, KRON_NONE>());
+  }
+}
+
+// out = act(in + bias) of rows of NV vectors, in_step and out_step numbers apart; out may be in. The bias
+// has one number for each row and may be null.
+template <class T, int NV>
+void activate_rows(const T *in, int64_t in_step, T *out, int64_t out_step, int64_t rows,
+                   int64_t activation, const T *bias) {
+  with_activation(activation, [=](auto kind) {
+    for (int64_t r = 0; r < rows; r++) {
+      const T b = bias ? bias[r] : T(0);
+      KRON_UNROLL
+      for (int v = 0; v < NV; v++) {
+        const Vector<T> x = load(in + r * in_step + v * LANES<T>) + b;
+        // The derivative is optimised away.
+        store(out + r * out_step + v * LANES<T>, slope<decltype(kind)::value>(x).value);
+      }
+    }
+  });
 }
 
 } // namespace

@@ -1,20 +1,21 @@
-// A block of tokens on its way in and out. Its rows are called (feature)[tokens]: feature f's NV
-// vectors of tokens lie behind one another at f * NV * LANES.
+// Reading and writing blocks of tokens. A block of n features is written (n)[tokens]: the NV vectors of
+// tokens of feature f are contiguous, at f * NV * LANES.
 #pragma once
 #include "activation.h"
 #include "contract.h"
 
 namespace {
 
-// Memory (tokens, n), of which `tokens` rows exist, to (n)[tokens]; lanes of no token are zero.
-template <class S, int NV> void read_block(const S *x, Int tokens, Int n, Compute<S> *block) {
+// x (tokens, n) from `token` on to (n)[tokens]; lanes behind the last token are zero.
+template <class S, int NV>
+void read_block(const void *x, Int token, Int tokens, Int n, Compute<S> *block) {
   typedef Compute<S> T;
   constexpr int L = LANES<T>;
-  for (int v = 0; v < NV; v++) {
-    const int present = int(larger(0, smaller(tokens - v * L, L)));
+  for (int v = 0; v < NV; v++, token += L) {
+    const int present = int(larger(0, smaller(tokens - token, L)));
     for (Int f = 0; f < n; f += L) {
       const int width = int(smaller(L, n - f));
-      const S *p = x + v * L * n + f;
+      const S *p = static_cast<const S *>(x) + token * n + f;
       Vector<T> rows[L];
       if (present == L && width == L) {
         KRON_UNROLL
@@ -33,49 +34,54 @@ template <class S, int NV> void read_block(const S *x, Int tokens, Int n, Comput
   }
 }
 
-// (m)[tokens] through act(· + bias) + residual to memory (tokens, m); bias and residual may be null.
-template <class S, int NV, int ACTIVATION>
-void write_block(const Compute<S> *block, Int tokens, Int m, const S *bias, const S *residual,
-                 S *y) {
+// act(block + bias) + residual of (m)[tokens] to y (tokens, m) from `token` on; p names these operands.
+// Its bias is in the dtype of computation.
+template <class S, int NV>
+void write_block(const Compute<S> *block, Int token, Int tokens, Int m, const kron_product &p) {
   typedef Compute<S> T;
   constexpr int L = LANES<T>;
-  for (int v = 0; v < NV; v++) {
-    const int present = int(larger(0, smaller(tokens - v * L, L)));
-    if (!present) return;
+  constexpr Int ROWS = 16; // activated at a time: of 64, the activations would not overlap the stores
+  T activated[ROWS * L];
+  const T *bias = static_cast<const T *>(p.bias);
+  for (int v = 0; v < NV; v++, token += L) {
+    const int present = int(smaller(tokens - token, L));
+    if (present <= 0) return;
     for (Int f = 0; f < m; f += L) {
       const int width = int(smaller(L, m - f));
-      const T *in = block + (f * NV + v) * L;
-      const Int at = v * L * m + f;
+      const T *in = block + (f * NV + v) * L, *b = bias ? bias + f : nullptr;
+      Int step = NV * L;
+      if (p.activation) {
+        if (f % ROWS == 0)
+          activate_rows<T, 1>(in, step, activated, L, smaller(ROWS, m - f), p.activation, b);
+        in = activated + f % ROWS * L, step = L, b = nullptr;
+      }
       Vector<T> rows[L];
       KRON_UNROLL
       for (int l = 0; l < L; l++) {
-        if (l >= width) {
-          rows[l] = Vector<T>{};
-          continue;
-        }
-        rows[l] = load(in + l * NV * L);
-        if (bias) rows[l] += scalar(bias[f + l]);
+        rows[l] = l < width ? load(in + l * step) : Vector<T>{};
+        if (b && l < width) rows[l] += b[l];
       }
-      if constexpr (ACTIVATION != KRON_NONE)
-        for (int l = 0; l < width; l++) rows[l] = activate<ACTIVATION>(rows[l]);
       transpose<T>(rows);
+      S *y = static_cast<S *>(p.y) + token * m + f;
+      const S *residual = p.residual ? static_cast<const S *>(p.residual) + token * m + f : nullptr;
       if (present == L && width == L) {
-        KRON_UNROLL
-        for (int l = 0; l < L; l++) {
-          if (residual) rows[l] += fetch(residual + at + l * m);
-          put(y + at + l * m, rows[l]);
+        if (residual) {
+          KRON_UNROLL
+          for (int l = 0; l < L; l++) rows[l] += fetch(residual + l * m);
         }
+        KRON_UNROLL
+        for (int l = 0; l < L; l++) put(y + l * m, rows[l]);
       } else {
         for (int l = 0; l < present; l++) {
-          if (residual) rows[l] += fetch_some(residual + at + l * m, width);
-          put_some(y + at + l * m, rows[l], width);
+          if (residual) rows[l] += fetch_some(residual + l * m, width);
+          put_some(y + l * m, rows[l], width);
         }
       }
     }
   }
 }
 
-// `count` numbers of memory, `stride` apart, to the dtype of computation.
+// `count` numbers that are `stride` apart to contiguous ones in the dtype of computation.
 template <class S> void widen_row(const S *in, Int count, Int stride, Compute<S> *out) {
   constexpr int L = LANES<Compute<S>>;
   Int i = 0;
@@ -84,42 +90,20 @@ template <class S> void widen_row(const S *in, Int count, Int stride, Compute<S>
   for (; i < count; i++) out[i] = scalar(in[i * stride]);
 }
 
-// act(in + bias) + residual of `count` numbers to memory.
-template <class S, class Out, int ACTIVATION>
-void finish_row(const Compute<S> *in, Int count, const S *bias, const S *residual, Out *y) {
+// y = act(in + bias) + residual of `count` numbers; bias and residual may be null.
+template <class S, int ACTIVATION>
+void finish_row(const Compute<S> *in, Int count, const Compute<S> *bias, const S *residual, S *y) {
   constexpr int L = LANES<Compute<S>>;
   for (Int f = 0; f < count; f += L) {
     const int width = int(smaller(L, count - f));
     const bool whole = width == L;
     Vector<Compute<S>> v = whole ? load(in + f) : fetch_some(in + f, width);
-    if (bias) v += whole ? fetch(bias + f) : fetch_some(bias + f, width);
-    v = activate<ACTIVATION>(v);
+    if (bias) v += whole ? load(bias + f) : fetch_some(bias + f, width);
+    v = slope<ACTIVATION>(v).value;
     if (residual) v += whole ? fetch(residual + f) : fetch_some(residual + f, width);
     if (whole) put(y + f, v);
     else put_some(y + f, v, width);
   }
-}
-
-// body(std::integral_constant<int, activation>()).
-template <class Body> void with_activation(Int activation, Body body) {
-  switch (activation) {
-  case KRON_GELU: return body(std::integral_constant<int, KRON_GELU>());
-  case KRON_GELU_TANH: return body(std::integral_constant<int, KRON_GELU_TANH>());
-  case KRON_RELU: return body(std::integral_constant<int, KRON_RELU>());
-  case KRON_SILU: return body(std::integral_constant<int, KRON_SILU>());
-  default: return body(std::integral_constant<int, KRON_NONE>());
-  }
-}
-
-// Token `token` and the next ones of the product's output.
-template <class S, int NV>
-void write_block(const Compute<S> *block, Int token, Int tokens, Int m, const kron_product &p) {
-  const S *residual = static_cast<const S *>(p.residual);
-  with_activation(p.activation, [&](auto activation) {
-    write_block<S, NV, decltype(activation)::value>(
-        block, tokens, m, static_cast<const S *>(p.bias),
-        residual ? residual + token * m : nullptr, static_cast<S *>(p.y) + token * m);
-  });
 }
 
 } // namespace

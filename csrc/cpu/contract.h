@@ -1,4 +1,4 @@
-// The register tiles: a factor against rows of tokens, and rows of tokens against one another.
+// The register tiles: a factor times rows of tokens, and dot products of rows of tokens.
 #pragma once
 #include "vector.h"
 
@@ -7,23 +7,24 @@ namespace {
 typedef int64_t Int;
 KRON_INLINE Int smaller(Int a, Int b) { return a < b ? a : b; }
 KRON_INLINE Int larger(Int a, Int b) { return a > b ? a : b; }
+template <class T> KRON_INLINE Int vectors_of(Int count) { return (count + LANES<T> - 1) / LANES<T>; }
 
-// One term of a factor, with any strides.
+// One term of a factor, (rows, cols), with any strides.
 template <class T> struct Matrix {
   const T *data;
   Int rows, cols, row_stride, col_stride;
   Matrix transposed() const { return {data, cols, rows, col_stride, row_stride}; }
 };
 
-// Where the vectors of a contraction lie: in (pre, cols, post) to out (pre, rows, post), whose rows
-// and columns lie `in_step` and `out_step` apart, and whose entries are `width` numbers, NV vectors
-// that lie `in_vector` and `out_vector` apart.
+// Memory layout of a contraction of (pre, cols, post) to (pre, rows, post). An entry is NV vectors.
+// Columns of the input are in_step apart, rows of the output out_step, entries along post `width`, and
+// the vectors of an entry in_vector and out_vector.
 struct Grid {
   Int pre, post, width, in_pre, out_pre, in_step, out_step, in_vector, out_vector;
 };
 
-// out[r] = Σ_c w[r, c] in[c] for R rows of a factor from `first` on, added to what is there if asked
-// for, with R * NV sums in registers.
+// out[r] = Σ_c w[r, c] in[c] for R rows of a factor from `first` on, with R * NV sums in registers;
+// `accumulate` adds them to out.
 template <class T, int NV, int R>
 void contract_rows(const Matrix<T> &w, Int first, const T *in, T *out, const Grid &g,
                    bool accumulate) {
@@ -41,7 +42,7 @@ void contract_rows(const Matrix<T> &w, Int first, const T *in, T *out, const Gri
         for (int v = 0; v < NV; v++)
           acc[r][v] = accumulate ? load(o + r * out_step + v * out_vector) : Vector<T>{};
       }
-      // One pointer for four rows: a pointer each would not fit the general registers.
+      // One pointer for four rows: with one each the general registers would not suffice.
       const T *group[(R + 3) / 4];
       KRON_UNROLL
       for (int k = 0; k < (R + 3) / 4; k++) group[k] = w.data + (first + 4 * k) * rs;
@@ -88,9 +89,9 @@ void contract_grid(const Matrix<T> &w, const T *in, T *out, const Grid &g, bool 
   contract_last_rows<T, NV, R - 1>(w, first, in, out, g, accumulate);
 }
 
-// in (pre, w.cols, post)[tokens] to out (pre, w.rows, post)[tokens], of NV vectors of tokens. The
-// more vectors share a broadcast, the fewer loads: 105 GFLOP/s with three, 74 with one. So of a
-// block of one vector two or three neighbours along an axis go together.
+// in (pre, w.cols, post)[tokens] to out (pre, w.rows, post)[tokens], of NV vectors of tokens. Vectors
+// that share a broadcast save loads: 105 GFLOP/s with three, 74 with one. So a block of one vector
+// takes two or three neighbours along an axis together.
 template <class T, int NV>
 void contract(const Matrix<T> &w, const T *in, T *out, Int pre, Int post, bool accumulate = false) {
   constexpr int L = LANES<T>;
@@ -112,15 +113,14 @@ void contract(const Matrix<T> &w, const T *in, T *out, Int pre, Int post, bool a
   contract_grid<T, NV>(w, in, out, g, accumulate);
 }
 
-// Rows whose dot products are wanted: row r is `count` runs of `inner` numbers, run i at
-// data + r * row + i * step.
+// Operand of dot products: row r is `count` runs of `inner` numbers, run i at data + r * row + i * step.
 template <class T> struct Rows {
   const T *data;
   Int rows, row, step;
 };
 
-// PR rows of p against QR rows of q from (r, s) on; past the end the last row again, its sums
-// dropped. As many sums as lanes (or QR, if that is more), so that a tree of shuffles ends a tile.
+// Dot products of PR rows of p and QR rows of q, from r and s on. Past the end the last row is read
+// again and its sums are dropped. The PR * QR sums fill a vector, so a tree of shuffles ends a tile.
 template <class T, int QR>
 void correlate_tile(const Rows<T> &p, const Rows<T> &q, Int r, Int s, Int count, Int inner, T *c,
                     Int c_row, Int c_col, bool accumulate) {
@@ -133,33 +133,26 @@ void correlate_tile(const Rows<T> &p, const Rows<T> &q, Int r, Int s, Int count,
   Vector<T> acc[SUMS];
   KRON_UNROLL
   for (int i = 0; i < SUMS; i++) acc[i] = Vector<T>{};
+  const auto add = [&](Int p_at, Int q_at, auto read) __attribute__((always_inline)) {
+    Vector<T> y[QR];
+    KRON_UNROLL
+    for (int l = 0; l < QR; l++) y[l] = read(qr[l] + q_at);
+    KRON_UNROLL
+    for (int k = 0; k < PR; k++) {
+      const Vector<T> x = read(pr[k] + p_at);
+      KRON_UNROLL
+      for (int l = 0; l < QR; l++) acc[k * QR + l] += x * y[l];
+    }
+  };
   const int tail = int(inner % L);
   for (Int i = 0; i < count; i++) {
-    for (Int at = 0; at + L <= inner; at += L) {
-      Vector<T> y[QR];
-      KRON_UNROLL
-      for (int k = 0; k < QR; k++) y[k] = load(qr[k] + i * q.step + at);
-      KRON_UNROLL
-      for (int k = 0; k < PR; k++) {
-        const Vector<T> x = load(pr[k] + i * p.step + at);
-        KRON_UNROLL
-        for (int l = 0; l < QR; l++) acc[k * QR + l] += x * y[l];
-      }
-    }
-    if (tail) {
-      const Int at = inner - tail;
-      Vector<T> y[QR];
-      KRON_UNROLL
-      for (int k = 0; k < QR; k++) y[k] = fetch_some(qr[k] + i * q.step + at, tail);
-      KRON_UNROLL
-      for (int k = 0; k < PR; k++) {
-        const Vector<T> x = fetch_some(pr[k] + i * p.step + at, tail);
-        KRON_UNROLL
-        for (int l = 0; l < QR; l++) acc[k * QR + l] += x * y[l];
-      }
-    }
+    Int at = 0;
+    for (; at + L <= inner; at += L)
+      add(i * p.step + at, i * q.step + at, [](const T *row) { return load(row); });
+    if (tail)
+      add(i * p.step + at, i * q.step + at, [=](const T *row) { return fetch_some(row, tail); });
   }
-  if constexpr (QR == 1) { // one column of results, whole if nothing is in its way
+  if constexpr (QR == 1) { // one column of results: a single store if they are contiguous
     if (c_row == 1 && r + PR <= p.rows && !accumulate)
       return store(c + r + s * c_col, sums_of_lanes<T>(acc));
   }
@@ -183,15 +176,15 @@ void correlate_tile(const Rows<T> &p, const Rows<T> &q, Int r, Int s, Int count,
   }
 }
 
-// c[r * c_row + s * c_col] = p's row r · q's row s, added to what is there if asked for; `batch`
-// times, with q and c their steps further on. Rows of p are read once for all of the batch.
+// c[r * c_row + s * c_col] = p's row r · q's row s, for each q and c of a batch, q_batch and c_batch
+// apart. Rows of p are read once for the whole batch.
 template <class T>
 void correlate(const Rows<T> &p, Rows<T> q, Int count, Int inner, T *c, Int c_row, Int c_col,
                bool accumulate, Int batch = 1, Int q_batch = 0, Int c_batch = 0) {
   constexpr int L = LANES<T>;
   if (p.step == inner && q.step == inner) inner *= count, count = 1;
   const T *const first = q.data;
-  // Of short sums the scattered results take longest: a vector of them at a time, if they lie so.
+  // Storing scattered results dominates short sums: where results are contiguous, store vectors.
   if (inner * count <= 4 * L && !accumulate) {
     if (c_row == 1 && p.rows >= L) {
       for (Int r = 0; r < p.rows; r += L)
@@ -218,17 +211,17 @@ void correlate(const Rows<T> &p, Rows<T> q, Int count, Int inner, T *c, Int c_ro
       q.data = first + i * q_batch;
       T *out = c + i * c_batch;
       for (Int s = 0; s < q.rows; s += cols) {
-        if (cols == 1) correlate_tile<T, 1>(p, q, r, s, count, inner, out, c_row, c_col, accumulate);
-        else if (cols == 2)
-          correlate_tile<T, 2>(p, q, r, s, count, inner, out, c_row, c_col, accumulate);
-        else correlate_tile<T, 4>(p, q, r, s, count, inner, out, c_row, c_col, accumulate);
+        const auto tile = cols == 1   ? correlate_tile<T, 1>
+                          : cols == 2 ? correlate_tile<T, 2>
+                                      : correlate_tile<T, 4>;
+        tile(p, q, r, s, count, inner, out, c_row, c_col, accumulate);
       }
     }
   }
 }
 
-// in (pre, w.cols, post) to out (pre, w.rows, post), numbers instead of rows of tokens. `columns` is
-// room for as many numbers as `in`.
+// in (pre, w.cols, post) to out (pre, w.rows, post) of single numbers, not of rows of tokens. `columns`
+// has room for as many numbers as `in`.
 template <class T>
 void contract_numbers(const Matrix<T> &w, const T *in, T *out, Int pre, Int post, T *columns,
                       bool accumulate) {
@@ -236,10 +229,6 @@ void contract_numbers(const Matrix<T> &w, const T *in, T *out, Int pre, Int post
   const Rows<T> rows = {w.data, w.rows, w.row_stride, 0};
   if (post == 1) {
     correlate<T>(rows, {in, pre, w.cols, 0}, 1, w.cols, out, 1, w.rows, accumulate);
-  } else if (post % (3 * L) == 0) {
-    contract<T, 3>(w, in, out, pre, post / (3 * L), accumulate);
-  } else if (post % (2 * L) == 0) {
-    contract<T, 2>(w, in, out, pre, post / (2 * L), accumulate);
   } else if (post % L == 0) {
     contract<T, 1>(w, in, out, pre, post / L, accumulate);
   } else {
@@ -252,31 +241,44 @@ void contract_numbers(const Matrix<T> &w, const T *in, T *out, Int pre, Int post
   }
 }
 
-// c (p.rows, q.rows) += Σ over i < count and all tokens of p[r, i] q[s, i], of rows of tokens whose
-// runs lie `step` apart. `spare` has room for q.
+// Axis 0 of (size, other)[tokens], or axis 1 of (other, size)[tokens].
+enum Axis { FIRST, LAST };
+
 template <class T, int NV>
-void sum_over_tokens(const Rows<T> &p, const Rows<T> &q, Int count, T *c, T *spare) {
+void contract_along(Axis axis, const Matrix<T> &w, const T *in, T *out, Int other, bool accumulate) {
+  contract<T, NV>(w, in, out, axis == FIRST ? 1 : other, axis == FIRST ? other : 1, accumulate);
+}
+
+// c (p_rows, q_rows) += Σ p[r, o, token] q[s, o, token] over the other axis and all tokens, for rows r
+// and s along an axis. `turned` has room for q.
+template <class T, int NV>
+void sum_over_tokens(Axis axis, const T *p_data, Int p_rows, const T *q_data, Int q_rows, Int other,
+                     T *c, T *turned) {
   constexpr int L = LANES<T>, TB = NV * L;
-  // Dot products end in a tree of sums, which takes longer than they if they are short. Then it is
-  // faster to turn q, so that its rows run along the lanes, and to contract p with it.
-  if (q.rows % L || 50 * p.rows < count * TB)
-    return correlate<T>(p, q, count, TB, c, q.rows, 1, true);
-  for (Int i = 0; i < count; i++) {
+  const auto rows_along = [=](const T *data, Int rows) {
+    return axis == FIRST ? Rows<T>{data, rows, other * TB, TB} : Rows<T>{data, rows, TB, rows * TB};
+  };
+  const Rows<T> p = rows_along(p_data, p_rows), q = rows_along(q_data, q_rows);
+  // The tree of sums that ends a dot product takes longer than a short sum itself. Then it is faster
+  // to transpose q, so that its rows run along the lanes, and to contract it with p.
+  if (q.rows % L || 50 * p.rows < other * TB)
+    return correlate<T>(p, q, other, TB, c, q.rows, 1, true);
+  for (Int i = 0; i < other; i++) {
     for (Int s = 0; s < q.rows; s += L) {
       for (int v = 0; v < NV; v++) {
         Vector<T> lanes[L];
         KRON_UNROLL
         for (int l = 0; l < L; l++) lanes[l] = load(q.data + (s + l) * q.row + i * q.step + v * L);
         transpose<T>(lanes);
-        T *out = spare + (i * TB + v * L) * q.rows + s;
+        T *out = turned + (i * TB + v * L) * q.rows + s;
         KRON_UNROLL
         for (int l = 0; l < L; l++) store(out + l * q.rows, lanes[l]);
       }
     }
   }
-  for (Int i = 0; i < count; i++) {
+  for (Int i = 0; i < other; i++) {
     const Matrix<T> w = {p.data + i * p.step, p.rows, TB, p.row, 1};
-    contract_numbers<T>(w, spare + i * TB * q.rows, c, 1, q.rows, nullptr, true);
+    contract<T, 1>(w, turned + i * TB * q.rows, c, 1, q.rows / L, true);
   }
 }
 

@@ -1,4 +1,4 @@
-// The entries of kron.h: what a call must satisfy, and which instruction set serves it.
+// The CPU functions of kron.h: they check a call and pass it to the kernels of its instruction set.
 #include "../checks.h"
 #include "kernels.h"
 
@@ -17,21 +17,21 @@ int64_t kron_cpu_isa(void) {
 
 namespace {
 
-// Each thread keeps partial sums of its own.
+// Limits the memory of partial sums, which each thread has.
 constexpr int64_t MOST_THREADS = 65536;
 
-const Kernels &kernels(int64_t isa) {
+const Kernels &kernels([[maybe_unused]] const kron_execution &e, int64_t dtype) {
 #if defined(KRON_HAS_X86)
-  if (isa == KRON_AVX512) return kron_kernels_avx512;
-  if (isa == KRON_AVX2) return kron_kernels_avx2;
+  if (e.isa == KRON_AVX512) return kron_kernels_avx512[dtype];
+  if (e.isa == KRON_AVX2) return kron_kernels_avx2[dtype];
 #endif
-  return kron_kernels_portable;
+  return kron_kernels_portable[dtype];
 }
 
 const char *check(const kron_execution *e, int64_t dtype) {
   if (!e) return "the execution is null";
   if (e->isa < 0 || e->isa > kron_cpu_isa())
-    return "this machine lacks the instruction set asked for";
+    return "this machine lacks the instruction set";
   if (e->threads < 1 || e->threads > MOST_THREADS) return "there must be 1 to 65536 threads";
   return dtype < KRON_FLOAT32 || dtype > KRON_FLOAT16 ? "there is no such dtype" : nullptr;
 }
@@ -45,7 +45,7 @@ const char *kron_cpu_forward(const kron_execution *e, int64_t dtype, int64_t tok
   if (const char *error = check(e, dtype)) return error;
   if (const char *error = check_products(n_products, products, tokens, x)) return error;
   if (!tokens) return nullptr;
-  return kernels(e->isa).forward(*e, dtype, tokens, x, n_products, products);
+  return kernels(*e, dtype).forward(*e, tokens, x, n_products, products);
 }
 
 const char *kron_cpu_forward_along(const kron_execution *e, int64_t dtype, int64_t tokens,
@@ -56,7 +56,7 @@ const char *kron_cpu_forward_along(const kron_execution *e, int64_t dtype, int64
   if (double(tokens) * double(tail) > MOST_NUMBERS) return "the tail is larger than memory can be";
   if (const char *error = check_operands(*product, tokens * tail, x, true)) return error;
   if (!tokens) return nullptr;
-  return kernels(e->isa).forward_along(*e, dtype, tokens, x, tail, *product);
+  return kernels(*e, dtype).forward_along(*e, tokens, x, tail, *product);
 }
 
 const char *kron_cpu_feed_forward(const kron_execution *e, int64_t dtype, int64_t tokens,
@@ -64,7 +64,7 @@ const char *kron_cpu_feed_forward(const kron_execution *e, int64_t dtype, int64_
   if (const char *error = check(e, dtype)) return error;
   if (const char *error = check_feed_forward(up, down, tokens, x, true)) return error;
   if (!tokens) return nullptr;
-  return kernels(e->isa).feed_forward(*e, dtype, tokens, x, *up, *down);
+  return kernels(*e, dtype).feed_forward(*e, tokens, x, *up, *down);
 }
 
 const char *kron_cpu_backward(const kron_execution *e, int64_t dtype, int64_t tokens,
@@ -74,7 +74,7 @@ const char *kron_cpu_backward(const kron_execution *e, int64_t dtype, int64_t to
   if (const char *error = check_product(product, tokens, x, false)) return error;
   if (tokens && !dy) return "x or dy is null";
   if (product->n_factors != 2) return "gradients are for two factors";
-  return kernels(e->isa).backward(*e, dtype, tokens, dy, x, *product, dx, da, db);
+  return kernels(*e, dtype).backward(*e, tokens, dy, x, *product, dx, da, db);
 }
 
 const char *kron_cpu_feed_forward_backward(const kron_execution *e, int64_t dtype, int64_t tokens,
@@ -85,5 +85,5 @@ const char *kron_cpu_feed_forward_backward(const kron_execution *e, int64_t dtyp
   if (const char *error = check_feed_forward(up, down, tokens, x, false)) return error;
   if (tokens && !dy) return "x or dy is null";
   void *const gradients[] = {dx, da_up, db_up, dbias, da_down, db_down};
-  return kernels(e->isa).feed_forward_backward(*e, dtype, tokens, dy, x, *up, *down, gradients);
+  return kernels(*e, dtype).feed_forward_backward(*e, tokens, dy, x, *up, *down, gradients);
 }

@@ -1,108 +1,110 @@
 // The kernels, compiled once per instruction set, which KRON_ISA names.
 //
-// A SIMD lane is a token. A block of tokens is transposed on its way in and back on its way out; in
-// between an entry of a factor is a scalar, broadcast against vectors of tokens. So any shape fills
-// every lane, whatever its sides; factors are read where they lie, in any layout; and there is no
-// packed copy of a weight to keep, or to keep valid.
+// A SIMD lane is a token. Blocks of tokens are transposed as they are read and written. In between, an
+// entry of a factor is a scalar, broadcast against vectors of tokens. Every shape fills every lane, and
+// factors are read in place, with any strides: there is no packed copy of a weight to keep valid.
+// docs/kernels/cpu.md has the derivations.
 //
-// No standard containers or algorithms: their functions are shared between translation units, and
-// the linker might keep the copy whose instructions a machine lacks.
+// Everything here is in anonymous namespaces, and no standard containers or algorithms are used: the
+// linker merges functions that translation units share, and might keep one with instructions that the
+// machine lacks.
 #include "kernels.h"
 
 #include "product.h"
 
 namespace {
 
-// act(in + bias) + residual of rows (tokens, m) of numbers.
-template <class S, class Out>
-void finish_rows(const Compute<S> *in, Int tokens, Int m, Int activation, const S *bias,
-                 const S *residual, Out *y) {
-  with_activation(activation, [&](auto kind) {
+// act(· + bias) + residual of `in`, rows (tokens, outputs) of p, to y.
+template <class S>
+void finish_rows(const Compute<S> *in, Int tokens, const Product<Compute<S>> &p, const S *residual,
+                 S *y) {
+  const Int m = p.outputs();
+  with_activation(p.activation, [=, &p](auto kind) {
     for (Int at = 0; at < tokens * m; at += m)
-      finish_row<S, Out, decltype(kind)::value>(in + at, m, bias, residual ? residual + at : nullptr,
-                                                y + at);
+      finish_row<S, decltype(kind)::value>(in + at, m, p.bias_data(),
+                                           residual ? residual + at : nullptr, y + at);
   });
 }
 
 template <class S>
-const char *forward_few(Int tokens, const S *x, Int n_products, const kron_product *products,
-                        const Product<Compute<S>> *maps) {
+void apply_to_few(const Product<Compute<S>> &p, Int tokens, const Compute<S> *in, Compute<S> *out,
+                  Compute<S> *spare) {
+  p.apply_to_few(tokens, in, out, spare);
+  finish_rows<S>(out, tokens, p, static_cast<const S *>(p.residual), static_cast<S *>(p.y));
+}
+
+template <class S>
+const char *forward_few(Int tokens, const S *x, Int n_products, const Product<Compute<S>> *products) {
   typedef Compute<S> T;
   Int out_size = 0, spare_size = 0;
-  for (Int i = 0; i < n_products; i++) {
-    out_size = larger(out_size, maps[i].outputs());
-    spare_size = larger(spare_size, 2 * maps[i].middle() + maps[i].longest());
+  for (const Product<T> *p = products; p < products + n_products; p++) {
+    out_size = larger(out_size, p->outputs());
+    spare_size = larger(spare_size, 2 * p->middle() + p->longest());
   }
-  const Int n = maps[0].inputs();
-  Scratch<T> scratch((n + out_size + spare_size) * tokens, 3);
+  const Int n = products[0].inputs();
+  T *in, *out, *spare;
+  const Scratch<T> scratch(
+      {{&in, n * tokens}, {&out, out_size * tokens}, {&spare, spare_size * tokens}});
   if (!scratch) return OUT_OF_MEMORY;
-  T *in = scratch.take(n * tokens), *out = scratch.take(out_size * tokens);
-  T *spare = scratch.take(spare_size * tokens);
   widen_row(x, n * tokens, 1, in);
-  for (Int i = 0; i < n_products; i++) {
-    const kron_product &p = products[i];
-    maps[i].apply_to_few(tokens, in, out, spare);
-    finish_rows<S, S>(out, tokens, maps[i].outputs(), p.activation, static_cast<const S *>(p.bias),
-                      static_cast<const S *>(p.residual), static_cast<S *>(p.y));
-  }
+  for (const Product<T> *p = products; p < products + n_products; p++)
+    apply_to_few<S>(*p, tokens, in, out, spare);
   return nullptr;
 }
 
 template <class S>
 const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_products,
-                    const kron_product *products) {
+                    const kron_product *calls) {
   typedef Compute<S> T;
-  Product<T> maps[KRON_MAX_PRODUCTS];
+  Product<T> products[KRON_MAX_PRODUCTS];
+  const Product<T> *const end = products + n_products;
   Int out_size = 0, spare_size = 0;
   double work = 0;
   bool few = true;
-  for (Int i = 0; i < n_products; i++) {
-    if (!maps[i].template set<S>(products[i])) return OUT_OF_MEMORY;
-    out_size = larger(out_size, maps[i].outputs());
-    spare_size = larger(spare_size, 2 * maps[i].middle());
-    work += double(tokens) * double(maps[i].multiply_adds());
-    few = few && maps[i].few(tokens);
+  for (Product<T> *p = products; p < end; p++) {
+    if (!p->template set<S>(calls[p - products])) return OUT_OF_MEMORY;
+    out_size = larger(out_size, p->outputs());
+    spare_size = larger(spare_size, 2 * p->middle());
+    work += double(tokens) * double(p->multiply_adds());
+    few = few && p->few(tokens);
   }
-  if (few)
-    return forward_few(tokens, static_cast<const S *>(x), n_products, products, maps);
-  const Int n = maps[0].inputs(), units = (tokens + LANES<T> - 1) / LANES<T>;
+  if (few) return forward_few<S>(tokens, static_cast<const S *>(x), n_products, products);
+  const Int n = products[0].inputs(), units = vectors_of<T>(tokens);
   return split(e, units, parts_of(e, units, work), [&](Int, Int first, Int last) {
-    const Int lanes = smaller(MAX_NV, last - first) * LANES<T>;
-    Scratch<T> scratch((n + out_size + spare_size) * lanes, 3);
+    const Int lanes = lanes_of<T>(first, last);
+    T *in, *out, *spare;
+    const Scratch<T> scratch(
+        {{&in, n * lanes}, {&out, out_size * lanes}, {&spare, spare_size * lanes}});
     if (!scratch) return false;
-    T *in = scratch.take(n * lanes), *out = scratch.take(out_size * lanes);
-    T *spare = scratch.take(spare_size * lanes);
     blocks<T>(first, last, [&](auto nv, Int token) {
       constexpr int NV = decltype(nv)::value;
-      const Int here = smaller(NV * LANES<T>, tokens - token);
-      read_block<S, NV>(static_cast<const S *>(x) + token * n, here, n, in);
-      for (Int i = 0; i < n_products; i++) {
-        maps[i].template apply<NV>(in, out, spare);
-        write_block<S, NV>(out, token, here, maps[i].outputs(), products[i]);
+      read_block<S, NV>(x, token, tokens, n, in);
+      for (const Product<T> *p = products; p < end; p++) {
+        p->template apply<NV>(in, out, spare);
+        write_block<S, NV>(out, token, tokens, p->outputs(), *p);
       }
     });
     return true;
   });
 }
 
-// The product along the middle axis of x (tokens, n, tail), which gives y (tokens, m, tail), bias
+// The product along the middle axis of x (tokens, n, tail) gives y (tokens, m, tail), with bias
 // (m, tail). Lanes run along the tail: nothing is transposed.
 template <class S>
-const char *forward_along(const kron_execution &e, Int tokens, const S *x, Int tail,
-                          const kron_product &p) {
+const char *forward_along(const kron_execution &e, Int tokens, const void *x, Int tail,
+                          const kron_product &call) {
   typedef Compute<S> T;
   constexpr int L = LANES<T>;
-  Product<T> map;
-  if (!map.template set<S>(p)) return OUT_OF_MEMORY;
-  const Int n = map.inputs(), m = map.outputs(), vectors = (tail + L - 1) / L;
+  Product<T> p;
+  if (!p.template set<S>(call, tail)) return OUT_OF_MEMORY;
+  const Int n = p.inputs(), m = p.outputs(), middle = p.middle(), vectors = vectors_of<T>(tail);
   const Int units = tokens * vectors;
-  const double work = double(units) * L * double(map.multiply_adds());
+  const double work = double(units) * L * double(p.multiply_adds());
   return split(e, units, parts_of(e, units, work), [&](Int, Int first, Int last) {
-    const Int lanes = MAX_NV * L, spare_size = 2 * map.middle();
-    Scratch<T> scratch((n + m + spare_size) * lanes, 3);
+    constexpr Int lanes = MAX_NV * L;
+    T *in, *out, *spare;
+    const Scratch<T> scratch({{&in, n * lanes}, {&out, m * lanes}, {&spare, 2 * middle * lanes}});
     if (!scratch) return false;
-    T *in = scratch.take(n * lanes), *out = scratch.take(m * lanes);
-    T *spare = scratch.take(spare_size * lanes);
     while (first < last) { // the rest of a token, or of the part
       const Int token = first / vectors, begin = first % vectors;
       const Int end = smaller(vectors, begin + last - first);
@@ -110,17 +112,17 @@ const char *forward_along(const kron_execution &e, Int tokens, const S *x, Int t
         constexpr int NV = decltype(nv)::value, TB = NV * L;
         const Int width = smaller(TB, tail - at);
         for (Int f = 0; f < n; f++) {
-          widen_row(x + (token * n + f) * tail + at, width, 1, in + f * TB);
+          const S *row = static_cast<const S *>(x) + (token * n + f) * tail + at;
+          widen_row(row, width, 1, in + f * TB);
           for (Int l = width; l < TB; l++) in[f * TB + l] = 0;
         }
-        map.template apply<NV>(in, out, spare);
+        p.template apply<NV>(in, out, spare);
+        const S *residual = static_cast<const S *>(p.residual);
         with_activation(p.activation, [&](auto kind) {
           for (Int f = 0; f < m; f++) {
             const Int here = (token * m + f) * tail + at;
-            const S *bias = static_cast<const S *>(p.bias);
-            const S *residual = static_cast<const S *>(p.residual);
-            finish_row<S, S, decltype(kind)::value>(
-                out + f * TB, width, bias ? bias + f * tail + at : nullptr,
+            finish_row<S, decltype(kind)::value>(
+                out + f * TB, width, p.bias ? p.bias_data() + f * tail + at : nullptr,
                 residual ? residual + here : nullptr, static_cast<S *>(p.y) + here);
           }
         });
@@ -133,37 +135,33 @@ const char *forward_along(const kron_execution &e, Int tokens, const S *x, Int t
 
 // ---- feed-forward ------------------------------------------------------------------------------
 
-// up = (k x l) ⊗ B, contracted from the right, and down = (l' x k) ⊗ B', contracted from the left,
-// share the hidden grid (k, width) and can exchange it entry by entry.
+// Whether up = (k x l) ⊗ B, contracted from the right, and down = (l' x k) ⊗ B', contracted from the
+// left, can exchange their hidden grid (k, width) entry by entry.
 template <class T> bool meets(const Product<T> &up, const Product<T> &down) {
-  return up.count == 2 && down.count == 2 && up.turns[0] == 1 && down.turns[0] == 0 &&
+  return up.n_factors == 2 && down.n_factors == 2 && up.turns[0] == 1 && down.turns[0] == 0 &&
          up.factors[0].rows == down.factors[0].cols && up.factors[1].rows == down.factors[1].cols;
 }
 
-// Columns of the hidden grid, of k entries each, that are in the first-level cache at a time.
+// Columns of the hidden grid, of k entries each, that the first-level cache holds at a time.
 inline Int columns_at_a_time(Int k) { return larger(1, 64 / k); }
 
-// u = A' act(A z + bias), a few columns of the hidden grid at a time, for which `hidden` has room.
+// u = A' act(A z + bias), a few columns of the hidden grid at a time, which `hidden` holds.
 // z (rank * n1, width)[tokens], u (rank' * m1', width)[tokens], A (rank, k, n1), A' (rank', m1', k).
-template <class S, int NV, int ACTIVATION>
-void through_hidden(const Product<Compute<S>> &up, const Product<Compute<S>> &down, Int width,
-                    const S *bias, const Compute<S> *z, Compute<S> *u, Compute<S> *hidden) {
-  typedef Compute<S> T;
+template <class T, int NV>
+void through_hidden(const Product<T> &up, const Product<T> &down, const T *z, T *u, T *hidden) {
   constexpr int L = LANES<T>, TB = NV * L;
-  const Int rows = up.factors[0].rows, far = width * TB;
+  const Int rows = up.factors[0].rows, width = up.factors[1].rows, far = width * TB;
   const Int z_size = up.factors[0].cols * far, u_size = down.factors[0].rows * far;
+  const T *bias = up.bias_data();
   for (Int p = 0; p < width; p += columns_at_a_time(rows)) {
     const Int columns = smaller(columns_at_a_time(rows), width - p), near = columns * TB;
     for (Int k = 0; k < up.rank; k++)
       contract_grid<T, NV>(up.matrix(0, k), z + k * z_size + p * TB, hidden,
                            {1, columns, TB, 0, 0, far, near, L, L}, k > 0);
     for (Int i = 0; i < rows; i++) {
-      for (Int j = 0; j < columns; j++) {
-        const Vector<T> b = Vector<T>{} + (bias ? scalar(bias[i * width + p + j]) : T(0));
-        T *h = hidden + (i * columns + j) * TB;
-        KRON_UNROLL
-        for (int v = 0; v < NV; v++) store(h + v * L, activate<ACTIVATION>(load(h + v * L) + b));
-      }
+      T *h = hidden + i * near;
+      activate_rows<T, NV>(h, TB, h, TB, columns, up.activation,
+                           bias ? bias + i * width + p : nullptr);
     }
     for (Int k = 0; k < down.rank; k++)
       contract_grid<T, NV>(down.matrix(0, k), hidden, u + k * u_size + p * TB,
@@ -171,77 +169,65 @@ void through_hidden(const Product<Compute<S>> &up, const Product<Compute<S>> &do
   }
 }
 
-// h = act(h + bias), of (size)[tokens].
-template <class S, int NV>
-void activate_block(Compute<S> *h, Int size, Int activation, const S *bias) {
+template <class S>
+const char *feed_forward_few(Int tokens, const void *x, const Product<Compute<S>> &up,
+                             const Product<Compute<S>> &down) {
   typedef Compute<S> T;
-  with_activation(activation, [&](auto kind) {
-    for (Int i = 0; i < size; i++) {
-      const T b = bias ? scalar(bias[i]) : T(0);
-      KRON_UNROLL
-      for (int v = 0; v < NV; v++) {
-        T *p = h + (i * NV + v) * LANES<T>;
-        store(p, activate<decltype(kind)::value>(load(p) + b));
-      }
-    }
-  });
+  const Int n = up.inputs() * tokens;
+  const Int spare_size = 2 * larger(up.middle(), down.middle()) + larger(up.longest(), down.longest());
+  T *in, *h, *out, *spare;
+  const Scratch<T> scratch({{&in, n},
+                            {&h, up.outputs() * tokens},
+                            {&out, down.outputs() * tokens},
+                            {&spare, spare_size * tokens}});
+  if (!scratch) return OUT_OF_MEMORY;
+  widen_row(static_cast<const S *>(x), n, 1, in);
+  up.apply_to_few(tokens, in, h, spare);
+  finish_rows<T>(h, tokens, up, nullptr, h);
+  apply_to_few<S>(down, tokens, h, out, spare);
+  return nullptr;
 }
 
 template <class S>
-const char *feed_forward(const kron_execution &e, Int tokens, const void *x, const kron_product &up,
-                         const kron_product &down) {
+const char *feed_forward(const kron_execution &e, Int tokens, const void *x,
+                         const kron_product &up_call, const kron_product &down_call) {
   typedef Compute<S> T;
-  Product<T> first_map, second_map;
-  if (!first_map.template set<S>(up) || !second_map.template set<S>(down)) return OUT_OF_MEMORY;
-  const Product<T> &w1 = first_map, &w2 = second_map;
-  const kron_factor &a1 = w1.factors[0], &a2 = w2.factors[0];
-  const bool meet = meets(w1, w2);
-  const Int n = w1.inputs(), hidden = w1.outputs(), m = w2.outputs(), width = w1.factors[1].rows;
-  const Int z_size = meet ? w1.rank * a1.cols * width : hidden;
-  const Int u_size = meet ? w2.rank * a2.rows * width : 2 * larger(w1.middle(), w2.middle());
-  const Int units = (tokens + LANES<T> - 1) / LANES<T>;
-  const double work = double(tokens) * double(w1.multiply_adds() + w2.multiply_adds());
-  const S *bias = static_cast<const S *>(up.bias);
-  if (w1.few(tokens) && w2.few(tokens)) {
-    const Int spare_size = 2 * larger(w1.middle(), w2.middle()) + larger(w1.longest(), w2.longest());
-    Scratch<T> scratch((n + hidden + m + spare_size) * tokens, 4);
-    if (!scratch) return OUT_OF_MEMORY;
-    T *in = scratch.take(n * tokens), *h = scratch.take(hidden * tokens);
-    T *out = scratch.take(m * tokens), *spare = scratch.take(spare_size * tokens);
-    widen_row(static_cast<const S *>(x), n * tokens, 1, in);
-    w1.apply_to_few(tokens, in, h, spare);
-    finish_rows<S, T>(h, tokens, hidden, up.activation, bias, nullptr, h);
-    w2.apply_to_few(tokens, h, out, spare);
-    finish_rows<S, S>(out, tokens, m, down.activation, static_cast<const S *>(down.bias),
-                         static_cast<const S *>(down.residual), static_cast<S *>(down.y));
-    return nullptr;
-  }
+  Product<T> up, down;
+  if (!up.template set<S>(up_call) || !down.template set<S>(down_call)) return OUT_OF_MEMORY;
+  if (up.few(tokens) && down.few(tokens)) return feed_forward_few<S>(tokens, x, up, down);
+  const bool meet = meets(up, down);
+  const Int n = up.inputs(), hidden = up.outputs(), m = down.outputs();
+  const Int k = up.factors[0].rows, width = up.factors[1].rows;
+  const Int z_rows = up.factors[0].cols, u_rows = down.factors[0].rows;
+  const Int z_size = meet ? up.rank * z_rows * width : hidden;
+  const Int u_size = meet ? down.rank * u_rows * width : 2 * larger(up.middle(), down.middle());
+  const Int columns_size = meet ? columns_at_a_time(k) * k : 0;
+  const Int units = vectors_of<T>(tokens);
+  const double work = double(tokens) * double(up.multiply_adds() + down.multiply_adds());
   return split(e, units, parts_of(e, units, work), [&](Int, Int first, Int last) {
-    const Int lanes = smaller(MAX_NV, last - first) * LANES<T>;
-    const Int columns_size = meet ? columns_at_a_time(a1.rows) * a1.rows : 0;
-    Scratch<T> scratch((n + m + z_size + u_size + columns_size) * lanes, 5);
+    const Int lanes = lanes_of<T>(first, last);
+    T *in, *out, *z, *u, *columns;
+    const Scratch<T> scratch({{&in, n * lanes},
+                              {&out, m * lanes},
+                              {&z, z_size * lanes},
+                              {&u, u_size * lanes},
+                              {&columns, columns_size * lanes}});
     if (!scratch) return false;
-    T *in = scratch.take(n * lanes), *out = scratch.take(m * lanes);
-    T *z = scratch.take(z_size * lanes), *u = scratch.take(u_size * lanes);
-    T *columns = scratch.take(columns_size * lanes);
     blocks<T>(first, last, [&](auto nv, Int token) {
       constexpr int NV = decltype(nv)::value, TB = NV * LANES<T>;
-      const Int here = smaller(TB, tokens - token);
-      read_block<S, NV>(static_cast<const S *>(x) + token * n, here, n, in);
+      read_block<S, NV>(x, token, tokens, n, in);
       if (meet) {
-        for (Int k = 0; k < w1.rank; k++)
-          contract<T, NV>(w1.matrix(1, k), in, z + k * a1.cols * width * TB, a1.cols, 1);
-        with_activation(up.activation, [&](auto kind) {
-          through_hidden<S, NV, decltype(kind)::value>(w1, w2, width, bias, z, u, columns);
-        });
-        for (Int k = 0; k < w2.rank; k++)
-          contract<T, NV>(w2.matrix(1, k), u + k * a2.rows * width * TB, out, a2.rows, 1, k > 0);
+        for (Int i = 0; i < up.rank; i++)
+          contract<T, NV>(up.matrix(1, i), in, z + i * z_rows * width * TB, z_rows, 1);
+        through_hidden<T, NV>(up, down, z, u, columns);
+        for (Int i = 0; i < down.rank; i++)
+          contract<T, NV>(down.matrix(1, i), u + i * u_rows * width * TB, out, u_rows, 1, i > 0);
       } else {
-        w1.template apply<NV>(in, z, u);
-        activate_block<S, NV>(z, hidden, up.activation, bias);
-        w2.template apply<NV>(z, out, u);
+        up.template apply<NV>(in, z, u);
+        activate_rows<T, NV>(z, TB, z, TB, hidden, up.activation, up.bias_data());
+        down.template apply<NV>(z, out, u);
       }
-      write_block<S, NV>(out, token, here, m, down);
+      write_block<S, NV>(out, token, tokens, m, down);
     });
     return true;
   });
@@ -249,76 +235,80 @@ const char *feed_forward(const kron_execution &e, Int tokens, const void *x, con
 
 // ---- backward ----------------------------------------------------------------------------------
 
-// With V_k = A_kᵀ dY and Z_k = X B_kᵀ (B first): dX = Σ V_k B_k, dA_k = Σ_t dY Z_kᵀ,
-// dB_k = Σ_t V_kᵀ X. With U_k = dY B_k and Z_k = A_k X (A first): dX = Σ A_kᵀ U_k,
-// dA_k = Σ_t U_k Xᵀ, dB_k = Σ_t dYᵀ Z_k. A part of the tokens has its own sums, added in order.
+// The gradients do not depend on the bias, which the caller of kron_cpu_backward need not set.
+inline kron_product without_bias(kron_product p) {
+  p.bias = nullptr;
+  return p;
+}
+
+// Writes a block of dx (tokens, n), if it is wanted.
+template <class S, int NV>
+void write_gradient(Compute<S> *block, Int token, Int tokens, Int n, void *dx) {
+  kron_product gradient = {};
+  gradient.y = dx;
+  if (dx) write_block<S, NV>(block, token, tokens, n, gradient);
+}
+
+// Let F be the factor that is contracted first, along its axis, and G the other. With Z = F X and
+// V = Gᵀ dY, summed over terms: dX = Fᵀ V, dG = Σ_t dY Zᵀ, dF = Σ_t V Xᵀ.
 template <class S>
 const char *backward(const kron_execution &e, Int tokens, const void *dy, const void *x,
-                     const kron_product &product, void *dx, void *da, void *db) {
+                     const kron_product &call, void *dx, void *da, void *db) {
   typedef Compute<S> T;
-  Product<T> map;
-  if (!map.template set<S>(product)) return OUT_OF_MEMORY;
-  const Int rank = map.rank, m1 = map.factors[0].rows, n1 = map.factors[0].cols;
-  const Int m2 = map.factors[1].rows, n2 = map.factors[1].cols, n = n1 * n2, m = m1 * m2;
-  const bool b_first = map.turns[0] == 1;
-  const Int middle = b_first ? n1 * m2 : m1 * n2, a_size = rank * m1 * n1, b_size = rank * m2 * n2;
-  const Int sums_size = (da ? a_size : 0) + (db ? b_size : 0);
-  const Int units = (tokens + LANES<T> - 1) / LANES<T>;
-  const Int parts = parts_of(e, units, 3.0 * double(tokens) * double(map.multiply_adds()));
-  T *sums = static_cast<T *>(calloc(size_t(larger(1, parts * sums_size)), sizeof(T)));
+  Product<T> product;
+  if (!product.template set<S>(without_bias(call))) return OUT_OF_MEMORY;
+  const Int n = product.inputs(), m = product.outputs(), middle = product.middle();
+  const Axis f_axis = product.turns[0] ? LAST : FIRST, g_axis = f_axis == LAST ? FIRST : LAST;
+  const Int rank = product.rank;
+  const Int f_rows = product.factors[f_axis].rows, f_cols = product.factors[f_axis].cols;
+  const Int g_rows = product.factors[g_axis].rows, g_cols = product.factors[g_axis].cols;
+  void *const df = f_axis == FIRST ? da : db, *const dg = f_axis == FIRST ? db : da;
+  const Int df_size = df ? rank * f_rows * f_cols : 0, dg_size = dg ? rank * g_rows * g_cols : 0;
+  const Int units = vectors_of<T>(tokens);
+  const Int parts = parts_of(e, units, 3.0 * double(tokens) * double(product.multiply_adds()));
+  const PartialSums<T> sums(parts, df_size + dg_size);
   if (!sums) return OUT_OF_MEMORY;
   const char *error = split(e, units, parts, [&](Int part, Int first, Int last) {
-    const Int lanes = smaller(MAX_NV, last - first) * LANES<T>;
-    const Int turned_size = da || db ? larger(n, middle) : 0;
-    Scratch<T> scratch((m + n + 2 * middle + (dx ? n : 0) + turned_size) * lanes, 6);
+    const Int lanes = lanes_of<T>(first, last);
+    T *dy_in, *x_in, *z, *v, *dx_out, *turned;
+    const Scratch<T> scratch({{&dy_in, m * lanes},
+                              {&x_in, n * lanes},
+                              {&z, middle * lanes},
+                              {&v, middle * lanes},
+                              {&dx_out, dx ? n * lanes : 0},
+                              {&turned, df || dg ? larger(n, middle) * lanes : 0}});
     if (!scratch) return false;
-    T *dy_in = scratch.take(m * lanes), *x_in = scratch.take(n * lanes);
-    T *z = scratch.take(middle * lanes), *v = scratch.take(middle * lanes);
-    T *dx_out = scratch.take((dx ? n : 0) * lanes), *turned = scratch.take(turned_size * lanes);
-    T *da_sum = sums + part * sums_size, *db_sum = da_sum + (da ? a_size : 0);
+    T *const df_sum = sums.of(part), *const dg_sum = df_sum + df_size;
     blocks<T>(first, last, [&](auto nv, Int token) {
-      constexpr int NV = decltype(nv)::value, TB = NV * LANES<T>;
-      const Int here = smaller(TB, tokens - token);
-      read_block<S, NV>(static_cast<const S *>(dy) + token * m, here, m, dy_in);
-      if (da || db) read_block<S, NV>(static_cast<const S *>(x) + token * n, here, n, x_in);
+      constexpr int NV = decltype(nv)::value;
+      read_block<S, NV>(dy, token, tokens, m, dy_in);
+      if (df || dg) read_block<S, NV>(x, token, tokens, n, x_in);
       for (Int k = 0; k < rank; k++) {
-        const Matrix<T> a = map.matrix(0, k), b = map.matrix(1, k);
-        T *da_k = da_sum + k * m1 * n1, *db_k = db_sum + k * m2 * n2;
-        if (b_first) {
-          if (dx || db) contract<T, NV>(a.transposed(), dy_in, v, 1, m2);
-          if (dx) contract<T, NV>(b.transposed(), v, dx_out, n1, 1, k > 0);
-          if (da) {
-            contract<T, NV>(b, x_in, z, n1, 1);
-            sum_over_tokens<T, NV>({dy_in, m1, m2 * TB, TB}, {z, n1, m2 * TB, TB}, m2, da_k, turned);
-          }
-          if (db) sum_over_tokens<T, NV>({v, m2, TB, m2 * TB}, {x_in, n2, TB, n2 * TB}, n1, db_k, turned);
-        } else {
-          if (dx || da) contract<T, NV>(b.transposed(), dy_in, v, m1, 1);
-          if (dx) contract<T, NV>(a.transposed(), v, dx_out, 1, n2, k > 0);
-          if (da) sum_over_tokens<T, NV>({v, m1, n2 * TB, TB}, {x_in, n1, n2 * TB, TB}, n2, da_k, turned);
-          if (db) {
-            contract<T, NV>(a, x_in, z, 1, n2);
-            sum_over_tokens<T, NV>({dy_in, m2, TB, m2 * TB}, {z, n2, TB, n2 * TB}, m1, db_k, turned);
-          }
+        const Matrix<T> f = product.matrix(f_axis, k), g = product.matrix(g_axis, k);
+        if (dx || df) contract_along<T, NV>(g_axis, g.transposed(), dy_in, v, f_rows, false);
+        if (dx) contract_along<T, NV>(f_axis, f.transposed(), v, dx_out, g_cols, k > 0);
+        if (df)
+          sum_over_tokens<T, NV>(f_axis, v, f_rows, x_in, f_cols, g_cols,
+                                 df_sum + k * f_rows * f_cols, turned);
+        if (dg) {
+          contract_along<T, NV>(f_axis, f, x_in, z, g_cols, false);
+          sum_over_tokens<T, NV>(g_axis, dy_in, g_rows, z, g_cols, f_rows,
+                                 dg_sum + k * g_rows * g_cols, turned);
         }
       }
-      if (dx)
-        write_block<S, NV, KRON_NONE>(dx_out, here, n, nullptr, nullptr,
-                                      static_cast<S *>(dx) + token * n);
+      write_gradient<S, NV>(dx_out, token, tokens, n, dx);
     });
     return true;
   });
-  for (Int part = 1; part < parts; part++)
-    for (Int i = 0; i < sums_size; i++) sums[i] += sums[part * sums_size + i];
-  if (da) memcpy(da, sums, size_t(a_size) * sizeof(T));
-  if (db) memcpy(db, sums + (da ? a_size : 0), size_t(b_size) * sizeof(T));
-  free(sums);
+  const T *total = sums.total();
+  if (df) memcpy(df, total, size_t(df_size) * sizeof(T));
+  if (dg) memcpy(dg, total + df_size, size_t(dg_size) * sizeof(T));
   return error;
 }
 
 // ---- feed-forward, backward --------------------------------------------------------------------
 
-// Sums over lanes, one (T) for each vector of `lanes`, in place of as many numbers of `sums`.
+// sums[i] += the sum of the lanes of vector i of `lanes`.
 template <class T> void add_lanes(const T *lanes, Int count, T *sums) {
   constexpr int L = LANES<T>;
   for (Int i = 0; i < count; i += L) {
@@ -331,34 +321,32 @@ template <class T> void add_lanes(const T *lanes, Int count, T *sums) {
   }
 }
 
-// Column by column of the hidden grid, with h = A z + bias and its gradient
-// dh = (A'ᵀ du) * act'(h): u = A' act(h), dz = Aᵀ dh, and the sums over tokens dA += dh zᵀ and
-// dA' += du act(h)ᵀ, a vector of lanes for each entry, and dbias += dh. Shapes as in
-// through_hidden; `hidden` is room for k vectors of lanes.
-template <class S, int NV, int ACTIVATION>
-void back_through_hidden(const kron_factor &a, Int rank, const kron_factor &a2, Int rank2,
-                         Int width, const S *bias, const Compute<S> *z, const Compute<S> *du,
-                         Compute<S> *u, Compute<S> *dz, Compute<S> *da, Compute<S> *da2,
-                         Compute<S> *dbias, Compute<S> *hidden) {
-  typedef Compute<S> T;
+// Entry by entry of the hidden grid, with h = A z + bias and dh = (A'ᵀ du) * act'(h): u = A' act(h),
+// dz = Aᵀ dh, and the sums over tokens dA += dh zᵀ, dA' += du act(h)ᵀ, dbias += dh (width, k). Shapes as
+// in through_hidden; an entry of dA and dA' is a vector of lanes. `hidden` holds k vectors of lanes.
+template <class T, int NV>
+void back_through_hidden(const Product<T> &up, const Product<T> &down, const T *z, const T *du, T *u,
+                         T *dz, T *da, T *da2, T *dbias, T *hidden) {
   constexpr int L = LANES<T>, TB = NV * L;
-  const Int step = width * TB;
+  const kron_factor &a = up.factors[0], &a2 = down.factors[0];
+  const Int width = up.factors[1].rows, step = width * TB;
+  const T *bias = up.bias_data();
   for (Int p = 0; p < width; p++) {
     for (Int i = 0; i < a.rows; i++) {
       Vector<T> h[NV], dh[NV];
       KRON_UNROLL
       for (int v = 0; v < NV; v++) {
-        h[v] = Vector<T>{} + (bias ? scalar(bias[i * width + p]) : T(0));
+        h[v] = Vector<T>{} + (bias ? bias[i * width + p] : T(0));
         dh[v] = Vector<T>{};
       }
-      for (Int k = 0, at = p * TB; k < rank; k++) {
+      for (Int k = 0, at = p * TB; k < up.rank; k++) {
         const T *w = static_cast<const T *>(a.data) + k * a.rank_stride + i * a.row_stride;
         for (Int j = 0; j < a.cols; j++, w += a.col_stride, at += step) {
           KRON_UNROLL
           for (int v = 0; v < NV; v++) h[v] += *w * load(z + at + v * L);
         }
       }
-      for (Int k = 0, at = p * TB; k < rank2; k++) {
+      for (Int k = 0, at = p * TB; k < down.rank; k++) {
         const T *w = static_cast<const T *>(a2.data) + k * a2.rank_stride + i * a2.col_stride;
         for (Int o = 0; o < a2.rows; o++, w += a2.row_stride, at += step) {
           KRON_UNROLL
@@ -366,15 +354,17 @@ void back_through_hidden(const kron_factor &a, Int rank, const kron_factor &a2, 
         }
       }
       Vector<T> dh_sum = {};
-      KRON_UNROLL
-      for (int v = 0; v < NV; v++) {
-        const Slope<Vector<T>> s = slope<ACTIVATION>(h[v]);
-        h[v] = s.value;
-        dh[v] *= s.slope;
-        dh_sum += dh[v];
-      }
+      with_activation(up.activation, [&](auto kind) {
+        KRON_UNROLL
+        for (int v = 0; v < NV; v++) {
+          const Slope<Vector<T>> s = slope<decltype(kind)::value>(h[v]);
+          h[v] = s.value;
+          dh[v] *= s.slope;
+          dh_sum += dh[v];
+        }
+      });
       store(hidden + i * L, dh_sum);
-      for (Int k = 0, at = p * TB, entry = i; k < rank2; k++) {
+      for (Int k = 0, at = p * TB, entry = i; k < down.rank; k++) {
         const T *w = static_cast<const T *>(a2.data) + k * a2.rank_stride + i * a2.col_stride;
         for (Int o = 0; o < a2.rows; o++, w += a2.row_stride, at += step, entry += a.rows) {
           Vector<T> sum = load(da2 + entry * L);
@@ -386,7 +376,7 @@ void back_through_hidden(const kron_factor &a, Int rank, const kron_factor &a2, 
           store(da2 + entry * L, sum);
         }
       }
-      for (Int k = 0, at = p * TB; k < rank; k++) {
+      for (Int k = 0, at = p * TB; k < up.rank; k++) {
         const T *w = static_cast<const T *>(a.data) + k * a.rank_stride + i * a.row_stride;
         T *entry = da + ((k * a.rows + i) * a.cols) * L;
         for (Int j = 0; j < a.cols; j++, w += a.col_stride, at += step, entry += L) {
@@ -408,144 +398,91 @@ enum { DX, DA_UP, DB_UP, DBIAS, DA_DOWN, DB_DOWN, GRADIENTS };
 
 template <class S>
 const char *feed_forward_backward(const kron_execution &e, Int tokens, const void *dy,
-                                  const void *x, const kron_product &up, const kron_product &down,
-                                  void *const *gradients) {
+                                  const void *x, const kron_product &up_call,
+                                  const kron_product &down_call, void *const *gradients) {
   typedef Compute<S> T;
   constexpr int L = LANES<T>;
-  Product<T> w1, w2;
-  if (!w1.template set<S>(up) || !w2.template set<S>(down)) return OUT_OF_MEMORY;
-  if (!meets(w1, w2)) return "these factors do not meet entry by entry";
-  const kron_factor &a1 = w1.factors[0], &a2 = w2.factors[0];
-  const Int k = a1.rows, width = w1.factors[1].rows, n2 = w1.factors[1].cols;
-  const Int m2 = w2.factors[1].rows, n = w1.inputs(), m = w2.outputs();
-  const Int z_rows = w1.rank * a1.cols, u_rows = w2.rank * a2.rows;
-  // A part's sums: those of the large factors and of the bias, (width, k), and lanes of the small.
-  const Int sizes[GRADIENTS] = {0,         z_rows * k,           w1.rank * width * n2,
-                                k * width, u_rows * k, w2.rank * m2 * width};
-  const Int sums_size = sizes[DB_UP] + sizes[DBIAS] + sizes[DB_DOWN] + sizes[DA_UP] + sizes[DA_DOWN];
-  const Int units = (tokens + L - 1) / L;
-  const double work = 3.0 * double(tokens) * double(w1.multiply_adds() + w2.multiply_adds());
+  Product<T> up, down;
+  if (!up.template set<S>(up_call) || !down.template set<S>(without_bias(down_call)))
+    return OUT_OF_MEMORY;
+  if (!meets(up, down)) return "these factors do not meet entry by entry";
+  const Int k = up.factors[0].rows, width = up.factors[1].rows, n2 = up.factors[1].cols;
+  const Int m2 = down.factors[1].rows, n = up.inputs(), m = down.outputs();
+  const Int z_rows = up.factors[0].cols, u_rows = down.factors[0].rows;
+  const Int da_up_size = up.rank * k * z_rows, da_down_size = down.rank * u_rows * k;
+  const Int sizes[GRADIENTS] = {0,         da_up_size,   up.rank * width * n2,
+                                k * width, da_down_size, down.rank * m2 * width};
+  Int starts[GRADIENTS], sums_size = 0;
+  for (int g = 0; g < GRADIENTS; g++) starts[g] = sums_size, sums_size += sizes[g];
+  const Int units = vectors_of<T>(tokens);
+  const double work = 3.0 * double(tokens) * double(up.multiply_adds() + down.multiply_adds());
   const Int parts = parts_of(e, units, work);
-  T *const sums = static_cast<T *>(calloc(size_t(parts * sums_size), sizeof(T)));
+  const PartialSums<T> sums(parts, sums_size);
   if (!sums) return OUT_OF_MEMORY;
-  struct Sums {
-    T *db_up, *dbias, *db_down, *da_up, *da_down;
-  };
-  const auto sums_of = [&](Int part) {
-    T *s = sums + part * sums_size;
-    Sums r;
-    r.db_up = s, r.dbias = r.db_up + sizes[DB_UP], r.db_down = r.dbias + sizes[DBIAS];
-    r.da_up = r.db_down + sizes[DB_DOWN], r.da_down = r.da_up + sizes[DA_UP];
-    return r;
-  };
-  const S *bias = static_cast<const S *>(up.bias);
   const char *error = split(e, units, parts, [&](Int part, Int first, Int last) {
-    const Int lanes = smaller(MAX_NV, last - first) * L;
-    const Int z_size = z_rows * width * lanes, u_size = u_rows * width * lanes;
-    const Int small_size = (sizes[DA_UP] + sizes[DA_DOWN]) * L;
-    const Int turned_size = larger(n * lanes, a2.rows * width * lanes);
-    Scratch<T> scratch((m + 2 * n) * lanes + 2 * (z_size + u_size) + turned_size + small_size +
-                           k * L, 10);
+    const Int lanes = lanes_of<T>(first, last);
+    const Int z_size = up.rank * z_rows * width * lanes, u_size = down.rank * u_rows * width * lanes;
+    const Int small_size = (da_up_size + da_down_size) * L; // sums for each lane
+    T *dy_in, *x_in, *dx_out, *z, *dz, *u, *du, *turned, *small, *hidden;
+    const Scratch<T> scratch({{&dy_in, m * lanes},
+                              {&x_in, n * lanes},
+                              {&dx_out, n * lanes},
+                              {&z, z_size},
+                              {&dz, z_size},
+                              {&u, u_size},
+                              {&du, u_size},
+                              {&turned, larger(n, u_rows * width) * lanes},
+                              {&small, small_size},
+                              {&hidden, k * L}});
     if (!scratch) return false;
-    T *dy_in = scratch.take(m * lanes), *x_in = scratch.take(n * lanes);
-    T *dx_out = scratch.take(n * lanes), *z = scratch.take(z_size), *dz = scratch.take(z_size);
-    T *u = scratch.take(u_size), *du = scratch.take(u_size);
-    T *turned = scratch.take(turned_size);
-    T *small = scratch.take(small_size), *hidden = scratch.take(k * L);
     memset(small, 0, size_t(small_size) * sizeof(T));
-    const Sums s = sums_of(part);
+    T *const da_up = small, *const da_down = small + da_up_size * L, *const sum = sums.of(part);
     blocks<T>(first, last, [&](auto nv, Int token) {
       constexpr int NV = decltype(nv)::value, TB = NV * L;
-      const Int here = smaller(TB, tokens - token);
-      read_block<S, NV>(static_cast<const S *>(x) + token * n, here, n, x_in);
-      read_block<S, NV>(static_cast<const S *>(dy) + token * m, here, m, dy_in);
-      const Int z_step = a1.cols * width * TB, u_step = a2.rows * width * TB;
-      for (Int i = 0; i < w1.rank; i++)
-        contract<T, NV>(w1.matrix(1, i), x_in, z + i * z_step, a1.cols, 1);
-      for (Int i = 0; i < w2.rank; i++)
-        contract<T, NV>(w2.matrix(1, i).transposed(), dy_in, du + i * u_step, a2.rows, 1);
-      with_activation(up.activation, [&](auto kind) {
-        back_through_hidden<S, NV, decltype(kind)::value>(
-            a1, w1.rank, a2, w2.rank, width, bias, z, du, u, dz, small, small + sizes[DA_UP] * L,
-            gradients[DBIAS] ? s.dbias : nullptr, hidden);
-      });
-      for (Int i = 0; i < w1.rank; i++) {
+      read_block<S, NV>(x, token, tokens, n, x_in);
+      read_block<S, NV>(dy, token, tokens, m, dy_in);
+      const Int z_step = z_rows * width * TB, u_step = u_rows * width * TB;
+      for (Int i = 0; i < up.rank; i++)
+        contract<T, NV>(up.matrix(1, i), x_in, z + i * z_step, z_rows, 1);
+      for (Int i = 0; i < down.rank; i++)
+        contract<T, NV>(down.matrix(1, i).transposed(), dy_in, du + i * u_step, u_rows, 1);
+      back_through_hidden<T, NV>(up, down, z, du, u, dz, da_up, da_down,
+                                 gradients[DBIAS] ? sum + starts[DBIAS] : nullptr, hidden);
+      for (Int i = 0; i < up.rank; i++) {
         const T *dz_i = dz + i * z_step;
         if (gradients[DX])
-          contract<T, NV>(w1.matrix(1, i).transposed(), dz_i, dx_out, a1.cols, 1, i > 0);
+          contract<T, NV>(up.matrix(1, i).transposed(), dz_i, dx_out, z_rows, 1, i > 0);
         if (gradients[DB_UP])
-          sum_over_tokens<T, NV>({dz_i, width, TB, width * TB}, {x_in, n2, TB, n2 * TB}, a1.cols,
-                                 s.db_up + i * width * n2, turned);
+          sum_over_tokens<T, NV>(LAST, dz_i, width, x_in, n2, z_rows,
+                                 sum + starts[DB_UP] + i * width * n2, turned);
       }
       if (gradients[DB_DOWN])
-        for (Int i = 0; i < w2.rank; i++)
-          sum_over_tokens<T, NV>({dy_in, m2, TB, m2 * TB}, {u + i * u_step, width, TB, width * TB},
-                                 a2.rows, s.db_down + i * m2 * width, turned);
-      if (gradients[DX])
-        write_block<S, NV, KRON_NONE>(dx_out, here, n, nullptr, nullptr,
-                                      static_cast<S *>(gradients[DX]) + token * n);
+        for (Int i = 0; i < down.rank; i++)
+          sum_over_tokens<T, NV>(LAST, dy_in, m2, u + i * u_step, width, u_rows,
+                                 sum + starts[DB_DOWN] + i * m2 * width, turned);
+      write_gradient<S, NV>(dx_out, token, tokens, n, gradients[DX]);
     });
-    add_lanes<T>(small, sizes[DA_UP], s.da_up);
-    add_lanes<T>(small + sizes[DA_UP] * L, sizes[DA_DOWN], s.da_down);
+    add_lanes<T>(da_up, da_up_size, sum + starts[DA_UP]);
+    add_lanes<T>(da_down, da_down_size, sum + starts[DA_DOWN]);
     return true;
   });
-  for (Int part = 1; part < parts; part++)
-    for (Int i = 0; i < sums_size; i++) sums[i] += sums[part * sums_size + i];
-  const Sums s = sums_of(0);
-  const T *const totals[GRADIENTS] = {nullptr, s.da_up, s.db_up, nullptr, s.da_down, s.db_down};
+  const T *total = sums.total();
   for (int g = DA_UP; g < GRADIENTS; g++)
-    if (gradients[g] && totals[g]) memcpy(gradients[g], totals[g], size_t(sizes[g]) * sizeof(T));
+    if (gradients[g] && g != DBIAS) memcpy(gradients[g], total + starts[g], size_t(sizes[g]) * sizeof(T));
   if (T *dbias = static_cast<T *>(gradients[DBIAS]))
     for (Int i = 0; i < k; i++)
-      for (Int p = 0; p < width; p++) dbias[i * width + p] = s.dbias[p * k + i];
-  free(sums);
+      for (Int p = 0; p < width; p++) dbias[i * width + p] = total[starts[DBIAS] + p * k + i];
   return error;
 }
 
-// body(S()) for the storage type of a dtype.
-template <class Body> const char *with_dtype(Int dtype, Body body) {
-  switch (dtype) {
-  case KRON_FLOAT32: return body(float());
-  case KRON_FLOAT64: return body(double());
-  case KRON_BFLOAT16: return body(bfloat16());
-  case KRON_FLOAT16: return body(float16());
-  default: return "no such dtype";
-  }
-}
+template <class S>
+constexpr Kernels KERNELS = {forward<S>, forward_along<S>, feed_forward<S>, backward<S>,
+                             feed_forward_backward<S>};
 
 } // namespace
 
 #define KRON_JOIN(a, b) a##b
 #define KRON_TABLE(isa) KRON_JOIN(kron_kernels_, isa)
 
-const Kernels KRON_TABLE(KRON_ISA) = {
-    [](const kron_execution &e, Int dtype, Int tokens, const void *x, Int n_products,
-       const kron_product *products) {
-      return with_dtype(dtype, [&](auto s) {
-        return forward<decltype(s)>(e, tokens, x, n_products, products);
-      });
-    },
-    [](const kron_execution &e, Int dtype, Int tokens, const void *x, Int tail,
-       const kron_product &product) {
-      return with_dtype(dtype, [&](auto s) {
-        return forward_along(e, tokens, static_cast<const decltype(s) *>(x), tail, product);
-      });
-    },
-    [](const kron_execution &e, Int dtype, Int tokens, const void *x, const kron_product &up,
-       const kron_product &down) {
-      return with_dtype(
-          dtype, [&](auto s) { return feed_forward<decltype(s)>(e, tokens, x, up, down); });
-    },
-    [](const kron_execution &e, Int dtype, Int tokens, const void *dy, const void *x,
-       const kron_product &product, void *dx, void *da, void *db) {
-      return with_dtype(dtype, [&](auto s) {
-        return backward<decltype(s)>(e, tokens, dy, x, product, dx, da, db);
-      });
-    },
-    [](const kron_execution &e, Int dtype, Int tokens, const void *dy, const void *x,
-       const kron_product &up, const kron_product &down, void *const *gradients) {
-      return with_dtype(dtype, [&](auto s) {
-        return feed_forward_backward<decltype(s)>(e, tokens, dy, x, up, down, gradients);
-      });
-    },
-};
+const Kernels KRON_TABLE(KRON_ISA)[] = {KERNELS<float>, KERNELS<double>, KERNELS<bfloat16>,
+                                        KERNELS<float16>};

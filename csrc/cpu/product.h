@@ -1,4 +1,4 @@
-// A product on blocks of tokens, and the division of tokens into blocks and among threads.
+// A product applied to blocks of tokens; the division of tokens into blocks and among threads.
 #pragma once
 #include <stdlib.h>
 
@@ -8,34 +8,34 @@ namespace {
 
 const char *const OUT_OF_MEMORY = "out of memory for a block of tokens";
 
-// A product's factors in the dtype of computation; 16-bit ones are widened, once a call.
-template <class T> struct Product {
-  Int rank = 0, count = 0;
-  kron_factor factors[KRON_MAX_FACTORS];
-  Int turns[KRON_MAX_FACTORS];
-
-  Product() = default;
+// A product with its factors and bias in the dtype of computation: 16-bit ones are widened, once a call.
+template <class T> struct Product : kron_product {
+  Product() {}
   Product(const Product &) = delete;
   ~Product() { free(widened); }
 
-  // False if memory ran out.
-  template <class S> bool set(const kron_product &p) {
-    rank = p.rank, count = p.n_factors;
-    memcpy(factors, p.factors, sizeof factors);
-    memcpy(turns, p.turns, sizeof turns);
-    if constexpr (std::is_same_v<S, T>) return true;
-    Int total = 0;
-    for (Int i = 0; i < count; i++) total += rank * factors[i].rows * factors[i].cols;
-    T *out = widened = static_cast<T *>(malloc(size_t(total) * sizeof(T)));
-    if (!out) return false;
-    for (Int i = 0; i < count; i++) {
-      kron_factor &f = factors[i];
-      const S *in = static_cast<const S *>(f.data);
-      f.data = out;
-      for (Int k = 0; k < rank; k++)
-        for (Int r = 0; r < f.rows; r++, out += f.cols)
-          widen_row(in + k * f.rank_stride + r * f.row_stride, f.cols, f.col_stride, out);
-      f.rank_stride = f.rows * f.cols, f.row_stride = f.cols, f.col_stride = 1;
+  // Returns false if memory ran out. The bias is (outputs, tail).
+  template <class S> bool set(const kron_product &p, Int tail = 1) {
+    kron_product::operator=(p);
+    if constexpr (!std::is_same_v<S, T>) {
+      const Int bias_size = bias ? outputs() * tail : 0;
+      Int total = bias_size;
+      for (Int i = 0; i < n_factors; i++) total += rank * factors[i].rows * factors[i].cols;
+      T *out = widened = static_cast<T *>(malloc(size_t(total) * sizeof(T)));
+      if (!out) return false;
+      for (Int i = 0; i < n_factors; i++) {
+        kron_factor &f = factors[i];
+        const S *in = static_cast<const S *>(f.data);
+        f.data = out;
+        for (Int k = 0; k < rank; k++)
+          for (Int r = 0; r < f.rows; r++, out += f.cols)
+            widen_row(in + k * f.rank_stride + r * f.row_stride, f.cols, f.col_stride, out);
+        f.rank_stride = f.rows * f.cols, f.row_stride = f.cols, f.col_stride = 1;
+      }
+      if (bias) {
+        widen_row(static_cast<const S *>(bias), bias_size, 1, out);
+        bias = out;
+      }
     }
     return true;
   }
@@ -45,144 +45,171 @@ template <class T> struct Product {
     return {static_cast<const T *>(f.data) + k * f.rank_stride, f.rows, f.cols, f.row_stride,
             f.col_stride};
   }
+  const T *bias_data() const { return static_cast<const T *>(bias); }
 
   Int inputs() const {
     Int n = 1;
-    for (Int i = 0; i < count; i++) n *= factors[i].cols;
+    for (Int i = 0; i < n_factors; i++) n *= factors[i].cols;
     return n;
   }
   Int outputs() const {
     Int m = 1;
-    for (Int i = 0; i < count; i++) m *= factors[i].rows;
+    for (Int i = 0; i < n_factors; i++) m *= factors[i].rows;
     return m;
+  }
+
+  // Calls body(i, pre, post) for each contraction in turn: of (pre, cols, post) by factor i.
+  template <class Body> KRON_INLINE void each_turn(Body body) const {
+    Int sizes[KRON_MAX_FACTORS] = {};
+    for (Int i = 0; i < n_factors; i++) sizes[i] = factors[i].cols;
+    for (Int turn = 0; turn < n_factors; turn++) {
+      const Int i = turns[turn];
+      Int pre = 1, post = 1;
+      for (Int j = 0; j < i; j++) pre *= sizes[j];
+      for (Int j = i + 1; j < n_factors; j++) post *= sizes[j];
+      body(i, pre, post);
+      sizes[i] = factors[i].rows;
+    }
   }
   // The longest vector between two contractions.
   Int middle() const {
-    Int longest = 0, now = inputs();
-    for (Int turn = 0; turn + 1 < count; turn++) {
-      now = now / factors[turns[turn]].cols * factors[turns[turn]].rows;
-      longest = larger(longest, now);
-    }
+    Int longest = 0, left = n_factors;
+    each_turn([&](Int i, Int pre, Int post) {
+      if (--left) longest = larger(longest, pre * factors[i].rows * post);
+    });
     return longest;
   }
+  // The longest vector before a contraction.
+  Int longest() const { return larger(inputs(), middle()); }
   Int multiply_adds() const {
-    Int sum = 0, now = inputs();
-    for (Int turn = 0; turn < count; turn++) {
-      const kron_factor &f = factors[turns[turn]];
-      sum += now * f.rows;
-      now = now / f.cols * f.rows;
-    }
+    Int sum = 0;
+    each_turn([&](Int i, Int pre, Int post) {
+      sum += pre * factors[i].cols * post * factors[i].rows;
+    });
     return rank * sum;
   }
 
   // in (n)[tokens] to out (m)[tokens]; `spare` holds two vectors of middle()[tokens].
   template <int NV> void apply(const T *in, T *out, T *spare) const {
-    T *spares[2] = {spare, spare + middle() * NV * LANES<T>};
-    for (Int k = 0; k < rank; k++) {
-      Int sizes[KRON_MAX_FACTORS];
-      for (Int i = 0; i < count; i++) sizes[i] = factors[i].cols;
-      const T *from = in;
-      for (Int turn = 0; turn < count; turn++) {
-        const Int i = turns[turn];
-        Int pre = 1, post = 1;
-        for (Int j = 0; j < i; j++) pre *= sizes[j];
-        for (Int j = i + 1; j < count; j++) post *= sizes[j];
-        const bool last = turn + 1 == count;
-        T *to = last ? out : spares[turn % 2];
-        contract<T, NV>(matrix(i, k), from, to, pre, post, last && k > 0);
-        sizes[i] = factors[i].rows;
-        from = to;
-      }
-    }
+    each_contraction(in, out, spare, middle() * NV * LANES<T>,
+                     [](const Matrix<T> &w, const T *from, T *to, Int pre, Int post, bool add) {
+                       contract<T, NV>(w, from, to, pre, post, add);
+                     });
   }
-
-  // The same for a few tokens, where lanes that are tokens would stay empty: in the layout of
-  // memory, in (tokens, n) to out (tokens, m). Lanes run along the axes behind the contracted one,
-  // or along that one itself. `spare` holds two vectors of middle() a token, and longest() more.
+  // The same for a few tokens, which would leave lanes of tokens empty, in the layout of memory:
+  // in (tokens, n) to out (tokens, m). Lanes run along the axes behind the contracted one, or along
+  // that one itself. `spare` holds two vectors of middle() and one of longest() for each token.
   void apply_to_few(Int tokens, const T *in, T *out, T *spare) const {
-    T *spares[2] = {spare, spare + tokens * middle()}, *columns = spare + 2 * tokens * middle();
-    for (Int k = 0; k < rank; k++) {
-      Int sizes[KRON_MAX_FACTORS];
-      for (Int i = 0; i < count; i++) sizes[i] = factors[i].cols;
-      const T *from = in;
-      for (Int turn = 0; turn < count; turn++) {
-        const Int i = turns[turn];
-        Int pre = tokens, post = 1;
-        for (Int j = 0; j < i; j++) pre *= sizes[j];
-        for (Int j = i + 1; j < count; j++) post *= sizes[j];
-        const bool last = turn + 1 == count;
-        T *to = last ? out : spares[turn % 2];
-        contract_numbers<T>(matrix(i, k), from, to, pre, post, columns, last && k > 0);
-        sizes[i] = factors[i].rows;
-        from = to;
-      }
-    }
+    const Int size = tokens * middle();
+    each_contraction(in, out, spare, size,
+                     [=](const Matrix<T> &w, const T *from, T *to, Int pre, Int post, bool add) {
+                       contract_numbers<T>(w, from, to, tokens * pre, post, spare + 2 * size, add);
+                     });
   }
-  // Which of the two is faster, in units of a vector multiply-add (measured with AVX-512: a tile's
-  // tree of sums and its scattered results take 10 units a lane; blocks of one and two vectors of
-  // tokens take 1.45 and 1.15 times as long per vector as those of three).
+  // Whether apply_to_few is faster. Costs are in vector multiply-adds, measured with AVX-512: ending
+  // and scattering a tile of sums costs 10 for each lane; blocks of one and two vectors of tokens take
+  // 1.45 and 1.15 times as long for each vector as blocks of three.
   bool few(Int tokens) const {
     constexpr int L = LANES<T>;
     if (tokens > 2 * L) return false;
+    bool contiguous = true;
     double a_token = 0, a_block = 1.5 * double(inputs() + outputs());
-    Int sizes[KRON_MAX_FACTORS], now = inputs();
-    for (Int i = 0; i < count; i++) sizes[i] = factors[i].cols;
-    for (Int turn = 0; turn < count; turn++) {
-      const Int i = turns[turn];
+    each_turn([&](Int i, Int pre, Int post) {
       const kron_factor &f = factors[i];
-      if (f.col_stride != 1) return false;
-      Int post = 1;
-      for (Int j = i + 1; j < count; j++) post *= sizes[j];
-      const double multiply_adds = double(rank) * double(now) * double(f.rows);
+      const double entries = double(pre * f.cols * post);
+      const double multiply_adds = double(rank) * entries * double(f.rows);
+      contiguous = contiguous && f.col_stride == 1;
+      a_block += multiply_adds;
       if (post > 1 && post % L == 0) {
         a_token += 1.3 * multiply_adds / L;
       } else {
         const double tiles = multiply_adds / double(f.cols) / L;
-        a_token += tiles * double(((f.cols + L - 1) / L + 10) * L) + (post > 1 ? double(now) : 0);
+        a_token += tiles * double((vectors_of<T>(f.cols) + 10) * L) + (post > 1 ? entries : 0);
       }
-      a_block += multiply_adds;
-      sizes[i] = f.rows;
-      now = now / f.cols * f.rows;
-    }
-    const Int units = (tokens + L - 1) / L;
-    return double(tokens) * a_token < double(units) * a_block * (units == 1 ? 1.45 : 1.15);
+    });
+    const Int units = vectors_of<T>(tokens);
+    return contiguous &&
+           double(tokens) * a_token < double(units) * a_block * (units == 1 ? 1.45 : 1.15);
   }
-  // The longest vector before a contraction.
-  Int longest() const { return larger(inputs(), middle()); }
 
 private:
+  // Calls contract(matrix, from, to, pre, post, accumulate) for each contraction of each term. The
+  // vectors between two of them alternate between two pieces of `spare`, of `size` numbers each.
+  template <class Contract>
+  KRON_INLINE void each_contraction(const T *in, T *out, T *spare, Int size,
+                                    Contract contract) const {
+    for (Int k = 0; k < rank; k++) {
+      const T *from = in;
+      Int turn = 0;
+      each_turn([&](Int i, Int pre, Int post) {
+        const bool last = turn + 1 == n_factors;
+        T *to = last ? out : spare + turn % 2 * size;
+        contract(matrix(i, k), from, to, pre, post, last && k > 0);
+        from = to, turn++;
+      });
+    }
+  }
+
   T *widened = nullptr;
 };
 
-// Memory for one range of blocks: nothing is read before it is written, and it ends with the call.
+// Scratch memory of one range of blocks. Every number is written before it is read.
 template <class T> class Scratch {
 public:
-  explicit Scratch(Int numbers, Int pieces)
-      : memory(static_cast<char *>(
-            aligned_alloc(64, (size_t(numbers) * sizeof(T) + size_t(pieces) * 64 + 63) / 64 * 64))),
-        next(memory) {}
+  struct Piece {
+    T **start;
+    Int size;
+  };
+  template <int N> explicit Scratch(const Piece (&pieces)[N]) {
+    size_t total = 0;
+    for (const Piece &p : pieces) total += bytes(p.size);
+    memory = static_cast<char *>(aligned_alloc(64, total));
+    if (!memory) return;
+    char *next = memory;
+    for (const Piece &p : pieces) *p.start = reinterpret_cast<T *>(next), next += bytes(p.size);
+  }
   Scratch(const Scratch &) = delete;
   ~Scratch() { free(memory); }
   explicit operator bool() const { return memory; }
-  T *take(Int numbers) {
-    char *here = next;
-    next += (size_t(numbers) * sizeof(T) + 63) / 64 * 64;
-    return reinterpret_cast<T *>(here);
+
+private:
+  static size_t bytes(Int size) { return (size_t(size) * sizeof(T) + 63) / 64 * 64; }
+  char *memory;
+};
+
+// Sums over tokens: each part of the tokens has its own, and total() adds them in order.
+template <class T> class PartialSums {
+public:
+  PartialSums(Int parts, Int size)
+      : parts(parts), size(size),
+        memory(static_cast<T *>(calloc(size_t(larger(1, parts * size)), sizeof(T)))) {}
+  PartialSums(const PartialSums &) = delete;
+  ~PartialSums() { free(memory); }
+  explicit operator bool() const { return memory; }
+  T *of(Int part) const { return memory + part * size; }
+  const T *total() const {
+    for (Int part = 1; part < parts; part++)
+      for (Int i = 0; i < size; i++) memory[i] += of(part)[i];
+    return memory;
   }
 
 private:
-  char *memory, *next;
+  const Int parts, size;
+  T *const memory;
 };
 
-constexpr int MAX_NV = 3;      // vectors of tokens in a block: 8 rows of a factor fill the registers
-constexpr double GRAIN = 1e6; // multiply-adds (20 us or so) below which a thread does not pay
+constexpr int MAX_NV = 3;     // vectors of tokens in a block; with 8 rows they fill the registers
+constexpr double GRAIN = 1e6; // multiply-adds (about 20 us) below which another thread costs time
 
+// The number of parts to divide `units` vectors of tokens into.
 inline Int parts_of(const kron_execution &e, Int units, double multiply_adds) {
   const double useful = multiply_adds / GRAIN;
-  return useful < 2 ? 1 : larger(1, smaller(e.threads, smaller(units, Int(smaller(Int(useful), units)))));
+  const Int most = useful < double(units) ? Int(useful) : units;
+  return larger(1, smaller(e.threads, most));
 }
 
-// body(part, first unit, last unit) for equal ranges of units, a part each; false if it failed.
+// Calls body(part, first, end) for equal ranges of units, on threads. A body returns false if memory ran
+// out.
 template <class Body> const char *split(const kron_execution &e, Int units, Int parts, Body body) {
   struct Context {
     Body &body;
@@ -200,17 +227,21 @@ template <class Body> const char *split(const kron_execution &e, Int units, Int 
   return context.failed ? OUT_OF_MEMORY : nullptr;
 }
 
-// Units are vectors of tokens; blocks of up to MAX_NV of them, as equal as can be:
-// body(std::integral_constant<int, NV>(), first token).
-template <class T, class Body> void blocks(Int first, Int last, Body body) {
-  while (first < last) {
-    const Int left = last - first, blocks = (left + MAX_NV - 1) / MAX_NV;
+// Divides units, which are vectors of tokens, into blocks of up to MAX_NV, as equal as possible, and
+// calls body(std::integral_constant<int, NV>(), first token) for each.
+template <class T, class Body> void blocks(Int first, Int end, Body body) {
+  while (first < end) {
+    const Int left = end - first, blocks = (left + MAX_NV - 1) / MAX_NV;
     const Int nv = (left + blocks - 1) / blocks, token = first * LANES<T>;
     if (nv == 1) body(std::integral_constant<int, 1>(), token);
     else if (nv == 2) body(std::integral_constant<int, 2>(), token);
     else body(std::integral_constant<int, 3>(), token);
     first += nv;
   }
+}
+// The lanes of the largest of these blocks.
+template <class T> Int lanes_of(Int first, Int end) {
+  return smaller(MAX_NV, end - first) * LANES<T>;
 }
 
 } // namespace

@@ -1,5 +1,5 @@
-// Vectors of the compiler's own extension, as wide as this translation unit's instruction set, and
-// what differs between sets. A vector holds one number of each of LANES tokens.
+// Vectors by the compiler's own extension, as wide as this translation unit's instruction set, and all
+// other differences between the sets. A vector holds one number of each of LANES tokens.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -39,7 +39,7 @@ template <class T> using Vector = typename VectorOf<T, KRON_BYTES>::type;
 template <class T> constexpr int LANES = KRON_BYTES / int(sizeof(T));
 template <class T, class Like> using As = typename VectorOf<T, sizeof(Like)>::type;
 
-// What is stored, and what is computed with.
+// The types that are stored; Compute gives the type of the arithmetic.
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
 template <class S> struct ComputeOf { typedef S type; };
@@ -61,9 +61,9 @@ template <class T> KRON_INLINE Vector<T> load(const T *p) {
 }
 template <class T> KRON_INLINE void store(T *p, Vector<T> v) { memcpy(p, &v, sizeof v); }
 
-// ---- 16-bit storage, widened and rounded to nearest even in registers -------------------------
+// ---- 16-bit storage, widened and rounded to nearest even in registers --------------------------
 
-typedef VectorOf<uint16_t, KRON_BYTES / 2>::type Half; // as many as a vector of float
+typedef VectorOf<uint16_t, KRON_BYTES / 2>::type Half; // as many lanes as Floats
 typedef VectorOf<uint32_t, KRON_BYTES>::type Bits;
 typedef VectorOf<float, KRON_BYTES>::type Floats;
 
@@ -79,7 +79,7 @@ KRON_INLINE Half narrow(Floats f, bfloat16) {
 }
 KRON_INLINE Floats widen(Half h, float16) {
   Bits u = __builtin_convertvector(h, Bits);
-  // Rebiasing by a multiplication makes subnormals right as well.
+  // Multiplying by 2^112 corrects the exponent, also of subnormals.
   Floats scaled = bits_of<Floats>((u & 0x7fff) << 13) * bits_of<float>(uint32_t((127 + 112) << 23));
   Bits special = bits_of<Bits>((u & 0x7fff) >= 0x7c00); // infinity and NaN
   return bits_of<Floats>(bits_of<Bits>(scaled) | (special & 0x7f800000) | ((u & 0x8000) << 16));
@@ -87,7 +87,7 @@ KRON_INLINE Floats widen(Half h, float16) {
 KRON_INLINE Half narrow(Floats f, float16) {
   Bits u = bits_of<Bits>(f), sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
   Bits normal = (a + 0xfff + ((a >> 13) & 1) - (112u << 23)) >> 13;
-  // Below 2^-14 a sum with 0.5 leaves the subnormal's bits, rounded, at the bottom.
+  // Below 2^-14, adding 0.5 leaves the rounded bits of the subnormal in the low bits.
   Bits tiny = bits_of<Bits>(bits_of<Floats>(a) + 0.5f) - 0x3f000000;
   Bits is_tiny = bits_of<Bits>(a < 0x38800000);
   Bits is_large = bits_of<Bits>(a >= 0x477ff000); // rounds to infinity
@@ -115,7 +115,7 @@ template <class S> KRON_INLINE void put(S *p, Vector<Compute<S>> v) {
   }
 }
 
-// The first `count` numbers of a row; the other lanes are zero, and memory behind is not touched.
+// The first `count` lanes only: the others are zero, and memory behind is neither read nor written.
 template <class S> KRON_INLINE Vector<Compute<S>> fetch_some(const S *p, int count) {
   S some[LANES<Compute<S>>] = {};
   memcpy(some, p, size_t(count) * sizeof(S));
@@ -142,7 +142,7 @@ template <class S> KRON_INLINE Compute<S> scalar(S s) {
 
 // ---- transposing a square of registers ---------------------------------------------------------
 
-// PICK(l) < lanes takes lane PICK(l) of a, else lane PICK(l) - lanes of b; known when compiled.
+// Lane l of the result is lane Pick::of(l) of a followed by b. Pick::of is evaluated at compile time.
 template <class T, class Pick, size_t... l>
 KRON_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b, Pick, std::index_sequence<l...>) {
 #if defined(__clang__)
@@ -163,7 +163,7 @@ template <int n, int h> struct LowHalves {
 template <int n, int h> struct HighHalves {
   static constexpr int of(int l) { return l % (2 * h) < h ? l + h : l + n; }
 };
-// The same for h = 1 in blocks of four lanes, interleaved: what unpack instructions do.
+// For h = 1 within blocks of four lanes: the lanes of a and b interleaved, as by unpack instructions.
 template <int n> struct UnpackLow {
   static constexpr int of(int l) { return l / 4 * 4 + l % 4 / 2 + (l % 2) * n; }
 };
@@ -206,7 +206,7 @@ template <class T> KRON_INLINE void transpose(Vector<T> *v) {
   }
 }
 
-// Lane i of the result is the sum of v[i]'s lanes, in a fixed order: a tree of pairs.
+// Lane i of the result is the sum of the lanes of v[i], by a tree of pairs.
 template <class T, int h = LANES<T> / 2> KRON_INLINE Vector<T> sums_of_lanes(Vector<T> *v) {
   constexpr int n = LANES<T>;
   KRON_UNROLL

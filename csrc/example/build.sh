@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Compiles the kernels and main.cpp without Python, torch or CMake, all files at once:
+# Compiles the kernels and main.cpp without Python, torch or CMake, all files in parallel:
 #   csrc/example/build.sh FOLDER && FOLDER/example
-# CXX and CXXFLAGS are obeyed. With nvcc on the PATH the GPU's kernels come in, for CUDA_ARCH (80)
-# and every later GPU; CUDA_ARCH= leaves them out.
+# CXX and CXXFLAGS are obeyed. With nvcc on the PATH, the GPU kernels are compiled for CUDA_ARCH (default
+# 80) and later GPUs; an empty CUDA_ARCH leaves them out.
 set -eo pipefail
 mkdir -p "$1"
 out=$(cd "$1" && pwd)

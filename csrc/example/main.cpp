@@ -1,5 +1,5 @@
-// kron.h from C++: a layer whose weight is A ⊗ B, on the CPU and, where there is one, on the GPU,
-// against sums over the whole weight. build.sh compiles it.
+// kron.h from C++: a layer of weight A ⊗ B on the CPU and, if there is one, on the GPU, compared with
+// sums over the whole weight. build.sh compiles it.
 #include "kron.h"
 
 #include <math.h>
@@ -37,7 +37,7 @@ kron_product layer(const float *a, const float *b, const float *bias, float *y) 
   return p;
 }
 
-// y by definition, and how far the kernels are from it at most.
+// The largest difference between y and its definition.
 double largest_error(const Floats &y, const Floats &x, const Floats &a, const Floats &b,
                      const Floats &bias) {
   double largest = 0;
@@ -57,14 +57,14 @@ bool report(const char *where, const char *error, double largest) {
     printf("%s: %s\n", where, error);
     return false;
   }
-  const bool right = largest < 1e-4; // of sums of 768 products in float32; false for NaN, too
+  const bool right = largest < 1e-4; // for float32 sums of 768 products; false for NaN
   printf("%s: %s, largest error %.1e\n", where, right ? "right" : "WRONG", largest);
   return right;
 }
 
 bool on_cpu(const Floats &x, const Floats &a, const Floats &b, const Floats &bias) {
   Floats y(TOKENS * M, NAN);
-  if (kron_abi() != KRON_ABI) return puts("the library was built for another kron.h"), 1;
+  if (kron_abi() != KRON_ABI) return puts("CPU: the library was built for another kron.h"), false;
   const kron_execution here = {kron_cpu_isa(), 1, nullptr}; // the calling thread
   const kron_product product = layer(a.data(), b.data(), bias.data(), y.data());
   const char *error = kron_cpu_forward(&here, KRON_FLOAT32, TOKENS, x.data(), 1, &product);
@@ -96,7 +96,7 @@ bool on_gpu(const Floats &x, const Floats &a, const Floats &b, const Floats &bia
   }
   Floats y(TOKENS * M, NAN);
   const OnGpu x_there(x), a_there(a), b_there(b), bias_there(bias), y_there(y);
-  const kron_cuda_execution there = {0, nullptr, 0}; // the default stream, sums exact as on CPUs
+  const kron_cuda_execution there = {0, nullptr, 0}; // the default stream, no tf32
   const kron_product product = layer(a_there, b_there, bias_there, y_there);
   const char *error = kron_cuda_forward(&there, KRON_FLOAT32, TOKENS, x_there, 1, &product);
   y_there.copy_to(y); // waits for the kernels

@@ -3,9 +3,9 @@
 //   check [--seed 1] [--draws 200] [--every 1] [--work 1e6]
 //   check --self-test
 //
-// --draws is the number of random shapes of each kind of call, --every 3 takes a third of the fixed
-// ones; where the reference would take more than --work multiply-adds, a case has fewer tokens.
-// The self-test is one of the comparison.
+// --draws is the number of random shapes of each kind of call; --every 3 runs a third of the chosen
+// ones; --work limits the multiply-adds of a case's reference by using fewer tokens. --self-test plants
+// wrong numbers and fails if the comparison accepts one.
 #include "kron.h"
 
 #include <float.h>
@@ -15,7 +15,6 @@
 #include <string.h>
 
 #include <algorithm>
-#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -27,7 +26,7 @@ namespace {
 typedef int64_t Int;
 typedef long double Real;
 
-std::string doing; // for the message of a failure
+std::string doing; // the current call, for the message of a failure
 [[noreturn]] void fail(const std::string &what) {
   printf("FAILED: %s\n  %s\n", what.c_str(), doing.c_str());
   exit(1);
@@ -71,8 +70,8 @@ uint16_t encode(const Dtype &d, double v) {
   return uint16_t(sign | std::min(infinity, (exponent - d.least) * (1 << fraction_bits) + units));
 }
 
-// Numbers in memory of exactly their size, aligned to one of them and no better, all NaN at first.
-// Where no ASan sees a step past the end, NaNs lie there, too.
+// Numbers in memory of exactly their size, aligned to one of them and no better, initially NaN. Without
+// ASan more NaNs lie behind them: intact() then finds a write past the end.
 class Buffer {
 public:
   Buffer(const Dtype &d, Int count)
@@ -118,9 +117,9 @@ private:
 
 // ---- the reference, and how far from it a kernel may be ----------------------------------------
 
-// Partial sums of n terms are about as large as the whole sum, or sqrt(Σ terms²), if that is more;
-// rounding them leaves about eps * sqrt(n) of that. So a number carries this error, squared and in
-// units of eps², and its square, or while it grows the sum of its terms' squares.
+// Partial sums of n terms are about as large as the sum, or sqrt(Σ terms²) if that is more. Rounding
+// them leaves an error of about eps * sqrt(n) times that. A number carries the square of this error, in
+// units of eps², and its own square: during a summation, the sum of its terms' squares.
 struct Number {
   Real value = 0;
   double error = 0, square = 0;
@@ -142,8 +141,8 @@ Numbers exact(const Buffer &b) {
   return all;
 }
 
-// The largest error in units of its bound, after the rounding to the dtype of `found`; more than 1
-// is wrong. `d` is the dtype of the operands.
+// The largest error in units of its bound, beyond the rounding to the dtype of `found`; more than 1 is
+// wrong. `d` is the dtype of the operands.
 const double MARGIN = LDBL_MANT_DIG > DBL_MANT_DIG ? 2 : 8; // where the reference is no better
 double worst_error(const Dtype &d, const Buffer &found, const Numbers &expected) {
   const double half = ldexp(1, -found.dtype->digits), tiny = half * ldexp(1, found.dtype->least);
@@ -159,8 +158,8 @@ double worst_error(const Dtype &d, const Buffer &found, const Numbers &expected)
   return worst;
 }
 
-// The value and the slope at x. Vectorised ones are within 2 eps |x| and 4 eps; no slope is steeper
-// than 1.13 or changes faster than by 1, but relu's, which may be the other one next to 0.
+// The value and the slope at x. Vectorised ones are within 2 eps |x| and 4 eps. Slopes are at most 1.13
+// and change by at most 1 for each unit, except relu's, which may be either one next to 0.
 const char *const ACTIVATIONS[] = {"no activation", "gelu", "gelu_tanh", "relu", "silu"};
 std::pair<Number, Number> activate(const Dtype &d, Int kind, const Number &x) {
   const double v = double(x.value), c = sqrt(2 / M_PI), k = 0.044715, unit = MARGIN * epsilon(d);
@@ -192,7 +191,7 @@ struct Shape {
   }
 };
 
-// rows x cols dot products of `count` terms: p's rows and terms are so many numbers apart, and q's.
+// rows x cols dot products of `count` terms, whose rows and terms in p and q have these strides.
 Numbers dots(Int rows, Int cols, Int count, const Numbers &p, Int p_row, Int p_term,
              const Numbers &q, Int q_row, Int q_term) {
   Numbers all(rows * cols);
@@ -206,12 +205,18 @@ Numbers dots(Int rows, Int cols, Int count, const Numbers &p, Int p_row, Int p_t
   return all;
 }
 
-// Σ_k F_1k ⊗ F_2k ⊗ … with operands of its own.
+// Index in (outer, size, tail) of entry i of (outer, tail, size).
+Int behind(Int i, Int size, Int tail) {
+  return (i / (size * tail) * size + i % size) * tail + i / size % tail;
+}
+
+// Σ_k F_1k ⊗ F_2k ⊗ … and its own operands. With a tail, rows and results here are (tokens, tail) in
+// outer order, and those in memory (tokens, size, tail).
 const char *const LAYOUTS[] = {"", " padded", " transposed", " with gaps", " upside down, shared"};
 struct Product {
-  Product(const Dtype &d, const Shape &s, Int tokens, Random &r)
-      : dtype(d), shape(s), m(s.product(&Side::rows)), n(s.product(&Side::cols)), bias(d, m),
-        residual(d, tokens * m) {
+  Product(const Dtype &d, const Shape &s, Int tokens, Int tail, Random &r)
+      : dtype(d), shape(s), m(s.product(&Side::rows)), n(s.product(&Side::cols)), tail(tail),
+        bias(d, m * tail), residual(d, tokens * m * tail) {
     bias.draw(r, 1), residual.draw(r, 4);
     call.rank = s.rank, call.n_factors = Int(s.sides.size()), call.activation = r.below(5);
     call.bias = r.below(2) ? bias.data() : nullptr;
@@ -269,22 +274,25 @@ struct Product {
     }
     return all;
   }
-  // Before the activation, and from there on.
-  Numbers apply(const Numbers &x, Int tokens) const {
+  // Up to the activation, of x (rows, n).
+  Numbers apply(const Numbers &x, Int rows) const {
     double terms = 2;
     for (const Side &s : shape.sides) terms += double(shape.rank * s.cols);
-    Numbers all = dots(tokens, m, n, x, n, 1, whole(), n, 1);
+    Numbers all = dots(rows, m, n, x, n, 1, whole(), n, 1);
     for (Int i = 0; i < Int(all.size()); i++) {
-      if (call.bias) all[i].add(bias.get(i % m), 1);
+      if (call.bias) all[i].add(bias.get(behind(i, m, tail) % bias.size), 1);
       all[i] = all[i].rounded(terms);
     }
     return all;
   }
-  Numbers finish(Numbers y) const {
+  // From the activation to the result, in the layout of memory.
+  Numbers finish(const Numbers &rows) const {
+    Numbers y(rows.size());
     for (Int i = 0; i < Int(y.size()); i++) {
-      y[i] = activate(dtype, call.activation, y[i]).first;
-      if (call.residual) y[i].add(residual.get(i), 1);
-      y[i] = y[i].rounded(1);
+      const Int place = behind(i, m, tail);
+      y[place] = activate(dtype, call.activation, rows[i]).first;
+      if (call.residual) y[place].add(residual.get(place), 1);
+      y[place] = y[place].rounded(1);
     }
     return y;
   }
@@ -310,7 +318,7 @@ struct Product {
 
   const Dtype &dtype;
   const Shape shape;
-  const Int m, n;
+  const Int m, n, tail;
   Buffer bias, residual;
   std::vector<Buffer> factors;
   Int first[KRON_MAX_FACTORS];
@@ -333,20 +341,23 @@ int32_t parallel_for(int64_t begin, int64_t end, int64_t, kron_range fn, void *c
   return 0;
 }
 
-enum Kind { FORWARD, FEED_FORWARD, BACKWARD, FEED_FORWARD_BACKWARD };
-const char *const KINDS[] = {"forward", "feed-forward", "backward", "feed-forward's backward"};
+enum Kind { FORWARD, FORWARD_ALONG, FEED_FORWARD, BACKWARD, FEED_FORWARD_BACKWARD };
+const char *const KINDS[] = {"forward", "forward along an axis", "feed-forward", "backward",
+                             "feed-forward's backward"};
+const Int TAILS[] = {1, 5, 16, 33, 48, 50};
 const char *const ISAS[] = {"portable", "avx2", "avx512"};
 
-// A call with its operands and results, which can be made again.
+// A call with its operands and results; run() makes it, any number of times.
 struct Call {
-  Call(Kind kind, const Dtype &d, Int tokens, const std::vector<Shape> &shapes, Random &r)
-      : kind(kind), dtype(d), tokens(tokens), x(d, tokens * shapes[0].product(&Side::cols)),
+  Call(Kind kind, const Dtype &d, Int tokens, Int tail, const std::vector<Shape> &shapes, Random &r)
+      : kind(kind), dtype(d), tokens(tokens), tail(tail),
+        x(d, tokens * shapes[0].product(&Side::cols) * tail),
         dy(d, tokens * shapes.back().product(&Side::rows)) {
     x.draw(r, 1), dy.draw(r, 1);
-    for (const Shape &s : shapes) products.emplace_back(d, s, tokens, r);
-    if (kind != FORWARD) outputs.emplace_back(d, kind == FEED_FORWARD ? dy.size : x.size);
+    for (const Shape &s : shapes) products.emplace_back(d, s, tokens, tail, r);
+    if (kind > FORWARD_ALONG) outputs.emplace_back(d, kind == FEED_FORWARD ? dy.size : x.size);
     for (const Product &p : products) {
-      if (kind == FORWARD) outputs.emplace_back(d, tokens * p.m);
+      if (kind <= FORWARD_ALONG) outputs.emplace_back(d, p.residual.size);
       if (kind < BACKWARD) continue;
       for (const Side &s : p.shape.sides)
         outputs.emplace_back(computed(d), p.shape.rank * s.rows * s.cols);
@@ -359,11 +370,11 @@ struct Call {
     for (Product &p : products) p.set_order(index >> (kind != FORWARD && &p != &products[0]));
   }
 
-  // Writes those of the outputs that are `wanted`, bit by bit; returns the bytes of all.
+  // Writes the outputs whose bit is set in `wanted`, and returns the bytes of all.
   std::vector<std::string> run(Int isa, Int threads, Int wanted = -1) {
     doing = std::string(KINDS[kind]) + ", " + dtype.name + ", " + ISAS[isa] + ", " +
-            std::to_string(threads) + " threads, " + std::to_string(tokens) + " tokens, outputs " +
-            std::to_string(wanted);
+            std::to_string(threads) + " threads, " + std::to_string(tokens) + " tokens, tail " +
+            std::to_string(tail) + ", outputs " + std::to_string(wanted);
     std::vector<kron_product> p;
     for (const Product &product : products)
       doing += product.text + product.turns, p.push_back(product.call);
@@ -375,6 +386,7 @@ struct Call {
     const Int id = dtype.id;
     const char *error =
         kind == FORWARD ? kron_cpu_forward(&e, id, tokens, x.data(), Int(p.size()), p.data())
+        : kind == FORWARD_ALONG ? kron_cpu_forward_along(&e, id, tokens, x.data(), tail, &p[0])
         : kind == FEED_FORWARD ? kron_cpu_feed_forward(&e, id, tokens, x.data(), &p[0], &p[1])
         : kind == BACKWARD
             ? kron_cpu_backward(&e, id, tokens, dy.data(), x.data(), &p[0], y[0], y[1], y[2])
@@ -387,12 +399,15 @@ struct Call {
   }
 
   std::vector<Numbers> expected() const {
-    const Numbers in = exact(x);
-    std::vector<Numbers> all;
-    if (kind == FORWARD)
-      for (const Product &p : products) all.push_back(p.finish(p.apply(in, tokens)));
-    if (kind == BACKWARD) all = products[0].gradients(exact(dy), in, tokens);
-    if (kind == FORWARD || kind == BACKWARD) return all;
+    const Numbers in_memory = exact(x);
+    Numbers in(in_memory.size()); // (tokens, tail, n)
+    for (Int i = 0; i < x.size; i++) in[i] = in_memory[behind(i, products[0].n, tail)];
+    if (kind == BACKWARD) return products[0].gradients(exact(dy), in, tokens);
+    if (kind <= FORWARD_ALONG) {
+      std::vector<Numbers> all;
+      for (const Product &p : products) all.push_back(p.finish(p.apply(in, tokens * tail)));
+      return all;
+    }
     const Product &up = products[0], &down = products[1];
     Numbers h = up.apply(in, tokens), slopes, dbias(up.m);
     for (Number &v : h) {
@@ -413,7 +428,7 @@ struct Call {
 
   const Kind kind;
   const Dtype &dtype;
-  const Int tokens;
+  const Int tokens, tail;
   Buffer x, dy;
   std::vector<Product> products;
   std::vector<Buffer> outputs; // those of tokens first
@@ -441,7 +456,7 @@ struct Group {
 };
 Group divided{"threads"}, poisoned{"NaN and infinity"};
 
-// Against one thread, and from run to run.
+// Several threads against one, and one run against the next.
 void check_threads(Call &call, Int isa, const std::vector<Numbers> &expected) {
   const std::vector<std::string> alone = call.run(isa, 1);
   for (Int threads : {5, 3, 2}) {
@@ -449,8 +464,8 @@ void check_threads(Call &call, Int isa, const std::vector<Numbers> &expected) {
     const std::vector<std::string> bytes = call.run(isa, threads);
     if (!most_ranges) return; // too little work to divide
     for (size_t i = 0; i < bytes.size(); i++) {
-      // A feed-forward's last bits: the compiler fuses what it likes, differently for each block size.
-      if (call.kind == FORWARD || (i == 0 && call.kind == BACKWARD))
+      // The last bits of others may depend on the block size, for which the compiler fuses differently.
+      if (call.kind <= FORWARD_ALONG || (i == 0 && call.kind == BACKWARD))
         divided.require(bytes[i] == alone[i], "this depends on the number of threads");
       else divided.note(worst_error(call.dtype, call.outputs[i], expected[i]));
     }
@@ -458,41 +473,56 @@ void check_threads(Call &call, Int isa, const std::vector<Numbers> &expected) {
   }
 }
 
-// A bad number reaches all outputs of its token, no other token's, and no later call's.
+// A bad number reaches all outputs of its token (and place in the tail), no others, and no later call.
 void check_poison(Call &call, Int isa, Random &r) {
   const bool forward = call.kind < BACKWARD;
   Buffer &input = forward ? call.x : call.dy;
   double bad = INFINITY; // which an activation may turn into 0
   for (const Product &p : call.products) bad = p.call.activation ? NAN : bad;
-  const Int place = r.below(input.size), token = place / (input.size / call.tokens);
+  const Int place = r.below(input.size);
+  const auto token = [&](const Buffer &b, Int i) {
+    return std::make_pair(i / (b.size / call.tokens), i % call.tail);
+  };
   const double good = input.get(place);
   const std::vector<std::string> clean = call.run(isa, 1);
   input.set(place, bad), call.run(isa, 1), input.set(place, good);
   for (size_t i = 0; i < (forward ? clean.size() : 1); i++) {
     const Buffer &b = call.outputs[i];
-    const Int size = b.size / call.tokens, first = token * size, bytes = b.dtype->bytes;
-    bool reached = true;
-    for (Int o = first; o < first + size; o++) reached = reached && !(fabs(b.get(o)) < INFINITY);
+    const Int bytes = b.dtype->bytes;
+    bool reached = true, spared = true;
+    for (Int o = 0; o < b.size; o++) {
+      if (token(b, o) == token(input, place)) reached = reached && !(fabs(b.get(o)) < INFINITY);
+      else spared = spared && !memcmp(b.data() + o * bytes, clean[i].data() + o * bytes, bytes);
+    }
     poisoned.require(reached, "a bad number does not reach all of its token");
-    poisoned.require(b.bytes(0, first) == clean[i].substr(0, first * bytes) &&
-                         b.bytes(first + size, b.size) == clean[i].substr((first + size) * bytes),
-                     "a bad number reaches another token");
+    poisoned.require(spared, "a bad number reaches another token");
   }
   poisoned.require(call.run(isa, 1) == clean, "a bad number reaches the next call");
 }
 
+// One kind of call and its operands. With `divided`, threads share the work, the reference may take 100
+// times as many multiply-adds, and all gradients are wanted.
+struct Case {
+  Kind kind;
+  Int dtype, tokens;
+  std::vector<Shape> shapes;
+  bool divided = false;
+};
+
 // Every instruction set and order, and subsets of the gradients.
-void check(Group &group, Kind kind, const Dtype &d, Int tokens, const std::vector<Shape> &shapes,
-           double most_work, Random &r) {
+void check(Group &group, const Case &c, double most_work, Random &r) {
   double work = 0;
-  for (const Shape &s : shapes) work += double(s.product(&Side::rows) * s.product(&Side::cols));
-  Call call(kind, d, std::min(tokens, 1 + Int(most_work / work)), shapes, r);
+  for (const Shape &s : c.shapes) work += double(s.product(&Side::rows) * s.product(&Side::cols));
+  const Int tail = c.kind == FORWARD_ALONG ? TAILS[r.below(6)] : 1;
+  const Int most_tokens = 1 + Int((c.divided ? 100 : 1) * most_work / (work * double(tail)));
+  const Dtype &d = DTYPES[c.dtype];
+  Call call(c.kind, d, std::min(c.tokens, most_tokens), tail, c.shapes, r);
   const std::vector<Numbers> expected = call.expected();
   const Int all = (Int(1) << call.outputs.size()) - 1;
-  const Int orders = kind == FEED_FORWARD ? 4 : shapes[0].sides.size() == 3 ? 6 : 2;
-  const Int step = kind < BACKWARD || most_work >= 1e7 ? all + 1 : kind == BACKWARD ? 1 : 7;
+  const Int orders = c.kind == FEED_FORWARD ? 4 : c.shapes[0].sides.size() == 3 ? 6 : 2;
+  const Int step = c.kind < BACKWARD || c.divided ? all + 1 : c.kind == BACKWARD ? 1 : 7;
   for (Int isa = 0; isa <= kron_cpu_isa(); isa++) {
-    for (Int order = kind == FEED_FORWARD_BACKWARD; order < orders; order++) {
+    for (Int order = c.kind == FEED_FORWARD_BACKWARD; order < orders; order++) {
       call.set_order(order);
       for (Int wanted = all; wanted >= 0; wanted -= step) {
         call.run(isa, 1, wanted);
@@ -505,9 +535,9 @@ void check(Group &group, Kind kind, const Dtype &d, Int tokens, const std::vecto
   }
 }
 
-// Every 16-bit number with another one added, which often lies between two, and with nothing.
+// Every 16-bit number plus nothing, and plus another one: such a sum is often halfway between two.
 void check_rounding(Group &group, const Dtype &d, Random &r) {
-  Call call(FORWARD, d, 2 << 16, {{1, {{1, 1}}}}, r);
+  Call call(FORWARD, d, 2 << 16, 1, {{1, {{1, 1}}}}, r);
   Product &p = call.products[0];
   p.factors[0].set(0, 1);
   p.call.activation = KRON_NONE, p.call.bias = nullptr, p.call.residual = p.residual.data();
@@ -525,73 +555,87 @@ void check_rounding(Group &group, const Dtype &d, Random &r) {
   }
 }
 
+// The arguments of every function of kron.h, right but for one fault.
+struct Arguments {
+  kron_execution e = {0, 2, parallel_for}, *execution = &e;
+  kron_product p[2], *products = p;
+  Int dtype = KRON_FLOAT32, n = 2, tokens, tail = 1;
+  const void *x, *dy;
+};
+enum { FORWARDS = 1, FEEDS = 2, BACKS = 4, FEEDS_BACK = 8, ALONG = 16, ALL = 31 };
+const Int HUGE_SIZE = INT64_MAX;
+const struct {
+  const char *fault;
+  int functions;
+  void (*plant)(Arguments &);
+} REFUSALS[] = {
+    {"rank 0", ALL, [](Arguments &a) { a.p[1].rank = 0; }},
+    {"rank 2^63 - 1", ALL, [](Arguments &a) { a.p[1].rank = HUGE_SIZE; }},
+    {"rank -2^63", ALL, [](Arguments &a) { a.p[1].rank = INT64_MIN; }},
+    {"no factor", ALL, [](Arguments &a) { a.p[1].n_factors = 0; }},
+    {"nine factors", ALL, [](Arguments &a) { a.p[1].n_factors = 9; }},
+    {"a null factor", ALL, [](Arguments &a) { a.p[1].factors[1].data = nullptr; }},
+    {"an empty side", ALL, [](Arguments &a) { a.p[1].factors[1].cols = 0; }},
+    {"a side of 2^63 - 1", ALL, [](Arguments &a) { a.p[1].factors[1].rows = HUGE_SIZE; }},
+    {"sides whose product is 2^64", ALL,
+     [](Arguments &a) { a.p[1].factors[0].rows = a.p[1].factors[1].rows = Int(1) << 32; }},
+    {"a stride of -2^63", ALL, [](Arguments &a) { a.p[1].factors[0].row_stride = INT64_MIN; }},
+    {"a turn too high", ALL, [](Arguments &a) { a.p[1].turns[0] = 2; }},
+    {"a turn below 0", ALL, [](Arguments &a) { a.p[1].turns[0] = -1; }},
+    {"a turn twice", ALL, [](Arguments &a) { a.p[1].turns[0] = 1; }},
+    {"activation 5", ALL, [](Arguments &a) { a.p[1].activation = 5; }},
+    {"activation -1", ALL, [](Arguments &a) { a.p[1].activation = -1; }},
+    {"dtype -1", ALL, [](Arguments &a) { a.dtype = -1; }},
+    {"dtype 4", ALL, [](Arguments &a) { a.dtype = 4; }},
+    {"a null execution", ALL, [](Arguments &a) { a.execution = nullptr; }},
+    {"isa -1", ALL, [](Arguments &a) { a.e.isa = -1; }},
+    {"isa too high", ALL, [](Arguments &a) { a.e.isa = kron_cpu_isa() + 1; }},
+    {"no thread", ALL, [](Arguments &a) { a.e.threads = 0; }},
+    {"a million threads", ALL, [](Arguments &a) { a.e.threads = 1000000; }},
+    {"-1 tokens", ALL, [](Arguments &a) { a.tokens = -1; }},
+    {"2^63 - 1 tokens", ALL, [](Arguments &a) { a.tokens = HUGE_SIZE; }},
+    {"null x", ALL, [](Arguments &a) { a.x = a.dy = nullptr; }},
+    {"null dy", BACKS + FEEDS_BACK, [](Arguments &a) { a.dy = nullptr; }},
+    {"null y", FORWARDS + FEEDS + ALONG, [](Arguments &a) { a.p[1].y = nullptr; }},
+    {"null products", FORWARDS, [](Arguments &a) { a.products = nullptr; }},
+    {"no product", FORWARDS, [](Arguments &a) { a.n = 0; }},
+    {"five products", FORWARDS, [](Arguments &a) { a.n = 5; }},
+    {"unequal columns", ALL - BACKS - ALONG, [](Arguments &a) { a.p[1].factors[1].cols = 7; }},
+    {"does not meet", FEEDS_BACK, [](Arguments &a) { std::swap(a.p[0].turns[0], a.p[0].turns[1]); }},
+    {"no tail", ALONG, [](Arguments &a) { a.tail = 0; }},
+    {"a tail of 2^63 - 1", ALONG, [](Arguments &a) { a.tail = HUGE_SIZE; }},
+    {"a tail of 2^39", ALONG, [](Arguments &a) { a.tail = Int(1) << 39; }}, // by the product's sides
+};
+
 void check_refusals(Group &group, Random &r) {
   const Shape shape = {1, {{8, 8}, {8, 8}}};
-  Call call(FEED_FORWARD_BACKWARD, DTYPES[0], 20, {shape, shape}, r);
+  Call call(FEED_FORWARD_BACKWARD, DTYPES[0], 20, 1, {shape, shape}, r);
   call.set_order(1);
-  const Int huge = INT64_MAX;
-  enum { FORWARDS = 1, FEEDS = 2, BACKS = 4, FEEDS_BACK = 8, ALL = 15 };
-  for (int wrong = 0; wrong < 32; wrong++) {
-    kron_execution e = {0, 2, parallel_for}, *run = &e;
-    kron_product p[] = {call.products[0].call, call.products[1].call}, *ps = p;
-    Int dtype = KRON_FLOAT32, n = 2, t = call.tokens;
-    const void *x = call.x.data(), *dy = x;
-    p[0].y = p[1].y = call.outputs[0].data();
-    int entries = ALL;
-    switch (wrong) {
-    case 0: doing = "rank 0", p[1].rank = 0; break;
-    case 1: doing = "no factor", p[1].n_factors = 0; break;
-    case 2: doing = "nine factors", p[1].n_factors = 9; break;
-    case 3: doing = "an empty side", p[1].factors[1].cols = 0; break;
-    case 4: doing = "a turn too high", p[1].turns[0] = 2; break;
-    case 5: doing = "a turn below 0", p[1].turns[0] = -1; break;
-    case 6: doing = "a turn twice", p[1].turns[0] = 1; break;
-    case 7: doing = "dtype -1", dtype = -1; break;
-    case 8: doing = "dtype 4", dtype = 4; break;
-    case 9: doing = "isa -1", e.isa = -1; break;
-    case 10: doing = "isa too high", e.isa = kron_cpu_isa() + 1; break;
-    case 11: doing = "no thread", e.threads = 0; break;
-    case 12: doing = "unequal columns", p[1].factors[1].cols = 7, entries -= BACKS; break;
-    case 13: doing = "does not meet", std::swap(p[0].turns[0], p[0].turns[1]);
-      entries = FEEDS_BACK;
-      break;
-    case 14: doing = "no product", n = 0, entries = FORWARDS; break;
-    case 15: doing = "five products", n = 5, entries = FORWARDS; break;
-    case 16: doing = "activation 5", p[1].activation = 5; break;
-    case 17: doing = "activation -1", p[1].activation = -1; break;
-    case 18: doing = "a million threads", e.threads = 1000000; break;
-    case 19: doing = "-1 tokens", t = -1; break;
-    case 20: doing = "2^63 - 1 tokens", t = huge; break;
-    case 21: doing = "rank 2^63 - 1", p[1].rank = huge; break;
-    case 22: doing = "rank -2^63", p[1].rank = INT64_MIN; break;
-    case 23: doing = "a side of 2^63 - 1", p[1].factors[1].rows = huge; break;
-    case 24: doing = "sides whose product is 2^64";
-      p[1].factors[0].rows = p[1].factors[1].rows = Int(1) << 32;
-      break;
-    case 25: doing = "a stride of -2^63", p[1].factors[0].row_stride = INT64_MIN; break;
-    case 26: doing = "a null factor", p[1].factors[1].data = nullptr; break;
-    case 27: doing = "null x", x = dy = nullptr; break;
-    case 28: doing = "null y", p[1].y = nullptr, entries = FORWARDS + FEEDS; break;
-    case 29: doing = "null dy", dy = nullptr, entries = BACKS + FEEDS_BACK; break;
-    case 30: doing = "a null execution", run = nullptr; break;
-    case 31: doing = "null products", ps = nullptr, entries = FORWARDS; break;
-    }
-    void *const g = call.outputs[0].data();
-    if (entries & FORWARDS) group.require(kron_cpu_forward(run, dtype, t, x, n, ps), "taken");
-    if (entries & FEEDS) group.require(kron_cpu_feed_forward(run, dtype, t, x, p, p + 1), "taken");
-    if (entries & BACKS)
-      group.require(kron_cpu_backward(run, dtype, t, dy, x, p + 1, g, g, g), "taken");
-    if (entries & FEEDS_BACK)
-      group.require(
-          kron_cpu_feed_forward_backward(run, dtype, t, dy, x, p, p + 1, g, g, g, g, g, g), "taken");
+  for (const auto &refusal : REFUSALS) {
+    Arguments a;
+    a.p[0] = call.products[0].call, a.p[1] = call.products[1].call;
+    a.tokens = call.tokens, a.x = a.dy = call.x.data();
+    void *const g = a.p[0].y = a.p[1].y = call.outputs[0].data();
+    refusal.plant(a);
+    doing = refusal.fault;
+    const kron_product *up = a.p, *down = a.p + 1;
+    const auto refused = [&](int function, auto call, auto... arguments) {
+      if (refusal.functions & function)
+        group.require(call(a.execution, a.dtype, a.tokens, arguments...), "taken");
+    };
+    refused(FORWARDS, kron_cpu_forward, a.x, a.n, a.products);
+    refused(ALONG, kron_cpu_forward_along, a.x, a.tail, down);
+    refused(FEEDS, kron_cpu_feed_forward, a.x, up, down);
+    refused(BACKS, kron_cpu_backward, a.dy, a.x, down, g, g, g);
+    refused(FEEDS_BACK, kron_cpu_feed_forward_backward, a.dy, a.x, up, down, g, g, g, g, g, g);
   }
   group.require(call.outputs[0].bytes(0, 1) == "\xff\xff\xff\xff", "a refused call wrote");
 }
 
-// That the comparison takes right numbers and fails on wrong and missing ones.
+// Checks that the comparison accepts right numbers and rejects wrong and missing ones.
 void self_test(Random &r) {
   for (const Dtype &d : DTYPES) {
-    Call call(FORWARD, d, 17, {{2, {{7, 8}, {9, 5}}}}, r);
+    Call call(FORWARD, d, 17, 1, {{2, {{7, 8}, {9, 5}}}}, r);
     const Numbers expected = call.expected()[0];
     Buffer found(d, Int(expected.size()));
     Int largest = 0;
@@ -637,7 +681,7 @@ Sides sides_of(const Shape &s, Int Side::*side) {
   for (const Side &one : s.sides) all.push_back(one.*side);
   return all;
 }
-// Any sides, but the columns given.
+// Random sides, with the columns that are given (not 0).
 Shape draw_shape(Random &r, const Sides &cols) {
   const Int sides[] = {1, 1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 23, 24, 25, 31, 32, 33, 48};
   for (;;) {
@@ -647,10 +691,69 @@ Shape draw_shape(Random &r, const Sides &cols) {
   }
 }
 
+// The calls that take a shape: all of them, if it has two factors.
+void add_cases(std::vector<Case> &cases, Int i, Int tokens, const Shape &s, Random &r) {
+  const Int dtype = i % 4;
+  cases.push_back({FORWARD, dtype, tokens, {s}});
+  cases.push_back({FORWARD_ALONG, dtype, tokens, {s}});
+  if (s.sides.size() != 2) return;
+  cases.push_back({BACKWARD, dtype, tokens, {s}});
+  const Sides hidden = sides_of(s, &Side::rows);
+  cases.push_back({FEED_FORWARD_BACKWARD, dtype, tokens, {s, draw_shape(r, hidden)}});
+  const Sides others[] = {hidden, {hidden[1], hidden[0]}, {hidden[0] * hidden[1]}};
+  cases.push_back({FEED_FORWARD, dtype, tokens, {s, draw_shape(r, others[i / 4 % 3])}});
+}
+
+std::vector<Case> chosen_cases(Random &r) {
+  std::vector<Case> cases;
+  Int i = 0;
+  for (const Shape &s : SHAPES)
+    for (int dtype = 0; dtype < 4; dtype++, i++) add_cases(cases, i, TOKENS[i % 13], s, r);
+  const Shape s = {2, {{7, 16}, {9, 5}}}, same_columns = {1, {{3, 5}, {5, 16}}};
+  for (Int tokens : TOKENS) {
+    for (int dtype = 0; dtype < 4; dtype++) {
+      cases.push_back({FORWARD, dtype, tokens, {s, same_columns}});
+      add_cases(cases, dtype, tokens, s, r);
+      add_cases(cases, dtype, tokens, {1, {{3, 2}, {20, 17}}}, r);
+    }
+  }
+  return cases;
+}
+
+std::vector<Case> drawn_cases(Int draws, Random &r) {
+  std::vector<Case> cases;
+  for (Int i = 0; i < draws; i++) {
+    const Int tokens = TOKENS[r.below(13)];
+    add_cases(cases, i, tokens, draw_shape(r, {0, 0}), r);
+    std::vector<Shape> shapes = {draw_shape(r, Sides(1 + r.below(3)))};
+    Sides cols = sides_of(shapes[0], &Side::cols);
+    for (Int more = r.below(2) * r.below(4); more > 0; more--) {
+      std::rotate(cols.begin(), cols.begin() + 1, cols.end());
+      shapes.push_back(draw_shape(r, cols));
+    }
+    cases.push_back({FORWARD, i % 4, tokens, shapes});
+  }
+  return cases;
+}
+
+// Enough work for several threads, in calls whose reference takes hardly more.
+std::vector<Case> divided_cases() {
+  std::vector<Case> cases;
+  const Shape up = {2, {{2, 1}, {96, 128}}}, down = {2, {{1, 2}, {128, 96}}};
+  for (int dtype = 0; dtype < 4; dtype++) {
+    cases.push_back({FORWARD, dtype, 97, {{2, {{2, 1}, {128, 160}}}}, true});
+    cases.push_back({FORWARD_ALONG, dtype, 30, {{2, {{2, 1}, {128, 160}}}}, true});
+    cases.push_back({BACKWARD, dtype, 97, {{2, {{2, 1}, {64, 96}}}}, true});
+    cases.push_back({FEED_FORWARD, dtype, 97, {up, down}, true});
+    cases.push_back({FEED_FORWARD_BACKWARD, dtype, 97, {up, down}, true});
+  }
+  return cases;
+}
+
 } // namespace
 
 int main(int count, char **arguments) {
-  Int seed = 1, draws = 200, every = 1, cases = 0;
+  Int seed = 1, draws = 200, every = 1;
   double work = 1e6;
   Random r;
   for (int i = 1; i < count; i++) {
@@ -663,54 +766,15 @@ int main(int count, char **arguments) {
     else return printf("no such option: %s\n", name.c_str()), 2;
   }
   r.bits.seed(uint64_t(seed));
-  Group groups[] = {{KINDS[0]}, {KINDS[1]}, {KINDS[2]}, {KINDS[3]}};
+  std::vector<Case> cases;
+  const std::vector<Case> chosen = chosen_cases(r);
+  for (size_t i = 0; i < chosen.size(); i += size_t(every)) cases.push_back(chosen[i]);
+  for (const Case &c : drawn_cases(draws, r)) cases.push_back(c);
+  for (const Case &c : divided_cases()) cases.push_back(c);
+
+  Group groups[] = {{KINDS[0]}, {KINDS[1]}, {KINDS[2]}, {KINDS[3]}, {KINDS[4]}};
   Group rounding{"16-bit rounding"}, refusals{"refusals"};
-  const auto run = [&](Kind kind, Int i, Int tokens, const std::vector<Shape> &shapes, double most) {
-    if (cases++ % every == 0) check(groups[kind], kind, DTYPES[i % 4], tokens, shapes, most, r);
-  };
-  const auto feed_forward = [&](Int i, Int tokens, const Shape &up, double most) {
-    const Sides hidden = sides_of(up, &Side::rows);
-    run(FEED_FORWARD_BACKWARD, i, tokens, {up, draw_shape(r, hidden)}, most);
-    const Sides others[] = {hidden, {hidden[1], hidden[0]}, {hidden[0] * hidden[1]}};
-    run(FEED_FORWARD, i, tokens, {up, draw_shape(r, others[i / 4 % 3])}, most);
-  };
-  Int i = 0;
-  for (const Shape &s : SHAPES) {
-    for (int dtype = 0; dtype < 4; dtype++, i++) {
-      run(FORWARD, i, TOKENS[i % 13], {s}, work);
-      if (s.sides.size() != 2) continue;
-      run(BACKWARD, i, TOKENS[i % 13], {s}, work);
-      feed_forward(i, TOKENS[i % 13], s, work);
-    }
-  }
-  for (Int tokens : TOKENS) {
-    for (int dtype = 0; dtype < 4; dtype++) {
-      run(FORWARD, dtype, tokens, {{2, {{7, 16}, {9, 5}}}, {1, {{3, 5}, {5, 16}}}}, work);
-      run(BACKWARD, dtype, tokens, {{2, {{7, 16}, {9, 5}}}}, work);
-      feed_forward(dtype, tokens, {1, {{3, 2}, {20, 17}}}, work);
-    }
-  }
-  every = 1;
-  for (i = 0; i < draws; i++) {
-    const Int tokens = TOKENS[r.below(13)];
-    std::vector<Shape> shapes = {draw_shape(r, Sides(1 + r.below(3)))};
-    Sides cols = sides_of(shapes[0], &Side::cols);
-    for (Int more = r.below(2) * r.below(4); more > 0; more--) {
-      std::rotate(cols.begin(), cols.begin() + 1, cols.end());
-      shapes.push_back(draw_shape(r, cols));
-    }
-    run(FORWARD, i, tokens, shapes, work);
-    run(BACKWARD, i, tokens, {draw_shape(r, {0, 0})}, work);
-    feed_forward(i, tokens, draw_shape(r, {0, 0}), work);
-  }
-  // Enough work for several threads, in calls whose reference is hardly more.
-  const Shape up = {2, {{2, 1}, {96, 128}}}, down = {2, {{1, 2}, {128, 96}}};
-  for (int dtype = 0; dtype < 4; dtype++) {
-    run(FORWARD, dtype, 97, {{2, {{2, 1}, {128, 160}}}}, 100 * work);
-    run(BACKWARD, dtype, 97, {{2, {{2, 1}, {64, 96}}}}, 100 * work);
-    run(FEED_FORWARD, dtype, 97, {up, down}, 100 * work);
-    run(FEED_FORWARD_BACKWARD, dtype, 97, {up, down}, 100 * work);
-  }
+  for (const Case &c : cases) check(groups[c.kind], c, work, r);
   for (int dtype : {KRON_BFLOAT16, KRON_FLOAT16}) check_rounding(rounding, DTYPES[dtype], r);
   check_refusals(refusals, r);
   for (const Group &g : groups) g.print();

@@ -1,49 +1,59 @@
 #!/usr/bin/env bash
-# Builds the kernels with check.cpp, in a temporary folder, and runs it; CXX is obeyed.
-#   csrc/check.sh [plain] [asan] [tsan] [arm64]      all of them without an argument
+# Builds the kernels with check.cpp in a temporary folder and runs it. CXX is obeyed.
+#   tests/native/check.sh [plain] [asan] [tsan] [arm64]      all of them without an argument
 set -euo pipefail
 cd "$(dirname "$0")/../../csrc"
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 read -ra host <<<"${CXX:-c++}"
 
-x86=("avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma" "avx2 -mavx2 -mfma")
+avx512="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
 kernels="-Wno-psabi -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti -ffp-contract=fast"
 
-# build STAGE "FLAGS" COMPILER...: every instruction set (with TSan one, since they share the code
-# that divides work), two compilations at a time.
+# Whether this machine has an instruction set; yes if it does not say.
+has() { [ ! -r /proc/cpuinfo ] || grep -qw "$1" /proc/cpuinfo; }
+
+# build STAGE "FLAGS" "FLAGS OF check.cpp" COMPILER...: all instruction sets (for TSan one: they share
+# the code that divides work), compiled in parallel. Those that this machine lacks are only linked.
 build() {
-  local out=$folder/$1 stage=$1 flags=$2 units=("portable ") cpu="" unit
-  shift 2
-  case $stage/$("$@" -dumpmachine) in
-  tsan/*) ;;
-  */x86_64* | */amd64*) units=("${x86[@]}" "portable ") cpu=-DKRON_HAS_X86 ;;
-  esac
+  local out=$folder/$1 stage=$1 flags=$2 check=$3 cpu="" wide=$2 widest=$2
+  shift 3
+  has avx2 || wide=-O0
+  has avx512vl || widest=-O0
   mkdir "$out"
   {
-    for unit in "${units[@]}"; do
-      echo "$kernels -DKRON_ISA=$unit -c cpu/kernels.cpp -o $out/${unit%% *}.o"
-    done
-    echo "-Wall -Wextra -I. -c ../tests/native/check.cpp -o $out/check.o"
-    echo "$kernels $cpu -c cpu/cpu.cpp -o $out/cpu.o"
-  } | sed "s/^/-std=c++17 $flags /" | xargs -P 2 -L 1 "$@"
+    case $stage/$("$@" -dumpmachine) in
+    tsan/*) ;;
+    */x86_64* | */amd64*)
+      cpu=-DKRON_HAS_X86
+      echo "$widest $kernels -DKRON_ISA=avx512 $avx512 -c cpu/kernels.cpp -o $out/avx512.o"
+      echo "$wide $kernels -DKRON_ISA=avx2 -mavx2 -mfma -c cpu/kernels.cpp -o $out/avx2.o"
+      ;;
+    esac
+    echo "$flags $kernels -DKRON_ISA=portable -c cpu/kernels.cpp -o $out/portable.o"
+    echo "$check -Wall -Wextra -I. -c ../tests/native/check.cpp -o $out/check.o"
+    echo "$flags $kernels $cpu -c cpu/cpu.cpp -o $out/cpu.o"
+  } | sed "s/^/-std=c++17 /" | xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 "$@"
   # shellcheck disable=SC2086
   "$@" $flags "$out"/*.o -pthread -o "$out/check"
 }
 
 plain() {
-  build plain "-O2" "${host[@]}"
+  build plain "-O2" "-O2" "${host[@]}"
   "$folder/plain/check" --self-test
-  # glibc fills fresh memory with huge numbers, so that one read before it is written shows.
-  MALLOC_PERTURB_=128 "$folder/plain/check" 
+  # glibc fills fresh memory with huge numbers, which show if they are read before they are written.
+  MALLOC_PERTURB_=128 "$folder/plain/check"
 }
 asan() {
-  build asan "-Og -fsanitize=address,undefined -fno-sanitize-recover=all" "${host[@]}"
+  # -O1 would take twice as long to compile, and UBSan in check.cpp twice as long to run.
+  build asan "-Og -fsanitize=address,undefined -fno-sanitize-recover=all" "-O1 -fsanitize=address" \
+    "${host[@]}"
+  # By gcov these run every line of csrc/cpu, except those for failed allocations and AVX-512.
   ASAN_OPTIONS=max_malloc_fill_size=1000000000:malloc_fill_byte=255 \
-    "$folder/asan/check" --every 3 --draws 10 --work 1e5
+    "$folder/asan/check" --every 7 --draws 10 --work 2e4
 }
 tsan() {
-  build tsan "-O1 -fsanitize=thread" "${host[@]}"
+  build tsan "-O1 -fsanitize=thread" "-O1 -fsanitize=thread" "${host[@]}"
   "$folder/tsan/check" --every 19 --draws 0 --work 1e5
 }
 arm64() {
@@ -51,7 +61,7 @@ arm64() {
     echo "skipped: there is no aarch64-linux-gnu-g++ or no qemu-aarch64-static"
     return
   fi
-  build arm64 "-O2 -static" aarch64-linux-gnu-g++
+  build arm64 "-O2 -static" "-O2" aarch64-linux-gnu-g++
   qemu-aarch64-static "$folder/arm64/check" --every 3 --draws 20 --work 1e4
 }
 

@@ -1,4 +1,4 @@
-"""csrc/example, as a C++ user would compile it: no Python, no torch, no build system."""
+"""csrc/example as a C++ user compiles it: without Python, torch or a build system."""
 
 import os
 import shutil
@@ -22,15 +22,16 @@ def build_and_run(folder: Path, **variables: str) -> str:
     return done.stdout
 
 
-def test_it_is_right_on_the_cpu(tmp_path):
-    said = build_and_run(tmp_path / "a folder", CUDA_ARCH="", CXXFLAGS="-O0 -Werror -Wall -Wextra")
-    assert said.startswith("CPU: right")
-    assert "GPU" not in said
+def test_the_cpu_result_is_right(tmp_path):
+    flags = "-O0 -Werror -Wall -Wextra"
+    output = build_and_run(tmp_path / "a folder", CUDA_ARCH="", CXXFLAGS=flags)
+    assert output.startswith("CPU: right")
+    assert "GPU" not in output
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-def test_it_is_right_on_a_gpu_or_says_why_not(tmp_path):
+def test_the_gpu_result_is_right_or_the_reason_is_printed(tmp_path):
     lines = build_and_run(tmp_path, CXXFLAGS="-O0").splitlines()
     assert lines[0].startswith("CPU: right")
     assert lines[1].startswith(("GPU: right", "GPU: not tried: "))
