@@ -1,7 +1,6 @@
-// The only file that knows Python, by its limited API: one binary for Python 3.11 and later, and,
-// knowing nothing of torch, for any torch. Arguments are integers: addresses, sizes, strides, in
-// the order of kron.h; the only callers, kron_kernels/backends/native.py and cuda.py, answer for them:
-// that memory is as large as the sizes say can be checked nowhere else.
+// The Python module. It uses Python's limited API and no torch: one binary for Python 3.11 and later and
+// for any torch. Arguments are integers: addresses, sizes and strides in the order of kron.h. The only
+// callers, kron_kernels/backends/native.py and cuda.py, must pass memory as large as the sizes say.
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -10,7 +9,7 @@
 
 namespace {
 
-// Takes arguments one after another; after a wrong one, `failed` holds and a Python error is set.
+// Reads arguments in order. After an invalid one `failed` is set, and so is a Python error.
 class Arguments {
 public:
   Arguments(PyObject *const *args, Py_ssize_t count) : next(args), end(args + count) {}
@@ -64,7 +63,7 @@ private:
   bool failed = false;
 };
 
-// Runs the kernel without Python's lock.
+// Runs a kernel without the GIL.
 template <class Kernel> PyObject *run(Arguments &arguments, Kernel kernel) {
   if (!arguments.complete()) return nullptr;
   const char *error;
@@ -136,7 +135,7 @@ PyObject *isa(PyObject *, PyObject *) { return PyLong_FromLongLong(kron_cpu_isa(
 
 #if defined(KRON_CUDA_ARCHS)
 
-// Nothing, or the sentence that a question about what is served was answered with.
+// None for nullptr, otherwise the text.
 PyObject *reason(const char *text) {
   if (!text) Py_RETURN_NONE;
   return PyUnicode_FromString(text);

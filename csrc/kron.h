@@ -29,7 +29,7 @@ typedef struct {
   int64_t rank_stride, row_stride, col_stride;
 } kron_factor;
 
-// y = act((Σ_k F_1k ⊗ F_2k ⊗ …) x + bias) + residual, of contiguous rows.
+// y = act((Σ_k F_1k ⊗ F_2k ⊗ …) x + bias) + residual, in contiguous rows.
 typedef struct {
   int64_t rank, n_factors;
   kron_factor factors[KRON_MAX_FACTORS];
@@ -87,9 +87,9 @@ const char *kron_cpu_feed_forward_backward(const kron_execution *, int64_t dtype
                                            const kron_product *down, void *dx, void *da_up,
                                            void *db_up, void *dbias, void *da_down, void *db_down);
 
-// --- NVIDIA GPUs. Every pointer is to the GPU's memory; a call only launches kernels on a stream. It
-// allocates nothing and waits for nothing, so that it can be captured in a graph. Products have two
-// factors, of float32, float16 or bfloat16. A library without CUDA kernels has none of these functions.
+// --- NVIDIA GPUs. All pointers are to the GPU's memory. A call only launches kernels on a stream: it
+// allocates nothing and waits for nothing, so a CUDA graph can capture it. Products have two factors, in
+// float32, float16 or bfloat16. A library without CUDA kernels has none of these functions.
 
 typedef struct {
   int64_t device; // the GPU's index
@@ -97,37 +97,33 @@ typedef struct {
   int64_t tf32;   // whether KRON_FLOAT32 may be multiplied in tf32
 } kron_cuda_execution;
 
-// nullptr if this GPU can run the kernels, else why not.
+// nullptr if this GPU can run the kernels, otherwise why not.
 const char *kron_cuda_why_not(int64_t device);
 
-// For which GPUs there are kernels, such as "80 86 90".
-const char *kron_cuda_archs(void);
-
-// nullptr if the product is served, forward and backward, else why not.
+// nullptr if the kernels can compute the product and its gradients, otherwise why not.
 const char *kron_cuda_unserved(const kron_product *);
 
-// As kron_cpu_forward.
+// Like kron_cpu_forward.
 const char *kron_cuda_forward(const kron_cuda_execution *, int64_t dtype, int64_t tokens,
                               const void *x, int64_t n_products, const kron_product *products);
 
-// As kron_cpu_backward, with the same bits every time. workspace has at least as many bytes as
-// kron_cuda_backward_workspace says, for the gradients asked for.
+// Like kron_cpu_backward, and deterministic. workspace has at least kron_cuda_backward_workspace bytes.
 int64_t kron_cuda_backward_workspace(const kron_cuda_execution *, int64_t dtype, int64_t tokens,
                                      const kron_product *product);
 const char *kron_cuda_backward(const kron_cuda_execution *, int64_t dtype, int64_t tokens,
                                const void *dy, const void *x, const kron_product *product, void *dx,
                                void *da, void *db, void *workspace);
 
-// nullptr if kron_cuda_feed_forward and its backward serve these two, else why not.
+// nullptr if kron_cuda_feed_forward and its backward can compute these two, otherwise why not.
 const char *kron_cuda_feed_forward_unserved(const kron_cuda_execution *, int64_t dtype,
                                             const kron_product *up, const kron_product *down);
 
 // down(act(up x)), for up = (h x u) ⊗ large, contracted from the right, and down = (p x h) ⊗ large',
-// from the left: the hidden vector exists in registers, one entry at a time.
+// from the left. The hidden vector exists in registers, one entry at a time.
 const char *kron_cuda_feed_forward(const kron_cuda_execution *, int64_t dtype, int64_t tokens,
                                    const void *x, const kron_product *up, const kron_product *down);
 
-// As kron_cpu_feed_forward_backward, with the same bits every time.
+// Like kron_cpu_feed_forward_backward, and deterministic.
 int64_t kron_cuda_feed_forward_backward_workspace(const kron_cuda_execution *, int64_t dtype,
                                                   int64_t tokens, const kron_product *up,
                                                   const kron_product *down);

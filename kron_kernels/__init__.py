@@ -3,8 +3,7 @@
 from kron_kernels.decompose import nearest_kronecker, nearest_kronecker_sum
 from kron_kernels.dispatch import explain_backends
 from kron_kernels.factorise import densify_, factorise_
-from kron_kernels.functional import kron_matmul
-from kron_kernels.fused import kron_feed_forward, kron_qkv
+from kron_kernels.functional import kron_feed_forward, kron_matmul, kron_qkv
 from kron_kernels.nn import KroneckerEmbedding, KroneckerFeedForward, KroneckerLinear, KroneckerSum
 from kron_kernels.shapes import KronShape
 

@@ -1,4 +1,4 @@
-"""Whether a module's parameters may be read in place of a call of it."""
+"""Whether reading a module's parameters can replace a call of the module."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from torch.nn.modules import module as torch_module
 def unobserved(module: nn.Module) -> bool:
     """Whether a call of this module runs its class's ``forward`` and nothing else.
 
-    False if any hook is set, on the module or globally, if the instance has its own ``forward`` (as
-    accelerate's offloading sets), or after ``module.compile()``. ``nn.utils.prune`` and
-    ``weight_norm`` are hooks.
-
-    It asks what ``nn.Module.__call__`` asks. The caller must check the class.
+    False if any hook is set, on the module or globally, such as those of ``nn.utils.prune`` and
+    ``weight_norm``; if the instance has its own ``forward``, which accelerate's offloading sets; or
+    after ``module.compile()``. These are the conditions in ``nn.Module.__call__``. The caller must
+    check the class.
     """
     own = module.__dict__
     return not (

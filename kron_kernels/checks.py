@@ -1,14 +1,16 @@
-"""What a call must look like; every refusal names the value, the requirement and the remedy."""
+"""Checks of a call's operands; every error names the value, the requirement and the remedy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from kron_kernels.shapes import constant_sizes
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 Layer = tuple[Tensor, Tensor, Tensor | None]  # a, b, bias
@@ -16,10 +18,11 @@ Layer = tuple[Tensor, Tensor, Tensor | None]  # a, b, bias
 _ACTIVATIONS = get_args(Activation)
 _PLAIN = (Tensor, Parameter)
 _STRIDED = torch.strided
+Result = TypeVar("Result")
 
 
 class Shaped(NamedTuple):
-    """As much of a tensor as the checks look at: the second layer's input is never made."""
+    """What the checks read of a tensor, for one that is never made: a block's hidden vector."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -30,8 +33,8 @@ def is_plain(operands: Sequence[Any]) -> bool:
     """Whether kernels may read these tensors through their addresses.
 
     Not plain are subclasses, such as a DTensor or a FakeTensor; sparse and nested tensors; views
-    whose sign is still to be flipped, such as ``z.conj().imag``; zeros without memory, as autograd
-    makes them; and whatever is not a tensor.
+    with a pending sign, such as ``z.conj().imag``; zeros without memory, which autograd makes; and
+    anything that is not a tensor.
     """
     for t in operands:
         if not (
@@ -52,9 +55,10 @@ def check_tensors(x: Any, factors: Sequence[Any], bias: Any = None, residual: An
     check_tensor("x", x)
     for i, f in enumerate(factors):
         check_tensor(f"factor {i}", f)
-    for name, t in (("bias", bias), ("residual", residual)):
-        if t is not None:
-            check_tensor(name, t)
+    if bias is not None:
+        check_tensor("bias", bias)
+    if residual is not None:
+        check_tensor("residual", residual)
 
 
 def check_tensor(name: str, t: Any) -> None:
@@ -72,25 +76,93 @@ def check_tensor(name: str, t: Any) -> None:
         raise TypeError(f"{name} has layout {t.layout}, but must be dense; use .to_dense().")
 
 
-def check_factors(x: Tensor | Shaped, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The factors as ``(r, m_i, n_i)``, held to one another and to ``x (…, n)``."""
+def layer_tensors(name: str, layer: Any) -> list[Tensor]:
+    """The tensors of ``(a, b, bias)``.
+
+    Raises:
+        TypeError: If it is not three values.
+    """
+    try:
+        a, b, bias = layer
+    except (TypeError, ValueError):
+        kind = type(layer).__name__
+        values = f" of {len(layer)}" if isinstance(layer, tuple | list) else ""
+        raise TypeError(f"{name} must be (a, b, bias), got a {kind}{values}.") from None
+    return [a, b] if bias is None else [a, b, bias]
+
+
+def check_layer(
+    name: str,
+    x: Tensor | Shaped,
+    layer: Layer,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Layer:
+    """``check_product`` of a layer, whose name is in the errors."""
+    a, b, bias = layer
+    a, b = named(name, check_product, x, (a, b), bias, activation, residual)
+    return a, b, bias
+
+
+def named(name: str, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
+    """The function's result; its errors begin with the layer's name."""
+    try:
+        return function(*args, **options)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}") from error
+
+
+def check_product(
+    x: Tensor | Shaped,
+    factors: Sequence[Tensor],
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The factors as ``(r, m_i, n_i)``, after every check of a product's operands.
+
+    Args:
+        x: Shape ``(…, n)``.
+        factors: ``(m_i, n_i)`` or ``(r, m_i, n_i)``.
+        bias: Shape ``(m,)``.
+        activation: Its name.
+        residual: Shape ``(…, m)``.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit.
+    """
+    if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, which records sizes
+        with constant_sizes():
+            check_product(x, factors, bias, activation, residual)
+        return tuple([f if f.ndim == 3 else f[None] for f in factors])
     if not factors:
         raise ValueError("kron_matmul(x, *factors) needs at least one factor, got none.")
+    a, b = factors[0], factors[-1]
+    dtype, device, x_shape, a_shape, b_shape = x.dtype, x.device, x.shape, a.shape, b.shape
+    # The usual case takes 1 µs this way, a visible part of a small call.
+    if (
+        len(factors) == 2
+        and x_shape
+        and len(a_shape) == 3 == len(b_shape)
+        and a_shape[0] == b_shape[0]
+        and 0 not in a_shape
+        and 0 not in b_shape
+        and x_shape[-1] == a_shape[2] * b_shape[2]
+        and dtype.is_floating_point
+        and dtype == a.dtype == b.dtype
+        and device == a.device == b.device
+    ):
+        checked: tuple[Tensor, ...] = a, b
+    else:
+        checked = _check_factors(x, factors)
+    if bias is not None or activation is not None or residual is not None:
+        _check_epilogue(x, checked, bias, activation, residual)
+    return checked
+
+
+def _check_factors(x: Tensor | Shaped, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     dtype, device = x.dtype, x.device
-    if len(factors) == 2:  # the usual case takes 1 µs, a visible part of a small call
-        a, b = factors
-        (*_, n), a_shape, b_shape = x.shape or (0,), a.shape, b.shape
-        if (
-            len(a_shape) == 3 == len(b_shape)
-            and a_shape[0] == b_shape[0]
-            and 0 not in a_shape
-            and 0 not in b_shape
-            and n == a_shape[2] * b_shape[2]
-            and dtype.is_floating_point
-            and dtype == a.dtype == b.dtype
-            and device == a.device == b.device
-        ):
-            return a, b
     shapes = [f.shape for f in factors]
     columns = 1
     for i, shape in enumerate(shapes):
@@ -124,16 +196,13 @@ def check_factors(x: Tensor | Shaped, factors: Sequence[Tensor]) -> tuple[Tensor
     )
 
 
-def check_epilogue(
+def _check_epilogue(
     x: Tensor | Shaped,
     factors: Sequence[Tensor],
     bias: Tensor | None,
     activation: str | None,
     residual: Tensor | None,
 ) -> None:
-    """Bias ``(m,)``, activation and residual ``(…, m)`` against checked factors."""
-    if bias is None and activation is None and residual is None:
-        return
     rows = prod([f.shape[1] for f in factors])
     if bias is not None:
         if bias.shape != (rows,):
@@ -158,7 +227,7 @@ def check_epilogue(
 
 
 def check_activation(activation: str | None) -> None:
-    """Raise unless there is such an activation, or none is asked for."""
+    """Raise unless it is None or the name of an activation."""
     if activation is not None and activation not in _ACTIVATIONS:
         raise ValueError(
             f"activation must be None or one of {', '.join(_ACTIVATIONS)}, got {activation!r}."

@@ -1,102 +1,261 @@
-"""Which backend serves a call, and why the others do not."""
+"""How each call is computed: by which backend, and through which layers of PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal, get_args
+from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from kron_kernels.backends import cuda, eager, native
-from kron_kernels.backends.triton import launch as triton_gpu
-from kron_kernels.checks import check_factors, check_tensors
-from kron_kernels.shapes import KronShape
+from kron_kernels.backends import BACKENDS, eager
+from kron_kernels.backends.triton import launch
+from kron_kernels.checks import Activation, Layer, check_product, check_tensors, is_plain
+from kron_kernels.shapes import KronShape, constant_sizes
 
-Backend = Literal["auto", "eager", "native", "triton", "cuda"]
+BackendName = Literal["auto", "eager", "native", "triton", "cuda"]
 
-# Whom "auto" asks on a GPU, in this order. The reasons are lower bounds and counts by an
-# uncalibrated model (benchmarks/gpu/side_by_side), and no device's times; `python -m
-# benchmarks.gpu` takes those, and they are what should stand here.
-GPU_ORDER: dict[str, tuple[Backend, ...]] = {
-    # For one token the busiest warp executes 366 to 436 instructions of CUDA's kernel on 24 to 48
-    # multiprocessors, 587 to 1962 of Triton's on 3. For 16 they are 2336 to 3917 and 587 to 1962.
+# Order in which "auto" tries the GPU backends. From an uncalibrated cost model
+# (benchmarks/gpu/side_by_side); replace it by timings of `python -m benchmarks.gpu`.
+GPU_ORDER: dict[str, tuple[BackendName, ...]] = {
+    # One token: the busiest warp executes 366 to 436 instructions with CUDA, on 24 to 48
+    # multiprocessors, and 587 to 1962 with Triton, on 3. 16 tokens: 2336 to 3917, and 587 to 1962.
     "up to 4 tokens": ("cuda", "triton"),
-    # A mix without tensor cores: CUDA's bounds are 3 to 10 times Triton's.
+    # CUDA mixes without tensor cores: its lower bounds are 3 to 10 times Triton's.
     "both factors over 8 on a side": ("triton",),
-    # The 21x attention, forward and backward: 367 µs against Triton's 487 for 65,536 tokens on an
-    # A100, 235 against 324 on an H100. Triton's kernels read 16 interleaved vectors with conflicts.
-    # (Three products of one x, kron_qkv, are behind: 268 against 198, 158 against 124.)
+    # 21x attention, forward and backward, 65,536 tokens: CUDA 367 µs and Triton 487 µs on an A100,
+    # 235 and 324 on an H100. Triton reads 16 interleaved vectors with bank conflicts. (kron_qkv is
+    # the other way round: 268 and 198, 158 and 124.)
     "16 interleaved vectors": ("cuda", "triton"),
-    # Forward equal to Triton's or up to 14 % behind (8x attention on an H100: 53 %, where Triton
-    # has wgmma), backward from 6 % ahead to 26 % behind (8x attention on an H100: 82 to 90 %).
+    # CUDA's forward is 0 to 14 % slower (8x attention on an H100: 53 %, Triton has wgmma); its
+    # backward is between 6 % faster and 26 % slower (8x attention on an H100: 82 to 90 %).
     "anything else": ("triton", "cuda"),
 }
 
 
+# How a call is computed:
+# - plain: a differentiable PyTorch expression, which compilers and exporters take apart;
+# - products: one kron_matmul after another, each with its own route;
+# - autograd: an autograd.Function around an operator;
+# - operator: an operator of PyTorch's dispatcher, which profilers, modes and compilers see;
+# - recorded: direct, in a range that profilers see, for factors that no operator takes;
+# - direct: a call of the backend, 4 µs faster than an operator, as long as a small product.
+Way = Literal["plain", "products", "autograd", "operator", "recorded", "direct"]
+
+Route = tuple[Way, BackendName]  # "auto" with "products" only
+
+PLAIN: Route = ("plain", "eager")
+
+
+# --- routes
+
+
+def route_matmul(
+    backend: BackendName,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    observed: bool,
+) -> Route:
+    """The route of one product of checked operands; ``observed`` is ``is_observed(operands)``."""
+    if observed and torch.jit.is_tracing():  # it records PyTorch's own operators only
+        with constant_sizes():
+            choose(backend, x, factors)
+        return PLAIN
+    backend = choose(backend, x, factors)
+    with_grads = differentiable(operands)
+    if observed and torch.compiler.is_compiling():
+        # An exporter must translate plain products, and a compiler can fuse them.
+        if torch.compiler.is_exporting() or backend == "eager":
+            return PLAIN
+        if with_grads and backend not in ("triton", "cuda"):
+            return PLAIN
+    if len(factors) != 2:  # operators and gradients are for two
+        if backend == "eager" or with_grads or observed:
+            return PLAIN
+        return "recorded" if _profiled() else "direct", backend
+    # For a few tokens, without gradients, the expression takes less time than an operator's call.
+    small = backend == "eager" and eager.fits_one_chunk(x, KronShape.of(*factors))
+    if small and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))):
+        return PLAIN
+    if with_grads:
+        return "autograd", backend
+    return _without_gradients(backend, observed)
+
+
+def route_qkv(
+    backend: BackendName,
+    x: Tensor,
+    layers: Sequence[Layer],
+    operands: Sequence[Tensor],
+    observed: bool,
+) -> Route:
+    """The route of several products of one x; see ``route_matmul``."""
+    products = [layer[:2] for layer in layers]
+    # No backend fuses the gradients. "auto" leaves low rank to eager, and only that.
+    if differentiable(operands) or (backend == "auto" and _low_rank_among(products)):
+        return "products", backend
+    return _without_gradients(choose(backend, x, *products), observed)
+
+
+def route_feed_forward(
+    backend: BackendName,
+    x: Tensor,
+    up: Layer,
+    activation: Activation | None,
+    down: Layer,
+    operands: Sequence[Tensor],
+    observed: bool,
+) -> Route:
+    """The route of a feed-forward block; see ``route_matmul``."""
+    products = up[:2], down[:2]
+    # Without an activation the hidden vector is just the input of the second product. Of low rank,
+    # "auto" leaves a product to eager, and the other one to a backend of its own.
+    if activation is None or (backend == "auto" and _low_rank_among(products)):
+        return "products", backend
+    backend = choose(backend, x, *products)
+    if not differentiable(operands):
+        return _without_gradients(backend, observed)
+    if transformed() or torch.compiler.is_compiling() or not BACKENDS[backend].fuses(up, down):
+        return "products", backend
+    return "autograd", backend
+
+
+def route_embedding(a: Tensor, b: Tensor) -> Route:
+    """The route of a lookup in the table ``Σ_k a_k ⊗ b_k``."""
+    if launch.why_not_embedding(a, b) is not None:
+        return PLAIN
+    if transformed() or torch.compiler.is_compiling() or _traced() or not is_plain((a, b)):
+        return PLAIN
+    return "autograd", "triton"
+
+
+def in_products(x: Tensor) -> bool:
+    """Whether fused calls run as single products whatever the rest, even before the checks.
+
+    Single products cast under autocast, know shapes on the meta device, and can be exported.
+    """
+    return x.is_meta or under_autocast(x) or _traced()
+
+
+def _without_gradients(backend: BackendName, observed: bool) -> Route:
+    if backend == "eager" or observed or _profiled():
+        return "operator", backend
+    return "direct", backend
+
+
+def _low_rank_among(products: Sequence[Sequence[Tensor]]) -> bool:
+    low_rank = [is_low_rank(*factors) for factors in products]
+    return any(low_rank)
+
+
+# --- what is active
+
+
+def is_observed(operands: Sequence[Tensor]) -> bool:
+    """Whether something may look at the call, or at an operand's data, on its way to a backend.
+
+    That is a compiler, a tracer, a dispatch mode, or a tensor that is not plain memory.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or not is_plain(operands)
+    )
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    # One question for all devices is faster than for one; it counts CPUs and CUDA, but not MPS.
+    if x.is_cpu and not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def differentiable(operands: Sequence[Tensor]) -> bool:
+    """Whether autograd or a ``torch.func`` transform is active."""
+    return transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
+
+
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _profiled() -> bool:
+    return torch.autograd._profiler_enabled()
+
+
+def _traced() -> bool:
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+# --- backends
+
+
 def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
     """Why this backend cannot serve the call, as the end of a sentence, or None if it can."""
-    if backend == "eager":
-        return None
-    if backend == "native":
-        return native.why_not(x, *factors)
-    if backend == "triton":
-        return triton_gpu.why_not(x, *factors)
-    if backend == "cuda":
-        return cuda.why_not(x, *factors)
-    return f"there is no such backend; there are {', '.join(get_args(Backend))}"
+    if backend not in BACKENDS:
+        return f"there is no such backend; there are auto, {', '.join(BACKENDS)}"
+    return BACKENDS[backend].why_not(x, *factors)
 
 
-def choose(backend: Backend, x: Tensor, *products: Sequence[Tensor]) -> Backend:
-    """The backend to run, for all products of a call, each given by its factors.
+def require(backend: str, x: Tensor, *products: Sequence[Tensor]) -> None:
+    """Raise unless the backend can serve all products, each given by its factors.
 
-    One asked for by name is granted or refused, never replaced. ``"auto"`` is eager if one of the
-    products has low rank: two GEMMs, for which each device has a library.
+    Raises:
+        ValueError: With the reason.
+    """
+    for factors in products:
+        if reason := why_not(backend, x, *factors):
+            raise ValueError(f"backend={backend!r} cannot serve this call: {reason}.")
+
+
+def choose(backend: BackendName, x: Tensor, *products: Sequence[Tensor]) -> BackendName:
+    """The backend for all products of a call, each given by its factors.
+
+    A backend asked for by name is used or refused, never replaced. ``"auto"`` is eager if one of
+    the products has low rank: two GEMMs, for which each device has a library.
 
     Raises:
         ValueError: If the backend asked for cannot serve the call, with the reason.
     """
-    if backend == "auto":
-        if any(is_low_rank(*factors) for factors in products):
-            return "eager"
-        return fastest(x, *products)
-    for factors in products:
-        if reason := why_not(backend, x, *factors):
-            raise ValueError(f"backend={backend!r} cannot serve this call: {reason}.")
-    return backend
-
-
-def fastest(x: Tensor, *products: Sequence[Tensor]) -> Backend:
-    """The first backend in order that serves all of these products, none of which has low rank."""
-    for compiled in _order(x, *products[0]):
-        if not any(why_not(compiled, x, *factors) for factors in products):
-            return compiled
+    if backend != "auto":
+        require(backend, x, *products)
+        return backend
+    if _low_rank_among(products):
+        return "eager"
+    for name in _order(x, *products[0]):
+        reasons = [BACKENDS[name].why_not(x, *factors) for factors in products]
+        if not any(reasons):
+            return name
     return "eager"
 
 
 def explain_backends(x: Tensor, *factors: Tensor) -> str:
-    """One line a backend: what it does for these operands, or why it cannot serve them.
+    """One line a backend: how it would compute this product, or why it cannot.
 
     Args:
         x: The input of ``kron_matmul``, ``(…, n)``.
         *factors: Its factors.
 
     Raises:
-        TypeError: If an operand is no dense tensor.
+        TypeError: If an operand is not a dense tensor.
         ValueError: If ``kron_matmul`` would refuse these operands whatever the backend.
     """
     check_tensors(x, factors)
-    factors = check_factors(x, factors)
-    compiled_cuda = why_not("cuda", x, *factors) or f"ready: {cuda.plan(x)}"
-    triton = why_not("triton", x, *factors) or f"ready: {triton_gpu.plan(x, *factors)}"
-    compiled = why_not("native", x, *factors) or f"ready: {native.instruction_set()}"
-    return (
-        f"cuda    {compiled_cuda}\ntriton  {triton}\nnative  {compiled}\n"
-        f"eager   ready: {_eager_plan(factors)}"
+    factors = check_product(x, factors)
+    return "\n".join(
+        f"{name:8}{backend.why_not(x, *factors) or f'ready: {backend.describe(x, *factors)}'}"
+        for name, backend in reversed(BACKENDS.items())
     )
 
 
-def _order(x: Tensor, *factors: Tensor) -> tuple[Backend, ...]:
+def _order(x: Tensor, *factors: Tensor) -> tuple[BackendName, ...]:
     if x.is_cpu:
         return ("native",)
     sides = [f.shape[1:] for f in factors]
@@ -110,26 +269,8 @@ def _order(x: Tensor, *factors: Tensor) -> tuple[Backend, ...]:
 
 
 def is_low_rank(*factors: Tensor) -> bool:
-    """Whether this product is of two thin matrices: two GEMMs, which ``"auto"`` leaves to eager."""
-    # Told from most others by one look: a shape takes 1 µs to make, a visible part of a small call.
+    """Whether this is a product of two thin matrices: two GEMMs, which ``"auto"`` gives eager."""
+    # A shape takes 1 µs to make, a visible part of a small call; a side of 1 is seldom.
     if len(factors) != 2 or 1 not in factors[0].shape[-2:]:
         return False
     return KronShape.of(*factors).is_low_rank
-
-
-def _eager_plan(factors: Sequence[Tensor]) -> str:
-    if len(factors) > 2:
-        factors = eager.merge_small(factors)
-    if len(factors) != 2:
-        sides = " ⊗ ".join(f"{f.shape[1]}x{f.shape[2]}" for f in factors)
-        return f"one product per axis of {sides}"
-    s = KronShape.of(*factors)
-    if s.is_low_rank:
-        return (
-            f'low rank, {s.rank}: two GEMMs over all tokens, which "auto" takes; '
-            f"{s.flops:,} FLOPs per token"
-        )
-    form = eager.choose_form(s)
-    first, then = ("B", "A") if form.order == "b_first" else ("A", "B")
-    how = "one GEMM over all tokens" if form.layout == "planes" else "a batched product"
-    return f"{first} first, then {then}; A by {how}; {s.flops:,} FLOPs per token"

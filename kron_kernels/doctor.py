@@ -1,4 +1,4 @@
-"""``python -m kron_kernels.doctor``: what this machine has, and which backend serves what."""
+"""``python -m kron_kernels.doctor``: this machine, and the backends of KroneckerBERT's layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import kron_kernels
 from kron_kernels import dispatch
 from kron_kernels.backends import cuda
-from kron_kernels.backends.triton import launch as triton_gpu
+from kron_kernels.backends.triton import launch
 from kron_kernels.shapes import KronShape
 
 # KroneckerBERT's layers, 8x and 21x (NAACL 2022, Table 1).
@@ -30,7 +30,7 @@ _LAYERS = {
 
 
 def report() -> str:
-    """The diagnosis, one finding a line."""
+    """The report, one finding a line."""
     lines = [
         f"kron_kernels {kron_kernels.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}",
@@ -39,12 +39,12 @@ def report() -> str:
         f"GPU           {_gpu()}",
     ]
     for package, use in {
-        "triton": "our kernels for GPUs: pip install triton",
+        "triton": "kernels for GPUs: pip install triton",
         "transformers": "kroneckerbert: pip install kron-kernels[bert]",
         "accelerate": "kroneckerbert's distillation: pip install kron-kernels[bert]",
     }.items():
         lines.append(f"{package:14}{_version(package) or f'not installed ({use})'}")
-        if package == "triton" and _version(package) and (reason := triton_gpu.why_no_triton()):
+        if package == "triton" and _version(package) and (reason := launch.why_no_triton()):
             lines[-1] += f", not used: {reason}"
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     lines.append(
@@ -58,7 +58,7 @@ def report() -> str:
     )
     lines += [
         "",
-        "KroneckerBERT's layers at BERT_BASE size: who serves on this CPU, and what eager would do",
+        "KroneckerBERT's layers at BERT_BASE size: the backend on this CPU, and eager's plan",
     ]
     for name, s in _LAYERS.items():
         x, a, b = (torch.empty(size) for size in ((1, s.in_features), (s.m1, s.n1), (s.m2, s.n2)))
@@ -82,11 +82,11 @@ def _version(package: str) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the report; there are no options, and none is ignored."""
+    """Print the report. There are no options."""
     argparse.ArgumentParser("python -m kron_kernels.doctor").parse_args(arguments)
     try:
         print(report(), flush=True)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has stopped
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
 

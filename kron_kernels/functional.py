@@ -1,24 +1,27 @@
-"""``kron_matmul``: checks, autocast, flattening, gradients and the epilogue."""
+"""The public functions: checks, a route from ``dispatch``, and a return for each way."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
-from kron_kernels import dispatch, ops
-from kron_kernels.backends import COMPILED, eager
+from kron_kernels import autograd, dispatch, ops
+from kron_kernels.backends import BACKENDS, eager
 from kron_kernels.checks import (
     Activation,
-    check_epilogue,
-    check_factors,
+    Layer,
+    Shaped,
+    check_layer,
+    check_product,
+    check_tensor,
     check_tensors,
-    is_plain,
+    layer_tensors,
+    named,
 )
-from kron_kernels.dispatch import Backend
-from kron_kernels.shapes import KronShape, constant_sizes
+from kron_kernels.dispatch import BackendName
+from kron_kernels.shapes import check_integer
 
 
 def kron_matmul(
@@ -27,7 +30,7 @@ def kron_matmul(
     bias: Tensor | None = None,
     activation: Activation | None = None,
     residual: Tensor | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """``y = act(x Wᵀ + bias) + residual`` with ``W = Σ_k A_k ⊗ B_k ⊗ …``, without forming W.
 
@@ -35,7 +38,7 @@ def kron_matmul(
     ``Σ_k A_k X B_kᵀ``, read as row-major ``(m1, m2)``. (Papers that write ``vec(B X Aᵀ)`` stack
     columns; it is the same product.)
 
-    Differentiable any number of times, in forward mode as well; works under ``torch.vmap``,
+    Differentiable any number of times, in forward mode as well. Works under ``torch.vmap``,
     ``torch.compile(fullgraph=True)`` and ``torch.export``, on meta tensors, and under autocast,
     where it casts as ``F.linear`` does and leaves ``residual`` to PyTorch's type promotion.
 
@@ -49,18 +52,18 @@ def kron_matmul(
         bias: Shape ``(m,)``, ``m`` the product of the factors' rows.
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
         residual: Shape ``(…, m)``, on x's device, added last.
-        backend: ``"eager"`` is PyTorch on any device, ``"native"`` compiled code on CPUs,
-            ``"triton"`` and ``"cuda"`` Triton's and CUDA C++ kernels on GPUs; ``"auto"`` takes one
-            of the last three where they can serve the call. ``"native"`` takes up to 8 factors,
-            the kernels for GPUs two. A backend asked for by name is never replaced;
-            ``explain_backends`` says which can serve and why others cannot.
+        backend: ``"eager"`` is PyTorch on any device, ``"native"`` compiled code for CPUs,
+            ``"triton"`` and ``"cuda"`` are kernels for GPUs in Triton and in CUDA C++. ``"auto"``
+            takes one of the last three if it can serve the call, else eager. ``"native"`` takes up
+            to 8 factors, the GPU kernels two. A backend asked for by name is never replaced;
+            ``explain_backends`` says which can serve, and why the others cannot.
 
     Returns:
         Output of shape ``(…, m)``, of x's dtype (promoted with residual's). On a CPU, 16-bit
         inputs are multiplied and summed in float32.
 
     Raises:
-        TypeError: If an operand is no dense tensor.
+        TypeError: If an operand is not a dense tensor.
         ValueError: If shapes, dtypes or devices do not fit, or the backend cannot serve the call.
     """
     operands = (x, *factors)
@@ -68,216 +71,237 @@ def kron_matmul(
         operands += (bias,)
     if residual is not None:
         operands += (residual,)
-    watched = observed(operands)
-    if watched and not torch.compiler.is_compiling():
+    observed = dispatch.is_observed(operands)
+    if observed and not torch.compiler.is_compiling():
         check_tensors(x, factors, bias, residual)
-    if (watched or _any_autocast() or not x.is_cpu) and under_autocast(x):
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device)
-        # Within, the products would be cast once more, those of float32 sums included.
-        with torch.autocast(device, enabled=False):
+    if dispatch.under_autocast(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        lowered = [_lowered(t, dtype) for t in (x, *factors)]
+        with torch.autocast(x.device.type, enabled=False):  # which would lower float32 sums, too
             return kron_matmul(
-                *[_lowered(t, dtype) for t in (x, *factors)],
+                *lowered,
                 bias=None if bias is None else _lowered(bias, dtype),
                 activation=activation,
                 residual=residual,
                 backend=backend,
             )
-    if watched and torch.jit.is_tracing():
-        return _recorded(x, factors, bias, activation, residual, backend)
-    factors = check_factors(x, factors)
-    check_epilogue(x, factors, bias, activation, residual)
-    backend = dispatch.choose(backend, x, factors)
-    with_grads = differentiable(operands)
-    if _plain_is_best(x, factors, backend, with_grads, watched):
-        y = eager.kron_matmul(x, *factors, bias=bias)
-        return eager.epilogue(y, activation, residual)
-    rows = as_rows(x)
-    if with_grads:
+    factors = check_product(x, factors, bias, activation, residual)
+    if residual is not None and residual.dtype != x.dtype:
+        y = kron_matmul(x, *factors, bias=bias, activation=activation, backend=backend)
+        return y + residual
+    way, backend = dispatch.route_matmul(backend, x, factors, operands, observed)
+    if way == "plain":
+        return eager.plain_matmul(x, factors, bias, activation, residual)
+    rows, last = _rows(x, residual)
+    if way == "autograd":
         a, b = factors
-        y = apply(rows, a, b, bias, backend)
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        return eager.epilogue(y, activation, residual)
-    last = None if residual is None or residual.dtype != x.dtype else as_rows(residual)
-    epilogue = bias, activation, last
-    if len(factors) == 2 and (backend == "eager" or watched or profiled()):
-        y = ops.kron_matmul(rows, *factors, *epilogue, backend)
-    elif profiled():  # there is no operator of other numbers of factors
+        y = eager.epilogue(autograd.kron_matmul(rows, a, b, bias, backend), activation, last)
+    elif way == "operator":
+        a, b = factors
+        y = ops.kron_matmul(rows, a, b, bias, activation, last, backend)
+    elif way == "recorded":
         with torch.profiler.record_function("kron_kernels::kron_matmul"):
-            y = COMPILED[backend].kron_matmul(rows, factors, *epilogue)
+            y = BACKENDS[backend].kron_matmul(rows, factors, bias, activation, last)
     else:
-        y = COMPILED[backend].kron_matmul(rows, factors, *epilogue)
-    if x.ndim != 2:
-        y = y.view(*x.shape[:-1], y.shape[-1])
-    return y if last is not None or residual is None else y + residual
+        y = BACKENDS[backend].kron_matmul(rows, factors, bias, activation, last)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def as_rows(t: Tensor) -> Tensor:
-    """``(…, n)`` as ``(tokens, n)``."""
-    return t if t.ndim == 2 else t.flatten(0, -2) if t.ndim > 2 else t[None]
+def kron_qkv(
+    x: Tensor, query: Layer, key: Layer, value: Layer, *, backend: BackendName = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three products of one x, such as an attention's; x is read once.
 
+    Args:
+        x: Shape ``(…, n)``.
+        query: ``(a, b, bias)``: factors ``(m1, n1)`` and ``(m2, n2)``, or ``(r, …)`` for a sum of r
+            products, and a bias ``(m1 * m2,)`` or None.
+        key: The same for the second product.
+        value: The same for the third product.
+        backend: As for ``kron_matmul``.
 
-# Quicker than to ask for one device; it knows CPUs and CUDA, not MPS.
-_any_autocast = torch._C._is_any_autocast_enabled
+    Returns:
+        The results of three calls of ``kron_matmul``, with the same gradients and transforms.
 
-
-def observed(operands: Sequence[Tensor]) -> bool:
-    """Whether compiled kernels must be called through the dispatcher.
-
-    Compilers, tracers and modes see such a call, and what is no plain tensor becomes one. It takes
-    4 µs more, as long as a product of a few tokens.
+    Raises:
+        TypeError: As ``kron_matmul``.
+        ValueError: As ``kron_matmul``, naming the layer.
     """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or not is_plain(operands)
-    )
-
-
-def traced() -> bool:
-    """Whether ``torch.export`` or ``torch.jit.trace`` is recording, which takes plain products."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
-
-
-def profiled() -> bool:
-    """Whether a profiler is on, which sees what goes through the dispatcher."""
-    return torch.autograd._profiler_enabled()
-
-
-def under_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for x's device."""
-    device = x.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def differentiable(operands: Sequence[Tensor]) -> bool:
-    """Whether autograd or a ``torch.func`` transform may act on this call."""
-    if transformed():
-        return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-
-
-def transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _plain_is_best(
-    x: Tensor, factors: tuple[Tensor, ...], backend: str, with_grads: bool, watched: bool
-) -> bool:
-    """Whether plain products serve better than the operator and its gradient."""
-    # A compiler can fuse them, and an exporter must translate them.
-    if torch.compiler.is_exporting():
-        return True
-    if torch.compiler.is_compiling() and (
-        backend == "eager" or (with_grads and backend not in ("triton", "cuda"))
-    ):
-        return True
-    if len(factors) != 2:  # the operator is for two
-        return backend == "eager" or with_grads or watched
-    if backend != "eager":
-        return False
-    # Without gradients a few tokens take less time than the call of an operator.
-    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))
-    return not needed and eager.fits_one_chunk(x, KronShape.of(*factors))
-
-
-def _recorded(
-    x: Tensor,
-    factors: tuple[Tensor, ...],
-    bias: Tensor | None,
-    activation: Activation | None,
-    residual: Tensor | None,
-    backend: Backend,
-) -> Tensor:
-    """Plain products for ``torch.jit.trace``, which records operations of PyTorch's own only."""
-    with constant_sizes():
-        checked = check_factors(x, factors)
-        check_epilogue(x, checked, bias, activation, residual)
-        dispatch.choose(backend, x, checked)
-    factors = tuple([f if f.ndim == 3 else f[None] for f in factors])
-    y = eager.kron_matmul(x, *factors, bias=bias)
-    return eager.epilogue(y, activation, residual)
-
-
-def apply(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    """``x Wᵀ + bias`` of ``x (T, n)``, differentiable in every way."""
-    function = TransformedKronMatmul if transformed() else KronMatmul
-    return function.apply(x, a, b, bias, backend)
-
-
-def backward(ctx, dy: Tensor):
-    """Gradients of ``x``, ``a``, ``b``, ``bias``, and None for the backend."""
-    x, a, b = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():
-        grads = _differentiable_backward(dy, x, a, b, ctx.backend)
-    else:
-        grads = ops.kron_matmul_backward(dy, x.conj(), a.conj(), b.conj(), needed, ctx.backend)
-    grads = [g if n else None for g, n in zip(grads, needed, strict=True)]
-    return *grads, dy.sum(0) if ctx.needs_input_grad[3] else None, None
-
-
-class KronMatmul(torch.autograd.Function):
-    """``x (T, n)``, ``a (r, m1, n1)``, ``b (r, m2, n2)``, ``bias (m,)`` or None to ``y (T, m)``."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        ctx.save_for_backward(x, a, b)
-        ctx.backend = backend
-        return ops.kron_matmul(x, a, b, bias, None, None, backend)
-
-    backward = staticmethod(backward)
-
-
-class TransformedKronMatmul(torch.autograd.Function):
-    """The same for ``torch.func`` and forward mode, whose form of a Function takes 40 µs more."""
-
-    @staticmethod
-    def forward(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        return ops.kron_matmul(x, a, b, bias, None, None, backend)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, a, b, _, ctx.backend = inputs
-        ctx.save_for_backward(x, a, b)
-        ctx.save_for_forward(x, a, b)
-
-    backward = staticmethod(backward)
-
-    @staticmethod
-    def jvp(ctx, x_t: Tensor | None, a_t: Tensor | None, b_t: Tensor | None, bias_t, _) -> Tensor:
-        x, a, b = ctx.saved_tensors
-        terms = [
-            TransformedKronMatmul.apply(*operands, None, ctx.backend)
-            for operands in ((x_t, a, b), (x, a_t, b), (x, a, b_t))
-            if all(t is not None for t in operands)
+    layers = {"query": query, "key": key, "value": value}
+    operands, observed = _operands(x, layers)
+    way = "products"
+    if not dispatch.in_products(x):
+        checked = [check_layer(name, x, layer) for name, layer in layers.items()]
+        way, backend = dispatch.route_qkv(backend, x, checked, operands, observed)
+    if way == "products":
+        ys = [
+            named(name, kron_matmul, x, a, b, bias=bias, backend=backend)
+            for name, (a, b, bias) in layers.items()
         ]
-        if bias_t is not None:
-            terms.append(bias_t.expand(x.shape[0], -1))
-        return sum(terms[1:], terms[0])
+    else:
+        rows, _ = _rows(x)
+        if way == "operator":
+            a, b, biases = zip(*checked, strict=True)
+            ys = ops.kron_qkv(rows, a, b, biases, backend)
+        else:
+            ys = BACKENDS[backend].kron_qkv(rows, checked)
+        if x.ndim != 2:
+            ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    q, k, v = ys
+    return q, k, v
 
-    @staticmethod
-    def vmap(info, in_dims, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, backend: str):
-        def plain(x, a, b, bias):
-            return eager.kron_matmul(x, a, b, bias=bias)
 
-        return torch.vmap(plain, in_dims[:4])(x, a, b, bias), 0
+def kron_feed_forward(
+    x: Tensor,
+    up: Layer,
+    down: Layer,
+    *,
+    activation: Activation | None = "gelu",
+    residual: Tensor | None = None,
+    backend: BackendName = "auto",
+) -> Tensor:
+    """``down(act(up(x))) + residual``: a feed-forward block that never stores its hidden vector.
+
+    The compiled backends work on a block of tokens at a time. If ``up = (k x l) ⊗ B`` is cheaper
+    contracted from the right and ``down = (l' x k) ⊗ B'`` from the left, as in KroneckerBERT, an
+    entry of the hidden vector exists in a register only (native: in the first-level cache at most),
+    also in the backward, which recomputes it. Otherwise it is in memory: native keeps a block of
+    it, the others all of it, and every backend all of it while gradients wait for their backward.
+
+    Args:
+        x: Shape ``(…, n)``.
+        up: ``(a, b, bias)``: factors ``(m1, n1)`` and ``(m2, n2)``, or ``(r, …)`` for a sum of r
+            products, and a bias ``(m1 * m2,)`` or None.
+        down: The same for the second layer, whose inputs are up's outputs.
+        activation: Between the two, as for ``kron_matmul``; with None the block is two products.
+        residual: Of the output's shape, added last.
+        backend: As for ``kron_matmul``.
+
+    Returns:
+        Shape ``(…, m)``, of x's dtype (promoted with residual's).
+
+    Raises:
+        TypeError: As ``kron_matmul``.
+        ValueError: As ``kron_matmul``, naming the layer, or if ``down`` does not take as many
+            features as ``up`` gives.
+    """
+    operands, observed = _operands(x, {"up": up, "down": down}, residual)
+    way = "products"
+    if not dispatch.in_products(x):
+        up = check_layer("up", x, up, activation)
+        hidden = Shaped((*x.shape[:-1], up[0].shape[1] * up[1].shape[1]), x.dtype, x.device)
+        down = check_layer("down", hidden, down, residual=residual)
+        if residual is not None and residual.dtype != x.dtype:
+            return kron_feed_forward(x, up, down, activation=activation, backend=backend) + residual
+        way, backend = dispatch.route_feed_forward(
+            backend, x, up, activation, down, operands, observed
+        )
+    if way == "products":
+        a, b, bias = up
+        z = named(
+            "up", kron_matmul, x, a, b, bias=bias, activation=activation, backend=backend
+        )  # (…, hidden)
+        a, b, bias = down
+        return named("down", kron_matmul, z, a, b, bias=bias, residual=residual, backend=backend)
+    assert activation is not None  # which makes products
+    rows, last = _rows(x, residual)
+    if way == "autograd":
+        y = autograd.FeedForward.apply(rows, *up, activation, *down, backend)
+        y = eager.epilogue(y, None, last)
+    elif way == "operator":
+        y = ops.kron_feed_forward(rows, *up, activation, *down, last, backend)
+    else:
+        y = BACKENDS[backend].kron_feed_forward(rows, up, activation, down, last)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _differentiable_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, backend: str):
-    """The gradients by operations that have gradients themselves, for double backward."""
-    dx = apply(dy, a.mH, b.mH, None, backend)
-    dy = dy.unflatten(-1, (a.shape[1], b.shape[1]))  # (T, m1, m2)
-    x = x.unflatten(-1, (a.shape[2], b.shape[2])).conj()  # (T, n1, n2)
-    z = torch.einsum("tjq,kpq->ktjp", x, b.conj())
-    v = torch.einsum("kij,tip->ktjp", a.conj(), dy)
-    da = torch.einsum("tip,ktjp->kij", dy, z)
-    db = torch.einsum("ktjp,tjq->kpq", v, x)
-    return dx, da, db
+def kron_embedding(ids: Tensor, a: Tensor, b: Tensor, padding_idx: int | None = None) -> Tensor:
+    """Rows ``ids (…)`` of the table of ``a (r, rows, d / n)`` and ``b (r, 1, n)``: ``(…, d)``.
+
+    An id outside the table gives NaN on a GPU, where one kernel does the lookup, and raises
+    elsewhere.
+    """
+    if dispatch.route_embedding(a, b) != dispatch.PLAIN:
+        return autograd.Embedding.apply(ids, a, b, padding_idx)
+    terms = [
+        (F.embedding(ids, table, padding_idx)[..., None] * row).flatten(-2)  # (…, d / n, n)
+        for table, row in zip(a, b, strict=True)
+    ]
+    return sum(terms[1:], terms[0])
+
+
+def kron_cross_entropy(
+    h: Tensor,
+    a: Tensor,
+    b: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    tokens: int = 1024,
+) -> Tensor:
+    """Mean cross-entropy of the logits ``h Eᵀ + bias``, which exist for a few tokens at a time.
+
+    Equal to ``F.cross_entropy`` of all logits at once, in float32 for 16-bit inputs. The backward
+    computes a chunk's logits again: for 30,522 rows and 32 x 128 tokens, 500 MB of float32 become
+    125 MB, and so do their gradient and softmax.
+
+    Args:
+        h: Hidden states ``(…, d)``.
+        a: The table's left factor, ``(r, rows, d / n)``.
+        b: The right one, ``(r, 1, n)``.
+        labels: Rows, ``(…)``; those of ``ignore_index`` do not count.
+        bias: Shape ``(rows,)``.
+        ignore_index: Marks tokens without a label.
+        tokens: Tokens in a chunk.
+
+    Raises:
+        ValueError: If labels and hidden states differ in number, or ``tokens`` is not a positive
+            integer.
+    """
+    if h.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must have one entry for each hidden state, shape {tuple(h.shape[:-1])}, "
+            f"got {tuple(labels.shape)}."
+        )
+    tokens = check_integer("tokens", tokens)
+
+    def loss(h: Tensor, labels: Tensor) -> Tensor:
+        logits = kron_matmul(h, a, b, bias=bias)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
+
+    parts = zip(h.flatten(0, -2).split(tokens), labels.flatten().split(tokens), strict=True)
+    total = sum(checkpoint(loss, *part, use_reentrant=False) for part in parts)
+    return total / (labels != ignore_index).sum()
+
+
+def _operands(
+    x: Tensor, layers: dict[str, Layer], residual: Tensor | None = None
+) -> tuple[list[Tensor], bool]:
+    """All tensors of a fused call, which must be dense, and whether it is observed."""
+    operands = [x]
+    for name, layer in layers.items():
+        operands += layer_tensors(name, layer)
+    if residual is not None:
+        operands.append(residual)
+    observed = dispatch.is_observed(operands)
+    if observed and not torch.compiler.is_compiling():
+        for name, (a, b, bias) in layers.items():
+            named(name, check_tensors, x, (a, b), bias)
+        if residual is not None:
+            check_tensor("residual", residual)
+    return operands, observed
+
+
+def _rows(x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """``(…, n)`` and ``(…, m)`` as ``(T, n)`` and ``(T, m)``."""
+    if x.ndim == 2:
+        return x, residual
+    last = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    return x.reshape(-1, x.shape[-1]), last
 
 
 def _lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast as ``F.linear`` does: under autocast every real dtype but float64 becomes the lower."""
+    """Cast as ``F.linear`` does under autocast: every real dtype but float64 to the lower one."""
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t

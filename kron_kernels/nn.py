@@ -13,10 +13,13 @@ from kron_kernels.backends import eager
 from kron_kernels.calls import unobserved
 from kron_kernels.checks import Activation, check_activation, check_tensor
 from kron_kernels.decompose import dense_weight, nearest_kronecker, nearest_kronecker_sum
-from kron_kernels.dispatch import Backend
-from kron_kernels.embedding import kron_cross_entropy, kron_embedding
-from kron_kernels.functional import kron_matmul
-from kron_kernels.fused import kron_feed_forward
+from kron_kernels.dispatch import BackendName
+from kron_kernels.functional import (
+    kron_cross_entropy,
+    kron_embedding,
+    kron_feed_forward,
+    kron_matmul,
+)
 from kron_kernels.shapes import (
     KronShape,
     check_integer,
@@ -54,7 +57,7 @@ class KroneckerLinear(nn.Module):
         rank: int = 1,
         bias: bool = True,
         *,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -94,7 +97,7 @@ class KroneckerLinear(nn.Module):
         rank: int = 1,
         *,
         second_moment: Tensor | None = None,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
     ) -> Self:
         """The layer nearest to ``linear``, on its device and in its dtype, with its bias.
 
@@ -211,7 +214,7 @@ class KroneckerSum(nn.Module):
         parts: Sequence[tuple[tuple[int, int], int]],
         bias: bool = True,
         *,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -250,7 +253,7 @@ class KroneckerSum(nn.Module):
         parts: Sequence[tuple[tuple[int, int], int]],
         *,
         second_moment: Tensor | None = None,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
     ) -> Self:
         """A sum near ``linear``, on its device and in its dtype, with its bias.
 
@@ -363,7 +366,7 @@ class KroneckerFeedForward(nn.Module):
         down: KroneckerLinear,
         activation: Activation | None = "gelu",
         *,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
     ):
         super().__init__()
         check_activation(activation)
@@ -543,7 +546,7 @@ class KroneckerEmbedding(nn.Module):
     def cross_entropy(self, h: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
         """``F.cross_entropy(decode(h, bias), labels)`` without storing all logits.
 
-        See ``kron_kernels.embedding.kron_cross_entropy``.
+        See ``kron_kernels.functional.kron_cross_entropy``.
         """
         return kron_cross_entropy(h, self.a, self.b, labels, bias=bias)
 

@@ -1,4 +1,4 @@
-"""The one way to time: calls take turns, medians of repeats with their spread."""
+"""Timing of calls in turns: the median over the repeats, and its spread."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class Timing(NamedTuple):
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], seconds: float = 2.0, at_least: int = 5
 ) -> dict[str, Timing]:
-    """Wall time of each call, in rounds, so that what slows the machine slows all alike.
+    """Wall time of each call, measured in rounds: a slow phase of the machine slows all calls.
 
-    Each round has an order of its own: in a fixed one a call would always find the caches as the
-    same other leaves them. A call that takes less than a millisecond is repeated within its turn,
-    and averaged. One of less than 10 ms is called once before, untimed, or it would pay for what
-    its predecessor left in the caches. CUDA work is waited for.
+    Each round has a new order. In a fixed one a call would always find the caches as the same other
+    call leaves them. A call of less than a millisecond is repeated within its turn, and averaged.
+    One of less than 10 ms is first called untimed, or it would pay for its predecessor's caches.
+    CUDA work is waited for.
 
     Args:
         calls: By name; each is called twice before it is timed.
-        seconds: Measure for about this long, all calls together ...
-        at_least: ... but no fewer rounds than this, and no fewer than 2.
+        seconds: Approximate duration of the measurement of all calls together.
+        at_least: Least number of rounds, whatever the duration; at least 2.
 
     Raises:
-        ValueError: If ``seconds`` is no finite number, or ``at_least`` no integer.
+        ValueError: If ``seconds`` is not a finite number, or ``at_least`` not an integer.
     """
     seconds = check_number("seconds", seconds)
     at_least = check_integer("at_least", at_least, 0)
@@ -48,7 +48,7 @@ def interleaved(
         call()
         once[name] = max(_time(call, 1), 1e-7)
     rounds: list[dict[str, float]] = []
-    shuffle = random.Random(0)  # of its own: who times draws no numbers of the caller's
+    shuffle = random.Random(0)  # leaves the caller's random numbers alone
     end = time.perf_counter() + seconds
     while len(rounds) < max(at_least, 2) or time.perf_counter() < end:
         order = shuffle.sample(list(calls), len(calls))

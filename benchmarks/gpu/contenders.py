@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from kron_kernels import kron_feed_forward, kron_matmul, kron_qkv, reference
-from kron_kernels.backends import COMPILED, eager
+from kron_kernels.backends import BACKENDS, eager
 from kron_kernels.shapes import KronShape
 from kron_kernels.testing import assert_close
 from kron_kernels.testing.checks import slack
@@ -28,7 +28,7 @@ Layer = tuple[Tensor, Tensor, Tensor]  # a, b, bias
 def why_not(engine: str, device: str) -> str | None:
     """Why the engine has no kernels for this device, or None."""
     sizes = (1, 4), (1, 2, 2), (1, 2, 2)
-    return COMPILED[engine].why_not(
+    return BACKENDS[engine].why_not(
         *(torch.empty(size, device=device, dtype=torch.float16) for size in sizes)
     )
 
@@ -100,7 +100,7 @@ def kron_calls(
     """Our calls by each engine that has kernels for all layers."""
     calls: dict[str, Step] = {}
     for engine in ENGINES:
-        reasons = [COMPILED[engine].why_not(x, a, b) for a, b, _ in layers]
+        reasons = [BACKENDS[engine].why_not(x, a, b) for a, b, _ in layers]
         if reason := next(filter(None, reasons), None):
             left_out[engine] = reason
         else:
@@ -208,6 +208,6 @@ def check_contender(
 def exact_results(workload: Workload, x: Tensor, layers: list[list[Tensor]]) -> list[Tensor]:
     if workload.kind.startswith("block"):
         (a1, b1, c1), (a2, b2, c2) = layers
-        hidden = F.gelu(eager.kron_matmul(x, a1, b1, bias=c1))
-        return [eager.kron_matmul(hidden, a2, b2, bias=c2)]
-    return [eager.kron_matmul(x, a, b, bias=c) for a, b, c in layers]
+        hidden = F.gelu(eager.plain_matmul(x, (a1, b1), c1))
+        return [eager.plain_matmul(hidden, (a2, b2), c2)]
+    return [eager.plain_matmul(x, (a, b), c) for a, b, c in layers]

@@ -24,7 +24,7 @@ from benchmarks.gpu.contenders import (
 )
 from benchmarks.gpu.timing import Gpu
 from kron_kernels import dispatch, kron_matmul, reference
-from kron_kernels.backends import COMPILED
+from kron_kernels.backends import BACKENDS
 from kron_kernels.testing.cases import PAIRS, PRESETS, SQUARES, name
 from kron_kernels.testing.checks import arithmetic
 from kron_kernels.timing import Timing
@@ -151,7 +151,7 @@ def launch_overhead() -> dict[str, float]:
         "F.linear": lambda: F.linear(x, weight, bias),
     }
     for engine in ENGINES:
-        if COMPILED[engine].why_not(x, a, b):
+        if BACKENDS[engine].why_not(x, a, b):
             continue
         by = {"backend": engine}
         calls |= {
@@ -159,7 +159,7 @@ def launch_overhead() -> dict[str, float]:
             f"kron_matmul by {engine}, with gradients": lambda by=by: kron_matmul(
                 *again[:3], bias=again[3], **by
             ),
-            f"{engine}'s launcher alone": lambda kernels=COMPILED[engine]: kernels.kron_matmul(
+            f"{engine}'s launcher alone": lambda kernels=BACKENDS[engine]: kernels.kron_matmul(
                 x, (a, b), bias
             ),
         }

@@ -241,10 +241,10 @@ def test_tuning_writes_a_table_that_launches_read(gpu, tmp_path):
     assert record["gain"] > tuning.BETTER and not record["wrong"] and len(record["times"]) > 4
     best = Tile(**record["best"])
     assert best != Tile(**record["rule"])
-    device = configs.SIMULATED
-    assert configs.tile(TINY.geometry, 16, torch.float16, False, device) == best
-    assert configs.tile(TINY.geometry, 9, torch.float16, False, device) == best
-    assert configs.tile(TINY.geometry, 8, torch.float16, False, device) != best
+    simulated = configs.GPU("simulated", 2, 99 * 1024)
+    assert configs.tile(TINY.geometry, 16, torch.float16, False, simulated) == best
+    assert configs.tile(TINY.geometry, 9, torch.float16, False, simulated) == best
+    assert configs.tile(TINY.geometry, 8, torch.float16, False, simulated) != best
     assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["simulated.json"]
 
 
@@ -295,9 +295,10 @@ def test_candidates_that_do_not_compile_are_counted_and_wrong_ones_named(gpu, mo
 
 
 def test_only_possible_neighbours_are_tried():
+    small = configs.GPU("small", 2, 99 * 1024)
     for case in tuning.cases(quick=True):
         g, products = case.geometry, case.products
-        t = configs.rule(g, case.tokens, 2, False, configs.SIMULATED, products)
+        t = configs.rule(g, case.tokens, 2, False, small, products)
         near = tuning.neighbours(g, t, products)
         assert t not in near and len(set(near)) == len(near) > 3
         assert all(n.tokens * g.vectors >= 16 and min(n.depth, n.columns) >= 16 for n in near)

@@ -1,5 +1,5 @@
-// Activations and their slopes, in float32. The formulas are those of csrc/cpu/activation.h, but for
-// gelu's tail, which has no division of polynomials here.
+// Activations and their slopes, in float32. The formulas are those of csrc/cpu/activation.h, except
+// for gelu's tail, which avoids a division of polynomials.
 #pragma once
 #include "../kron.h"
 #include "device.h"
@@ -13,8 +13,8 @@ struct None {
 
 KRON_DEVICE float gauss(float x) { return power_of_two(-0.72134752f * x * x); } // e^(-x²/2)
 
-// The normal distribution at -|x|, given e^(-x²/2), by a minimax polynomial of 1 / (1 + 0.3 |x|):
-// relative error 1.5e-7 for |x| <= 14.
+// The normal distribution at -|x|, given e^(-x²/2): a minimax polynomial in 1 / (1 + 0.3 |x|) with a
+// relative error of 1.5e-7 for |x| <= 14.
 KRON_DEVICE float normal_tail(float x, float gauss) {
   const float t = reciprocal(1.f + 0.3f * fabsf(x));
   float p = 0.035674778773789155f;
@@ -56,7 +56,7 @@ struct GeluTanh {
 };
 
 struct Relu {
-  static KRON_DEVICE float value(float x) { return x < 0.f ? 0.f : x; } // NaN stays
+  static KRON_DEVICE float value(float x) { return x < 0.f ? 0.f : x; } // NaN stays NaN
   static KRON_DEVICE float value(float x, float &slope) {
     slope = x <= 0.f ? 0.f : 1.f;
     return value(x);

@@ -1,8 +1,8 @@
-// How numbers are multiplied: on tensor cores in 16 bits or tf32, or exactly in float32.
+// The kinds of math: tensor cores in 16 bits or tf32, and exact float32.
 //
-// A product is made of pieces of 16 rows by 8 columns by DEPTH bytes of either operand. Of a piece
-// of the result every kind of math has the same four sums in the same lanes (device.h,
-// multiply_add): whatever comes after is written once.
+// A product consists of pieces of 16 rows by 8 columns by DEPTH bytes of each operand. Every kind of
+// math has the same four sums of a piece in the same lanes (device.h, multiply_add), so all other code
+// is shared.
 #pragma once
 #include "arguments.h"
 #include "device.h"
@@ -10,12 +10,12 @@
 namespace kron {
 
 struct Lane {
-  int row, pair; // of the result's rows row and row + 8, columns 2 pair and 2 pair + 1
+  int row, pair; // the lane has rows row and row + 8, columns 2 pair and 2 pair + 1 of the result
 };
 KRON_DEVICE Lane lane_of(int lane) { return {lane >> 2, lane & 3}; }
 
-// Operands lie in shared memory as rows, `pitch` bytes apart, or columns of a step, along which the
-// products are summed; or transposed, as rows along which they are not.
+// In shared memory an operand is rows, `pitch` bytes apart, or columns of a step, along the depth; or,
+// transposed, rows across the depth.
 template <class N, bool TF32 = false> struct TensorCores {
   using Number = N;
   static constexpr int DEPTH = 32, UNROLL = 2;
@@ -32,7 +32,7 @@ template <class N, bool TF32 = false> struct TensorCores {
     round(left.r);
     return left;
   }
-  // Of 16 columns of a step, from byte `depth` on.
+  // From 16 columns of a step, starting at byte `depth`.
   static KRON_DEVICE void load_right(Right (&right)[2], const unsigned char *tile, int depth,
                                      int lane) {
     uint32_t r[4];
@@ -42,7 +42,7 @@ template <class N, bool TF32 = false> struct TensorCores {
     right[0] = {{r[0], r[1]}}, right[1] = {{r[2], r[3]}};
   }
 
-  // tile + i * pitch holds the numbers i along which is summed.
+  // tile + i * pitch has the numbers at depth i.
   static KRON_DEVICE Left load_left_transposed(const unsigned char *tile, int pitch, int lane) {
     Left left;
     if constexpr (sizeof(N) == 2) {
@@ -85,7 +85,7 @@ private:
   }
 };
 
-// float32 as it is, by the ordinary units.
+// Exact float32, without tensor cores.
 struct Exact {
   using Number = float;
   static constexpr int DEPTH = 16, UNROLL = 1; // registers are scarce

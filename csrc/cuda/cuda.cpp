@@ -23,8 +23,8 @@ const char *kernels_of(const kron_cuda_execution &e, int64_t dtype, const Kernel
 
 bool aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// How vectors are read or written 16 bytes at a time, of rows whose pointers are all aligned, `width`
-// columns at most.
+// The layout of vectors, to be accessed 16 bytes at a time if all pointers are aligned; `width` columns
+// at most.
 Layout layout(int64_t vectors, int64_t length, bool interleaved, int item, bool all_aligned,
               int width = WARP_COLUMNS) {
   const int packet = 16 / item;
@@ -93,7 +93,7 @@ const char *begin(const kron_cuda_execution *e, int64_t dtype, int64_t tokens, C
   return device_properties(e->device, call.device);
 }
 
-// What a product, of its geometry, asks of the forward kernels but for its pointers.
+// The arguments of the forward kernels for a geometry, without pointers.
 ForwardArguments forward_arguments(const Geometry &g, const Call &call, bool pointers_aligned) {
   ForwardArguments a = {};
   const int64_t across = g.mix_first ? 1 : g.terms;
@@ -122,7 +122,7 @@ const char *launch_forward(const Call &call, ForwardArguments &a) {
   return call.run(call.kernels->forward, shape, a);
 }
 
-// Whether two products differ in their pointers only.
+// Whether two products differ only in their pointers.
 bool alike(const kron_product &p, const kron_product &q) {
   bool same = p.rank == q.rank && p.activation == q.activation && p.turns[0] == q.turns[0];
   for (int i = 0; i < 2; i++) {
@@ -143,9 +143,9 @@ const char *geometry_of(const kron_product *p, Geometry &g) {
   return find_geometry(*p, g);
 }
 
-// The gradients of a product of geometry g, as launches in terms of g and its transpose.
+// The launches for the gradients of a product of geometry g.
 struct Backward {
-  Geometry last; // g or its transpose: that whose mix comes last
+  Geometry last; // g or its transpose, whichever has the mix last
   ForwardArguments mix;
   Shape mix_shape;
   DotGradientArguments dot;
@@ -159,8 +159,7 @@ struct Backward {
     mix_shape = plan_forward(problem, mix, true);
     mix.rows = mix_shape.rows, mix.warps_along = mix_shape.warps_along;
     mix.splits = mix_shape.splits, mix.steps = mix_shape.steps;
-    // What the mix, coming last, makes of vectors from `in` are vectors of `out`: transposed it mixes
-    // out's vectors into as many as in has.
+    // A mix that comes last maps vectors of `in` to vectors of `out`; its transpose maps them back.
     const Role back = {last.mix.factor, !last.mix.transposed};
     dot.vectors = mix.vectors, dot.terms = mix.terms, dot.tokens = call.tokens;
     DotGradientArguments::Side &mixed = dot.sides[g.mix_first], &plain = dot.sides[!g.mix_first];
@@ -184,7 +183,7 @@ const char *launch_dot_gradient(const Call &call, const DotGradientArguments &a,
   return call.sum(a.partial, sums, count, a.shares);
 }
 
-// up and down as a feed-forward block, or why they are none.
+// up and down as a feed-forward block, or why they cannot be fused.
 const char *meeting(const kron_product &up, const kron_product &down, const Call &call,
                     bool backward, bool pointers_aligned, FeedForwardArguments &a, Shape &shape) {
   if (const char *error = two_factors(up)) return error;
@@ -218,7 +217,7 @@ const char *meeting(const kron_product &up, const kron_product &down, const Call
   return nullptr;
 }
 
-// Where the backward of a feed-forward block keeps what, in bytes from the start of the workspace.
+// The workspace of a feed-forward block's backward: offsets in bytes.
 struct FeedForwardBackward {
   FeedForwardArguments a;
   Shape shape;
@@ -261,7 +260,6 @@ struct FeedForwardBackward {
 
 } // namespace
 
-const char *kron_cuda_archs(void) { return KRON_CUDA_ARCHS; }
 
 const char *kron_cuda_why_not(int64_t index) {
   Device device;
@@ -313,7 +311,7 @@ int64_t kron_cuda_backward_workspace(const kron_cuda_execution *e, int64_t dtype
   Call call;
   Geometry g;
   if (begin(e, dtype, tokens, call) || geometry_of(product, g)) return 0;
-  // Misaligned operands take other tiles: room for either.
+  // Unaligned operands have other tiles: make room for both.
   int64_t most = 0;
   for (const bool pointers_aligned : {false, true}) {
     const Backward b(g, call, pointers_aligned);
@@ -338,7 +336,7 @@ const char *kron_cuda_backward(const kron_cuda_execution *e, int64_t dtype, int6
   float *parts = static_cast<float *>(workspace);
   Backward b(g, call, all);
 
-  // A mix that comes first comes last in dX: there its gradient is made on the way.
+  // A mix that comes first comes last in dX, which computes its gradient as well.
   const bool together = g.mix_first && d_mix;
   if (dx && tokens && !together) {
     const Geometry back = g.transposed();

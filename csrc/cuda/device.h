@@ -1,5 +1,5 @@
-// What kernels are written in: CUDA's own words, and a name for each instruction that has none.
-// With KRON_EMULATED the same sources are compiled for the host, where tests/gpu/emulator runs them.
+// The kernels' language: CUDA, and functions for instructions without an intrinsic. With KRON_EMULATED
+// the same sources are compiled for the host, where tests/gpu/emulator runs them.
 #pragma once
 #include <stdint.h>
 
@@ -12,9 +12,9 @@ struct Bfloat16 {
 };
 } // namespace kron
 
-// A kernel is a function of one struct, under a name that tools can show:
+// Defines a kernel, a function of one struct, with a readable name:
 //   KRON_KERNEL(kron_forward_float16, ForwardArguments, THREADS, BLOCKS, forward<Float16>)
-// BLOCKS of THREADS are to fit on a multiprocessor: what its registers are shared out for.
+// Registers are limited so that BLOCKS blocks of THREADS fit on a multiprocessor.
 #if defined(KRON_EMULATED)
 #include "emulated.h"
 #define KRON_KERNEL(NAME, ARGUMENTS, THREADS, BLOCKS, ...)                                         \
@@ -43,7 +43,7 @@ KRON_DEVICE float to_float(Float16 x) {
 }
 KRON_DEVICE float to_float(Bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 
-// Two numbers rounded to the nearest, the first in the lower half.
+// Two numbers, rounded to nearest, with the first in the lower half.
 KRON_DEVICE uint32_t pack(float first, float second, Float16) {
   uint32_t y;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
@@ -55,14 +55,14 @@ KRON_DEVICE uint32_t pack(float first, float second, Bfloat16) {
   return y;
 }
 
-// The nearest number of 10 bits of fraction, ties away from zero, as tensor cores want it.
+// Rounded to 10 bits of fraction, ties away from zero, as tensor cores require.
 KRON_DEVICE uint32_t to_tf32(uint32_t x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(__uint_as_float(x)));
   return y;
 }
 
-// 2^x and 1 / x within 2 in the last place, without subnormals.
+// 2^x and 1 / x within 2 units in the last place; subnormals are flushed.
 KRON_DEVICE float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -78,35 +78,35 @@ KRON_DEVICE uint32_t shared_address(const void *p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// The block's dynamic shared memory, 16-byte aligned.
+// The block's dynamic shared memory, aligned to 16 bytes.
 KRON_DEVICE unsigned char *shared_memory() {
   extern __shared__ __align__(16) unsigned char kron_shared[];
   return kron_shared;
 }
 
-// 16 bytes from global to shared memory, both aligned, or zeros and nothing is read; they are not
-// there before copies_wait, and for other threads not before a barrier after it.
+// Copies 16 aligned bytes from global to shared memory; if not `there`, writes zeros and reads nothing.
+// They arrive at copies_wait, and for other threads at a barrier after it.
 KRON_DEVICE void copy_async(void *to, const void *from, bool there = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(there ? 16 : 0)
                : "memory");
 }
 KRON_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all but the last KEPT groups that this thread committed are there.
+// Waits until all but the last KEPT groups committed by this thread have arrived.
 template <int KEPT> KRON_DEVICE void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(KEPT) : "memory");
 }
 
-// Four matrices of 8 rows of 16 bytes: lane l gives the address of row l % 8 of matrix l / 8, and
-// gets of matrix i the 32 bits l % 4 of row l / 4.
+// Loads four matrices of 8 rows of 16 bytes: lane l passes the address of row l % 8 of matrix l / 8,
+// and r[i] gets word l % 4 of row l / 4 of matrix i.
 KRON_DEVICE void load_matrices(uint32_t (&r)[4], const void *row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
 }
-// The same of their transposes, as matrices of 16-bit numbers: the numbers l / 4 of rows
-// 2 (l % 4) and 2 (l % 4) + 1.
+// The same for the transposes, as matrices of 16-bit numbers: numbers l / 4 of rows 2 (l % 4) and
+// 2 (l % 4) + 1.
 KRON_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void *row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -114,7 +114,7 @@ KRON_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void *row) {
                : "memory");
 }
 
-// d (16 x 8) += a (16 x 32 bytes) bᵀ (8 x 32 bytes) by the tensor cores, sums in float32. With
+// d (16 x 8) += a (16 x 32 bytes) bᵀ (8 x 32 bytes) on tensor cores, with sums in float32. With
 // g = lane / 4 and t = lane % 4 a lane holds
 //   d: rows g, g, g + 8, g + 8; columns 2t, 2t + 1, 2t, 2t + 1
 //   a: 4 bytes each of rows g, g + 8, g, g + 8, from byte 4t, 4t, 16 + 4t, 16 + 4t on
@@ -133,7 +133,7 @@ KRON_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint3
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// Of float32, multiplied as to_tf32 makes them.
+// float32 numbers that to_tf32 has rounded.
 KRON_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                               float) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "

@@ -1,13 +1,13 @@
-// What becomes of a product's sums: they pass through shared memory, piece by piece, where a token's
-// vectors lie side by side; there they are mixed, and finished with bias, activation and residual.
+// The epilogue of a product: its sums pass through shared memory piece by piece, where the vectors of a
+// token are together. There they are mixed and finished with bias, activation and residual.
 #pragma once
 #include "activation.h"
 #include "product.h"
 
 namespace kron {
 
-// Where a column of a slab is: the packets of its second half are exchanged in pairs, so that lanes
-// which read eight columns each, four at a time, find them in different banks.
+// The position of a column in a slab. The packets of the second half are swapped in pairs: lanes that
+// read eight columns each, four at a time, access different banks.
 KRON_DEVICE int slab_column(int column) { return column ^ (column >> 3 & 4); }
 
 template <int COUNT> KRON_DEVICE void load_slab(float (&values)[COUNT], const float *row, int column) {
@@ -22,7 +22,7 @@ template <int COUNT> KRON_DEVICE void load_slab(float (&values)[COUNT], const fl
   }
 }
 
-// The warp's; __syncwarp is the caller's, before and after.
+// By one warp. The caller does __syncwarp before and after.
 KRON_DEVICE void store_slab(float *slab, const float (&sums)[WARP_COLUMNS / 8][4], int lane) {
   const Lane l = lane_of(lane);
 #pragma unroll
@@ -35,13 +35,13 @@ KRON_DEVICE void store_slab(float *slab, const float (&sums)[WARP_COLUMNS / 8][4
 
 // The tokens of a piece of rows, and the columns of a warp.
 struct Piece {
-  int tokens, vectors;  // tokens that there are; a token's rows
-  int first, columns;   // d of the first column; N, beyond which there is none
+  int tokens, vectors;  // existing tokens; rows of a token
+  int first, columns;   // d of the first column; N
   int shift, terms;     // columns of a term: 1 << shift
 };
 
-// Calls f(token, o, column) for VECTORS outputs from o on and RUN columns each, for all of a piece,
-// by so many lanes.
+// Calls f(token, o, column) for VECTORS outputs from o on and RUN columns each, over a whole piece,
+// with this many lanes.
 template <class A, class F>
 KRON_DEVICE void for_packets(const Piece &piece, int outputs, int lane, int lanes, F f) {
   constexpr int RUN = A::ENTRIES;
@@ -61,7 +61,7 @@ KRON_DEVICE void for_packets(const Piece &piece, int outputs, int lane, int lane
   }
 }
 
-// The sums over a warp's lanes of COUNT numbers, a power of two: of number lane / (32 / COUNT).
+// Sums COUNT numbers, a power of two, over a warp's lanes; returns that of number lane / (32 / COUNT).
 template <int COUNT, int BIT = 16>
 KRON_DEVICE float sum_over_lanes(const float (&values)[COUNT], int lane) {
   if constexpr (COUNT > 1) {
@@ -82,13 +82,13 @@ KRON_DEVICE float sum_over_lanes(const float (&values)[COUNT], int lane) {
 
 template <class N> struct Output {
   N *y;              // of the piece's first token
-  const N *residual; // likewise, or null
+  const N *residual; // the same, or null
   const N *bias;     // or null
   Layout layout;
   int activation;
 };
 
-// act(values + bias) + residual of NUMBERS contiguous features of a token; PLAIN: values.
+// act(values + bias) + residual for NUMBERS contiguous features of a token; if PLAIN, only values.
 template <bool PLAIN, class N, int NUMBERS>
 KRON_DEVICE void finish(float (&values)[NUMBERS], const Output<N> &out, int token, int feature) {
   if (!PLAIN && out.bias) {
@@ -112,8 +112,8 @@ KRON_DEVICE void finish(float (&values)[NUMBERS], const Output<N> &out, int toke
   store(out.y + at, values);
 }
 
-// y of a piece of rows in a slab. Rows are a token's outputs, or with a mix (terms · rows x pitch,
-// see left.h) what it makes them of.
+// Writes y for a piece of rows in a slab. The rows are outputs, or inputs of a mix (terms · rows x
+// pitch, see left.h).
 template <bool PLAIN = false, class N>
 KRON_DEVICE void write_piece(const float *slab, const Piece &piece, const float *mix, int pitch,
                              const Output<N> &out, int lane, int lanes = 32) {
@@ -124,7 +124,7 @@ KRON_DEVICE void write_piece(const float *slab, const Piece &piece, const float 
       return slab + (token * piece.vectors + v) * SLAB_PITCH;
     };
     const int inputs = mix ? piece.terms * piece.vectors : 0;
-    if (inputs && inputs <= 2) { // what is mixed stays in registers
+    if (inputs && inputs <= 2) { // the inputs stay in registers
       for_packets<A>(piece, VECTORS, lane, lanes, [&](int token, int, int column) {
         float z[2][RUN] = {};
         load_slab(z[0], row(token, 0), column);

@@ -1,7 +1,7 @@
-// down(act(up x)) whose hidden vector exists in registers only, and its gradients.
+// down(act(up x)) with the hidden vector in registers only, and its gradients.
 //
-// up = A (H, U) ⊗ B (N, K) and down = A' (P, H) ⊗ B' (M, N) meet in a grid (H, N). Of a token's
-// column d of it comes in z_u[d] = Σ_c B[d, c] x_u[c], and goes on
+// up = A (H, U) ⊗ B (N, K) and down = A' (P, H) ⊗ B' (M, N) see the hidden vector as a grid (H, N). For
+// column d of a token's grid the input is z_u[d] = Σ_c B[d, c] x_u[c] and the output
 //
 //   v_p[d] = Σ_h A'[p, h] act(Σ_u A[h, u] z_u[d] + bias[h, d]).
 #pragma once
@@ -25,7 +25,7 @@ template <class N> KRON_DEVICE void load_mixes(float *to, const FeedForwardArgum
   }
 }
 
-// A row of the bias from column d on, of which there are so many; 0 beyond.
+// A row of the bias from column d on, of this many columns; 0 beyond.
 template <class N>
 KRON_DEVICE void load_bias(float (&to)[LANE_COLUMNS], const N *row, int columns, bool wide) {
   if (wide && columns > 0) return load(to, row);
@@ -33,7 +33,7 @@ KRON_DEVICE void load_bias(float (&to)[LANE_COLUMNS], const N *row, int columns,
   for (int i = 0; i < LANE_COLUMNS; i++) to[i] = i < columns ? to_float(row[i]) : 0.f;
 }
 
-// The z of a token and four columns: 0 where there is none.
+// The z of a token and four columns; 0 outside.
 KRON_DEVICE void load_meeting(float (&z)[MEETING][LANE_COLUMNS], const float *slab, int token,
                               int vectors, int column, bool live) {
 #pragma unroll
@@ -44,7 +44,7 @@ KRON_DEVICE void load_meeting(float (&z)[MEETING][LANE_COLUMNS], const float *sl
   }
 }
 
-// Of a piece in a slab: v, rounded, to its rows and columns of left.
+// Writes v of a piece in a slab, rounded, to its rows and columns of left.
 template <class N>
 KRON_DEVICE void contract_hidden(const float *slab, const Piece &piece, const FeedForwardArguments &a,
                                  const float *mixes, const Tile &left, int first_row, int lane) {
@@ -158,7 +158,7 @@ template <class M> KRON_DEVICE void feed_forward(const FeedForwardArguments &a) 
   }
 }
 
-// Of a piece, z in one slab and the gradient of v in another: v, the gradient of z and the sums.
+// For a piece with z in one slab and the gradient of v in another: v, the gradient of z and the sums.
 template <class N>
 KRON_DEVICE void hidden_gradients(const float *slab, const Piece &piece,
                                   const FeedForwardArguments &a, const float *mixes, float *cells,
@@ -181,7 +181,7 @@ KRON_DEVICE void hidden_gradients(const float *slab, const Piece &piece,
     }
   };
   with_activation(a.activation, [&](auto activation) {
-    // Two tokens at a time; all lanes stay together, for the sums over them.
+    // Two tokens at a time; all lanes take part in the sums over them.
 #pragma unroll 1
     for (int pair = 0; pair < 16 / MEETING; pair += 2) {
       const int token = pair + lane / 16, column = lane % 16 * LANE_COLUMNS;
@@ -221,7 +221,7 @@ KRON_DEVICE void hidden_gradients(const float *slab, const Piece &piece,
         const float sum = sum_over_lanes(mixed, lane);
         if (lane % (32 / MEETING_PITCH) == 0)
           cells[h * MEETING_PITCH + lane / (32 / MEETING_PITCH)] += sum;
-        // The other token's sums of the same columns: each lane keeps two.
+        // Adds the other token's sums of the same columns: each lane keeps two.
         const bool upper = lane & 16;
         const float kept[2] = {upper ? gradient[2] : gradient[0], upper ? gradient[3] : gradient[1]};
         const float sent[2] = {upper ? gradient[0] : gradient[2], upper ? gradient[1] : gradient[3]};
@@ -304,7 +304,7 @@ template <class M> KRON_DEVICE void feed_forward_backward(const FeedForwardArgum
   }
 
   __syncthreads();
-  // Warps side by side have columns of their own, warps one below another the same.
+  // Warps side by side have different columns, warps below one another the same.
 #pragma unroll 1
   for (int i = threadIdx.x; i < a.hidden * MEETING_PITCH; i += blockDim.x) {
     float sum = 0.f;

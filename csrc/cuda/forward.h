@@ -1,15 +1,14 @@
-// y = act((Σ_k A_k ⊗ B_k) x + bias) + residual, of one x and up to four products.
+// y = act((Σ_k A_k ⊗ B_k) x + bias) + residual, for one x and up to four products.
 //
-// One factor is the product's, dot (terms, N, K), the other the mix (terms, O, U): docs/gpu-kernels.md.
-// A block takes some tokens. If the mix comes first it mixes them on the way to shared memory, and
-// the terms lie one after another along the depth; else it copies them, has the terms side by side as
-// columns, and mixes what comes out.
+// One factor is dot (terms, N, K), the other the mix (terms, O, U): see docs/kernels/cuda.md. If the mix
+// comes first, a block mixes its tokens on the way to shared memory, and the terms are consecutive along
+// the depth. Otherwise it copies them, the terms are columns side by side, and it mixes the results.
 #pragma once
 #include "epilogue.h"
 
 namespace kron {
 
-// Adds Σ_t,d other_o[d] z_k,u[d] of a piece to cells (k, u, o), the warp's own.
+// Adds Σ_t,d other_o[d] z_k,u[d] of a piece to the warp's cells (k, u, o).
 template <class N>
 KRON_DEVICE void contract_piece(const float *slab, const Piece &piece, const N *other,
                                 const Layout &layout, float *cells, int pitch, int lane) {
@@ -50,7 +49,7 @@ KRON_DEVICE void contract_piece(const float *slab, const Piece &piece, const N *
             }
           }
           const float sum = sum_over_lanes(sums, lane);
-          constexpr int LANES = 32 / (OUTPUTS * INPUTS); // of a sum
+          constexpr int LANES = 32 / (OUTPUTS * INPUTS); // for each sum
           const int which = lane / LANES, to = o + which / INPUTS, from = u + which % INPUTS;
           if (lane % LANES == 0 && to < layout.vectors && from < piece.vectors)
             cells[(k * piece.vectors + from) * pitch + to] += sum;
@@ -86,7 +85,7 @@ template <class M, bool GRADIENT> KRON_DEVICE void forward(const ForwardArgument
     for (int i = threadIdx.x; i < warps * cell_size; i += blockDim.x) cells[i] = 0.f;
   __syncthreads();
 
-  // Along the depth: how many steps a term takes, and how many terms there are.
+  // Steps of a term, and number of terms, along the depth.
   const int term_steps = (a.in.length + STEP<N> - 1) / STEP<N>;
   const int depth_terms = a.mix_first ? a.terms : 1, steps = depth_terms * term_steps;
   const int width = 1 << a.shift, block_width = a.warps_along * width;
@@ -151,7 +150,7 @@ template <class M, bool GRADIENT> KRON_DEVICE void forward(const ForwardArgument
       }
       __syncthreads(); // the slabs become stages
     }
-    __syncthreads(); // left is filled anew
+    __syncthreads(); // left is filled again
   }
   if constexpr (GRADIENT) {
     float *to = a.partial + int64_t(blockIdx.x) * (a.terms * outputs * inputs);

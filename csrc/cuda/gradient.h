@@ -1,5 +1,5 @@
-// The gradient of a large factor, Σ over tokens t and vectors v of left_t,v rightᵀ_t,v, where either
-// side's vectors may be mixed on the way; and sums over the blocks' parts, in a fixed order.
+// The gradient of a large factor, Σ over tokens t and vectors v of left_t,v rightᵀ_t,v, with the vectors
+// of one side mixed on the way; and sums over the blocks' parts, in a fixed order.
 #pragma once
 #include "forward.h"
 
@@ -30,7 +30,7 @@ template <class M> KRON_DEVICE void dot_gradient(const DotGradientArguments &a) 
   }
   const Tile right = {left.data + row_count * left.pitch, transposed_pitch(width, sizeof(N)), j * width, width};
   const Rows rows(a.vectors);
-  if (rows.spare) // rows of no token count for nothing
+  if (rows.spare) // rows without a token are zero
     for (int b = threadIdx.x * 4; b < row_count * (left.pitch + right.pitch); b += blockDim.x * 4)
       *reinterpret_cast<uint32_t *>(left.data + b) = 0;
   __syncthreads();
@@ -95,7 +95,7 @@ template <class M> KRON_DEVICE void dot_gradient(const DotGradientArguments &a) 
       }
 }
 
-// A warp sums every eighth part of 32 numbers; then the eight are summed.
+// Each of eight warps sums every eighth part of 32 numbers; then the eight sums are added.
 KRON_DEVICE void sum_parts(const SumArguments &a) {
   float *slices = reinterpret_cast<float *>(shared_memory());
   const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;

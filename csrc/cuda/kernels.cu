@@ -24,7 +24,7 @@ using Math = math::KRON_MATH;
 
 using namespace kron;
 
-// Exact sums take more registers, and their operands so much shared memory that one block fits.
+// Exact sums take more registers, and operands fill the shared memory: one block fits.
 enum { BLOCKS = sizeof(Math::Left) > 16 ? 1 : 2 };
 
 KRON_KERNEL(KRON_NAME(forward), ForwardArguments, BLOCK_THREADS, BLOCKS, forward<Math, false>)

@@ -6,7 +6,7 @@ namespace kron {
 
 struct Kernels {
   Kernel forward, mix_gradient;
-  Kernel one_token, few_tokens; // small_forward, of two rows and of eight at a time
+  Kernel one_token, few_tokens; // small_forward with two rows and with eight at a time
   Kernel feed_forward, feed_forward_backward;
   Kernel dot_gradient, sum_parts;
 };

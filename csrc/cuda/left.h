@@ -1,11 +1,11 @@
-// The left operand of a product: rows of vectors in shared memory, as they are or mixed on the way.
+// The left operand of a product: rows of vectors in shared memory, copied or mixed.
 #pragma once
 #include "vectors.h"
 
 namespace kron {
 
-// A token's vectors, 16 at most, lie in one piece of 16 rows (arithmetic.h), as many tokens in a
-// piece as there is room for: what comes of a token is in the hands of one warp.
+// A piece of 16 rows (arithmetic.h) has as many whole tokens, of up to 16 vectors, as fit: the results
+// of a token are in a single warp.
 struct Rows {
   int vectors, tokens, spare; // of a token; in a piece; rows of a piece without a token
   KRON_DEVICE explicit Rows(int vectors)
@@ -15,20 +15,20 @@ struct Rows {
   }
 };
 
-// The vectors of a block's tokens in memory: of the first `live` there are any.
+// The vectors of a block's tokens in memory; only the first `live` tokens exist.
 template <class N> struct Source {
   const N *data; // of the block's first token
   int live;
   Layout layout;
-  // Entry c of vector 0, and how far apart the vectors' are.
+  // Entry c of vector 0, and the distance between the vectors' entries.
   KRON_DEVICE const N *at(int token, int c) const {
     return data + int64_t(token) * (layout.vectors * layout.length) + offset_of(layout, 0, c);
   }
   KRON_DEVICE int stride() const { return layout.interleaved ? 1 : layout.length; }
 };
 
-// A mix (outputs x inputs) in shared memory, transposed, in float32: what is needed together is
-// read together. Rows are padded with zeros.
+// Stores a mix (outputs x inputs) in shared memory, transposed and in float32, to be read in packets.
+// Rows are padded with zeros.
 struct Mix {
   const float *data;
   int outputs, pitch;
@@ -46,7 +46,7 @@ KRON_DEVICE void load_mix(float *to, const N *from, int terms, int outputs, int 
   }
 }
 
-// Where a tile of columns is: column c of a row at data + row * pitch, from c = first on.
+// A tile of columns from `first` on: column c of a row is at data + row * pitch.
 struct Tile {
   unsigned char *data;
   int pitch, first, columns;
@@ -55,7 +55,7 @@ struct Tile {
   }
 };
 
-// Calls f(token, c) for RUN columns each of a tile's tokens, all threads together.
+// Calls f(token, c) for RUN columns of each token of a tile, by all threads.
 template <int RUN, class F> KRON_DEVICE void for_runs(const Tile &tile, int tokens, F f) {
   const int runs = tile.columns / RUN, threads = blockDim.x;
   int token = threadIdx.x / runs, run = threadIdx.x % runs;
@@ -66,7 +66,7 @@ template <int RUN, class F> KRON_DEVICE void for_runs(const Tile &tile, int toke
   }
 }
 
-// Mixes of G outputs at a time.
+// Mixes G outputs at a time.
 template <int G, class A, class N>
 KRON_DEVICE void fill_mixed_by(const Tile &tile, const Rows &rows, int tokens,
                                const Source<N> &source, const Mix &mix) {
@@ -106,7 +106,7 @@ KRON_DEVICE void fill_mixed_by(const Tile &tile, const Rows &rows, int tokens,
   });
 }
 
-// Σ_u mix[o, u] x_u of a block's tokens, rounded to N; 0 for tokens and entries that are not there.
+// Σ_u mix[o, u] x_u of a block's tokens, rounded to N; 0 for tokens and entries that do not exist.
 template <class N>
 KRON_DEVICE void fill_mixed(const Tile &tile, const Rows &rows, int tokens,
                             const Source<N> &source, const Mix &mix) {
@@ -118,7 +118,7 @@ KRON_DEVICE void fill_mixed(const Tile &tile, const Rows &rows, int tokens,
   });
 }
 
-// The vectors as they are. Their copies may be under way: copies_commit is the caller's.
+// Copies the vectors asynchronously; the caller commits the copies.
 template <class N>
 KRON_DEVICE void fill_copied(const Tile &tile, const Rows &rows, int tokens,
                              const Source<N> &source) {

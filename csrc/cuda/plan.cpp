@@ -7,15 +7,15 @@ namespace {
 
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Shared memory of a launch, in bytes, but for what its rows take.
+// Shared memory of a launch in bytes: rows of the left operand, and stages.
 int64_t left_bytes(int64_t rows, int64_t steps) { return rows * (steps * STEP_BYTES + 16); }
 int64_t stages_bytes(int along, int item, int warps_along, int warps, int slabs) {
   const int64_t stages = 2 * stage_bytes(warps_along * WARP_COLUMNS, along, item);
   return std::max<int64_t>(stages, int64_t(warps) * slabs * SLAB_BYTES);
 }
 
-// Warps side by side, of groups of columns: as many as leave the fewest without work, then as many as
-// there can be, for the left operand is read once for all of them.
+// The number of warps side by side, which have a group of columns each: leave as few as possible
+// without work, then take as many as possible, because they share the left operand.
 int widest(int64_t groups) {
   int best = 1;
   for (int along = 2; along <= 3; along++)
@@ -23,9 +23,9 @@ int widest(int64_t groups) {
   return best;
 }
 
-// Warps one below another: as many as give a multiprocessor the most, in two blocks of which one loads
-// while the other multiplies; of equals those of fewer blocks, which read the factor less often. 0 if
-// none fit. A block may have a multiprocessor's shared memory but for the 1 KB that each takes.
+// The number of warps below one another: the most on a multiprocessor with up to two blocks, one of
+// which loads while the other multiplies. Ties go to fewer blocks, which read the factor less often. 0
+// if none fit. A block may use a multiprocessor's shared memory except for 1 KB per block.
 template <class Shared> int highest(int along, const Device &device, Shared shared) {
   int best = 0;
   int64_t most = 0;
@@ -41,7 +41,7 @@ template <class Shared> int highest(int along, const Device &device, Shared shar
 const char *find_geometry(const kron_product &p, Geometry &g) {
   if (p.n_factors != 2) return "it multiplies by two factors";
   for (const kron_factor *f = p.factors; f < p.factors + 2; f++) {
-    // int64_t is wide enough: sides and rank are checked before.
+    // No overflow: sides and rank have been checked.
     const int64_t extent = (p.rank - 1) * f->rank_stride + (f->rows - 1) * f->row_stride +
                            (f->cols - 1) * f->col_stride;
     if (extent >= int64_t(1) << 31) return "a factor's entries are 2^31 or more apart";
@@ -64,7 +64,7 @@ const char *find_geometry(const kron_product &p, Geometry &g) {
                  "terms 4096 numbers, to mix; neither has";
 }
 
-// Few tokens: as many blocks as there are eight columns.
+// For few tokens: one block for eight columns.
 bool plan_small(const Problem &p, const ForwardArguments &a, Shape &shape) {
   const int64_t across = a.mix_first ? 1 : a.terms, deep = a.mix_first ? a.terms : 1;
   if (p.tokens > 16 || a.dot.along != 1 || across * SMALL_COLUMNS > WARP_COLUMNS) return false;
@@ -90,13 +90,13 @@ Shape plan_forward(const Problem &p, const ForwardArguments &a, bool gradient) {
   int along = widest(groups);
   int64_t steps = all;
   int down = highest(along, p.device, [&](int down) { return shared(along, down, all); });
-  if (!down) { // the left operand a part at a time
+  if (!down) { // the left operand in parts
     down = 1;
     while (steps > 1 && shared(along, down, steps) > p.device.shared) steps = ceil_div(steps, 2);
   }
   const auto blocks = [&] { return ceil_div(p.tokens, down * 2 * piece) * p.products; };
   const auto tiles = [&] { return ceil_div(groups, along); };
-  // Too few blocks for every multiprocessor: divide columns among them, then make them smaller.
+  // Too few blocks for all multiprocessors: divide the columns, then make the blocks smaller.
   const int64_t wanted = p.device.multiprocessors;
   if (blocks() * tiles() < wanted) along = 1;
   while (down > 1 && blocks() * tiles() < wanted) down--;
@@ -105,7 +105,7 @@ Shape plan_forward(const Problem &p, const ForwardArguments &a, bool gradient) {
   shape.splits = int(std::min(tiles(), std::max<int64_t>(1, ceil_div(wanted, std::max<int64_t>(1, blocks())))));
   shape.steps = int(steps);
   int64_t programs = std::max<int64_t>(1, blocks() / p.products);
-  // Its sums are for the whole block: fewer blocks, fewer sums to add up.
+  // Each block writes its sums: fewer blocks have fewer sums to add up.
   if (gradient) programs = std::min(programs, ceil_div(4 * wanted, shape.splits));
   shape.grid = programs * p.products * shape.splits;
   shape.shared = shared(along, down, steps);
@@ -121,7 +121,7 @@ Shape plan_dot_gradient(const Problem &p, int64_t n, int64_t m, int64_t terms, i
   const int64_t blocks = ceil_div(p.tokens, rows / 16 * (16 / vectors));
   Shape shape = {};
   shape.warps_along = along, shape.threads = along * down * 32;
-  // Two blocks for every multiprocessor; each writes its sums, float32 of the size of the factor.
+  // Two blocks per multiprocessor; each writes sums in float32 of the size of the factor.
   shape.splits = int(std::max<int64_t>(
       1, std::min(2 * p.device.multiprocessors / programs, ceil_div(blocks, 4))));
   shape.grid = programs * shape.splits;
@@ -156,7 +156,7 @@ bool plan_feed_forward(const Problem &p, const FeedForwardArguments &a, bool bac
   shape.rows = down * WARP_ROWS, shape.warps_along = along, shape.threads = along * down * 32;
   shape.steps = int(steps), shape.shared = shared(along, down, steps);
   shape.splits = 1, shape.grid = blocks();
-  if (backward) { // shares of the tokens: two blocks for every multiprocessor
+  if (backward) { // shares of the tokens: two blocks per multiprocessor
     const int64_t tiles = ceil_div(a.up.columns, along * WARP_COLUMNS);
     shape.splits = int(std::max<int64_t>(
         1, std::min(blocks(), 2 * p.device.multiprocessors / tiles)));

@@ -1,11 +1,11 @@
-// How a product is laid on a GPU: which factor mixes, and a launch's tiles. Plain C++.
+// Plans launches: which factor mixes, and the tiles. Plain C++.
 #pragma once
 #include "arguments.h"
 #include "runtime.h"
 
 namespace kron {
 
-// A factor in a role: rows x columns and strides of three.
+// A factor in a role, possibly transposed.
 struct Role {
   const kron_factor *factor;
   bool transposed;
@@ -22,17 +22,17 @@ struct Geometry {
   bool interleaved; // the mix is the right factor
   bool mix_first;
   int64_t vectors() const { return mix_first ? mix.rows() : mix.cols(); }
-  // The same bilinear form read from its output: what is first comes last.
+  // The transposed product: mix first and mix last change places.
   Geometry transposed() const {
     return {{mix.factor, !mix.transposed}, {dot.factor, !dot.transposed}, terms, interleaved,
             !mix_first};
   }
 };
 
-// Finds the geometry, or says why these kernels do not serve the product.
+// Finds the geometry, or returns why these kernels cannot compute the product.
 const char *find_geometry(const kron_product &, Geometry &);
 
-// A launch: what is in the arguments of kernels, and what they need.
+// The shape of a launch, part of which goes into the kernel's arguments.
 struct Shape {
   int rows, warps_along, threads, splits, steps;
   int64_t grid, shared;

@@ -1,5 +1,5 @@
-// The product of a left operand, which is in shared memory, with a large factor, which passes through
-// it a step at a time.
+// The product of a left operand in shared memory with a large factor, which passes through shared
+// memory one step at a time.
 #pragma once
 #include "arithmetic.h"
 #include "left.h"
@@ -9,24 +9,24 @@ namespace kron {
 // Numbers in a step.
 template <class N> inline constexpr int STEP = STEP_BYTES / sizeof(N);
 
-// Which columns a block multiplies: each of its warps side by side 64, which are `width` (a power of
-// two) of each of `terms` terms.
+// The columns of a block: 64 for each of its warps side by side, `width` (a power of two) in each of
+// `terms` terms.
 struct Columns {
   int first, warps, terms, shift; // width = 1 << shift
   KRON_DEVICE int count() const { return warps * WARP_COLUMNS; }
-  // Of column i of the block.
+  // The term and the d of column i of the block.
   KRON_DEVICE int term(int i) const { return i % WARP_COLUMNS >> shift; }
   KRON_DEVICE int d(int i) const {
     return first + (i / WARP_COLUMNS << shift) + (i & ((1 << shift) - 1));
   }
 };
 
-// Copies columns of dot, STEP entries at a time, into a stage: column by column, or for
-// dot.along == 2 transposed, entry by entry. Zeros where there is nothing.
+// Copies columns of dot, STEP entries at a time, into a stage: column by column or, if dot.along == 2,
+// transposed, entry by entry. Zeros outside.
 template <class N> class Stager {
 public:
-  // What a thread copies does not change from step to step but for the entry: its place is found
-  // once. A block's threads are a multiple of the packets of eight columns, and of an entry's.
+  // Only the entry that a thread copies changes from step to step, so positions are computed once. The
+  // number of threads is a multiple of the packets of eight columns, and of an entry's.
   KRON_DEVICE Stager(const N *dot, const Dot &shape, const Columns &columns)
       : dot(dot), shape(shape), columns(columns) {
     const int i = threadIdx.x, packets = columns.count() / PACKET<N>;
@@ -39,14 +39,14 @@ public:
     }
   }
 
-  // Begins to copy entries c … of a term, if the columns have none of their own.
+  // Starts to copy entries c … of a term, or of each column's own term.
   KRON_DEVICE void operator()(unsigned char *to, int term, int c) const {
     const N *from = dot + term * shape.term_stride + (c + entry) * shape.depth_stride;
     const int threads = blockDim.x, count = columns.count();
     to += offset;
     if (shape.along == 1) {
       const bool deep = c + entry < shape.depth;
-      if (columns.terms == 1) { // then i and d run alike
+      if (columns.terms == 1) { // then i and d advance together
         from += (columns.first + column) * shape.column_stride;
         const int far = threads / PACKETS * shape.column_stride;
 #pragma unroll 4
@@ -96,7 +96,7 @@ private:
   }
 };
 
-// Sums of a warp's rows and columns: piece of 16 rows, piece of 8 columns, a lane's four.
+// A warp's sums: piece of 16 rows, piece of 8 columns, and a lane's four numbers.
 using Sums = float[WARP_ROWS / 16][WARP_COLUMNS / 8][4];
 
 KRON_DEVICE void clear(Sums &sums) {
@@ -136,7 +136,7 @@ KRON_DEVICE void multiply_step(Sums &sums, const unsigned char *left, int left_p
   }
 }
 
-// Where a warp of a block is.
+// The position of a warp in its block.
 struct Place {
   int lane, row, column; // row and column count warps
   KRON_DEVICE explicit Place(int warps_along)
@@ -144,9 +144,9 @@ struct Place {
         column(threadIdx.x / 32 % warps_along) {}
 };
 
-// Adds left (the block's rows, steps · STEP numbers) times dot's columns. where(step, term) says
-// from which entry on, and of which term if the columns have none, a step of dot is. left may still
-// be on its way by copies of this thread that are not committed.
+// Adds left (the block's rows, steps · STEP numbers) times dot's columns. where(step, term) returns the
+// first entry of a step of dot and, unless the columns have their own terms, its term. left may have
+// copies of this thread that are not committed yet.
 template <class M, class Where>
 KRON_DEVICE void multiply(Sums &sums, const Tile &left, unsigned char *stages,
                           const typename M::Number *dot, const Dot &shape, const Columns &columns,
@@ -163,7 +163,7 @@ KRON_DEVICE void multiply(Sums &sums, const Tile &left, unsigned char *stages,
   for (int step = -1; step < steps; step++) {
     if (step >= 0) {
       copies_wait<0>();
-      __syncthreads(); // the step is there, and nobody reads the other stage any more
+      __syncthreads(); // the step has arrived, and no thread reads the other stage
     }
     if (step + 1 < steps) {
       int term = 0;
@@ -178,7 +178,7 @@ KRON_DEVICE void multiply(Sums &sums, const Tile &left, unsigned char *stages,
     else
       multiply_step<M, false>(sums, rows + step * STEP_BYTES, left.pitch, here, pitch, place.lane);
   }
-  __syncthreads(); // the stages may be used for something else, and left filled anew
+  __syncthreads(); // the stages may be reused, and left filled again
 }
 
 } // namespace kron

@@ -1,4 +1,4 @@
-// runtime.h by CUDA's own, linked statically: without a driver its calls fail, and nothing else does.
+// runtime.h by CUDA's runtime, linked statically. Without a driver only its calls fail.
 #include "runtime.h"
 
 #include <cuda_runtime_api.h>
@@ -20,7 +20,7 @@ const char *device_properties(int64_t index, Device &device) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, i);
   if (!error) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, i);
   if (error) {
-    cudaGetLastError(); // it is reported here, and no longer to be found by others
+    cudaGetLastError(); // the error is reported here; clear it
     return text(error);
   }
   if (major < 8) return "the CUDA kernels need compute capability 8.0 or later";
@@ -29,7 +29,7 @@ const char *device_properties(int64_t index, Device &device) {
 }
 
 const char *run(const Kernel &kernel, const Launch &launch, const void *arguments, size_t) {
-  const int usual = 48 * 1024; // more is asked for
+  const int usual = 48 * 1024; // anything above must be requested
   cudaError_t error = cudaSuccess;
   if (launch.shared > usual)
     error = cudaFuncSetAttribute(kernel.entry, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -1,4 +1,4 @@
-// What launches need of a GPU's runtime. runtime.cpp asks CUDA; tests/gpu/emulator has its own.
+// The GPU runtime that launches need. runtime.cpp implements it by CUDA's, tests/gpu/emulator anew.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -22,11 +22,11 @@ struct Launch {
   void *stream;
 };
 
-// Each returns nullptr, or what is wrong (static storage).
+// Each returns nullptr or an error message (static storage).
 const char *device_properties(int64_t index, Device &);
 const char *run(const Kernel &, const Launch &, const void *arguments, size_t size);
 
-// Makes a GPU the calling thread's current one, and what was current again.
+// Makes a GPU current for the calling thread, and restores the previous one.
 class OnDevice {
 public:
   explicit OnDevice(int64_t index);

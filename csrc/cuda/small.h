@@ -1,12 +1,12 @@
-// The forward of a few tokens, for which what counts is how soon it is there: many blocks, each of
-// which reads eight columns' factors once, in packets of 16 bytes, and sums without tensor cores.
+// The forward of a few tokens, optimised for latency: many blocks, each of which reads the factors of
+// eight columns once, in packets of 16 bytes, and sums without tensor cores.
 #pragma once
 #include "forward.h"
 
 namespace kron {
 
-// Shared memory: the mix; rows (t, v) of floats, mixed if the mix comes first, term after term; a slab
-// of as many rows. ROWS are summed at a time.
+// Shared memory: the mix; rows (t, v) of floats, mixed if the mix comes first, term by term; a slab
+// with as many rows. ROWS rows are summed at a time.
 template <class M, int ROWS> KRON_DEVICE void small_forward(const ForwardArguments &a) {
   using N = typename M::Number;
   constexpr int E = PACKET<N>;
@@ -31,7 +31,7 @@ template <class M, int ROWS> KRON_DEVICE void small_forward(const ForwardArgumen
     constexpr int RUN = A::ENTRIES;
     const Source<N> source = {static_cast<const N *>(a.x), tokens, a.in};
     const bool mixes = a.mixes && a.mix_first;
-    const int runs = length / RUN; // the last of them beyond what there is
+    const int runs = length / RUN; // the last one extends beyond the end
 #pragma unroll 1
     for (int i = threadIdx.x; i < depth_terms * count * runs; i += blockDim.x) {
       const int c = i % runs * RUN, row = i / runs % count, k = i / runs / count;

@@ -1,4 +1,4 @@
-// How lanes read and write a token's vectors, 16 bytes at a time: see Layout.
+// Reads and writes a token's vectors, 16 bytes at a time: see Layout.
 #pragma once
 #include "arguments.h"
 #include "device.h"
@@ -14,7 +14,7 @@ template <int E, int RUN> struct Access {
   static constexpr int NUMBERS = E, ENTRIES = RUN, VECTORS = E / RUN;
 };
 
-// Calls f with the Access that a layout asks for.
+// Calls f with the Access for a layout.
 template <class N, class F> KRON_DEVICE void with_access(int run, F f) {
   constexpr int E = PACKET<N>;
   if (run == E) return f(Access<E, E>{});
@@ -23,7 +23,7 @@ template <class N, class F> KRON_DEVICE void with_access(int run, F f) {
   f(Access<1, 1>{});
 }
 
-// Where entry c of vector u of a token is.
+// The position of entry c of vector u of a token.
 KRON_DEVICE int offset_of(const Layout &l, int u, int c) {
   return l.interleaved ? c * l.vectors + u : u * l.length + c;
 }
@@ -34,7 +34,7 @@ template <class N, int COUNT> KRON_DEVICE void unpack(float (&values)[COUNT], co
   for (int i = 0; i < COUNT; i++) values[i] = to_float(numbers[i]);
 }
 
-// COUNT contiguous numbers of global memory; aligned to their size in all, a power of two.
+// Reads COUNT contiguous numbers of global memory, aligned to their total size, a power of two.
 template <int COUNT, class N> KRON_DEVICE void load(float (&values)[COUNT], const N *from) {
   constexpr int BYTES = COUNT * sizeof(N);
   if constexpr (BYTES >= 16) {
@@ -57,7 +57,7 @@ template <int COUNT, class N> KRON_DEVICE void load(float (&values)[COUNT], cons
   }
 }
 
-// COUNT contiguous numbers to global or shared memory, aligned as above.
+// Writes COUNT contiguous numbers to global or shared memory, with the same alignment.
 template <int COUNT, class N> KRON_DEVICE void store(N *to, const float (&values)[COUNT]) {
   if constexpr (sizeof(N) == 2 && COUNT > 1) {
     uint32_t words[COUNT / 2];
@@ -79,7 +79,7 @@ template <int COUNT, class N> KRON_DEVICE void store(N *to, const float (&values
   }
 }
 
-// COUNT floats of shared memory.
+// Reads COUNT floats of shared memory.
 template <int COUNT> KRON_DEVICE void load_floats(float (&values)[COUNT], const float *from) {
   if constexpr (COUNT % 4 == 0) {
 #pragma unroll

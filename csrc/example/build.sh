@@ -41,7 +41,7 @@ else
     compile "$math" "${nvcc[@]}" "-DKRON_MATH=$math" cuda/kernels.cu
   done
   for source in cuda/*.cpp; do
-    compile "$(basename "$source" .cpp)" "${nvcc[@]}" "-DKRON_CUDA_ARCHS=\"$arch\"" "$source"
+    compile "$(basename "$source" .cpp)" "${nvcc[@]}" "$source"
   done
   compile main "${nvcc[@]}" -DWITH_CUDA example/main.cpp
 fi

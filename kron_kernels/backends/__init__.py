@@ -1,6 +1,79 @@
-"""Backends by name. The compiled ones have the same functions: see ``ops`` for what each does."""
+"""The backends by name, and what each offers."""
 
-from kron_kernels.backends import cuda, native
-from kron_kernels.backends.triton import launch as triton_gpu
+from __future__ import annotations
 
-COMPILED = {"native": native, "triton": triton_gpu, "cuda": cuda}
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from kron_kernels.backends import cuda, eager, native
+from kron_kernels.backends.triton import launch
+from kron_kernels.checks import Activation, Layer
+
+
+class Backend(Protocol):
+    """The functions of a backend's module.
+
+    x is ``(T, n)`` with any number T of tokens, none included; factors are ``(r, m_i, n_i)``. All
+    may have any strides. Only ``why_not`` and ``describe`` get x ``(…, n)`` as the user gave it.
+    """
+
+    def why_not(self, x: Tensor, *factors: Tensor) -> str | None:
+        """Why it cannot serve a product of checked operands, as the end of a sentence, or None."""
+
+    def describe(self, x: Tensor, *factors: Tensor) -> str:
+        """How it computes a product that it can serve, in words."""
+
+    def kron_matmul(
+        self,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        bias: Tensor | None = None,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``act(x Wᵀ + bias) + residual``: ``(T, m)``."""
+
+    def kron_matmul_backward(
+        self, dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Sequence[bool]
+    ) -> tuple[Tensor, ...]:
+        """Gradients of x, a and b; an empty tensor for one that is not needed."""
+
+    def kron_qkv(self, x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
+        """``x Wᵀ + bias`` of each of one to four layers."""
+
+    def fuses(self, up: Layer, down: Layer) -> bool:
+        """Whether it has a fused backward of a feed-forward block of these layers."""
+
+    def kron_feed_forward(
+        self,
+        x: Tensor,
+        up: Layer,
+        activation: Activation,
+        down: Layer,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """``down(act(up(x))) + residual``: ``(T, m)``, of any layers that it can serve."""
+
+    def kron_feed_forward_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        up: Layer,
+        activation: Activation,
+        down: Layer,
+        needed: Sequence[bool],
+    ) -> tuple[Tensor, ...]:
+        """Gradients of x, up's a, b and bias, down's a and b, for layers that it fuses.
+
+        An empty tensor for one that is not needed, or that is of no bias.
+        """
+
+
+BACKENDS: dict[str, Backend] = {
+    "eager": eager,
+    "native": native,
+    "triton": launch,
+    "cuda": cuda,
+}

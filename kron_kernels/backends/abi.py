@@ -1,4 +1,4 @@
-"""The compiled module and its arguments: ``csrc/kron.h`` in the order of ``csrc/binding.cpp``."""
+"""The compiled module, and its arguments in the order of ``csrc/binding.cpp``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ABI = 1  # KRON_ABI in csrc/kron.h
 
 
 def _load() -> tuple[Any, str]:
-    """The compiled module; or None, with the reason and the remedy."""
+    """The compiled module, or None with the reason and the remedy."""
     try:
         import kron_kernels._native as found
     except ImportError as error:
@@ -52,7 +52,7 @@ ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
 
 
 def address(t: Tensor | None) -> int:
-    """Where a tensor's first entry is; 0 for none, and for a tensor without entries.
+    """The address of a tensor's first entry; 0 for None and for a tensor without entries.
 
     Raises:
         ValueError: If a tensor has entries and no memory.
@@ -60,7 +60,7 @@ def address(t: Tensor | None) -> int:
     if t is None:
         return 0
     start = t.data_ptr()
-    # Where a storage is null, an address is the offset into it.
+    # Without a storage, the address is the offset into it.
     if start < 2**40 and t.numel() and start == t.storage_offset() * t.element_size():
         raise ValueError(
             f"a tensor of shape {tuple(t.shape)} has no memory: its storage was freed, as FSDP "
@@ -77,7 +77,7 @@ def product(
     activation: Activation | None,
     y: Tensor | None,
 ) -> list[int]:
-    """A ``kron_product``."""
+    """A ``kron_product`` of ``csrc/kron.h``, as a list of numbers."""
     shapes = tuple([f.shape for f in factors])
     arguments = [
         shapes[0][0],
@@ -95,7 +95,7 @@ def product(
 
 
 def product_of_shapes(shapes: Sequence[tuple[int, int, int]]) -> list[int]:
-    """The same of contiguous factors without data, for questions about what is served."""
+    """A ``kron_product`` of contiguous factors without data, to ask whether it is supported."""
     arguments = [shapes[0][0], len(shapes), 0, 0, 0, 0]
     turns = _turns(tuple(shapes))
     for i, (_, rows, cols) in enumerate(shapes):

@@ -1,7 +1,7 @@
-"""Compiled CUDA kernels: ``csrc/kron.h`` through the module ``kron_kernels._native``.
+"""CUDA C++ kernels: ``csrc/kron.h`` through the compiled module ``kron_kernels._native``.
 
-A call launches kernels on the current stream and returns: it can be captured in a CUDA graph. What
-it needs beside its operands it takes from PyTorch's allocator.
+A call launches kernels on the current stream and returns, so a CUDA graph can capture it. Memory
+beyond the operands comes from PyTorch's allocator.
 """
 
 from __future__ import annotations
@@ -14,36 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kron_kernels.backends import abi
+from kron_kernels.backends import abi, gpu
 from kron_kernels.backends.abi import product
-from kron_kernels.backends.gpu import DTYPES, constant, precision
+from kron_kernels.backends.gpu import constant, dtype_why_not, precision
+from kron_kernels.backends.gradients import new_gradients, returned
 from kron_kernels.checks import Activation, Layer
 
 _native = abi.module
-simulating = False  # tests set it: CPU tensors stand for those of GPU 0
 
-# Up to so many tokens a product takes a launch of its own: spread over the whole GPU it is there
-# sooner than what one block of a fused feed-forward makes.
+# Up to this many tokens each product of a feed-forward is a launch of its own, which spreads over
+# the whole GPU. The fused kernel would run in a single block.
 FEW_TOKENS = 16
 
-_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # None in CPU builds of PyTorch
 
 
 def why_not(x: Tensor, *factors: Tensor) -> str | None:
-    """Why these kernels cannot serve this call, as the end of a sentence, or None."""
-    if not (x.is_cuda or (simulating and x.device.type == "cpu")):
+    """Why these kernels cannot run this call, as the end of a sentence, or None."""
+    if not gpu.on_gpu(x):
         return f"it runs on NVIDIA GPUs, and x is on {x.device}"
-    if reason := _device_why_not(x.device.index or 0):
+    if reason := _device_why_not(x.device.index or 0) or dtype_why_not(x.dtype):
         return reason
-    if x.dtype not in DTYPES:
-        return f"it has kernels for {', '.join(str(d)[6:] for d in DTYPES)}, and x is {x.dtype}"
     if len(factors) != 2:
         return f"it multiplies by two factors, and there are {len(factors)}"
     return _shape_why_not(*factors[0].shape, *factors[1].shape[1:])
 
 
 def archs() -> str:
-    """For which GPUs there are kernels, such as ``"80 86 90a"``; empty without any."""
+    """The GPU architectures with kernels, such as ``"80 86 90a"``; empty if there are none."""
     return getattr(_native, "cuda_archs", "")
 
 
@@ -76,14 +74,13 @@ def _unserved(rank: int, m1: int, n1: int, m2: int, n2: int) -> str | None:
     return _native.cuda_unserved(*abi.product_of_shapes([(rank, m1, n1), (rank, m2, n2)]))
 
 
-def plan(x: Tensor) -> str:
-    """What the kernels would do, in words."""
+def describe(x: Tensor, *factors: Tensor) -> str:
+    """How the kernels compute this product, in words."""
     if prod(x.shape[:-1]) <= FEW_TOKENS:
         return "a warp for each column, without tensor cores"
-    exact = x.dtype == torch.float32 and not _tf32(x.dtype)
-    return (
-        "exact float32" if exact else f"{'tf32' if _tf32(x.dtype) else '16 bits'} on tensor cores"
-    )
+    if x.dtype != torch.float32:
+        return "16 bits on tensor cores"
+    return "tf32 on tensor cores" if _tf32(x.dtype) else "exact float32"
 
 
 def kron_matmul(
@@ -96,7 +93,7 @@ def kron_matmul(
     """``act(x Wᵀ + bias) + residual`` of ``x (T, n)`` and two factors."""
     x = x.contiguous()
     a, b = factors
-    y = x.new_empty(x.shape[0], a.shape[1] * b.shape[1])
+    y = x.new_empty(x.shape[0], a.shape[1] * b.shape[1])  # (T, m)
     bias, residual = _contiguous(bias, residual)
     _native.cuda_forward(
         *_call(x), abi.address(x), 1, *product(factors, bias, residual, activation, y)
@@ -105,7 +102,7 @@ def kron_matmul(
 
 
 def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
-    """``x Wᵀ + bias`` of each ``(a, b, bias)``, up to four: one launch if they are alike."""
+    """``x Wᵀ + bias`` of up to four ``(a, b, bias)``; one launch if their shapes are equal."""
     x = x.contiguous()
     ys, arguments, kept = [], [], []
     for a, b, bias in layers:
@@ -118,27 +115,32 @@ def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
 
 def kron_matmul_backward(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, a and b, an empty tensor for one that is not needed; deterministic."""
+) -> tuple[Tensor, ...]:
+    """Gradients of x, a and b, an empty tensor for each that is not needed; deterministic."""
     dy, x = dy.contiguous(), x.contiguous()
-    dx, da, db = (_gradient(t, wanted, t is x) for t, wanted in zip((x, a, b), needed, strict=True))
+    grads = new_gradients((x, a, b), needed, torch.float32)
     call, arguments = _call(x), product((a, b), None, None, None, None)
     workspace = _workspace(x, _native.cuda_backward_workspace(*call, *arguments))
-    pointers = [_address(g, wanted) for g, wanted in zip((dx, da, db), needed, strict=True)]
     _native.cuda_backward(
-        *call, abi.address(dy), abi.address(x), *arguments, *pointers, abi.address(workspace)
+        *call,
+        abi.address(dy),
+        abi.address(x),
+        *arguments,
+        *map(abi.address, grads),
+        abi.address(workspace),
     )
-    return dx, da.to(a.dtype), db.to(b.dtype)
+    return returned(grads, x)
 
 
-def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
-    """Whether ``a1 ⊗ b1`` and ``a2 ⊗ b2`` fit the fused feed-forward block and its backward."""
+def fuses(up: Layer, down: Layer) -> bool:
+    """Whether these layers fit the fused feed-forward block and its backward."""
+    (a1, b1, _), (a2, b2, _) = up, down
     shapes = (*a1.shape, *b1.shape[1:], *a2.shape, *b2.shape[1:])
-    return _meet(a1.device.index or 0, abi.DTYPES[a1.dtype], _tf32(a1.dtype), *shapes)
+    return _fuses(a1.device.index or 0, abi.DTYPES[a1.dtype], _tf32(a1.dtype), *shapes)
 
 
 @lru_cache(maxsize=4096)
-def _meet(device: int, dtype: int, tf32: bool, *shapes: int) -> bool:
+def _fuses(device: int, dtype: int, tf32: bool, *shapes: int) -> bool:
     r1, m1, n1, m2, n2, r2, p1, q1, p2, q2 = shapes
     up = abi.product_of_shapes([(r1, m1, n1), (r1, m2, n2)])
     down = abi.product_of_shapes([(r2, p1, q1), (r2, p2, q2)])
@@ -148,12 +150,12 @@ def _meet(device: int, dtype: int, tf32: bool, *shapes: int) -> bool:
 def kron_feed_forward(
     x: Tensor, up: Layer, activation: Activation, down: Layer, residual: Tensor | None
 ) -> Tensor:
-    """``down(act(up(x))) + residual`` of ``(a, b, bias)`` each, x ``(T, n)``."""
-    if x.shape[0] <= FEW_TOKENS or not meet(*up[:2], *down[:2]):
+    """``down(act(up(x))) + residual`` of ``x (T, n)`` and two ``(a, b, bias)``."""
+    if x.shape[0] <= FEW_TOKENS or not fuses(up, down):
         hidden = kron_matmul(x, up[:2], up[2], activation)
         return kron_matmul(hidden, down[:2], down[2], None, residual)
     x = x.contiguous()
-    y = x.new_empty(x.shape[0], down[0].shape[1] * down[1].shape[1])
+    y = x.new_empty(x.shape[0], down[0].shape[1] * down[1].shape[1])  # (T, m)
     up_bias, down_bias, residual = _contiguous(up[2], down[2], residual)
     _native.cuda_feed_forward(
         *_call(x),
@@ -175,12 +177,7 @@ def kron_feed_forward_backward(
     """Gradients of x, up's a, b and bias, down's a and b; empty where not needed."""
     dy, x = dy.contiguous(), x.contiguous()
     (bias,) = _contiguous(up[2])
-    operands = x, up[0], up[1], bias, down[0], down[1]
-    needed = [n and t is not None for n, t in zip(needed, operands, strict=True)]
-    grads = [
-        x.new_empty(0) if t is None else _gradient(t, n, t is x)
-        for t, n in zip(operands, needed, strict=True)
-    ]
+    grads = new_gradients((x, *up[:2], bias, *down[:2]), needed, torch.float32)
     call = _call(x)
     layers = [
         *product(up[:2], bias, None, activation, None),
@@ -192,28 +189,18 @@ def kron_feed_forward_backward(
         abi.address(dy),
         abi.address(x),
         *layers,
-        *(_address(g, wanted) for g, wanted in zip(grads, needed, strict=True)),
+        *map(abi.address, grads),
         abi.address(workspace),
     )
-    return tuple(g.to(x.dtype) for g in grads)
+    return returned(grads, x)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.contiguous() for t in tensors]
 
 
-def _gradient(t: Tensor, wanted: bool, of_input: bool) -> Tensor:
-    """Where a gradient goes: parameters' are sums, in float32."""
-    dtype = t.dtype if of_input else torch.float32
-    return t.new_empty(t.shape if wanted else 0, dtype=dtype)
-
-
 def _workspace(x: Tensor, size: int) -> Tensor:
     return x.new_empty(size, dtype=torch.uint8)
-
-
-def _address(t: Tensor, wanted: bool) -> int:
-    return abi.address(t) if wanted else 0
 
 
 def _tf32(dtype: torch.dtype) -> bool:
@@ -221,7 +208,6 @@ def _tf32(dtype: torch.dtype) -> bool:
 
 
 def _call(x: Tensor) -> tuple[int, ...]:
-    """What every call begins with, in the order of ``csrc/binding.cpp``."""
+    """The first arguments of every call, in the order of ``csrc/binding.cpp``."""
     index = x.device.index or 0
-    stream = _stream(index) if x.is_cuda else 0
-    return index, stream, _tf32(x.dtype), abi.DTYPES[x.dtype], x.shape[0]
+    return index, _stream(index), _tf32(x.dtype), abi.DTYPES[x.dtype], x.shape[0]

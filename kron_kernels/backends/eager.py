@@ -1,18 +1,18 @@
-"""Portable PyTorch backend: any device, any dtype.
+"""The portable backend, in PyTorch's own operations: any device, any dtype.
 
-``kron_matmul`` is one differentiable expression, which compilers and exporters trace. ``forward``
-and ``backward`` do the same for two factors in chunks of tokens. Read ``x (tokens, n1, n2)``;
-either factor may be contracted first, and A, which contracts the middle axis, is applied in one of
-two ways:
+``plain_matmul`` is one differentiable expression, which compilers and exporters trace.
+``kron_matmul`` and ``kron_matmul_backward`` compute the same for two factors in chunks of tokens.
+Read ``x (tokens, n1, n2)``. Either factor may be contracted first, and A, which contracts the
+middle axis, is applied in one of two ways:
 
-``batched``  a product per token, ``A @ Z[t]``, on views: nothing is copied, but a narrow Z[t] (two
-             columns for the paper's attention) starves the GEMM.
+``batched``  a product per token, ``A @ Z[t]``, on views: no copies, but a narrow Z[t] (two columns
+             for the paper's attention) starves the GEMM.
 ``planes``   one large GEMM over all tokens, on a copy with the middle axis last: the planes
              ``(n2, tokens, n1)``. A GEMM with B reads or writes planes for free by transposing an
-             operand, so that each form has exactly one copy.
+             operand, so each form has exactly one copy.
 
-A low-rank weight, ``A (r, m, 1) ⊗ B (r, 1, n)``, needs neither: a third layout for it alone takes
-all terms at once, in two GEMMs (T = 128, 3072 x 768, r = 16: 0.37 ms instead of 2.1 by terms).
+A low-rank weight, ``A (r, m, 1) ⊗ B (r, 1, n)``, needs neither: a third layout takes all its terms
+at once, in two GEMMs (T = 128, 3072 x 768, r = 16: 0.37 ms instead of 2.1 term by term).
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kron_kernels.checks import Activation
+from kron_kernels.checks import Activation, Layer
 from kron_kernels.shapes import KronShape, Order, contraction_order, sizes
 
-# On a CPU tokens go through in chunks whose operands and results stay in the cache: 1.1x to 1.5x at
-# 1024 tokens of width 768, flat from 1 to 4 MB. Every large temporary would cost page faults.
+# On a CPU, tokens are processed in chunks whose operands and results stay in the cache, as large
+# temporaries cost page faults: 1.1x to 1.5x faster at 1024 tokens of width 768, from 1 to 4 MB.
 _CHUNK_BYTES = 2**22
 
-# The unit of cost is a multiply-add inside a large GEMM. benchmarks/eager_forms.py measures how
-# far the choice made with these numbers is from the best form.
+# Costs, in multiply-adds of a large GEMM. benchmarks/eager_forms.py measures how far the form
+# chosen with these numbers is from the best one.
 _COPY = 40  # per element of the copy into or out of planes
 _NARROW = 12  # a batched product of q columns runs at q / (q + _NARROW) of the large GEMM's rate
 _BATCH = 2000  # per batched product
 
 # Neighbouring factors are multiplied out while the product's sides stay within this.
 _MERGED = 64
-
 
 _ACTIVATIONS = {
     "gelu": F.gelu,
@@ -58,8 +57,14 @@ def epilogue(y: Tensor, activation: Activation | None, residual: Tensor | None) 
     return y if residual is None else y + residual
 
 
-def kron_matmul(x: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x Wᵀ + bias`` of ``x (…, n)``, factors ``(r, m_i, n_i)``, ``bias (m,)``; differentiable."""
+def plain_matmul(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``act(x Wᵀ + bias) + residual`` of ``x (…, n)`` and ``(r, m_i, n_i)``; differentiable."""
     operands: Sequence[Tensor] = [_compute(t) for t in (x, *factors)]
     wide, fs = operands[0], operands[1:]
     if len(fs) > 2:
@@ -82,7 +87,7 @@ def kron_matmul(x: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Tens
         y = sum(others, first)
     if bias is not None:
         y = y + bias
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    return epilogue(y if y.dtype == x.dtype else y.to(x.dtype), activation, residual)
 
 
 def _one_term(x: Tensor, term: tuple[Tensor, ...]) -> Tensor:
@@ -99,7 +104,7 @@ def _one_term(x: Tensor, term: tuple[Tensor, ...]) -> Tensor:
 
 
 def merge_small(factors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Fewer, larger factors of the same product: GEMMs of sides below 64 are slow, not small."""
+    """Fewer, larger factors of the same product, since GEMMs with sides below 64 are slow."""
     merged = [factors[0]]
     for f in factors[1:]:
         last = merged[-1]
@@ -116,10 +121,10 @@ class Form(NamedTuple):
     """How two factors are contracted."""
 
     order: Order
-    layout: str  # "batched", "planes", or "low_rank" where that is what the weight is
+    layout: str  # "batched", "planes", or "low_rank" for a low-rank weight
 
 
-# Those that serve every shape.
+# The forms of every shape.
 FORMS = tuple(Form(o, lay) for o in ("b_first", "a_first") for lay in ("batched", "planes"))
 
 
@@ -136,7 +141,7 @@ def cost(s: KronShape, form: Form) -> float:
 
 def choose_form(s: KronShape) -> Form:
     """The form of least cost."""
-    # A compiler would trace through the cache, with a warning.
+    # A compiler traces through the cache and warns.
     return _cheapest(s) if torch.compiler.is_compiling() else _cached_cheapest(s)
 
 
@@ -150,13 +155,42 @@ def _cheapest(s: KronShape) -> Form:
 _cached_cheapest = lru_cache(maxsize=4096)(_cheapest)
 
 
-def forward(
-    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, form: Form | None = None
-) -> Tensor:
-    """``x (T, n1 * n2)``, ``a (r, m1, n1)``, ``b (r, m2, n2)``, ``bias (m,)`` to ``y (T, m)``.
+def why_not(x: Tensor, *factors: Tensor) -> str | None:
+    """None: eager serves every call."""
+    return None
 
-    Records nothing for autograd. The bias is added while a chunk of y is still in the cache.
+
+def describe(x: Tensor, *factors: Tensor) -> str:
+    """The order and the layout of the products, and their FLOPs."""
+    merged = merge_small(factors) if len(factors) > 2 else factors
+    if len(merged) != 2:
+        sides = " ⊗ ".join(f"{f.shape[1]}x{f.shape[2]}" for f in merged)
+        return f"one product per axis of {sides}"
+    s = KronShape.of(*merged)
+    if s.is_low_rank:
+        return (
+            f'low rank, {s.rank}: two GEMMs over all tokens, which "auto" takes; '
+            f"{s.flops:,} FLOPs per token"
+        )
+    form = choose_form(s)
+    first, then = ("B", "A") if form.order == "b_first" else ("A", "B")
+    layout = "one GEMM over all tokens" if form.layout == "planes" else "a batched product"
+    return f"{first} first, then {then}; A by {layout}; {s.flops:,} FLOPs per token"
+
+
+def kron_matmul(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+    form: Form | None = None,
+) -> Tensor:
+    """``act(x Wᵀ + bias) + residual`` of ``x (T, n)`` and two factors; no autograd.
+
+    The bias is added while a chunk of y is still in the cache.
     """
+    a, b = factors
     s = KronShape.of(a, b)
     y = x.new_empty(x.shape[0], s.out_features)
     contract = _CONTRACT[form or choose_form(s)]
@@ -169,19 +203,44 @@ def forward(
         else:
             wide = contract(_compute(x_part), a, b, s)
             y_part.copy_(wide if bias is None else wide.add_(bias))
-    return y
+    return epilogue(y, activation, residual)
+
+
+def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
+    """``x Wᵀ + bias`` of each ``(a, b, bias)``."""
+    return [kron_matmul(x, (a, b), bias) for a, b, bias in layers]
+
+
+def fuses(up: Layer, down: Layer) -> bool:
+    """False: a block is two products, and so are its gradients."""
+    return False
+
+
+def kron_feed_forward(
+    x: Tensor, up: Layer, activation: Activation, down: Layer, residual: Tensor | None
+) -> Tensor:
+    """``down(act(up(x))) + residual`` of ``(a, b, bias)`` each, x ``(T, n)``."""
+    hidden = kron_matmul(x, up[:2], up[2], activation)
+    return kron_matmul(hidden, down[:2], down[2], None, residual)
+
+
+def kron_feed_forward_backward(
+    dy: Tensor, x: Tensor, up: Layer, activation: Activation, down: Layer, needed: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Never called, as ``fuses`` is False."""
+    raise NotImplementedError("eager differentiates the two products of a block.")
 
 
 def fits_one_chunk(x: Tensor, s: KronShape) -> bool:
-    """Whether ``forward`` would not split x, so that ``kron_matmul`` is as fast."""
+    """Whether ``kron_matmul`` would not split x, so ``plain_matmul`` is as fast."""
     return x.device.type != "cpu" or x.numel() <= _chunk_tokens(s, x.element_size()) * x.shape[-1]
 
 
 def _compute(t: Tensor) -> Tensor:
     """Contiguous, and in float32 for 16 bits on a CPU: one rounding, at the end, instead of two.
 
-    A float16 GEMM ran at 14 GFLOP/s where float32 made 62 (AVX-512, one thread); bfloat16, which
-    has instructions there, would make 166, and on older CPUs is slow as well.
+    A float16 GEMM ran at 14 GFLOP/s, float32 at 62 and bfloat16, which has instructions, at 166
+    (AVX-512, one thread); older CPUs are slow in bfloat16 as well.
     """
     narrow = t.dtype in (torch.float16, torch.bfloat16) and t.device.type == "cpu"
     return (t.float() if narrow else t).contiguous()
@@ -193,7 +252,7 @@ def _chunk_tokens(s: KronShape, itemsize: int) -> int:
 
 
 def _chunks(s: KronShape, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same tokens of every argument, as many at a time as fit the cache of a CPU."""
+    """Chunks of tokens that fit a CPU's cache, the same tokens of every argument."""
     step = _chunk_tokens(s, rows[0].element_size())
     if fits_one_chunk(rows[0], s):
         yield rows
@@ -211,7 +270,7 @@ def _b_batched(x: Tensor, a: Tensor, b: Tensor, s: KronShape, out: Tensor | None
         return y.view(t, s.out_features)
     z = z.view(t, s.n1, s.rank, s.m2)
     y = torch.bmm(a[0].expand(t, s.m1, s.n1), z[:, :, 0], out=out)
-    # Here and below not in place unless there is an `out`, for vmap's sake.
+    # Here and below not in place without an `out`: vmap does not allow it.
     for k in range(1, s.rank):
         y = torch.baddbmm(y, a[k].expand(t, s.m1, s.n1), z[:, :, k], out=out)
     return y.view(t, s.out_features)
@@ -280,13 +339,21 @@ def _planes(x: Tensor, p: int, q: int) -> Tensor:
     return x.view(-1, p, q).permute(2, 0, 1).reshape(-1, p)
 
 
-Needed = Sequence[bool]  # of the gradients of x, a and b
+# --- gradients
+
+Needed = Sequence[bool]  # whether of x, a and b
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def backward(
-    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Needed, form: Form | None = None
+def kron_matmul_backward(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    needed: Sequence[bool],
+    form: Form | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``forward``, an empty tensor for one that is not needed; no autograd.
+    """Gradients of x, a and b, an empty tensor for one that is not needed; no autograd.
 
     With V_k = A_kᵀ dY and Z_k = X B_kᵀ (``b_first``): dX = Σ V_k B_k, dA_k = Σ_t dY Z_kᵀ,
     dB_k = Σ_t V_kᵀ X. With U_k = dY B_k and Z_k = A_k X (``a_first``): dX = Σ A_kᵀ U_k,
@@ -313,9 +380,6 @@ def backward(
         if of_b is not None:
             db += of_b
     return dx, da.to(a.dtype), db.to(b.dtype)
-
-
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _b_batched_grads(
@@ -413,23 +477,26 @@ def _a_low_rank_grads(
     return dx, da, db
 
 
-_DIFFERENTIATE = {
-    **dict(
-        zip(
-            FORMS,
-            (_b_batched_grads, _b_planes_grads, _a_batched_grads, _a_planes_grads),
-            strict=True,
-        )
-    ),
-    Form("b_first", "low_rank"): _b_low_rank_grads,
-    Form("a_first", "low_rank"): _a_low_rank_grads,
-}
+_DIFFERENTIATE = dict(
+    zip(
+        _CONTRACT,
+        (
+            _b_batched_grads,
+            _b_planes_grads,
+            _a_batched_grads,
+            _a_planes_grads,
+            _b_low_rank_grads,
+            _a_low_rank_grads,
+        ),
+        strict=True,
+    )
+)
 
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     """``Σ_t left[t] @ right[t]ᵀ`` of ``(t, m, q)`` and ``(t, n, q)``."""
     m, n, q = left.shape[1], right.shape[1], left.shape[2]
-    if m * n <= (m + n) * q:  # products per token are smaller than the copies of a single GEMM
+    if m * n <= (m + n) * q:  # the products per token are smaller than the copies for one GEMM
         return torch.bmm(left, right.mT).sum(0)
     return torch.einsum("tmq,tnq->mn", left, right)
 

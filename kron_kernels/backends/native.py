@@ -1,7 +1,7 @@
 """Compiled CPU kernels: ``csrc/kron.h`` through the module ``kron_kernels._native``.
 
-Operands are contiguous rows; factors may have any strides, so that the transposed factors of a
-gradient are not copied. Nothing is packed or kept between calls.
+Rows are made contiguous. Factors may have any strides, so a gradient's transposed factors are not
+copied. Nothing is packed or kept between calls.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from torch import Tensor
 
 from kron_kernels.backends import abi
 from kron_kernels.backends.abi import product
+from kron_kernels.backends.gradients import new_gradients, returned
 from kron_kernels.checks import Activation, Layer
 from kron_kernels.shapes import KronShape
 
 _native = abi.module
 _ISAS = ("portable", "avx2", "avx512")
 _MAX_FACTORS = 8
-_GROUPED = 4096  # features of a group of several factors: a block of tokens is 200 KB of them
+_GROUPED = 4096  # features of a group of several factors; a block of tokens of them is 200 KB
 
-_isa = _native.isa() if _native else 0  # tests lower it, to run what other machines run
+_isa = _native.isa() if _native else 0  # tests lower it to run the code of other machines
 
 
 def _thread_pool() -> int:
@@ -49,7 +50,7 @@ def _stay_alone() -> None:
     _threads = lambda: 1  # noqa: E731
 
 
-# A forked child inherits torch's pool without its threads: to call it is to wait for ever.
+# A forked child inherits torch's pool without its threads: a call of it would never return.
 if hasattr(os, "register_at_fork"):  # Windows does not fork
     os.register_at_fork(after_in_child=_stay_alone)
 
@@ -57,6 +58,11 @@ if hasattr(os, "register_at_fork"):  # Windows does not fork
 def instruction_set() -> str:
     """The one in use: ``avx512``, ``avx2`` or ``portable`` (NEON, on ARM)."""
     return _ISAS[_isa]
+
+
+def describe(x: Tensor, *factors: Tensor) -> str:
+    """The instruction set."""
+    return instruction_set()
 
 
 def why_not(x: Tensor, *factors: Tensor) -> str | None:
@@ -75,7 +81,7 @@ def why_not(x: Tensor, *factors: Tensor) -> str | None:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors)):
             return f"it has gradients for two factors, and there are {len(factors)}"
     if not _POOL and _threads() > 1:
-        return "this torch keeps its thread pool to itself (2.10 and later lend it)"
+        return "this torch does not share its thread pool (2.10 and later do)"
     return None
 
 
@@ -106,8 +112,8 @@ def _kron_matmul_in_passes(
 ) -> Tensor:
     """More than two factors, in groups small enough for a block of tokens to stay in the cache.
 
-    The last group acts on rows of x. Each before it acts on the axes in front of those that are
-    done, along which its lanes run.
+    The last group acts on rows of x. Each group before it acts on the axes in front of the finished
+    ones, along which its lanes run.
     """
     dtype = x.dtype
     if dtype in (torch.bfloat16, torch.float16):  # one rounding, at the end
@@ -133,7 +139,7 @@ def _kron_matmul_in_passes(
 
 @lru_cache(maxsize=4096)
 def _groups(shapes: tuple[torch.Size, ...]) -> list[int]:
-    """Where each group of factors starts, the last group first."""
+    """The index of each group's first factor, the last group first."""
     starts, inputs, outputs = [len(shapes)], 1, 1
     for i in reversed(range(len(shapes))):
         _, m, n = shapes[i]
@@ -145,7 +151,7 @@ def _groups(shapes: tuple[torch.Size, ...]) -> list[int]:
 
 
 def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
-    """``x Wᵀ + bias`` of each ``(a, b, bias)``, up to four; x ``(T, n)`` is read once."""
+    """``x Wᵀ + bias`` of up to four ``(a, b, bias)``; x ``(T, n)`` is read once."""
     x = x.contiguous()
     ys, arguments, kept = [], [], []
     for a, b, bias in layers:
@@ -179,27 +185,25 @@ def kron_feed_forward(
 
 def kron_matmul_backward(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of x, a and b, an empty tensor for one that is not needed."""
     dy, x = dy.contiguous(), x.contiguous()
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dx, da, db = (
-        t.new_empty(t.shape if wanted else 0, dtype=dtype)
-        for t, wanted, dtype in zip((x, a, b), needed, (x.dtype, sums, sums), strict=True)
-    )
-    pointers = (
-        abi.address(g) if wanted else 0 for g, wanted in zip((dx, da, db), needed, strict=True)
-    )
+    grads = new_gradients((x, a, b), needed, _sums(x))
     isa, threads, pool, dtype, tokens, address = _call(x)
-    arguments = product((a, b), None, None, None, None)
     _native.backward(
-        isa, threads, pool, dtype, tokens, abi.address(dy), address, *arguments, *pointers
+        *(isa, threads, pool, dtype, tokens, abi.address(dy), address),
+        *product((a, b), None, None, None, None),
+        *map(abi.address, grads),
     )
-    return dx, da.to(a.dtype), db.to(b.dtype)
+    return returned(grads, x)
 
 
-def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
-    """Whether ``a1 ⊗ b1`` and ``a2 ⊗ b2`` share a hidden grid that they can exchange by entries."""
+def fuses(up: Layer, down: Layer) -> bool:
+    """Whether the layers can exchange the hidden vector entry by entry.
+
+    They can if both read it as the same grid, up computes it entry by entry and down reads it so.
+    """
+    (a1, b1, _), (a2, b2, _) = up, down
     (_, k, _), (_, width, _) = a1.shape, b1.shape
     return (
         (k, width) == (a2.shape[2], b2.shape[2])
@@ -219,21 +223,20 @@ def kron_feed_forward_backward(
     """Gradients of x, up's a, b and bias, down's a and b; empty where not needed."""
     dy, x = dy.contiguous(), x.contiguous()
     bias = None if up[2] is None else up[2].contiguous()
-    operands: tuple[Any, ...] = x, up[0], up[1], bias, down[0], down[1]
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    needed = [n and t is not None for n, t in zip(needed, operands, strict=True)]
-    grads = [
-        x.new_empty(t.shape if wanted else 0, dtype=x.dtype if t is x else sums)
-        for t, wanted in zip(operands, needed, strict=True)
-    ]
+    grads = new_gradients((x, *up[:2], bias, *down[:2]), needed, _sums(x))
     isa, threads, pool, dtype, tokens, address = _call(x)
     _native.feed_forward_backward(
         *(isa, threads, pool, dtype, tokens, abi.address(dy), address),
         *product(up[:2], bias, None, activation, None),
         *product(down[:2], None, None, None, None),
-        *(abi.address(g) if wanted else 0 for g, wanted in zip(grads, needed, strict=True)),
+        *map(abi.address, grads),
     )
-    return tuple(g.to(x.dtype) for g in grads)
+    return returned(grads, x)
+
+
+def _sums(x: Tensor) -> torch.dtype:
+    """The dtype in which gradients are summed over tokens."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _call(x: Tensor) -> tuple[int, ...]:

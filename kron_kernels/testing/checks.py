@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kron_kernels import kron_feed_forward, kron_matmul, kron_qkv, reference
-from kron_kernels.backends import COMPILED
+from kron_kernels.backends import BACKENDS
 from kron_kernels.backends.gpu import precision
-from kron_kernels.dispatch import Backend
+from kron_kernels.dispatch import BackendName
 from kron_kernels.shapes import KronShape
 from kron_kernels.testing import assert_close
 from kron_kernels.testing.cases import ACTIVATIONS, draw
@@ -104,7 +104,12 @@ def epilogue_of(
 
 
 def check_forward(
-    s: KronShape, tokens: int, dtype: torch.dtype, backend: Backend, turn: int, device: str = "cpu"
+    s: KronShape,
+    tokens: int,
+    dtype: torch.dtype,
+    backend: BackendName,
+    turn: int,
+    device: str = "cpu",
 ) -> None:
     """Check a product; ``turn`` cycles through the epilogues and the strides of the factors."""
     x, a, b = (t.to(device) for t in draw(s, tokens, dtype))
@@ -119,7 +124,7 @@ def check_forward(
 
 
 def check_gradients(
-    s: KronShape, tokens: int, dtype: torch.dtype, backend: Backend, device: str = "cpu"
+    s: KronShape, tokens: int, dtype: torch.dtype, backend: BackendName, device: str = "cpu"
 ) -> None:
     x, a, b = (t.to(device).requires_grad_() for t in draw(s, tokens, dtype))
     dy = torch.randn(tokens, s.out_features).to(device, dtype)
@@ -150,7 +155,7 @@ def hold_gradients(
 
 
 def check_qkv(
-    s: KronShape, tokens: int, dtype: torch.dtype, backend: Backend, device: str = "cpu"
+    s: KronShape, tokens: int, dtype: torch.dtype, backend: BackendName, device: str = "cpu"
 ) -> None:
     """Check three products of one x with different factors, one of them without a bias."""
     x, a, b = (t.to(device) for t in draw(s, tokens, dtype))
@@ -166,7 +171,7 @@ def check_feed_forward(
     tokens: int,
     dtype: torch.dtype,
     activation: str,
-    backend: Backend,
+    backend: BackendName,
     bias: bool = True,
     meets: bool | None = True,
     device: str = "cpu",
@@ -186,7 +191,8 @@ def check_feed_forward(
         operands += [torch.randn(s.out_features).to(dtype) for s in (up, down)]
     operands = [t.to(device) for t in operands]
     dy = torch.randn(tokens, down.out_features).to(device, dtype)
-    met = COMPILED[backend].meet(*operands[1:5])
+    _, a1, b1, a2, b2 = operands[:5]
+    met = BACKENDS[backend].fuses((a1, b1, None), (a2, b2, None))
     if meets is not None and met != meets:
         raise AssertionError(f"the factors {'do not ' * (not met)}meet in one kernel")
 

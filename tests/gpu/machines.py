@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kron_kernels import KronShape
-from kron_kernels.backends import COMPILED
+from kron_kernels.backends import BACKENDS
 from kron_kernels.backends.triton import configs
 from kron_kernels.testing.cases import draw, name
 
@@ -42,7 +42,7 @@ class Machine(NamedTuple):
 
     @property
     def kernels(self) -> ModuleType:
-        return COMPILED[self.engine]
+        return BACKENDS[self.engine]
 
     def draw(self, s: KronShape, tokens: int, dtype: torch.dtype) -> list[Tensor]:
         """x, a and b; skips the test if the engine has no kernel for their shape."""
@@ -91,16 +91,11 @@ def machines(*simulated: Machine, slow: tuple[Machine, ...] = (), gpus: list[Mac
 def simulated(engine: str) -> Iterator[Any]:
     """Let the engine's kernels run on CPU tensors, and yield the simulated GPU."""
     if engine == "cuda":
-        from simulator.cuda import CudaDevice
-
-        with CudaDevice(80) as gpu:
-            yield gpu
+        from simulator.cuda import CudaDevice as Device
     else:
         from simulator import Device
-
-        with pytest.MonkeyPatch.context() as patch, Device(80) as gpu:
-            patch.setattr(configs, "simulating", True)
-            yield gpu
+    with Device(80) as gpu:
+        yield gpu
 
 
 def why_not(machine: Machine) -> str | None:

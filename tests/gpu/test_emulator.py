@@ -1,4 +1,4 @@
-"""The emulator runs CUDA C++ as it is defined, and finds the bugs that are planted in it."""
+"""The emulator runs CUDA C++ correctly, and finds bugs planted in it."""
 
 import ctypes
 import itertools
@@ -67,7 +67,7 @@ KRON_DEVICE void functions(const Arguments &a) {
 }
 KERNEL(functions_of_floats, functions)
 
-// The address of each lane's row is drawn.
+// The address of each lane's row is random.
 KRON_DEVICE void matrices(const Arguments &a) {
   reinterpret_cast<uint4 *>(shared_memory())[THREAD] = at<uint4>(a, 0)[THREAD];
   __syncwarp();
@@ -95,10 +95,7 @@ KERNEL(multiply_bfloat16, multiply<Bfloat16>)
 KERNEL(multiply_tf32, multiply<float>)
 
 KRON_DEVICE void shuffles(const Arguments &a) {
-  const float x = at<float>(a, 0)[THREAD];
-  const float y[] = {shuffle_xor(x, int(a.n)), __shfl_sync(~0u, x, (THREAD * 7 + 3) % 32),
-                     __shfl_up_sync(~0u, x, 5), __shfl_down_sync(~0u, x, 5)};
-  for (int i = 0; i < 4; i++) at<float>(a, 1)[i * 32 + THREAD] = y[i];
+  at<float>(a, 1)[THREAD] = shuffle_xor(at<float>(a, 0)[THREAD], int(a.n));
 }
 KERNEL(shuffles_of_floats, shuffles)
 
@@ -169,7 +166,7 @@ template <int BUG> KRON_DEVICE void product(const Arguments &a) {
     }
   }
 
-  if (lane == 31) *own = 1.f; // to the other lanes, by way of memory
+  if (lane == 31) *own = 1.f; // to the other lanes, through memory
   if (BUG != NO_SYNCWARP) __syncwarp();
   for (int half = 0; half < 2; half++) {
     const int row = lane / 4 + half * 8;
@@ -346,7 +343,7 @@ def test_matrices_of_8_rows_and_their_transposes(launch):
 
 
 def fragments(left, right, d):
-    """What each lane holds of them, by the words of device.h."""
+    """The registers of each lane, as device.h defines them."""
     left, right = left.view(torch.uint8), right.view(torch.uint8)
     a, b, c = torch.empty(32, 4, 4).byte(), torch.empty(32, 2, 4).byte(), torch.empty(32, 4)
     for lane in range(32):
@@ -370,7 +367,7 @@ def test_products_of_tensor_cores(name, launch):
     d = torch.randn(16, 8)
     a, b, c = fragments(left, right, d)
     launch(f"multiply_{name}", a, b, c)
-    if name == "tf32":  # of float32 the multiplier sees the upper bits
+    if name == "tf32":  # the multiplier uses the upper bits of float32
         left, right = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (left, right))
     expected = fragments(left, right, d.double() + left.double() @ right.double().T)[2]
     torch.testing.assert_close(c, expected, rtol=1e-6, atol=4e-6)
@@ -378,13 +375,9 @@ def test_products_of_tensor_cores(name, launch):
 
 @pytest.mark.parametrize("lanes", [1, 2, 16, 31])
 def test_shuffles(lanes, launch):
-    x, y = torch.randn(32), torch.empty(4, 32)
+    x, y = torch.randn(32), torch.empty(32)
     launch("shuffles_of_floats", x, y, n=lanes)
-    lane = torch.arange(32)
-    up = torch.where(lane < 5, lane, lane - 5)
-    down = torch.where(lane > 26, lane, lane + 5)
-    for row, source in zip(y, [lane ^ lanes, (lane * 7 + 3) % 32, up, down], strict=True):
-        assert torch.equal(row, x[source])
+    assert torch.equal(y, x[torch.arange(32) ^ lanes])
 
 
 def test_copies_arrive_when_their_group_is_waited_for(launch):
@@ -424,7 +417,7 @@ def test_the_order_is_drawn_from_the_seed(emulated, launch):
 
 
 def product(launch, kernel, rows=20):
-    """How far y and the sums are from the truth."""
+    """The largest error of y and the sums."""
     x, w = torch.randn(rows, 64).half(), torch.randn(32, 64).half()
     y, sums = torch.full((rows, 32), torch.nan), torch.full((rows,), torch.nan)
     launch(kernel, x, w, y, sums, n=rows, grid=-(-rows // 16), threads=128, shared=SHARED)
@@ -435,12 +428,12 @@ def product(launch, kernel, rows=20):
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("rows", [1, 16, 40])
-def test_a_right_kernel_is_right_in_any_order(rows, seed, emulated, launch):
+def test_a_correct_kernel_is_correct_in_any_order(rows, seed, emulated, launch):
     emulated.seed(seed)
     assert product(launch, "product_right", rows) < 1e-4
 
 
-# In order nobody notices the last two.
+# The last two have no effect in numerical order.
 @pytest.mark.parametrize(
     "bug", ["no_wait", "swapped", "no_barrier", "same_address", "no_syncwarp", "no_barrier_in_sum"]
 )
@@ -469,12 +462,12 @@ def test_a_wrong_kernel_is_wrong_in_some_order(bug, emulated, launch):
     ],
 )
 @pytest.mark.parametrize("seed", [0, 3])
-def test_what_is_wrong_is_an_error(bug, message, seed, emulated, launch):
+def test_bugs_are_errors(bug, message, seed, emulated, launch):
     emulated.seed(seed)
     with pytest.raises(RuntimeError, match=rf"^product_{bug}, block \d, thread \d+: .*") as raised:
         product(launch, f"product_{bug}")
     assert re.search(message, str(raised.value))
-    # The next launch knows nothing of it.
+    # The next launch is not affected.
     assert product(launch, "product_right") < 1e-4
 
 
@@ -520,7 +513,7 @@ def test_a_launch_that_the_gpu_cannot_run_is_an_error(emulated, launch):
     launch("shuffles_of_floats", torch.zeros(32), torch.zeros(128), shared=101377)
 
 
-def test_the_gpu_is_as_large_as_it_is_said_to_be(emulated, launch):
+def test_the_size_of_the_gpu_can_be_set(emulated, launch):
     library, values = emulated.library, (ctypes.c_int64 * 2)()
     library.properties.restype = library.on_device.restype = ctypes.c_char_p
     assert library.properties(ctypes.c_int64(0), values) is None
@@ -534,7 +527,7 @@ def test_the_gpu_is_as_large_as_it_is_said_to_be(emulated, launch):
 
 
 def test_launches_can_be_intercepted(emulated, launch):
-    x, y, calls = torch.zeros(32), torch.full((4, 32), torch.nan), []
+    x, y, calls = torch.zeros(32), torch.full((32,), torch.nan), []
 
     def callback(*call):
         calls.append(call)
@@ -637,7 +630,7 @@ def test_tests_run_again_with_a_sanitizer(sanitizer):
     if reason := emulator.why_not(sanitizer):
         pytest.skip(reason)
     test = "tests/gpu/test_emulator.py"
-    right = "right_in_any_order or matrices_of or products_of or copies_arrive"
+    right = "correct_in_any_order or matrices_of or products_of or copies_arrive"
     done = emulator.run_sanitized(sanitizer, [test, "-k", right])
     assert done.returncode == 0, done.stdout + done.stderr
     if sanitizer == "thread":

@@ -330,7 +330,7 @@ def test_a_feed_forward_that_does_not_meet_goes_in_two_launches(machine):
     up, down = KronShape(24, 24, 4, 2), KronShape(24, 24, 2, 4)
     x, a1, b1 = machine.draw(up, 5, torch.float32)
     _, a2, b2 = machine.draw(down, 5, torch.float32)
-    assert not machine.kernels.meet(a1, b1, a2, b2)
+    assert not machine.kernels.fuses((a1, b1, None), (a2, b2, None))
     y = kron_feed_forward(x, (a1, b1, None), (a2, b2, None), backend=machine.engine)
     hidden = oracle(x, a1, b1, activation="gelu")
     n = terms(up) + terms(down)

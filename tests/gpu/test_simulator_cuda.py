@@ -1,4 +1,4 @@
-"""Kernels written with csrc/cuda/device.h, compiled by nvcc and executed by the GPU simulator."""
+"""The simulator executes kernels that nvcc compiled, and finds bugs planted in them."""
 
 import re
 import struct
@@ -10,7 +10,7 @@ from simulator.cuda import KERNELS, CudaDevice, kernel_ptx, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
 
-# What the kernels' names end in is the module they are looked for in: here there is but one.
+# The end of a kernel's name is its math, which is compiled separately. Here there is only one.
 TOYS = """
 #include "HEADER"
 using namespace kron;
@@ -136,7 +136,7 @@ def source(tmp_path_factory):
 
 
 class Toy:
-    """Launches toy kernels as the emulated module would, with a struct of addresses."""
+    """Launches toy kernels as the emulated module does, with a struct of addresses."""
 
     def __init__(self, gpu: CudaDevice):
         self.gpu = gpu
@@ -151,7 +151,7 @@ class Toy:
 
 @pytest.fixture(params=ARCHS, ids="sm_{}".format)
 def toy(request, source):
-    with CudaDevice(request.param, source=source, module=False) as gpu:
+    with CudaDevice(request.param, source=source, attached=False) as gpu:
         yield Toy(gpu)
 
 
@@ -196,7 +196,7 @@ def test_structs_loops_divisions_and_switches(toy, activation):
 
 
 def product(toy: Toy, kind: str, left: bool = False, right: bool = False, shared: int = SHARED):
-    """Where a factor is transposed in memory, the kernel is to transpose it."""
+    """The kernel's product; it transposes a factor that is transposed in memory."""
     dtype = PRODUCTS[kind]
     a, b = torch.randn(16, 32 // dtype.itemsize), torch.randn(16, 32 // dtype.itemsize)
     a, b = a.to(dtype), b.to(dtype)
@@ -242,14 +242,14 @@ def test_a_product_in_tf32(toy):
 @pytest.fixture
 def device(source):
     def make(edit=None, **more) -> Toy:
-        return Toy(CudaDevice(80, edit, source=source, module=False, **more))
+        return Toy(CudaDevice(80, edit, source=source, attached=False, **more))
 
     return make
 
 
-def reach(toy: Toy, which: int = 1, shift: int = 0, y: torch.Tensor | None = None, x=None):
+def reach(toy: Toy, which: int = 1, shift: int = 0, y: torch.Tensor | None = None):
     y = torch.zeros(32) if y is None else y
-    x = torch.arange(32.0) if x is None else x
+    x = torch.arange(32.0)
     table = torch.arange(32.0) + 100
     toy("reach_float32", 1, 32, 0, "=QQQQQqq", x, y, 0, table, x, which, shift)
     return y
@@ -298,13 +298,6 @@ def test_a_tensor_lives_as_long_as_the_device(device):
         y = torch.zeros(32)
         toy("reach_float32", 1, 32, 0, "=QQQQQqq", address, y, 0, address, y, 1, 0)
     assert (y == 7).all() and not any(one.any() for one in clutter)
-
-
-def test_reading_what_nobody_wrote(device):
-    toy, x = device(), torch.zeros(32)
-    toy.gpu.expect_written(x)
-    with pytest.raises(RuntimeError, match="load of uninitialised global memory"):
-        reach(toy, x=x)
 
 
 def test_a_grid_beyond_the_tokens(device):
@@ -358,9 +351,9 @@ def test_a_struct_of_another_size(device, source):
 
 
 def test_a_kernel_that_is_not_there(device):
-    with pytest.raises(RuntimeError, match="does not say how it multiplies"):
+    with pytest.raises(RuntimeError, match="the name must end in one of float16"):
         device()("reach", 1, 32, 0, "=Q", 0)
-    with pytest.raises(RuntimeError, match=r"other_float32: is not in toys\.cu"):
+    with pytest.raises(RuntimeError, match=r"toys\.cu has no kernel other_float32"):
         device()("other_float32", 1, 32, 0, "=Q", 0)
 
 
@@ -370,86 +363,3 @@ def test_launches_are_recorded_without_execution(device):
     (launch,) = toy.gpu.launches
     assert (launch.name, launch.shared, launch.num_warps) == ("reach_float32", 0, 1)
     assert not y.any() and not launch.asm
-
-
-TABLE = """
-.version 8.0
-.target sm_80
-.address_size 64
-.visible .entry table(.param .u64 p)
-{
-    .reg .b32 %r<4>;
-    .reg .b64 %rd<4>;
-    ld.param.u64 %rd1, [p];
-    mov.u32 %r1, %tid.x;
-    mul.wide.u32 %rd2, %r1, 4;
-    add.s64 %rd3, %rd1, %rd2;
-    shr.u32 %r2, %r1, SHIFT;
-$T: .branchtargets $A, $B,
-        $A, $C;
-    brx.idx %r2, $T;
-$A: mov.u32 %r3, 1;
-    bra.uni $D;
-$B: mov.u32 %r3, 2;
-    bra.uni $D;
-$C: mov.u32 %r3, 3;
-$D: st.global.u32 [%rd3], %r3;
-    ret;
-}
-"""
-
-
-FAR = """
-.version 8.0
-.target sm_80
-.address_size 64
-.shared .align 4 .b8 pool[128];
-.visible .entry far(.param .u64 p)
-{
-    .reg .pred %p<2>;
-    .reg .b32 %r<8>;
-    .reg .b64 %rd<4>;
-    ld.param.u64 %rd1, [p];
-    mov.u32 %r1, %tid.x;
-    mul.wide.u32 %rd2, %r1, 4;
-    add.s64 %rd3, %rd1, %rd2;
-    mov.u32 %r2, pool;
-    shl.b32 %r3, %r1, 2;
-    add.s32 %r3, %r2, %r3;
-    xor.b32 %r4, %r3, 64;
-    mov.u32 %r5, 0;
-    setp.lt.u32 %p1, %r1, 16;
-    @%p1 bra $FAR;
-    st.shared.u32 [%r3], 7;
-$JOIN:
-    TOGETHER
-    st.global.u32 [%rd3], %r5;
-    ret;
-$FAR:
-    st.shared.u32 [%r3], 5;
-    bra.uni $JOIN;
-}
-"""
-
-
-@pytest.mark.parametrize(
-    "together",
-    [
-        "bar.warp.sync -1; ld.shared.u32 %r5, [%r4];",
-        "ld.shared.u32 %r5, [%r3]; shfl.sync.bfly.b32 %r5, %r5, 16, 31, -1;",
-    ],
-)
-def test_threads_of_a_warp_wait_for_those_whose_code_is_further_down(together):
-    out = torch.zeros(32, dtype=torch.int32)
-    run_ptx(FAR.replace("TOGETHER", together), "far", (1,), (32,), [out])
-    assert out.tolist() == [7] * 16 + [5] * 16
-
-
-def test_a_branch_by_a_table():
-    out = torch.zeros(64, dtype=torch.int32)
-    run_ptx(TABLE.replace("SHIFT", "4"), "table", (1,), (64,), [out])
-    assert out.tolist() == [1] * 16 + [2] * 16 + [1] * 16 + [3] * 16
-    run_ptx(TABLE.replace("SHIFT", "6"), "table", (1,), (64,), [out])
-    assert out.tolist() == [1] * 64
-    with pytest.raises(SimulationError, match="beyond the 4 branch targets"):
-        run_ptx(TABLE.replace("SHIFT", "3"), "table", (1,), (64,), [out])

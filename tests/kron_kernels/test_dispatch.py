@@ -1,4 +1,4 @@
-"""Which backend serves, what it costs, what the machine has, and what an import needs."""
+"""Routes and backends, sizes and costs, the public names, and what an import needs."""
 
 import importlib.metadata
 import importlib.resources
@@ -19,13 +19,72 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kron_kernels
 from kron_kernels import KronShape, dispatch, explain_backends, kron_matmul
-from kron_kernels.backends import abi
+from kron_kernels.backends import abi, native
 from kron_kernels.reference import materialize
 from kron_kernels.testing.cases import SHAPES, draw, name
 
-BACKENDS = get_args(dispatch.Backend)
+BACKENDS = get_args(dispatch.BackendName)
 OPERANDS = draw(SHAPES[1], dtype=torch.float32)
 X, *FACTORS = OPERANDS
+
+
+# --- routes
+
+NATIVE = "native" if native._native else "eager"
+LAYER = (*draw(KronShape(4, 3, 2, 4), 5, torch.float32)[1:], torch.ones(8))
+UP, DOWN = (
+    (*draw(s, 0, torch.float32)[1:], None) for s in (KronShape(4, 2, 6, 6), KronShape(2, 4, 6, 6))
+)
+LOW = torch.ones(3, 8, 1), torch.ones(3, 1, 12), None
+
+
+def routes(backend="auto", tokens=5, activation="gelu", needs_grad=False, layer=LAYER, up=UP):
+    """The ways of a product, of three products of one x, and of a block."""
+    x = torch.ones(tokens, 12, requires_grad=needs_grad)
+    operands = [x, *layer[:2], *up[:2], *DOWN[:2]]
+    observed = dispatch.is_observed(operands)
+    return (
+        dispatch.route_matmul(backend, x, layer[:2], operands, observed),
+        dispatch.route_qkv(backend, x, [layer] * 3, operands, observed),
+        dispatch.route_feed_forward(backend, x, up, activation, DOWN, operands, observed),
+    )
+
+
+def ways(*args, **options):
+    return [way for way, _ in routes(*args, **options)]
+
+
+def test_the_route_of_eager():
+    assert ways("eager") == ["plain", "operator", "operator"]
+    assert ways("eager", tokens=10**5) == ["operator"] * 3
+    assert ways("eager", needs_grad=True) == ["autograd", "products", "products"]
+    with torch.no_grad():
+        assert ways("eager", needs_grad=True) == ["plain", "operator", "operator"]
+
+
+@pytest.mark.skipif(NATIVE == "eager", reason="the kernels are not compiled")
+def test_the_route_of_compiled_kernels():
+    assert routes() == (("direct", "native"),) * 3
+    assert ways(needs_grad=True) == ["autograd", "products", "autograd"]
+    assert ways(activation=None)[2] == "products"
+    assert routes(layer=LOW, up=LOW) == (("plain", "eager"), *[("products", "auto")] * 2)
+    assert ways("native", layer=LOW, up=LOW) == ["direct"] * 3
+    with torch.profiler.profile():
+        assert ways() == ["operator"] * 3
+        x, *factors = torch.ones(1, 8), *torch.ones(3, 1, 2, 2)
+        assert dispatch.route_matmul("auto", x, factors, [x], False)[0] == "recorded"
+    with FlopCounterMode(display=False):
+        assert ways() == ["operator"] * 3
+    with torch.autograd.forward_ad.dual_level():
+        assert ways() == ["autograd", "products", "products"]
+
+
+def test_fused_calls_are_products_where_each_product_must_decide():
+    x = torch.ones(1)
+    assert not dispatch.in_products(x) and dispatch.in_products(x.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dispatch.in_products(x)
+    assert dispatch.route_embedding(*FACTORS) == dispatch.PLAIN  # without a GPU
 
 
 # --- backends
@@ -96,7 +155,7 @@ def test_a_module_compiled_for_another_interface_is_refused(monkeypatch):
         )
 
 
-def test_a_second_import_serves_as_the_first():
+def test_a_second_import_works_like_the_first():
     program = """
 import importlib, sys
 import torch, kron_kernels, kron_kernels.ops
@@ -120,24 +179,18 @@ assert product() == first
     python("-c", program)
 
 
-def test_eager_serves_every_call():
-    for s in SHAPES:
-        for dtype in (torch.float64, torch.float16, torch.complex64):
-            assert dispatch.why_not("eager", *draw(s, 0, dtype)) is None
-    assert dispatch.why_not("eager", *(t.to("meta") for t in OPERANDS)) is None
-    assert (
-        dispatch.why_not("eager", torch.ones(2, 24), *(torch.ones(2, n) for n in (2, 3, 4))) is None
-    )
-
-
-def test_auto_chooses_a_backend_that_serves_the_call():
-    chosen = dispatch.choose("auto", X, FACTORS)
-    assert chosen in BACKENDS and chosen != "auto"
-    assert dispatch.why_not(chosen, *OPERANDS) is None
+def test_eager_takes_every_call():
+    for operands in (
+        draw(SHAPES[2], 0, torch.complex64),
+        [t.to("meta") for t in OPERANDS],
+        [torch.ones(2, 24), *(torch.ones(2, n) for n in (2, 3, 4))],
+    ):
+        assert dispatch.why_not("eager", *operands) is None
+        assert kron_matmul(*operands, backend="eager").shape[0] == operands[0].shape[0]
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "auto"])
-def test_a_backend_asked_for_by_name_is_granted_or_refused_never_replaced(backend):
+def test_a_backend_asked_for_by_name_is_used_or_refused_never_replaced(backend):
     reason = dispatch.why_not(backend, *OPERANDS)
     if reason is None:
         assert dispatch.choose(backend, X, FACTORS) == backend
@@ -160,16 +213,17 @@ def test_auto_leaves_low_rank_to_the_two_gemms_of_eager(s):
     assert dispatch.choose("auto", x, (a, b)) == "eager"
     assert dispatch.choose("auto", x, (a[0], b[0])) == "eager"
     assert dispatch.choose("auto", X, FACTORS, (a, b)) == "eager"  # a block is of one backend
-    told = explain_backends(x, a, b).splitlines()[-1]
-    assert told.startswith(f"eager   ready: low rank, {s.rank}: two GEMMs")
-    assert f'"auto" takes; {s.flops:,} FLOPs' in told
-    for backend in BACKENDS[1:]:  # asked for by name it is granted
+    line = explain_backends(x, a, b).splitlines()[-1]
+    assert line.startswith(f"eager   ready: low rank, {s.rank}: two GEMMs")
+    assert f'"auto" takes; {s.flops:,} FLOPs' in line
+    for backend in BACKENDS[1:]:  # asked for by name it is used
         if dispatch.why_not(backend, x, a, b) is None:
             assert dispatch.choose(backend, x, (a, b)) == backend
     assert "low rank" not in explain_backends(*OPERANDS)
+    assert "A first, then B" in explain_backends(*OPERANDS)
 
 
-def test_an_unknown_backend_is_told_the_known_ones():
+def test_the_error_of_an_unknown_backend_lists_the_known_ones():
     with pytest.raises(
         ValueError, match=r"backend='mkl' cannot serve .* no such backend"
     ) as refusal:
@@ -189,9 +243,9 @@ def test_the_explanation_has_a_line_a_backend_with_its_reason(s):
     lines = explain_backends(x, a, b).splitlines()
     assert sorted(line.split()[0] for line in lines) == sorted(BACKENDS[1:])
     for line in lines:
-        backend, told = line.split(maxsplit=1)
+        backend, text = line.split(maxsplit=1)
         reason = dispatch.why_not(backend, x, a, b)
-        assert told == reason or (reason is None and told.startswith("ready"))
+        assert text == reason or (reason is None and text.startswith("ready"))
 
 
 def test_the_explanation_takes_what_kron_matmul_takes():
@@ -202,11 +256,6 @@ def test_the_explanation_takes_what_kron_matmul_takes():
         assert "eager" in explain_backends(torch.ones(1, n), *factors)
     with pytest.raises(ValueError, match="got x of shape"):
         explain_backends(torch.ones(1, 5), a, b)
-
-
-def test_the_explanation_of_two_small_factors_is_of_two_products():
-    plan = explain_backends(*draw(KronShape(3, 4, 5, 2)))
-    assert "A first" in plan or "B first" in plan
 
 
 # --- shapes
@@ -241,7 +290,7 @@ def test_costs_are_those_of_the_products_and_the_order_is_the_cheaper(s):
     assert s.swapped.multiply_adds("a_first") == s.multiply_adds("b_first")
 
 
-def test_the_orders_differ_by_what_the_paper_shapes_make_them_differ():
+def test_the_orders_of_the_papers_shapes_differ_sevenfold():
     up, down = KronShape(16, 2, 192, 384), KronShape(2, 16, 384, 192)
     assert (up.order, down.order) == ("b_first", "a_first")
     assert up.multiply_adds("a_first") > 7 * up.multiply_adds("b_first")
@@ -284,6 +333,8 @@ def test_a_split_that_leaves_a_rest_names_the_nearest_divisors(call, message):
 
 PUBLIC_FUNCTIONS = (
     kron_matmul,
+    kron_kernels.kron_qkv,
+    kron_kernels.kron_feed_forward,
     kron_kernels.nearest_kronecker,
     kron_kernels.nearest_kronecker_sum,
     kron_kernels.factorise_,
@@ -318,7 +369,7 @@ def test_the_version_is_that_of_the_distribution():
     assert kron_kernels.__version__ == importlib.metadata.version("kron-kernels")
 
 
-def test_type_checkers_are_told_that_there_are_types():
+def test_the_package_has_types_for_type_checkers():
     assert importlib.resources.files("kron_kernels").joinpath("py.typed").is_file()
     for f in PUBLIC_FUNCTIONS:
         annotated = [p.annotation for p in inspect.signature(f).parameters.values()]
@@ -335,7 +386,7 @@ def python(*args: str) -> str:
     return done.stdout
 
 
-def test_the_doctor_reports_what_serves_on_this_machine():
+def test_the_doctor_reports_the_backends_of_this_machine():
     printed = python("-m", "kron_kernels.doctor")
     for word in ("torch", torch.__version__, kron_kernels.__version__, "eager"):
         assert word in printed

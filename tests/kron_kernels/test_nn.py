@@ -20,7 +20,7 @@ from kron_kernels import (
     KronShape,
 )
 from kron_kernels import nn as kron_nn
-from kron_kernels.embedding import kron_cross_entropy
+from kron_kernels.functional import kron_cross_entropy
 from kron_kernels.reference import materialize
 from kron_kernels.testing import assert_close
 from kron_kernels.testing.cases import SHAPES, name

@@ -1,7 +1,8 @@
-"""Operands that are no plain tensors: lazy views, subclasses, freed storage; and who watches."""
+"""Operands that are not plain tensors: lazy views, subclasses, freed storage; and observers."""
 
 import io
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from kron_kernels import (
     KroneckerEmbedding,
     KroneckerFeedForward,
     KroneckerLinear,
+    dispatch,
     explain_backends,
-    functional,
     kron_feed_forward,
     kron_matmul,
     kron_qkv,
@@ -176,7 +177,7 @@ def test_fake_tensors_among_real_ones_are_found(call, name):
 
 
 @pytest.mark.parametrize(
-    "value, says",
+    "value, message",
     [
         (None, "must be a torch.Tensor, got NoneType."),
         ([1.0, 2.0], "must be a torch.Tensor, got list; use torch.as_tensor."),
@@ -197,7 +198,7 @@ def test_fake_tensors_among_real_ones_are_found(call, name):
     ids=lambda v: getattr(type(v), "__name__", None) if not isinstance(v, str) else "",
 )
 @pytest.mark.parametrize("call, name", ARGUMENTS)
-def test_what_is_no_dense_tensor_is_refused_by_name(call, name, value, says):
+def test_other_than_dense_tensors_are_refused_by_name(call, name, value, message):
     function, operands = CALLS[call]
     if value is None and ("bias" in name or name == "residual"):
         return
@@ -206,7 +207,7 @@ def test_what_is_no_dense_tensor_is_refused_by_name(call, name, value, says):
         if name in "ab":  # sliced by this test before it is passed on
             return
         argument = argument.replace("factor 1", "factor 2")
-    with pytest.raises(TypeError, match=f"{argument or name.rstrip('0123')} {says}") as refusal:
+    with pytest.raises(TypeError, match=f"{argument or name.rstrip('0123')} {message}") as refusal:
         function(*(operands | {name: value}).values())
     if call in ("block", "qkv") and name[-1].isdigit():
         layers = {"block": ("", "up", "down"), "qkv": ("query", "key", "value")}[call]
@@ -237,14 +238,14 @@ def test_a_wrong_shape_in_a_block_names_its_layer(name, layer, grads):
         kron_feed_forward(x, *layers, residual=[1])
 
 
-@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("profiled", [False, True])
 @pytest.mark.parametrize("grads", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_block_without_an_activation(backend, grads, watched):
+def test_a_block_without_an_activation(backend, grads, profiled):
     given = [t.clone().requires_grad_(grads) for t in BLOCK.values()]
     x, *layers, residual = given
     up, down = layers[:3], layers[3:]
-    with torch.profiler.profile() if watched else nullcontext():
+    with torch.profiler.profile() if profiled else nullcontext():
         y = kron_feed_forward(x, up, down, activation=None, residual=residual, backend=backend)
     hidden = kron_matmul(x, *up[:2], bias=up[2])
     torch.testing.assert_close(y, kron_matmul(hidden, *down[:2], bias=down[2], residual=residual))
@@ -265,15 +266,19 @@ def test_none_is_refused_under_autocast_too():
                 kron_matmul(x, a, MATMUL["b"])
 
 
-def test_autocast_of_a_device_that_torch_does_not_count_is_asked_for(monkeypatch):
-    monkeypatch.setattr(functional, "under_autocast", lambda x: x.is_meta)
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: monkeypatch.undo() or nullcontext())
-    x, a, b = (t.to("meta") for t in (MATMUL["x"].bfloat16(), MATMUL["a"], MATMUL["b"]))
-    assert kron_matmul(x, a, b).dtype == torch.bfloat16  # as a linear layer before it leaves x
+def test_autocast_is_found_on_a_device_that_the_quick_check_leaves_out():
+    x = SimpleNamespace(is_cpu=False, device=torch.device("mps"))
+    torch.set_autocast_enabled("mps", True)
+    try:
+        assert not torch._C._is_any_autocast_enabled()
+        assert dispatch.under_autocast(x)
+        assert not dispatch.under_autocast(torch.ones(1))
+    finally:
+        torch.set_autocast_enabled("mps", False)
+    assert not dispatch.under_autocast(x)
 
 
-# --- Who watches sees every call.
+# --- observers see every call
 
 
 class Log(TorchDispatchMode):
@@ -400,7 +405,7 @@ def test_a_block_whose_layers_are_sharded(process_group, grads):
         torch.testing.assert_close(block(x, x), y + x)
 
 
-def test_a_batch_of_factors_is_refused_with_the_way_to_write_it():
+def test_a_batch_of_factors_is_refused_with_the_remedy():
     x, a, b = draw(5, 2, 12), draw(5, 1, 4, 3), draw(5, 1, 2, 4)
     with pytest.raises(
         ValueError, match=r"got shape \(5, 1, 4, 3\); .* torch\.vmap\(kron_matmul\)"

@@ -1,1 +1,1 @@
-"""Triton kernels for GPUs: ``launch`` calls them, with the tiles that ``configs`` chooses."""
+"""Triton kernels for GPUs. ``launch`` has the backend's functions, ``configs`` chooses tiles."""

@@ -1,16 +1,16 @@
-"""Gradients of the factors in Triton; see ``triton_tiles`` for its terms.
+"""Gradients of the factors in Triton; ``blocks`` defines the terms.
 
-The gradients of ``Σ dy_o[d] dot_k[d, c] mix_k[o, u] x_u[c]`` over tokens, in the terms of a product
-whose mix comes first (of another one x and dy change places, and the factors are transposed):
+The gradients of ``Σ dy_o[d] dot_k[d, c] mix_k[o, u] x_u[c]``, summed over tokens, where the mix
+comes first (where it comes last, x and dy change places and the factors are transposed):
 
     d dot_k[d, c] = Σ_t,o dy_o[d] z_k,o[c]          with z_k,o[c] = Σ_u mix_k[o, u] x_u[c]
     d mix_k[o, u] = Σ_t,c v_k,o[c] x_u[c]           with v_k,o[c] = Σ_d dot_k[d, c] dy_o[d]
 
-Where the mix is small, v and the gradient of dot are plain matrix products, PyTorch's, and one
-kernel goes over x once for z and the gradient of the mix. z and v are of the size of the side of
-fewer vectors. Where the mix has room for tensor cores one kernel does all, with z and v recomputed
-in it. Programs sum over shares of the tokens; the shares' sums are added afterwards, in a fixed
-order: deterministic.
+If the mix is small, PyTorch computes v and the gradient of dot as plain matrix products, and one
+kernel reads x once for z and the gradient of the mix. z and v are as large as the smaller of input
+and output. If the mix uses tensor cores, one kernel computes everything, z and v included.
+Programs sum over shares of the tokens; the shares are added in a fixed order, so the results are
+deterministic.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def mix_gradients_kernel(
 ):  # fmt: skip
     """z and d_mix for GROUP outputs of one term and BC columns of a share of the tokens.
 
-    ``v`` and ``z (RANK, T, O, K)``, ``d_mix (shares, tiles, RANK, O, U)``; v and d_mix may be None,
-    and so may z.
+    ``v`` and ``z (RANK, T, O, K)``, ``d_mix (shares, tiles, RANK, O, U)``. z may be None, and so
+    may v with d_mix.
     """
     tile, part = tl.program_id(0), tl.program_id(2).to(tl.int64)
     GROUPS: tl.constexpr = (O + GROUP - 1) // GROUP
     k, first = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS * GROUP
     c = tile * BC
     cs = c + tl.arange(0, BC)[None, :]
-    sums = ()  # of a thread's own entries: threads are summed over once, at the end
+    sums = ()  # per entry: the sum over threads happens once, at the end
     for _ in tl.static_range(GROUP * U if d_mix is not None else 0):
         sums = sums + (tl.zeros((BT, BC), tl.float32),)
     for t in range(0, share, BT):
@@ -85,7 +85,7 @@ def factor_gradients_kernel(
     BT: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Both gradients of a tile of dot and a share of the tokens, of a mix on tensor cores.
+    """Both gradients for a tile of dot and a share of the tokens, with the mix on tensor cores.
 
     ``d_dot (shares, RANK, N, K)``, ``d_mix (shares, tiles, RANK, O, U)``; either may be None.
     """
@@ -100,7 +100,7 @@ def factor_gradients_kernel(
         inside = (ds[:, None] < N) & (cs[None, :] < K)
         where = dot + k * dot_r + ds[:, None] * dot_d + cs[None, :] * dot_c
         factor = tl.load(where, mask=inside, other=0.0)
-        sum_mix = tl.zeros((BT, O_, U_), tl.float32)  # tokens are summed over once, at the end
+        sum_mix = tl.zeros((BT, O_, U_), tl.float32)  # summed over tokens once, at the end
 
     for t in tl.range(0, share, BT, num_stages=STAGES):
         rows = part * share + t + tl.arange(0, BT)

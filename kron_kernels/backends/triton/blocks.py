@@ -1,12 +1,12 @@
 """Tiles of a Kronecker product in Triton: loads, mixes, activations and stores.
 
-Of two factors the larger, ``dot (r, N, K)``, multiplies on tensor cores; the smaller,
-``mix (r, O, U)``, mixes U vectors of K entries into O, or of N. A token is ``x (U, K)`` and
-``y (O, N)`` if the mix is the left factor, and ``x (K, U)`` and ``y (N, O)`` if it is the right one
-(``INNER``): then the vectors lie interleaved. So one kernel serves both factor orders and, as the
-mix comes before or after the product (``MIX_FIRST``), both contraction orders.
+The larger factor, ``dot (r, N, K)``, multiplies on tensor cores. The smaller one,
+``mix (r, O, U)``, mixes U vectors into O. If the mix is the left factor, a token is ``x (U, K)``
+and ``y (O, N)``. If it is the right one (``INNER``), a token is ``x (K, U)`` and ``y (N, O)``: the
+vectors are interleaved. The mix comes before the product (``MIX_FIRST``) or after it. One kernel
+covers all four cases.
 
-A name with an underscore, ``U_``, is the size rounded up to a power of two, as Triton's tiles are.
+A trailing underscore, as in ``U_``, marks a size rounded up to a power of two, as Triton requires.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def load_mix(mix, k, o, u, stride_r, stride_o, stride_u, O: tl.constexpr, U: tl.constexpr):
-    """``mix[k, o, u]`` in float32 of index tensors that broadcast, 0 outside."""
+    """``mix[k, o, u]`` in float32, 0 outside; the indices broadcast."""
     inside = (o < O) & (u < U)
     return tl.load(mix + k * stride_r + o * stride_o + u * stride_u, mask=inside, other=0.0).to(
         tl.float32
@@ -41,7 +41,7 @@ def load_vectors(
     x, offsets, live, c, K: tl.constexpr, U: tl.constexpr, U_: tl.constexpr,
     INNER: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Entries c … c + BC of a token's U vectors, as ``(BT, BC, U_)``, 0 outside."""
+    """Entries c … c + BC of the tokens' U vectors, as ``(BT, BC, U_)``, 0 outside."""
     if INNER and U == U_:  # one contiguous piece, which 128-bit loads can read
         e = c * U + tl.arange(0, BC * U)[None, :]
         flat = tl.load(x + offsets[:, None] + e, mask=live[:, None] & (e < K * U), other=0.0)
@@ -69,7 +69,7 @@ def load_rows(
     x, offsets, live, c, K: tl.constexpr, U: tl.constexpr, U_: tl.constexpr,
     INNER: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The same entries as rows ``(BT * U_, BC)``, a token's vectors one below another."""
+    """The same entries as rows ``(BT * U_, BC)``, a token's vectors in consecutive rows."""
     if INNER:
         vectors = load_vectors(x, offsets, live, c, K, U, U_, True, BT, BC)
         return tl.reshape(tl.permute(vectors, (0, 2, 1)), (BT * U_, BC))
@@ -87,7 +87,7 @@ def mix_by_dot(
     U: tl.constexpr, O: tl.constexpr, U_: tl.constexpr, O_: tl.constexpr,
     PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_u mix[k, o, u] vector_u`` as rows ``(BT * O_, BC)``, of ``vectors (BT, BC, U_)``."""
+    """``Σ_u mix[k, o, u] vector_u`` of ``vectors (BT, BC, U_)``, as rows ``(BT * O_, BC)``."""
     us, os = tl.arange(0, U_)[:, None], tl.arange(0, O_)[None, :]
     m = load_mix(mix, k, os, us, mix_r, mix_o, mix_u, O, U).to(vectors.dtype)
     z = tl.dot(tl.reshape(vectors, (BT * BC, U_)), m, input_precision=PRECISION)
@@ -100,20 +100,20 @@ def mix_each(
     vectors, mix, k, mix_r, mix_o, mix_u,
     U: tl.constexpr, O: tl.constexpr, O_: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The same in registers, of a tuple of vectors ``(BT, BC)``."""
+    """The same in registers, for a tuple of vectors ``(BT, BC)``."""
     z = tl.zeros((BT, O_, BC), tl.float32)
     for u in tl.static_range(U):
         m = load_mix(mix, k, tl.arange(0, O_), u, mix_r, mix_o, mix_u, O, U)
         z += vectors[u].to(tl.float32)[:, None, :] * m[None, :, None]
-    # A sum of one term keeps the layout of a product's operand, in which every warp has all rows,
-    # from spreading to the mix: 8 warps would mix the same vectors, 8 times the work.
+    # In the layout of a product's operand every warp has all rows: 8 warps would mix the same
+    # vectors, 8 times the work. A sum of one term keeps that layout from spreading to the mix.
     z = tl.sum(z[:, :, :, None], 3).to(vectors[0].dtype)
     return tl.reshape(z, (BT * O_, BC))
 
 
 @triton.jit
 def split_last(z, SIZE: tl.constexpr):
-    """``(a, b, SIZE)``, SIZE a power of two, as a tuple of ``(a, b)``: one thread has all SIZE."""
+    """``(a, b, SIZE)`` as a tuple of ``(a, b)``, for SIZE a power of two within one thread."""
     parts = (z,)
     for level in tl.static_range(6):
         if SIZE >> level > 1:
@@ -130,7 +130,7 @@ def split_last(z, SIZE: tl.constexpr):
 
 @triton.jit
 def split_rows(rows, U_: tl.constexpr):
-    """Rows ``(BT * U_, BN)``, a token's one below another, as a tuple of U_ ``(BT, BN)``."""
+    """Rows ``(BT * U_, BN)``, a token's in sequence, as a tuple of U_ ``(BT, BN)``."""
     tokens = tl.reshape(rows, (rows.shape[0] // U_, U_, rows.shape[1]))
     return split_last(tl.permute(tokens, (0, 2, 1)), U_)
 
@@ -191,9 +191,9 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
 def finish(
     y, bias, residual, out, where, e, inside, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """Store ``act(y + bias[e]) + residual`` of a tile of float32 at the offsets ``where + e``.
+    """Store ``act(y + bias[e]) + residual`` of a float32 tile at the offsets ``where + e``.
 
-    ``residual`` lies as ``out`` does; it and ``bias`` may be None.
+    ``residual`` has the layout of ``out``; it and ``bias`` may be None.
     """
     if bias is not None:
         y += tl.load(bias + e, mask=e < FEATURES, other=0.0).to(tl.float32)

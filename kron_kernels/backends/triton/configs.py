@@ -1,7 +1,7 @@
-"""How a product is laid on a GPU: which factor mixes, and the tiles of a launch; needs torch only.
+"""Configurations of the Triton kernels: which factor mixes, and the tiles of a launch.
 
-The choice is a rule with reasons. A table measured on a device, ``tuned/<device>.json`` written by
-``python -m benchmarks.gpu --only tuning``, overrides it.
+The tiles follow a rule. A table measured on a GPU, ``tuned/<name>.json`` written by
+``python -m benchmarks.gpu --only tuning``, overrides it. This module needs PyTorch only.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from kron_kernels.shapes import KronShape
 
 TUNED = Path(__file__).parent / "tuned"
 
-_MAX_MIX = 64  # a mix with a longer side does not fit a tile beside the sums
+_MAX_MIX = 64  # a mix with a longer side does not fit a tile beside the accumulators
 MAX_VECTORS = 32  # vectors that a thread holds at once
-_MAX_RANK = 16  # terms are unrolled
-SUMS_FEED_FORWARD = 192 * 1024  # bytes of sums of both products
-_SUMS = 96 * 1024  # bytes of sums in a program: 96 of the 255 registers a thread at 8 warps
+_MAX_RANK = 16  # the loop over terms is unrolled
+SUMS_FEED_FORWARD = 192 * 1024  # bytes of accumulators of both products
+_SUMS = 96 * 1024  # bytes of accumulators in a program: 96 of a thread's 255 registers at 8 warps
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A product on the GPU: ``dot (rank, N, K)`` on tensor cores and ``mix (rank, O, U)``."""
+    """The roles of the factors: ``dot (rank, N, K)`` on tensor cores, ``mix (rank, O, U)``."""
 
     O: int
     U: int
     N: int
     K: int
     rank: int
-    inner: bool  # the mix is the right factor: vectors lie interleaved
+    inner: bool  # the mix is the right factor: vectors are interleaved in memory
     mix_first: bool
 
     @property
     def by_dot(self) -> bool:
-        """Whether the mix has room for tensor cores: 16 x 16, more than half of it filled."""
+        """Whether the mix uses tensor cores: it fills more than half of a 16 x 16 tile's sides."""
         return min(self.O, self.U) > 8
 
     @property
@@ -50,15 +50,15 @@ class Geometry:
 
     @property
     def sums(self) -> int:
-        """Sums that a program keeps for a token and a column of the product."""
+        """Accumulators of a program for each token and column of the product."""
         return self.vectors * (1 if self.mix_first else self.rank)
 
     def dense_gradient_pays(self, itemsize: int, exact: bool) -> bool:
-        """Whether the factors' gradients are best read off the dense weight's, a plain product.
+        """Whether to derive the factors' gradients from the dense weight's, a plain product.
 
-        It costs more operations and fewer passes over memory than v and z do, which are made,
-        written and read. A GPU does some 200 operations of 16 bits in the time of a byte, some 100
-        in tf32, and 10 in exact float32.
+        It needs more operations than the kernel for the mix, but does not write and read its
+        intermediates v and z. In the time of a byte of memory traffic a GPU does about 200 16-bit
+        operations, 100 in tf32 or 10 in exact float32.
         """
         few, many = self.O * self.N, self.U * self.K
         between = 4 * self.rank * self.O * self.K
@@ -68,16 +68,16 @@ class Geometry:
 
     @property
     def transposed(self) -> Geometry:
-        """The same bilinear form read from its output: mix and product change places."""
+        """The transposed product: inputs and outputs, mix first and mix last change places."""
         return Geometry(self.U, self.O, self.K, self.N, self.rank, self.inner, not self.mix_first)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's share and how it runs."""
+    """The part of a launch that one program computes, and Triton's options for it."""
 
     tokens: int
-    depth: int  # entries of an input vector at a time
+    depth: int  # entries of an input vector in a step
     columns: int  # entries of an output vector in a tile
     tiles: int
     warps: int
@@ -85,10 +85,10 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Device:
+class GPU:
     name: str
     multiprocessors: int
-    shared: int  # bytes that a program may have
+    shared: int  # bytes of shared memory that a program may use
 
 
 def power_of_two(n: int) -> int:
@@ -98,10 +98,10 @@ def power_of_two(n: int) -> int:
 
 @lru_cache(maxsize=4096)
 def geometry(s: KronShape) -> Geometry | None:
-    """The cheapest way to multiply by such a product, or None if there is none.
+    """The cheapest geometry of a product, or None if the kernels cannot compute it.
 
-    Either factor may mix and either come first; of equals the smaller mix, then the mix first,
-    whose sums do not grow with the rank.
+    Either factor may mix, and either may come first. Ties go to the smaller mix, then to the mix
+    first, whose accumulators do not grow with the rank.
     """
     if s.rank > _MAX_RANK:
         return None
@@ -118,29 +118,30 @@ def geometry(s: KronShape) -> Geometry | None:
 
 
 def pieces(size: int, largest: int) -> int:
-    """Length of the pieces in which to go through ``size``: long ones, and little padding.
+    """Length of the pieces of ``size``, a trade-off of long pieces and little padding.
 
-    A piece costs as much as 16 entries: 384 goes as 3 x 128, 192 as 3 x 64, 48 as 1 x 64.
+    The overhead of a piece counts as 16 entries: 384 is 3 x 128, 192 is 3 x 64, 48 is 1 x 64.
     """
     lengths = [p for p in (16, 32, 64, 128) if p <= max(16, largest)]
     return min(lengths, key=lambda p: (-(-size // p) * (p + 16), -p))
 
 
 @lru_cache(maxsize=4096)
-def rule(
-    g: Geometry, tokens: int, itemsize: int, exact: bool, device: Device, products: int = 1
-) -> Tile:
-    """Tiles by reasoning.
+def rule(g: Geometry, tokens: int, itemsize: int, exact: bool, gpu: GPU, products: int = 1) -> Tile:
+    """The tile of a forward launch, without measurements.
 
-    A program reads the factor from the L2 cache: for so many tokens that this is no more than they
-    are themselves, if they fit. Smaller blocks leave room for several programs on a multiprocessor,
-    one of which computes while another waits for memory. All columns in one program read x once.
-    With few tokens every multiprocessor shall have a program: columns are divided first, for x is
-    small then, next tokens. ``exact`` float32 has no tensor cores and wants small tiles.
+    - Every program reads the factor from the L2 cache: give it enough tokens that they are at least
+      as many bytes, if they fit.
+    - Smaller blocks leave room for several programs on a multiprocessor: one computes while another
+      waits for memory.
+    - If one program computes all columns, x is read once.
+    - With few tokens, give every multiprocessor a program: split the columns first, because x is
+      small then, and the tokens next.
+    - ``exact`` float32 has no tensor cores and runs best with small tiles.
     """
     rows = 32 if exact else 128 if g.by_dot else 64
     columns = pieces(g.N, 32 if exact else 128)
-    # Several products need more sums for the same tokens; those of 16 fit, by the thinnest pieces.
+    # Several products need more accumulators for the same tokens: those of 16 fit in thin pieces.
     budget = _SUMS // 4 if exact else _SUMS if products == 1 else _SUMS * 3 // 2
     if products * columns * max(16, g.sums) * 4 > budget:
         columns = 32
@@ -155,16 +156,16 @@ def rule(
     least = max(1, 16 // g.vectors)  # 16 rows fill a tensor core
     needed = -(-g.N // columns)
     block = max(least, power_of_two(-(-factor // token)))
-    while block * g.sums * columns * needed * 8 <= _SUMS // 2:  # room in 4 warps for twice as many
+    while block * g.sums * columns * needed * 8 <= _SUMS // 2:  # 4 warps have room for twice that
         block *= 2
     block = min(block, max(1, rows // g.vectors))
     while block > least and tiles_for(block) < needed and products > 1:
         block //= 2
     block = min(block, max(least, power_of_two(tokens)))
     tiles = min(needed, tiles_for(block))
-    while tiles > 1 and programs(block, tiles) < device.multiprocessors:
+    while tiles > 1 and programs(block, tiles) < gpu.multiprocessors:
         tiles = -(-tiles // 2)
-    while block > least and programs(block, tiles) < device.multiprocessors:
+    while block > least and programs(block, tiles) < gpu.multiprocessors:
         block //= 2
     kept = products * block * g.sums * columns * tiles * 4
     warps = 8 if kept > _SUMS // 2 else 4
@@ -174,20 +175,20 @@ def rule(
         held = power_of_two(g.O) + power_of_two(g.U) * g.inner
         while depth > 16 and block * depth * held > 96 * 32 * warps:
             depth //= 2
-    # Twice what a stage holds: Hopper's products read the next while the last is in use.
+    # Two stages: Hopper's products read the next one while the last is in use.
     staged = block * power_of_two(g.U) + products * tiles * columns * g.rank
-    while depth > 16 and 2 * itemsize * depth * staged > device.shared:
+    while depth > 16 and 2 * itemsize * depth * staged > gpu.shared:
         depth //= 2
     return Tile(block, depth, columns, tiles, warps, 2)
 
 
 @lru_cache(maxsize=4096)
-def mix_gradient_tile(g: Geometry, tokens: int, device: Device) -> tuple[Tile, int, int]:
-    """The tile, how many outputs a program mixes, and into how many shares tokens are divided.
+def mix_gradient_tile(g: Geometry, tokens: int, gpu: GPU) -> tuple[Tile, int, int]:
+    """The tile, the number of outputs of a program, and the number of shares of the tokens.
 
-    A thread sums what it sees of every pair of an output and an input in registers, 128 at most:
-    so 32 pairs of 4 entries each. Shares are as many as give every multiprocessor 4 programs of 4
-    warps, so that some compute while others wait for memory.
+    A thread keeps a sum for every pair of an output and an input in up to 128 registers: 32 pairs
+    of 4 entries. There are enough shares for 4 programs of 4 warps on every multiprocessor, some of
+    which compute while others wait for memory.
     """
     group = max(1, min(g.O, 32 // power_of_two(g.U)))
     held = group * power_of_two(g.U)
@@ -195,25 +196,25 @@ def mix_gradient_tile(g: Geometry, tokens: int, device: Device) -> tuple[Tile, i
     depth = pieces(g.K, 64)
     block = max(1, each * 128 // depth)
     programs = -(-g.K // depth) * -(-g.O // group) * g.rank
-    shares = max(1, min(-(-4 * device.multiprocessors // programs), -(-tokens // (4 * block))))
+    shares = max(1, min(-(-4 * gpu.multiprocessors // programs), -(-tokens // (4 * block))))
     return Tile(block, depth, 0, 1, 4, 1), group, shares
 
 
 @lru_cache(maxsize=4096)
 def factor_gradient_tile(
-    g: Geometry, tokens: int, dtype: torch.dtype, exact: bool, device: Device
+    g: Geometry, tokens: int, dtype: torch.dtype, exact: bool, gpu: GPU
 ) -> tuple[Tile, int]:
-    """The tile for a mix on tensor cores, and into how many shares the tokens are divided.
+    """The tile for a mix on tensor cores, and the number of shares of the tokens.
 
-    Shares are as few as give every multiprocessor two programs, for each writes its sums: float32
-    of the size of the factor.
+    There are only enough shares for two programs on every multiprocessor, because each share writes
+    sums in float32 of the size of the factor.
     """
     wide = 32 if exact else 64 if dtype == torch.float32 else 128
     columns, depth = pieces(g.N, wide), pieces(g.K, wide // 2)
     block = max(1, (32 if exact else 64) // g.vectors)
     warps = 8 if columns * depth > 2**12 else 4
     programs = -(-g.N // columns) * -(-g.K // depth) * g.rank
-    shares = max(1, min(2 * device.multiprocessors // programs, -(-tokens // (4 * block))))
+    shares = max(1, min(2 * gpu.multiprocessors // programs, -(-tokens // (4 * block))))
     return Tile(block, depth, columns, 1, warps, 2), shares
 
 
@@ -227,11 +228,11 @@ def feed_forward_tile(
     exact: bool,
     backward: bool,
 ) -> tuple[Tile, int]:
-    """The tile, and the columns of y (in the backward: of dy) at a time.
+    """The tile, and the number of columns of y (backward: of dy) in a step.
 
-    ``vectors`` of a token in the first and the second product, powers of two; ``sizes`` N, K, M.
-    Forward, a program keeps the sums of both products; backward, of a tile of the hidden grid, what
-    comes from either side and what goes.
+    ``vectors`` counts a token's vectors in the first and the second product, as powers of two;
+    ``sizes`` is N, K, M. The forward keeps the accumulators of both products. The backward keeps,
+    for a tile of the hidden grid, the inputs from both sides and their gradients.
     """
     n, k, m = sizes
     most = 32 if exact else 64
@@ -249,24 +250,24 @@ def feed_forward_tile(
     while block > 1 and block * max(vectors) > 16 and sums(block) > _SUMS:
         block //= 2
     block = max(1, min(block, max(16 // max(vectors), power_of_two(tokens))))
-    if sums(block) > _SUMS * 3 // 4:  # no registers left for more on the way to shared memory
+    if sums(block) > _SUMS * 3 // 4:  # no registers left for a deeper step
         depth = min(depth, 32)
     return Tile(block, depth, columns, 1, 8 if sums(block) > _SUMS // 2 else 4, 2), out
 
 
 def tile(
-    g: Geometry, tokens: int, dtype: torch.dtype, exact: bool, device: Device, products: int = 1
+    g: Geometry, tokens: int, dtype: torch.dtype, exact: bool, gpu: GPU, products: int = 1
 ) -> Tile:
-    """The measured tile where there is one, else the rule's."""
-    found = _table(device.name).get(key(g, tokens, dtype, products, exact))
-    # A bucket of tokens shares its programs' tiles, and the compiled kernels with them.
-    return found or rule(g, power_of_two(max(tokens, 1)), dtype.itemsize, exact, device, products)
+    """The measured tile if there is one, else the rule's."""
+    found = _table(gpu.name).get(key(g, tokens, dtype, products, exact))
+    # All token counts up to a power of two share a tile, and with it the compiled kernel.
+    return found or rule(g, power_of_two(max(tokens, 1)), dtype.itemsize, exact, gpu, products)
 
 
 def key(
     g: Geometry, tokens: int, dtype: torch.dtype, products: int = 1, exact: bool = False
 ) -> str:
-    """Under what a table keeps a tile: tokens by powers of two."""
+    """The name of a tile in a table; tokens are rounded up to a power of two."""
     name = f"{'exact ' * exact}{str(dtype)[6:]}"
     sizes = f"mix {g.O}x{g.U} dot {g.N}x{g.K} rank {g.rank}"
     places = f"{'inner' if g.inner else 'outer'} {'mix' if g.mix_first else 'dot'} first"
@@ -274,41 +275,35 @@ def key(
 
 
 @lru_cache(maxsize=64)
-def _table(device: str) -> dict[str, Tile]:
-    path = TUNED / f"{device.replace(' ', '-')}.json"
+def _table(gpu: str) -> dict[str, Tile]:
+    path = TUNED / f"{gpu.replace(' ', '-')}.json"
     if path.exists():
         return {k: Tile(**v) for k, v in json.loads(path.read_text()).items()}
-    if device != SIMULATED.name:
-        warnings.warn(
-            f"kron_kernels has no tiles measured on {device!r} and takes those of its rule; "
-            "python -m benchmarks.gpu --only tuning measures them.",
-            stacklevel=2,
-        )
     return {}
 
 
-def save(device: str, tiles: dict[str, Tile]) -> Path:
-    """Write a device's table; a killed process leaves the old one or the new one."""
+def save(gpu: str, tiles: dict[str, Tile]) -> Path:
+    """Write a GPU's table, atomically."""
     TUNED.mkdir(parents=True, exist_ok=True)
-    path = TUNED / f"{device.replace(' ', '-')}.json"
+    path = TUNED / f"{gpu.replace(' ', '-')}.json"
     write_file(path, json.dumps({k: asdict(v) for k, v in tiles.items()}, indent=1) + "\n")
     _table.cache_clear()
     return path
 
 
-# Stands for the GPU that tests simulate on CPU tensors: few multiprocessors, so that small cases
-# take the tiles of large ones.
-SIMULATED = Device("simulated", 2, 99 * 1024)
-simulating = False  # tests set it
+def device_of(x: torch.Tensor) -> GPU:
+    """The GPU that holds x."""
+    return _properties(x.device.index)
 
 
 @lru_cache(maxsize=64)
-def _properties(index: int) -> Device:
+def _properties(index: int) -> GPU:
     p = torch.cuda.get_device_properties(index)
+    if not _table(p.name):
+        warnings.warn(
+            f"kron_kernels has no tiles measured on {p.name!r} and uses its rule instead; "
+            "python -m benchmarks.gpu --only tuning measures them.",
+            stacklevel=2,
+        )
     shared = getattr(p, "shared_memory_per_block_optin", None) or 64 * 1024
-    return Device(p.name, p.multi_processor_count, shared)
-
-
-def device_of(x: torch.Tensor) -> Device:
-    """The GPU that holds x."""
-    return _properties(x.device.index) if x.is_cuda else SIMULATED
+    return GPU(p.name, p.multi_processor_count, shared)

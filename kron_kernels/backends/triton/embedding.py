@@ -12,7 +12,7 @@ def embedding_kernel(
     RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
     SIZE_: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    """``y[t, j, p] = Σ_k a[k, ids[t], j] b[k, p]``; NaN for an id that is none of the rows."""
+    """``y[t, j, p] = Σ_k a[k, ids[t], j] b[k, p]``; NaN for an id out of range."""
     ts = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     js, ps = tl.program_id(1) * BJ + tl.arange(0, BJ), tl.arange(0, SIZE_)
     live = ts < tokens

@@ -1,15 +1,15 @@
 """A feed-forward block in Triton whose hidden vector exists in registers only.
 
 ``up = A (H, U) ⊗ B (N, K)`` is contracted from the right and ``down = A' (P, H) ⊗ B' (M, N)`` from
-the left, so that they meet in a grid (H, N): column d of the hidden vector is a mix of the U
-numbers ``z_u[d] = Σ_c B[d, c] x_u[c]``, and what goes on of it is its mix into P numbers,
+the left, so both see the hidden vector as a grid (H, N). Column d of the grid is a mix of the U
+numbers ``z_u[d] = Σ_c B[d, c] x_u[c]``, and ``down`` mixes it into P numbers:
 
     v_p[d] = Σ_h A'[p, h] act(Σ_u A[h, u] z_u[d] + bias[h, d]).
 
-For a block of tokens the kernel makes z by a product, goes through h in registers and hands v to
-the next product. Neither z, v nor the hidden vector is ever in memory. The backward recomputes
-them; it writes v and the gradient of z, which are H / P and H / U times shorter than the hidden
-vector, for the products that make the gradients of B, B' and x. See ``triton_tiles`` for the terms.
+For a block of tokens the kernel computes z by a product, loops over h in registers, and passes v to
+the next product. None of z, v and the hidden vector is ever in memory. The backward recomputes
+them. It writes v and the gradient of z, which are H / P and H / U times shorter than the hidden
+vector: the gradients of B, B' and x are plain products of these. ``blocks`` defines the terms.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def hidden_row(
     vectors, first, ms, h, d, bias1, TERMS: tl.constexpr, N: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Row h of the hidden grid before its activation, columns d … d + BN.
+    """Columns d … d + BN of row h of the hidden grid, before the activation.
 
-    Of TERMS vectors from ``first`` on and as many entries of up's mix.
+    A sum over TERMS vectors, from ``first`` on, weighted by the entries ``ms`` of up's mix.
     """
     row = tl.zeros((BT, BN), tl.float32)
     for j in tl.static_range(TERMS):
@@ -100,7 +100,7 @@ def hidden_row(
 @triton.jit
 def mix_row(a1, h, a1_r, a1_o, a1_u, R1: tl.constexpr, H: tl.constexpr, U: tl.constexpr,
             U_: tl.constexpr):  # fmt: skip
-    """Row h of up's mix, of all its terms, as a tuple of numbers."""
+    """Row h of up's mix, for all terms, as a tuple of numbers."""
     ms = ()
     for j in tl.static_range(R1 * U_):
         ms = ms + (load_mix(a1, j // U_, h, j % U_, a1_r, a1_o, a1_u, H, U),)
@@ -114,7 +114,7 @@ def contract_hidden(
     N: tl.constexpr, U_: tl.constexpr, P_: tl.constexpr, ACTIVATION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """``v_k,p[d]`` for each tile of columns and term k of down, as ``(BT, P_, BN)``."""
+    """``v_k,p[d]`` as ``(BT, P_, BN)``, for each tile of columns and each term k of down."""
     ps = tl.arange(0, P_)
     vs = ()
     for _ in tl.static_range(TILES * R2):
@@ -132,7 +132,7 @@ def contract_hidden(
             for k in tl.static_range(R2):
                 vs = vs + (old[i * R2 + k] + row * downs[k][None, :, None],)
     spread = ()
-    for i in tl.static_range(TILES * R2):  # as in mix_each: the product's layout stays out
+    for i in tl.static_range(TILES * R2):  # keeps the product's layout out, as in mix_each
         spread = spread + (tl.sum(vs[i][:, :, :, None], 3),)
     return spread
 
@@ -146,11 +146,12 @@ def feed_forward_backward_kernel(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens and BN columns of the hidden grid: what else is of their size or less.
+    """One program for each block of tokens and BN columns of the hidden grid.
 
-    ``v_out (R2, T, P, N)``, ``dz_out (R1, T, U, N)``; and the programs' sums over tokens
-    ``d_bias1 (blocks, H, N)``, over tokens and columns ``d_a1 (R1, blocks, columns, H, U)`` and
-    ``d_a2 (R2, blocks, columns, P, H)``. Each of the last three may be None.
+    Writes ``v_out (R2, T, P, N)`` and ``dz_out (R1, T, U, N)``; sums over its tokens to
+    ``d_bias1 (blocks, H, N)``; and sums over its tokens and columns to
+    ``d_a1 (R1, blocks, columns, H, U)`` and ``d_a2 (R2, blocks, columns, P, H)``. The last three
+    may be None.
     """
     block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = block * BT + tl.arange(0, BT)
@@ -195,7 +196,7 @@ def feed_forward_backward_kernel(
         ups = mix_row(a1, h, a1_r, a1_o, a1_u, R1, H, U, U_)
         row = hidden_row(z, 0, ups, h, d, bias1, R1 * U_, N, BT, BN)
         row, slope = activate_with_slope(row, ACTIVATION)
-        row = tl.where(inside, row, 0.0)  # what no token owns must not reach a sum
+        row = tl.where(inside, row, 0.0)  # rows beyond the tokens must not be summed
         grad = tl.zeros((BT, BN), tl.float32)
         old = v
         v = ()

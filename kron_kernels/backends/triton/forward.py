@@ -1,9 +1,9 @@
-"""``y = act(x Wᵀ + bias) + residual`` in one Triton kernel; see ``triton_tiles`` for its terms.
+"""``y = act(x Wᵀ + bias) + residual`` in one Triton kernel; ``blocks`` defines the terms.
 
-A program computes, for a block of BT tokens, TILES tiles of BN entries of every output vector,
-going through the input once, BC entries of every input vector at a time. What it keeps are the
-sums: of the outputs where the mix comes first, else of what is to be mixed. So with all of N in a
-program, x is read once and y written once, whatever the rank; the factors are read once a program.
+A program computes TILES tiles of BN entries of every output vector, for a block of BT tokens. It
+reads the input once, BC entries of every input vector in a step, and accumulates the outputs if the
+mix comes first, otherwise the vectors to be mixed. If one program computes all of N, x is read once
+and y is written once, for any rank. Every program reads the factors once.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ def kron_matmul_kernel(
     BT: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of one x, a product with each of ``mixes`` and ``dots``, tuples of equal shapes."""
+    """The products of x with each of ``mixes`` and ``dots``, tuples of equal shapes."""
     rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     live = rows < rows_total
     x_offsets = rows * (K * U)
     y_offsets = rows * (N * O)
     first = tl.program_id(1) * (TILES * BN)
 
-    # One sum for each product, tile and, if the mix comes last, term: (p * TILES + i) * TERMS + k.
+    # One accumulator for each product p, tile i and, if the mix comes last, term k, at
+    # (p * TILES + i) * TERMS + k.
     TERMS: tl.constexpr = 1 if MIX_FIRST else RANK
     sums = ()
     for _ in tl.static_range(len(ys) * TILES * TERMS):
@@ -131,7 +132,7 @@ def mix_by_dot_and_store(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Mix ``parts[i * RANK + k] (BT * U_, BN)`` over k and u into the outputs and finish them."""
+    """Mix ``parts[i * RANK + k] (BT * U_, BN)`` over k and u, and finish the outputs."""
     os, us = tl.arange(0, O_)[None, :], tl.arange(0, U_)[:, None]
     for i in tl.static_range(TILES):
         out = tl.zeros((BT * BN, O_), tl.float32)

@@ -1,140 +1,62 @@
-"""Triton kernels on GPUs: what they serve, and their launches.
+"""Launches of the Triton kernels: the functions of the backend ``"triton"``.
 
-Triton is imported with the first call. Nothing here waits for the GPU or looks at its results, so
-that a call can be captured in a CUDA graph once it has run outside of one and been compiled.
+Triton is imported by the first call. Nothing here waits for the GPU or reads its results, so a CUDA
+graph can capture a call whose kernels have been compiled by an earlier one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import lru_cache
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
-from kron_kernels.backends.gpu import DTYPES, constant, precision
-from kron_kernels.backends.triton import configs as triton_launch
-from kron_kernels.backends.triton.configs import Geometry, Tile, device_of, geometry, power_of_two
+from kron_kernels.backends.gpu import precision
+from kron_kernels.backends.gradients import returned
+from kron_kernels.backends.triton import configs
+from kron_kernels.backends.triton.configs import Geometry, Tile, power_of_two
+from kron_kernels.backends.triton.served import why_no_triton, why_not, why_not_embedding
 from kron_kernels.checks import Activation, Layer
 from kron_kernels.shapes import KronShape
 
-# 3.4 merges two sums that a loop carries, so that the factors' gradients are wrong, and stops with
-# an error if the mix is frozen.
-OLDEST = "3.5"
-# Up to 3.6, the Triton of torch 2.11, the pipeliner fails where a mix comes first.
-OLDEST_SM_100 = "3.7"
-
-_INT32 = 2**31  # factors are addressed in 32 bits, tokens in 64
-
-
-def why_not(x: Tensor, *factors: Tensor) -> str | None:
-    """Why these kernels cannot serve this call, as the end of a sentence, or None."""
-    if reason := _unserved(x):
-        return reason
-    if len(factors) != 2:
-        return f"it multiplies by two factors, and there are {len(factors)}"
-    if max(f.numel() for f in factors) >= _INT32:
-        return "a factor has 2^31 entries or more"
-    return _no_geometry(*KronShape.of(*factors))
-
-
-@constant
-def _no_geometry(*sizes: int) -> str | None:
-    s = KronShape(*sizes)
-    if geometry(s) is not None:
-        return None
-    if s.rank > 16:
-        return f"it sums up to 16 products, and the Kronecker rank is {s.rank}"
-    return (
-        f"both factors are large ({s.m1}x{s.n1} and {s.m2}x{s.n2}), "
-        "and two large matrix products need no kernel of ours"
-    )
-
-
-def why_not_embedding(a: Tensor, b: Tensor) -> str | None:
-    """Why the lookup's kernel cannot serve this table, as the end of a sentence, or None."""
-    if b.shape[2] > 1024:
-        return f"it takes rows b of up to 1024 entries, and this one has {b.shape[2]}"
-    return _unserved(a)
-
-
-def _unserved(x: Tensor) -> str | None:
-    if not (x.is_cuda or (triton_launch.simulating and x.device.type == "cpu")):
-        return f"it runs on GPUs, and x is on {x.device}"
-    if reason := _without_triton():
-        return reason
-    if x.is_cuda and (reason := _too_old(x.device.index)):
-        return reason
-    if x.dtype not in DTYPES:
-        return f"it has kernels for {', '.join(str(d)[6:] for d in DTYPES)}, and x is {x.dtype}"
-    return None
-
-
-@constant
-def _without_triton() -> str | None:
-    return why_no_triton()
-
-
-@lru_cache(maxsize=1)
-def why_no_triton() -> str | None:
-    """Why there is no Triton that compiles these kernels right, or None."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"Triton cannot be imported ({error}); pip install triton"
-    found = getattr(triton, "__version__", None)
-    if found is None:  # a folder of this name, such as one of models to be served
-        return f"what is imported as triton is no package ({triton!r}); pip install triton"
-    return _older_than(found, OLDEST)
-
-
-@lru_cache(maxsize=4)
-def _older_than(installed: str, needed: str) -> str | None:
-    if TorchVersion(installed) >= needed:
-        return None
-    return f"it needs Triton {needed} or later, and {installed} is installed; pip install -U triton"
-
-
-@constant
-def _too_old(index: int) -> str | None:
-    if torch.version.hip:
-        return None
-    if _capability(index) < (8, 0):
-        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(index)} is older"
-    if _capability(index)[0] == 10:
-        import triton
-
-        return _older_than(triton.__version__, OLDEST_SM_100)
-    return None
-
-
-_capability = lru_cache(maxsize=64)(torch.cuda.get_device_capability)
+__all__ = [
+    "describe",
+    "fuses",
+    "kron_embedding",
+    "kron_feed_forward",
+    "kron_feed_forward_backward",
+    "kron_matmul",
+    "kron_matmul_backward",
+    "kron_qkv",
+    "why_no_triton",
+    "why_not",
+    "why_not_embedding",
+]
 
 
 def on_device(x: Tensor):
-    """A context in which x's GPU is the current one, as Triton's launches want it."""
+    """A context in which x's GPU is the current one: Triton launches on that."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
 
 
 def sizes(g: Geometry) -> dict[str, int | bool]:
-    """A kernel's constants that say what is multiplied."""
+    """A kernel's compile-time sizes."""
     return {
         "RANK": g.rank, "O": g.O, "U": g.U, "N": g.N, "K": g.K, "INNER": g.inner,
         "O_": power_of_two(g.O), "U_": power_of_two(g.U), "BY_DOT": g.by_dot,
     }  # fmt: skip
 
 
-def plan(x: Tensor, a: Tensor, b: Tensor) -> str:
-    """What the kernel would do, in words."""
-    g = _geometry(KronShape.of(a, b))
-    t = triton_launch.tile(
-        g, prod(x.shape[:-1]), x.dtype, precision(x.dtype) == "ieee", device_of(x)
+def describe(x: Tensor, *factors: Tensor) -> str:
+    """How the kernel computes this product, in words."""
+    g = _geometry(KronShape.of(*factors))
+    t = configs.tile(
+        g, prod(x.shape[:-1]), x.dtype, precision(x.dtype) == "ieee", configs.device_of(x)
     )
     mixed, product = ("B", "A") if g.inner else ("A", "B")
     how = "on tensor cores" if g.by_dot else "in registers"
@@ -145,8 +67,8 @@ def plan(x: Tensor, a: Tensor, b: Tensor) -> str:
 
 
 def _geometry(s: KronShape) -> Geometry:
-    """The geometry of a product that ``why_not`` does not refuse."""
-    g = geometry(s)
+    """The geometry of a product that ``why_not`` accepts."""
+    g = configs.geometry(s)
     assert g is not None
     return g
 
@@ -164,11 +86,11 @@ def kron_matmul(
 
 
 def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
-    """``x Wᵀ + bias`` of each ``(a, b, bias)``; x ``(T, n)`` is read once, where that pays.
+    """``x Wᵀ + bias`` of each ``(a, b, bias)``, in one launch where that moves fewer bytes.
 
-    It does where the large factors are small: a program that does all products has room for fewer
-    tokens, and so reads the factors more often. In bytes moved for a token of KroneckerBERT's
-    width: 21x 15 KB together, 17 KB apart; 8x 61 KB together (by calculation), 37 KB apart.
+    One launch reads x ``(T, n)`` once, but its programs have room for fewer tokens and so read the
+    factors more often. In bytes moved for a token of KroneckerBERT's width: 21x 15 KB together,
+    17 KB apart; 8x 61 KB together (by calculation), 37 KB apart.
     """
     a, b, _ = layers[0]
     alike = all(
@@ -187,7 +109,7 @@ def _products(
     activation: Activation | None = None,
     residual: Tensor | None = None,
 ) -> list[Tensor]:
-    """Products of one x with factors of equal shapes and strides, in one launch."""
+    """Products of x with layers of equal shapes and strides, in one launch."""
     from kron_kernels.backends.triton.forward import kron_matmul_kernel
 
     x = x.contiguous()
@@ -203,7 +125,7 @@ def _products(
     biases = tuple(None if bias is None else bias.contiguous() for *_, bias in layers)
     residual = None if residual is None else residual.contiguous()
     how = precision(x.dtype)
-    t = triton_launch.tile(g, tokens, x.dtype, how == "ieee", device_of(x), len(layers))
+    t = configs.tile(g, tokens, x.dtype, how == "ieee", configs.device_of(x), len(layers))
     grid = -(-tokens // t.tokens), -(-g.N // (t.columns * t.tiles))
     with on_device(x):
         kron_matmul_kernel[grid](
@@ -218,20 +140,19 @@ def _products(
 
 def kron_matmul_backward(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, a and b, an empty tensor for one that is not needed."""
+) -> tuple[Tensor, ...]:
+    """Gradients of x, a and b, an empty tensor for each that is not needed."""
     dy, x = dy.contiguous(), x.contiguous()
-    dx = kron_matmul(dy, (a.mT, b.mT)) if needed[0] else x.new_empty(0)
-    da = db = None
-    if needed[1] or needed[2]:
-        da, db = factor_gradients(dy, x, a, b, needed[1], needed[2])
-    return dx, a.new_empty(0) if da is None else da, b.new_empty(0) if db is None else db
+    dx = kron_matmul(dy, (a.mT, b.mT)) if needed[0] else None
+    return returned((dx, *factor_gradients(dy, x, a, b, needed[1], needed[2])), x)
 
 
 def factor_gradients(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, need_a: bool, need_b: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the factors, deterministic; None for one that is not needed."""
+    """Gradients of the factors, deterministic; None for each that is not needed."""
+    if not (need_a or need_b):
+        return None, None
     if x.shape[0] == 0:
         return torch.zeros_like(a) if need_a else None, torch.zeros_like(b) if need_b else None
     g = _geometry(KronShape.of(a, b))
@@ -255,9 +176,9 @@ def factor_gradients(
 def _gradients_of_dense(
     g: Geometry, dy: Tensor, x: Tensor, mix: Tensor, dot: Tensor, need_mix: bool, need_dot: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """From the dense weight's gradient, in float32: both are contractions of it."""
-    if x.is_cuda and x.itemsize == 2 and "dtype" in torch.ops.aten.mm.overloads():
-        dense = torch.mm(dy.mT, x, out_dtype=torch.float32)  # torch 2.8
+    """Both as contractions of the dense weight's gradient, which is in float32."""
+    if x.is_cuda and x.itemsize == 2:  # CPUs have no out_dtype
+        dense = torch.mm(dy.mT, x, out_dtype=torch.float32)
     else:
         dense = torch.mm(dy.mT, x).float()
     if g.inner:
@@ -279,7 +200,7 @@ def _gradients_of_small_mix(
     rows = rows.reshape(tokens * g.O, g.N)
     v = torch.matmul(rows, dot) if need_mix else None  # (rank, T * O, K)
     z = x.new_empty(g.rank, tokens * g.O, g.K) if need_dot else None
-    t, group, shares = triton_launch.mix_gradient_tile(g, tokens, device_of(x))
+    t, group, shares = configs.mix_gradient_tile(g, tokens, configs.device_of(x))
     tiles = -(-g.K // t.depth)
     wide: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
     d_mix = torch.empty(shares * tiles, g.rank, g.O, g.U, **wide) if need_mix else None
@@ -299,7 +220,9 @@ def _gradients_by_dot(
 
     tokens = x.shape[0]
     how = precision(x.dtype)
-    t, shares = triton_launch.factor_gradient_tile(g, tokens, x.dtype, how == "ieee", device_of(x))
+    t, shares = configs.factor_gradient_tile(
+        g, tokens, x.dtype, how == "ieee", configs.device_of(x)
+    )
     tiles = -(-g.N // t.columns) * -(-g.K // t.depth)
     wide: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
     d_dot = torch.empty(shares, g.rank, g.N, g.K, **wide) if need_dot else None
@@ -317,16 +240,17 @@ def _gradients_by_dot(
 
 
 def _summed(parts: Tensor | None, dtype: torch.dtype, over: int = 0) -> Tensor | None:
-    """What each program summed, added up in a fixed order; None where it was not asked for."""
+    """The sum of the programs' parts, in a fixed order."""
     return None if parts is None else parts.sum(over).to(dtype)
 
 
-def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
-    """Whether ``a1 ⊗ b1`` and ``a2 ⊗ b2`` fit the fused feed-forward block.
+def fuses(up: Layer, down: Layer) -> bool:
+    """Whether these layers fit the fused feed-forward block.
 
-    They meet in a hidden grid that they exchange by columns, and a block of few tokens has room for
-    what it keeps of them: the sums of both products.
+    Both must use the same hidden grid column by column, and a program must have room for the
+    accumulators of both products.
     """
+    (a1, b1, _), (a2, b2, _) = up, down
     (r1, hidden, u), (r2, p, _) = a1.shape, a2.shape
     sums = r1 * power_of_two(u) * b1.shape[1] + power_of_two(p) * b2.shape[1]
     rows = max(r1 * power_of_two(u), r2 * power_of_two(p))
@@ -334,9 +258,9 @@ def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
         (hidden, b1.shape[1]) == (a2.shape[2], b2.shape[2])
         and KronShape.of(a1, b1).order == "b_first"
         and KronShape.of(a2, b2).order == "a_first"
-        and rows <= triton_launch.MAX_VECTORS
+        and rows <= configs.MAX_VECTORS
         and sums * 4 * max(1, 16 // max(power_of_two(u), power_of_two(p)))
-        <= triton_launch.SUMS_FEED_FORWARD
+        <= configs.SUMS_FEED_FORWARD
         and max(r1, r2) <= 4
     )
 
@@ -344,8 +268,8 @@ def meet(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> bool:
 def kron_feed_forward(
     x: Tensor, up: Layer, activation: Activation, down: Layer, residual: Tensor | None
 ) -> Tensor:
-    """``down(act(up(x))) + residual`` of ``(a, b, bias)`` each, x ``(T, n)``."""
-    if not meet(*up[:2], *down[:2]):
+    """``down(act(up(x))) + residual`` of ``x (T, n)`` and two ``(a, b, bias)``."""
+    if not fuses(up, down):
         hidden = kron_matmul(x, up[:2], up[2], activation)
         return kron_matmul(hidden, down[:2], down[2], None, residual)
     from kron_kernels.backends.triton.feed_forward import feed_forward_kernel
@@ -386,10 +310,8 @@ def kron_feed_forward_backward(
     needed = [n and t is not None for n, t in zip(needed, operands, strict=True)]
     tokens = x.shape[0]
     if tokens == 0:
-        return tuple(
-            torch.zeros_like(t) if n else x.new_empty(0)
-            for t, n in zip(operands, needed, strict=True)
-        )
+        zeros = (torch.zeros_like(t) if n else None for t, n in zip(operands, needed, strict=True))
+        return returned(list(zeros), x)
     bias1 = None if bias1 is None else bias1.contiguous()
     (r1, h, u), (_, n, k), (r2, p, _), (_, m, _) = a1.shape, b1.shape, a2.shape, b2.shape
     constants, t, depth = _feed_forward_constants(x, a1, b1, a2, b2, activation, backward=True)
@@ -406,7 +328,7 @@ def kron_feed_forward_backward(
             **constants, BT=t.tokens, BC=t.depth, BN=t.columns, BM=depth, STAGES=t.stages,
             num_warps=t.warps,
         )  # fmt: skip
-    # Plain matrix products of all tokens' rows, which PyTorch's library does best.
+    # The rest are plain matrix products over all tokens' rows, left to PyTorch.
     v, dz = v.view(r2, tokens * p, n), dz.view(r1, tokens * u, n)
     x_rows, dy_rows = x.view(tokens * u, k), dy.view(tokens * p, m)
     dx = None
@@ -415,15 +337,15 @@ def kron_feed_forward_backward(
         for i in range(1, r1):
             dx.addmm_(dz[i], b1[i])
         dx = dx.view(tokens, u * k)
-    grads = (
+    grads = [
         dx,
         _summed(d_a1, x.dtype, 1),
         dz.mT @ x_rows if needed[2] else None,
         _summed(d_bias1, x.dtype),
         _summed(d_a2, x.dtype, 1),
         dy_rows.mT @ v if needed[5] else None,
-    )
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
+    ]
+    return returned(grads, x)
 
 
 def _feed_forward_constants(
@@ -436,7 +358,7 @@ def _feed_forward_constants(
         "U_": power_of_two(u), "P_": power_of_two(p), "ACTIVATION": activation, "PRECISION": how,
     }  # fmt: skip
     vectors = power_of_two(u), power_of_two(p)
-    t, out = triton_launch.feed_forward_tile(
+    t, out = configs.feed_forward_tile(
         vectors, (r1, r2), (n, k, m), x.shape[0], x.dtype.itemsize, how == "ieee", backward
     )
     return constants, t, out
@@ -451,7 +373,7 @@ def kron_embedding(ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
     y = a.new_empty(ids.shape[0], columns * size)
     if ids.shape[0] == 0:
         return y
-    # 8 KB of y a program: 128-bit stores by 4 warps, several of them.
+    # 8 KB of y per program: several 128-bit stores for each thread of 4 warps.
     wide = min(power_of_two(columns), max(1, 1024 // power_of_two(size)))
     block = max(1, 4096 // (wide * power_of_two(size)))
     grid = -(-ids.shape[0] // block), -(-columns // wide)

@@ -1,38 +1,35 @@
-"""A GPU of fibers: CUDA C++ kernels (csrc/cuda) compiled for the host and run on CPU tensors.
+"""A GPU of fibers: the CUDA C++ kernels compiled for the host and run on CPU tensors.
 
     emulator = load()
-    emulator.native.cuda_forward(...)  # the module as csrc/binding.cpp makes it
-    emulator.seed(7)  # threads and blocks in a drawn order
+    emulator.native.cuda_forward(...)  # the module of csrc/binding.cpp
+    emulator.seed(7)  # threads and blocks run in a random order
 
-Where `runtime.h`'s run launches a kernel on a GPU, emulator.cpp runs it: a fiber for each thread
-of a block, one block after another. A launch returns an error, which the binding raises as a
-RuntimeError, with the kernel, the block, the thread and the source's line, for
+It replaces csrc/cuda/runtime.cpp: emulator.cpp runs a launch's blocks one after another, with a
+fiber for each thread. A launch returns an error, which the binding raises as a RuntimeError with
+the kernel, block, thread and source line, for
 
 - a barrier that threads reach at different places, or that some never reach; a warp whose lanes
-  meet at different instructions, or not all; deadlock;
-- misaligned vectors, rows of ldmatrix and copies; those beyond the block's memory, and any write
-  shortly before or behind it;
+  meet at different instructions, or not all of them; a deadlock;
+- misaligned vectors, ldmatrix rows and copies; those outside the block's memory, and any write
+  close to either end of it;
 - copies not waited for when a thread ends;
 - more threads or shared memory than the GPU has.
 
-Shared memory is NaN until it is written, and the target of a copy until the copy is waited for.
-Sanitizers find the rest: AddressSanitizer accesses beyond a tensor, ThreadSanitizer races between
-threads of a block, which only barriers and __syncwarp order, and between blocks, which nothing
-orders. `run_sanitized` runs tests again in a process that has one of them.
+Shared memory is NaN until it is written, and so is the target of a copy until the copy is waited
+for. Sanitizers find the rest: AddressSanitizer finds accesses beyond a tensor. ThreadSanitizer
+finds races between threads of a block (only barriers and __syncwarp order them) and between blocks
+(nothing orders them). `run_sanitized` runs tests again in a process with one of them.
 
-It proves nothing about weak memory, about what nvcc makes of the source (the simulator runs its
-PTX), or about time, and does not find an endless loop, nor a misaligned access of a single number
-(AddressSanitizer's companion does). ThreadSanitizer takes up to 2 GB, and of many blocks compares
-each only with most of the others.
+It shows nothing about weak memory, about nvcc's output (the simulator runs its PTX) or about time.
+It does not find endless loops, nor misaligned accesses of a single number (UBSan does).
+ThreadSanitizer takes up to 2 GB, and compares each of many blocks only with most of the others.
 
-emulated.h has CUDA's words; numbers.h, packets.h and matrices.h what they do; engine.h is between
-them and emulator.cpp; fiber.h changes stacks, and sanitizers.h says so to the sanitizers.
+emulated.h defines CUDA's names in terms of numbers.h, packets.h and matrices.h. engine.h is the
+interface to emulator.cpp. fiber.h switches stacks; sanitizers.h tells the sanitizers about it.
 """
 
 import ctypes
-import fcntl
 import functools
-import hashlib
 import importlib.util
 import os
 import shlex
@@ -40,7 +37,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -48,18 +44,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
 
-ROOT = Path(__file__).parents[3]
+from compiling import ROOT, digest, made
+
 HERE = Path(__file__).parent
 
 Sanitizer = Literal["address", "thread"]
 
-# Memory of one type may be read as another, as with nvcc.
+# As with nvcc, memory of one type may be read as another.
 FLAGS = f"""-std=c++17 -fPIC -fno-exceptions -fno-rtti -fno-strict-aliasing -fvisibility=hidden
     -DKRON_EMULATED -DKRON_CUDA_ARCHS="emulated" -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi
     -iquote {HERE} -iquote {ROOT}/csrc -iquote {ROOT}/csrc/cuda"""
 INSTRUMENTED = {
     None: "-O2",
-    # Null pointers and overflows of pointers crash or are found anyway, and compile for minutes.
+    # These three take minutes to compile; null and overflowing pointers crash or are found anyway.
     "address": """-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
         -fno-sanitize=null,object-size,pointer-overflow""",
     "thread": "-O1 -g1 -fsanitize=thread",
@@ -67,11 +64,11 @@ INSTRUMENTED = {
 
 
 class Unit(NamedTuple):
-    """A source, with the flags that only it needs."""
+    """A source file, and flags for it alone."""
 
     source: Path
     flags: str = ""
-    watched: bool = True  # by the sanitizer
+    watched: bool = True  # compile with the sanitizer
 
 
 EMULATOR = Unit(HERE / "emulator.cpp", "-O3", watched=False)
@@ -79,9 +76,9 @@ MATH = ["float16", "bfloat16", "tf32", "float32"]
 
 
 def project(watched: Sequence[str] = MATH) -> list[Unit]:
-    """What makes the module: the binding, the CPU kernels that it names, and the CUDA sources.
+    """The module's sources: the binding, the CPU kernels it refers to, and the CUDA sources.
 
-    ``watched`` is the math whose kernels a sanitizer watches, and is compiled with it, for a while.
+    Only the kernels for the ``watched`` math are compiled with a sanitizer, which takes a while.
     """
     csrc = ROOT / "csrc"
     kernels = [
@@ -107,7 +104,7 @@ def compiler() -> list[str] | None:
 
 
 def why_not(sanitizer: Sanitizer | None = None) -> str | None:
-    """Why nothing can be emulated here; None if it can."""
+    """Why nothing can be emulated on this machine, or None."""
     if sys.platform != "linux":
         return "the emulator needs Linux"
     if not compiler():
@@ -118,24 +115,19 @@ def why_not(sanitizer: Sanitizer | None = None) -> str | None:
 
 
 def build(sanitizer: Sanitizer | None = None, units: Sequence[Unit] | None = None) -> Path:
-    """The module's path; what it is made of is compiled only if it has changed."""
-    units = project() if units is None else units
-    keys = [_key(unit, sanitizer) for unit in units]
-    cache = Path(tempfile.gettempdir()) / f"kron-emulator-{os.getuid()}"
-    folder = cache / hashlib.sha256(repr(keys).encode()).hexdigest()[:20]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    module = folder / "_native.abi3.so"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait for the one that compiles
-        if module.exists():
-            return module
-        objects = [cache / f"{key}.o" for key in keys]
-        missing = [(u, out) for u, out in zip(units, objects, strict=True) if not out.exists()]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda one: _make(_command(one[0], sanitizer), one[1]), missing))
-        options = INSTRUMENTED[sanitizer].split()
-        _make([*compiler(), *options, "-shared", *map(str, objects)], module)
-    return module
+    """The module's path; only changed sources are compiled."""
+    cache = ROOT / "build" / "emulator"
+
+    def compiled(unit: Unit) -> Path:
+        command = _command(unit, sanitizer)
+        # The source's contents identify it, not its path.
+        key = digest(command[:-1], [unit.source, *_headers(unit.source)])
+        return made(cache / f"{key}.o", command)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, project() if units is None else units))
+    link = [*compiler(), *INSTRUMENTED[sanitizer].split(), "-shared", *map(str, objects)]
+    return made(cache / digest(link, []) / "_native.abi3.so", link)
 
 
 def _command(unit: Unit, sanitizer: Sanitizer | None) -> list[str]:
@@ -144,30 +136,15 @@ def _command(unit: Unit, sanitizer: Sanitizer | None) -> list[str]:
     return [*compiler(), *words, "-c", str(unit.source)]
 
 
-def _key(unit: Unit, sanitizer: Sanitizer | None) -> str:
-    """Of all that the object is made of; the source's own path is none of it."""
+def _headers(source: Path) -> list[Path]:
     csrc = ROOT / "csrc"
-    part = csrc / ("cpu" if unit.source.parent == csrc / "cpu" else "cuda")
-    key = hashlib.sha256(repr(_command(unit, sanitizer)[:-1]).encode())
-    headers = [*csrc.glob("*.h"), *part.glob("*.h"), *HERE.glob("*.h")]
-    for path in [unit.source, *sorted(headers)]:
-        key.update(path.read_bytes() + b"\0")
-    return key.hexdigest()[:20]
-
-
-def _make(command: list[str], out: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        made = Path(folder) / "made"
-        plain = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # a sanitizer slows it
-        done = subprocess.run(
-            [*command, "-o", str(made)], capture_output=True, text=True, env=plain
-        )
-        if done.returncode:
-            raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
-        made.replace(out)  # all of it, or nothing
+    part = csrc / ("cpu" if source.parent == csrc / "cpu" else "cuda")
+    return sorted([*csrc.glob("*.h"), *part.glob("*.h"), *HERE.glob("*.h")])
 
 
 # ---- the module, and the emulator's own functions
+
+RUN = 1  # a callback's answer
 
 INTERCEPT = ctypes.CFUNCTYPE(
     ctypes.c_void_p,
@@ -181,7 +158,9 @@ INTERCEPT = ctypes.CFUNCTYPE(
 
 
 class Emulator:
-    """A module that was built, loaded."""
+    """A loaded module."""
+
+    backend = "cuda"  # of kron_kernels
 
     def __init__(self, path: Path):
         self.library = ctypes.CDLL(str(path))
@@ -189,27 +168,28 @@ class Emulator:
 
     @functools.cached_property
     def native(self) -> ModuleType:
-        """What csrc/binding.cpp defines."""
+        """The Python module that csrc/binding.cpp defines."""
         spec = importlib.util.spec_from_file_location("_native", self.path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
 
     def seed(self, seed: int) -> None:
-        """Draws the order of threads and blocks from now on; 0: as they are numbered."""
+        """Run threads and blocks in a random order from now on; in numerical order if 0."""
         self.library.kron_emulator_seed(ctypes.c_uint64(seed))
 
     def device(self, multiprocessors: int = 2, shared: int = 101376) -> None:
-        """Sets what the GPU has: multiprocessors, and bytes of shared memory for a block."""
+        """Set the GPU's number of multiprocessors and a block's bytes of shared memory."""
         self.library.kron_emulator_device(ctypes.c_int64(multiprocessors), ctypes.c_int64(shared))
 
     @contextmanager
     def intercept(
-        self, callback: Callable[[str, int, int, int, bytes], str | None]
+        self, callback: Callable[[str, int, int, int, bytes], str | int | None]
     ) -> Iterator[None]:
-        """Calls callback(kernel, grid, threads, shared, arguments) instead of running kernels.
+        """Call callback(kernel, grid, threads, shared, arguments) instead of running kernels.
 
-        It returns what is wrong, or None. What it raises is raised at the end of the `with`.
+        It returns an error message, None, or RUN to run the kernel after all. Its exceptions are
+        raised at the end of the `with`.
         """
         texts, raised = [], []
 
@@ -220,8 +200,8 @@ class Emulator:
             except BaseException as exception:
                 raised.append(exception)
                 error = f"{type(exception).__name__}: {exception}"
-            if error is None:
-                return None
+            if error is None or error is RUN:
+                return error
             texts.append(ctypes.create_string_buffer(error.encode()))
             return ctypes.addressof(texts[-1])
 
@@ -237,10 +217,22 @@ class Emulator:
         if raised:
             raise raised[0]
 
+    @contextmanager
+    def recorded(self) -> Iterator[list[str]]:
+        """Yields a list that gets the name of each launched kernel."""
+        names: list[str] = []
+
+        def record(kernel: str, *_: object) -> int:
+            names.append(kernel)
+            return RUN
+
+        with self.intercept(record):
+            yield names
+
 
 @functools.cache
 def load(units: tuple[Unit, ...] | None = None) -> Emulator:
-    """Builds and loads the module, with the sanitizer that the process was started for."""
+    """Build and load the module, with the sanitizer that `environment` chose for this process."""
     sanitizer = os.environ.get("KRON_EMULATOR") or None
     if sanitizer and units is None:
         units = project(os.environ.get("KRON_EMULATOR_MATH", " ".join(MATH)).split())
@@ -251,20 +243,20 @@ def load(units: tuple[Unit, ...] | None = None) -> Emulator:
 
 
 def runtime(sanitizer: Sanitizer) -> str | None:
-    """The sanitizer's shared library, which has to be loaded before everything else."""
+    """The sanitizer's shared library, which must be loaded before all others."""
     return _library({"address": "libasan.so", "thread": "libtsan.so"}[sanitizer])
 
 
 def _library(name: str) -> str | None:
-    """The path of one of the compiler's libraries."""
+    """The path of a library of the compiler."""
     path = subprocess.check_output([*compiler(), f"-print-file-name={name}"], text=True).strip()
     return path if Path(path).is_absolute() else None
 
 
 def environment(sanitizer: Sanitizer, watched: Sequence[str] = MATH) -> dict[str, str]:
-    """What a process of Python needs to load a module built with a sanitizer."""
-    # AddressSanitizer looks for what throws exceptions of C++ when it starts, and ends the process
-    # at the first one if Python loads that library only later. Triton 3.8 throws while imported.
+    """Environment variables with which Python can load a module built with a sanitizer."""
+    # AddressSanitizer looks up __cxa_throw when it starts, and aborts at the first exception if
+    # Python loads libstdc++ later. Triton 3.8 throws while it is imported.
     preloaded = filter(None, [runtime(sanitizer), _library("libstdc++.so.6")])
     return os.environ | {
         "KRON_EMULATOR": sanitizer,
@@ -280,8 +272,7 @@ def environment(sanitizer: Sanitizer, watched: Sequence[str] = MATH) -> dict[str
 def run_sanitized(
     sanitizer: Sanitizer, pytest_args: Sequence[str], watched: Sequence[str] = MATH
 ) -> subprocess.CompletedProcess:
-    """Runs pytest again, with load() giving a sanitized module. 66 is ThreadSanitizer's or
-    AddressSanitizer's exit status; the first finding ends the process."""
+    """Run pytest with a sanitized module. The first finding ends it, with exit status 66."""
     options = ["-p", "no:cacheprovider", "-n", "0", "-s"]  # a report must not stay captured
     command = [sys.executable, "-m", "pytest", *options, *pytest_args]
     return subprocess.run(

@@ -1,7 +1,7 @@
-// CUDA's words, and those of csrc/cuda/device.h, for the host's compiler.
+// The parts of CUDA and of csrc/cuda/device.h that kernels use, for the host's compiler.
 //
-// A kernel runs as written, but: blocks have one dimension and whole warps, masks name all lanes,
-// shared memory is what shared_memory() gives, and there are no atomics.
+// Restrictions: blocks have one dimension and whole warps, masks have all lanes, shared memory comes
+// from shared_memory(), and there are no atomics.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -22,7 +22,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __align__(BYTES) alignas(BYTES)
 
-// The last parameter of what can fail: where it is called.
+// The last parameter of functions that can fail: the caller's position.
 #define KRON_PLACE kron::emulator::Place place = kron::emulator::Place::current()
 
 #define threadIdx (kron::emulator::thread_index)
@@ -40,68 +40,16 @@ __forceinline__ void __syncwarp(unsigned mask = ~0u, KRON_PLACE) {
   kron::emulator::meet(kron::emulator::SYNC_WARP, mask, nullptr, place);
 }
 
-namespace kron::emulator {
-template <class T>
-__forceinline__ T shuffle(const Collective &kind, unsigned mask, T value, int source, Place place) {
-  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>, "shuffles move 8 bytes");
-  Shuffle operands = {0, source};
-  memcpy(&operands.bits, &value, sizeof value);
-  meet(kind, mask, &operands, place);
-  memcpy(&value, &operands.bits, sizeof value);
-  return value;
-}
-__forceinline__ int lane() { return int(thread_index.x % 32); }
-} // namespace kron::emulator
-
-template <class T>
-__forceinline__ T __shfl_sync(unsigned mask, T value, int source, KRON_PLACE) {
-  return kron::emulator::shuffle(kron::emulator::SHUFFLE, mask, value, source & 31, place);
-}
-template <class T>
-__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes, KRON_PLACE) {
-  const int source = (kron::emulator::lane() ^ lanes) & 31;
-  return kron::emulator::shuffle(kron::emulator::SHUFFLE_XOR, mask, value, source, place);
-}
-template <class T>
-__forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned lanes, KRON_PLACE) {
-  const int lane = kron::emulator::lane(), source = lane - int(lanes);
-  return kron::emulator::shuffle(kron::emulator::SHUFFLE_UP, mask, value,
-                                 source < 0 ? lane : source, place);
-}
-template <class T>
-__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned lanes, KRON_PLACE) {
-  const int lane = kron::emulator::lane(), source = lane + int(lanes);
-  return kron::emulator::shuffle(kron::emulator::SHUFFLE_DOWN, mask, value,
-                                 source > 31 ? lane : source, place);
-}
-
 // ---- numbers -----------------------------------------------------------------------------------
 
-__forceinline__ float __uint_as_float(uint32_t x) { return kron::emulator::bits_of<float>(x); }
-__forceinline__ uint32_t __float_as_uint(float x) { return kron::emulator::bits_of<uint32_t>(x); }
-__forceinline__ float __int_as_float(int x) { return kron::emulator::bits_of<float>(x); }
-__forceinline__ int __float_as_int(float x) { return kron::emulator::bits_of<int>(x); }
-
-__forceinline__ int __popc(uint32_t x) { return __builtin_popcount(x); }
-__forceinline__ int __ffs(int x) { return __builtin_ffs(x); }
-__forceinline__ int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
-
-__forceinline__ float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
-__forceinline__ float __frcp_rn(float x) { return 1.f / x; }
-__forceinline__ float __fdividef(float x, float y) { return x / y; }
-__forceinline__ float __expf(float x) { return expf(x); }
-__forceinline__ float rsqrtf(float x) { return 1.f / sqrtf(x); }
-
-// Of two types as CUDA's own; of floats the one that is a number.
+// Integers of mixed types, as in CUDA.
 template <class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) {
   typedef std::common_type_t<A, B> T;
-  if constexpr (std::is_floating_point_v<T>) return fmin(T(a), T(b));
-  else return T(b) < T(a) ? T(b) : T(a);
+  return T(b) < T(a) ? T(b) : T(a);
 }
 template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
   typedef std::common_type_t<A, B> T;
-  if constexpr (std::is_floating_point_v<T>) return fmax(T(a), T(b));
-  else return T(a) < T(b) ? T(b) : T(a);
+  return T(a) < T(b) ? T(b) : T(a);
 }
 
 // ---- global memory -----------------------------------------------------------------------------
@@ -155,7 +103,7 @@ __forceinline__ uint32_t shared_address(const void *p, KRON_PLACE) {
   return uint32_t(offset);
 }
 
-// The data come as late as they may, and until then there are NaNs.
+// The data arrive as late as possible; until then the target is NaN.
 __forceinline__ void copy_async(void *to, const void *from, bool there = true, KRON_PLACE) {
   static const uint32_t zeros[4] = {};
   emulator::check_shared(to, "copy_async", place);
@@ -214,7 +162,9 @@ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
 }
 
 __forceinline__ float shuffle_xor(float x, int lanes, KRON_PLACE) {
-  return __shfl_xor_sync(~0u, x, lanes, place);
+  emulator::ShuffleXor operands = {x, lanes};
+  emulator::meet(emulator::SHUFFLE_XOR, ~0u, &operands, place);
+  return operands.value;
 }
 
 } // namespace kron

@@ -1,5 +1,5 @@
-// Runs kernels on the host: a fiber for each thread of a block, block after block, on the calling
-// thread, in an order drawn from a seed.
+// Runs kernels on the calling thread: one block after another, with a fiber for each thread of a block,
+// in an order that depends on a seed.
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -22,10 +22,7 @@ unsigned char *block_memory;
 size_t block_memory_size;
 
 const Collective SYNC_WARP = {"__syncwarp", [](Lanes) {}, false, true};
-const Collective SHUFFLE = {"__shfl_sync", move_between_lanes, false, false};
-const Collective SHUFFLE_XOR = {"__shfl_xor_sync", move_between_lanes, false, false};
-const Collective SHUFFLE_UP = {"__shfl_up_sync", move_between_lanes, false, false};
-const Collective SHUFFLE_DOWN = {"__shfl_down_sync", move_between_lanes, false, false};
+const Collective SHUFFLE_XOR = {"__shfl_xor_sync", exchange_between_lanes, false, false};
 const Collective LOAD_MATRICES = {"ldmatrix", distribute_matrices<false>, true, false};
 const Collective LOAD_MATRICES_TRANSPOSED = {"ldmatrix.trans", distribute_matrices<true>, true,
                                              false};
@@ -38,7 +35,7 @@ namespace {
 
 constexpr int MAX_THREADS = 1024, MAX_WARPS = MAX_THREADS / 32;
 constexpr unsigned ALL = ~0u;
-// The tops of stacks are to lie in different sets of the processor's caches.
+// Put the tops of stacks in different sets of the processor's caches.
 constexpr size_t STACK = 256 << 10, STACK_STRIDE = STACK + 4096 + 192;
 constexpr size_t GUARD = 4096; // around a block's memory
 
@@ -46,6 +43,7 @@ struct Device device = {2, 99 << 10};
 typedef const char *(*Intercept)(const char *kernel, int64_t grid, int64_t threads, int64_t shared,
                                  const void *arguments, int64_t size);
 Intercept intercept;
+const char *const RUN = reinterpret_cast<const char *>(1); // the callback's answer
 
 // ---- the order ---------------------------------------------------------------------------------
 
@@ -58,8 +56,8 @@ uint64_t draw() {      // splitmix64
 }
 bool in_order;
 
-// The threads that can go on. A warp runs until none of its threads can, or, drawn for each block
-// anew, for so many turns on average: one warp may be far ahead of another.
+// The threads that can continue. A warp runs until none of its threads can, or for a number of turns
+// whose average is random for each block: one warp may be far ahead of another.
 class Ready {
 public:
   void reset() {
@@ -99,10 +97,10 @@ struct Thread {
   void *sanitizer; // ThreadSanitizer's thread
   void *fake_stack;
   bool ended;
-  const char *at; // what it waited at last,
-  Place place;    // and where
+  const char *at; // the last function it waited in,
+  Place place;    // and the position
 
-  // Counted from the block's begin.
+  // Counted from the start of the block.
   static constexpr unsigned COPIES = 512, GROUPS = 64;
   Copy copies[COPIES];
   unsigned ends[GROUPS]; // copies issued before each group was committed
@@ -124,23 +122,23 @@ struct Warp {
 struct {
   int threads, arrived, ended, last_ended;
   Place place; // of the barrier
-  int first;   // the thread that came to it first
+  int first;   // the first thread that arrived
   unsigned barriers;
 } block;
 
 bool failed; // the launch
 
-// ThreadSanitizer's keys: of a block's barriers and its warps' meetings, by turns, so that who is
-// late learns nothing of what is next. No other block has the same.
+// ThreadSanitizer's keys for a block's barriers and its warps' collective operations. They alternate:
+// a late thread must not acquire what was released for the next one. Every block has its own.
 constexpr int KEYS = 2 + 2 * MAX_WARPS;
 char *keys;
 void *block_key() { return keys + 8 * (block.barriers % 2); }
 void *warp_key(int warp) { return keys + 8 * (2 + 2 * warp + warps[warp].meetings % 2); }
 
-// The launch is before its blocks, and they are before its end, but not before one another: each
-// has threads of its own. They take 1 MB each and long to make, so after a few blocks, and in the
-// next launch, the same go on: of those blocks a race between one and, say, the fourth after it is
-// missed, and found where the order of blocks is another.
+// The start of a launch happens before its blocks, and they before its end, but blocks are not ordered:
+// each has threads of its own. A thread takes 1 MB and is slow to create, so threads are reused after a
+// few blocks and in the next launch. A race between a block and, for example, the fourth after it is
+// missed, but found with another order of blocks.
 uint64_t begin_key, end_key;
 class SanitizerThreads {
 public:
@@ -199,7 +197,7 @@ __attribute__((format(printf, 3, 4))) void report(int thread, const Place *place
   va_end(values);
 }
 
-// ---- changing between the threads and the main fiber -------------------------------------------
+// ---- switching between the threads and the main fiber ------------------------------------------
 
 void resume(int number) {
   running = &threads[number];
@@ -256,7 +254,7 @@ void *map(void *at, size_t size) {
   return memory == MAP_FAILED ? nullptr : memory;
 }
 
-// A launch's memory for one block after another.
+// The shared memory of a launch, reused by each block.
 class BlockMemory {
 public:
   explicit BlockMemory(size_t size)
@@ -270,10 +268,10 @@ public:
     munmap(memory, total);
   }
   bool exists() const { return memory; }
-  // As never used before, all NaN.
+  // All NaN, and unused for the sanitizers.
   void reset() {
     permit(memory, total);
-    if (has_tsan()) map(memory, total); // or it takes blocks' accesses to it for races
+    if (has_tsan()) map(memory, total); // or accesses of different blocks count as races
     memset(memory, 0xff, total);
     forbid(memory, GUARD);
     forbid(block_memory + size, total - GUARD - size);
@@ -328,7 +326,7 @@ void run_block(int64_t turn, int64_t index, BlockMemory &memory) {
   if (!failed && !memory.intact())
     report(block.last_ended, nullptr, "some thread of this block wrote beyond its shared memory");
 
-  if (failed) permit(stacks, size_t(block.threads) * STACK_STRIDE); // of functions cut short
+  if (failed) permit(stacks, size_t(block.threads) * STACK_STRIDE); // of interrupted functions
   if (!has_tsan()) return;
   for (int i = 0; i < block.threads; i++) {
     become_thread(threads[i].sanitizer);
@@ -379,14 +377,14 @@ const char *run_grid(const Launch &launch) {
     run_block(i, order[size_t(i)], memory);
   }
   acquire(&end_key);
-  if (failed) sanitizer_threads.forget(); // they are in the middle of functions
+  if (failed) sanitizer_threads.forget(); // they are inside functions
   if (keys_size) munmap(all_keys, keys_size);
   return failed ? message : nullptr;
 }
 
 } // namespace
 
-// ---- what a thread asks for --------------------------------------------------------------------
+// ---- called by threads -------------------------------------------------------------------------
 
 void fail(Place place, const char *format, ...) {
   va_list values;
@@ -501,9 +499,11 @@ const char *run(const Kernel &kernel, const Launch &launch, const void *argument
   kernel_entry = reinterpret_cast<void (*)(const void *)>(const_cast<void *>(kernel.entry));
   kernel_arguments = arguments;
   if (const char *error = check_launch(launch)) return error;
-  if (intercept)
-    return intercept(kernel.name, launch.grid, launch.threads, launch.shared, arguments,
-                     int64_t(size));
+  if (intercept) {
+    const char *answer = intercept(kernel.name, launch.grid, launch.threads, launch.shared,
+                                   arguments, int64_t(size));
+    if (answer != RUN) return answer;
+  }
   return run_grid(launch);
 }
 
@@ -517,14 +517,14 @@ OnDevice::~OnDevice() { current_device = before; }
 
 #define KRON_EXPORT extern "C" __attribute__((visibility("default"))) void
 
-// The order of threads and blocks from now on; 0: as they are numbered.
+// Seeds the order of threads and blocks; 0: numerical order.
 KRON_EXPORT kron_emulator_seed(uint64_t seed) {
   kron::emulator::random_state = seed;
 }
 KRON_EXPORT kron_emulator_device(int64_t multiprocessors, int64_t shared) {
   kron::emulator::device = {multiprocessors, shared};
 }
-// Instead of running kernels; null runs them again.
+// The callback replaces running kernels; null removes it.
 KRON_EXPORT kron_emulator_intercept(kron::emulator::Intercept callback) {
   kron::emulator::intercept = callback;
 }

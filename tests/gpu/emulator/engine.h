@@ -1,8 +1,7 @@
-// What the words of emulated.h are made of; emulator.cpp has the other side.
+// The interface between emulated.h and emulator.cpp.
 //
-// Everything behind these declarations is compiled without sanitizers: what the emulator does for
-// its own sake is no access of the kernel. What a kernel's instructions read and write is read and
-// written in the headers, which are compiled like the kernel.
+// emulator.cpp is compiled without sanitizers: the emulator's own accesses are not the kernel's. The
+// accesses of a kernel's instructions are in the headers, which are compiled like the kernel.
 #pragma once
 #include <stdint.h>
 
@@ -10,7 +9,7 @@
 
 namespace kron::emulator {
 
-// Where in the kernel's source; as a default argument, the caller's.
+// A position in the kernel's source; as a default argument, the caller's.
 struct Place {
   const char *file;
   int line;
@@ -22,30 +21,30 @@ struct Place {
 struct Index {
   unsigned x, y, z;
 };
-// Of the thread that runs: they change in every function below that waits.
+// Of the running thread. Every function below that waits changes them.
 extern Index thread_index, block_index, block_size, grid_size;
-extern unsigned char *block_memory; // of which the launch asked for this:
+extern unsigned char *block_memory; // shared memory, of the size that the launch requested:
 extern size_t block_memory_size;
 
-// Ends the launch with this error, and the name of kernel, block and thread.
+// Ends the launch with this error, prefixed by the kernel, block and thread.
 [[noreturn]] void fail(Place, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 void synchronize_block(Place);
 
-// What a warp's lanes do together. The last lane to arrive does it for all: finish gets every
-// lane's operands, and leaves the results in them.
+// An operation of all lanes of a warp. The last lane to arrive executes it: finish gets every lane's
+// operands, and stores the results in them.
 struct Collective {
   const char *name;
   void (*finish)(void *const (&operands)[32]);
-  bool aligned; // all lanes have to be at the same place
-  bool orders;  // what lanes did before it is over before what others do after it
+  bool aligned; // all lanes must be at the same position in the source
+  bool orders;  // it orders the accesses of different lanes
 };
 void meet(const Collective &, unsigned mask, void *operands, Place);
 
-extern const Collective SYNC_WARP, SHUFFLE, SHUFFLE_XOR, SHUFFLE_UP, SHUFFLE_DOWN;
-struct Shuffle {
-  uint64_t bits;
-  int source; // a lane; itself if that one does not exist
+extern const Collective SYNC_WARP, SHUFFLE_XOR;
+struct ShuffleXor {
+  float value;
+  int lanes;
 };
 
 extern const Collective LOAD_MATRICES, LOAD_MATRICES_TRANSPOSED;
@@ -60,8 +59,8 @@ struct MultiplyAdd {
   uint32_t a[4], b[2];
 };
 
-// Copies that a thread has issued; next_copy gives those, one a call, that are not in the last
-// `kept` groups and have not been given, then nullptr.
+// A copy that a thread has issued. next_copy returns one pending copy per call from all groups but the
+// last `kept`, then nullptr.
 struct Copy {
   uint32_t *to;
   const uint32_t *from;

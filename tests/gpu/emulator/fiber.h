@@ -1,12 +1,12 @@
-// A stack, and where on it a function that was interrupted goes on.
+// A stack with a suspended function.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(KRON_UCONTEXT)
 
-// ucontext saves the signal mask at every change, by a system call. Here are saved the registers
-// that a function may not change for its caller, and no more.
+// ucontext saves the signal mask at every change, by a system call. This saves only the callee-saved
+// registers.
 extern "C" void kron_emulator_change(void **from, void *to);
 asm(R"(
     .text
@@ -36,10 +36,10 @@ namespace kron::emulator {
 
 class Fiber {
 public:
-  // To call `entry`, which never returns, at the first change to this fiber.
+  // The first change to this fiber calls `entry`, which never returns.
   void prepare(char *stack, size_t size, void (*entry)()) {
     void **top = reinterpret_cast<void **>(uintptr_t(stack + size) / 16 * 16);
-    *--top = nullptr; // no return address: here end the stacks that debuggers show
+    *--top = nullptr; // no return address: debuggers stop here
     *--top = reinterpret_cast<void *>(entry);
     for (int saved = 0; saved < 6; saved++) *--top = nullptr;
     stack_pointer = top;

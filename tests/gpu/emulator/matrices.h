@@ -1,4 +1,4 @@
-// What a warp does together with ldmatrix, mma and shuffles, once for its 32 lanes.
+// ldmatrix, mma and shuffles, for all 32 lanes of a warp at once.
 #pragma once
 #include <string.h>
 
@@ -10,12 +10,12 @@ namespace kron::emulator {
 typedef void *const (&Lanes)[32];
 template <class T> T &operands(Lanes lanes, int lane) { return *static_cast<T *>(lanes[lane]); }
 
-inline void move_between_lanes(Lanes lanes) {
-  uint64_t bits[32];
-  for (int lane = 0; lane < 32; lane++) bits[lane] = operands<Shuffle>(lanes, lane).bits;
+inline void exchange_between_lanes(Lanes lanes) {
+  float values[32];
+  for (int lane = 0; lane < 32; lane++) values[lane] = operands<ShuffleXor>(lanes, lane).value;
   for (int lane = 0; lane < 32; lane++) {
-    Shuffle &shuffle = operands<Shuffle>(lanes, lane);
-    shuffle.bits = bits[shuffle.source];
+    ShuffleXor &shuffle = operands<ShuffleXor>(lanes, lane);
+    shuffle.value = values[(lane ^ shuffle.lanes) & 31];
   }
 }
 
@@ -33,7 +33,7 @@ template <bool TRANSPOSED> void distribute_matrices(Lanes lanes) {
   }
 }
 
-// What 4 bytes hold, of 8 rows or columns at a time.
+// The numbers in 4 bytes, for 8 rows or columns at a time.
 typedef uint32_t Words __attribute__((vector_size(32)));
 typedef float Floats __attribute__((vector_size(32)));
 
@@ -51,13 +51,13 @@ struct OfBfloat16 {
     return Floats(i ? words & 0xffff0000 : words << 16);
   }
 };
-struct OfTf32 { // the multiplier does not see the lower 13 bits
+struct OfTf32 { // the multiplier ignores the lower 13 bits
   static constexpr int COUNT = 1;
   static Floats numbers(const Words &words, int) { return Floats(words & ~0x1fffu); }
 };
 
 template <class Of> void multiply_matrices(Lanes lanes) {
-  Words a[2][8], b[8]; // by their 4 bytes; a's upper and lower rows
+  Words a[2][8], b[8]; // indexed by 4-byte words; a: upper and lower rows
   for (int lane = 0; lane < 32; lane++) {
     const MultiplyAdd &o = operands<MultiplyAdd>(lanes, lane);
     const int group = lane / 4, word = lane % 4;

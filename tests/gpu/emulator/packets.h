@@ -1,5 +1,5 @@
-// CUDA's vector types. On a GPU they are read and written as a whole and have to be aligned; here
-// every copy looks whether they are.
+// CUDA's vector types. A GPU reads and writes them at once and requires alignment, which every copy
+// checks here.
 #pragma once
 #include <stdint.h>
 
@@ -10,7 +10,7 @@ namespace kron::emulator {
 inline __attribute__((always_inline)) void
 check_alignment(const void *p, unsigned bytes, const char *what, Place place = Place::current()) {
   uintptr_t address = uintptr_t(p);
-  asm("" : "+r"(address)); // or the compiler, to whom alignas is a promise, sees nothing to check
+  asm("" : "+r"(address)); // or the compiler removes the check, because of alignas
   if (address % bytes)
     fail(place, "misaligned: %s of %u bytes at address %% %u = %u", what, bytes, bytes,
          unsigned(address % bytes));
@@ -52,14 +52,10 @@ template <class T> struct alignas(4 * sizeof(T)) Quad {
 
 typedef kron::emulator::Pair<uint32_t> uint2;
 typedef kron::emulator::Quad<uint32_t> uint4;
-typedef kron::emulator::Pair<int32_t> int2;
-typedef kron::emulator::Quad<int32_t> int4;
 typedef kron::emulator::Pair<float> float2;
 typedef kron::emulator::Quad<float> float4;
 
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-inline int2 make_int2(int32_t x, int32_t y) { return {x, y}; }
-inline int4 make_int4(int32_t x, int32_t y, int32_t z, int32_t w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }

@@ -1,4 +1,4 @@
-// What AddressSanitizer and ThreadSanitizer are told, if they are there: else the symbols are null.
+// Interfaces of AddressSanitizer and ThreadSanitizer; the symbols are null without them.
 #pragma once
 #include <stddef.h>
 
@@ -19,7 +19,7 @@ KRON_WEAK void __tsan_release(void *);
 
 namespace kron::emulator {
 
-// AddressSanitizer knows the stack that it is on.
+// AddressSanitizer must know the current stack.
 inline bool has_asan() { return __asan_poison_memory_region; }
 inline void start_change(void **save, const void *stack, size_t size) {
   if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(save, stack, size);
@@ -34,8 +34,8 @@ inline void permit(const void *memory, size_t size) {
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(memory, size);
 }
 
-// To ThreadSanitizer a CUDA thread is a thread, and a change from one to another orders nothing:
-// what one did before release() is over before what another does after acquire() of the same key.
+// For ThreadSanitizer a CUDA thread is a thread, and switching threads orders nothing. What one does
+// before release() happens before what another does after acquire() of the same key.
 inline bool has_tsan() { return __tsan_create_fiber; }
 inline void *current_thread() { return has_tsan() ? __tsan_get_current_fiber() : nullptr; }
 inline void *create_thread() { return has_tsan() ? __tsan_create_fiber(0) : nullptr; }

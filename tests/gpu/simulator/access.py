@@ -1,4 +1,4 @@
-"""Every access to memory passes here: is it allowed, does it race, what does it cost."""
+"""Every memory access passes through here, to be checked for bounds and races, and counted."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ _OFFSET = (1 << WINDOW_BITS) - 1
 
 
 class Place(NamedTuple):
-    """Where an access goes: cells of some width, and each thread's index among them."""
+    """The target of an access: cells of some width, and each thread's index among them."""
 
     memory: Buffer | PrivateMemory
     positions: np.ndarray
@@ -41,12 +41,8 @@ class Place(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What to watch for."""
-
-    races: bool = True
-    statistics: bool = True
-    uninitialised: bool = True
-    late_copies: bool = True
+    races: bool = True  # look for races in shared memory, and between CTAs in global memory
+    statistics: bool = True  # count sectors and wavefronts
 
 
 class Granules(NamedTuple):
@@ -57,7 +53,7 @@ class Granules(NamedTuple):
 
 
 class Accesses:
-    """The memories of a batch of CTAs, and the checks on the way to them."""
+    """The memories of a batch of CTAs, and the checks of accesses to them."""
 
     def __init__(self, machine, memory: GlobalMemory, shared: int, local: int, granules: Granules):
         self.machine, self.memory, self.options = machine, memory, machine.options
@@ -99,10 +95,10 @@ class Accesses:
         ordered: bool = False,
         alignment: int | None = None,
     ) -> Iterator[Place]:
-        """Checks an access and says where it goes: one place, rarely several.
+        """Check an access and yield its targets: one, rarely several.
 
-        `kind` is load, store or atomic. An `ordered` access (acquire, relaxed, volatile) is meant
-        to meet other CTAs' and no race with their atomics.
+        `kind` is load, store or atomic. An `ordered` access (acquire, relaxed, volatile) does not
+        race with other CTAs' atomics.
         """
         active = addresses if mask is True else addresses[mask]
         if not active.size:
@@ -147,15 +143,13 @@ class Accesses:
         buffer = self.memory.buffers.get(window)
         if buffer is None or active.min() < buffer.base or active.max() + size > buffer.end:
             self._out_of_bounds(instruction, addresses, size, mask, kind, buffer, window)
-        if buffer.written is not None and self.options.uninitialised:
-            self._initialised(instruction, addresses, active, size, mask, kind, buffer)
         if self.global_races is not None and not (ordered and kind == "load"):
             ctas = self.machine.cta_number if mask is True else self.machine.cta_number[mask]
             races = self.global_races.get(window)
             if races is None:
                 races = GlobalRaces(buffer.data.size, self.granules.device, buffer.base)
                 self.global_races[window] = races
-            # An ordered store is judged as an atomic.
+            # An ordered store counts as an atomic.
             found = races.access(active, size, ctas, "atomic" if ordered else kind)
             if found:
                 text = f"race between CTAs in {buffer.name!r}: {found[1]}"
@@ -171,24 +165,13 @@ class Accesses:
         if buffer is None:
             bad = (addresses >> WINDOW_BITS == window) & mask
             text += " through a null pointer" if window == 0 else ""
-            # A step over the end of a 64 GiB window leads into a neighbour's: name none.
+            # Stepping over the end of a 64 GiB window leads into an arbitrary neighbour's.
             text += " far from every tensor" if window >= FIRST_BUFFER else ""
         else:
             bad = ((addresses < buffer.base) | (addresses + size > buffer.end)) & mask
             offset = int(addresses[bad][0]) - buffer.base
             text += f" at byte {offset} of {buffer.name!r}, whose storage has {buffer.data.size}"
         self.machine.fail(instruction, text, bad)
-
-    def _initialised(self, instruction, addresses, active, size, mask, kind, buffer) -> None:
-        bytes_ = (active - buffer.base)[:, None] + np.arange(size)
-        if kind == "load":
-            unwritten = ~buffer.written[bytes_].all(axis=1)
-            if unwritten.any():
-                bad = self.machine.one(mask, int(np.argmax(unwritten)))
-                text = f"load of uninitialised global memory in {buffer.name!r}"
-                self.machine.fail(instruction, text, bad)
-        else:
-            buffer.written[bytes_] = True
 
     # ---- shared
 
@@ -210,7 +193,7 @@ class Accesses:
     def race(
         self, instruction: Instruction, offsets: np.ndarray, size: int, mask: Mask, kind: str
     ) -> None:
-        """Fails if a warp touches shared memory that another warp's barrier should have passed."""
+        """Fail if two warps access the same shared memory without a barrier in between."""
         races, machine = self.shared_races, self.machine
         if races is None:
             return
@@ -224,7 +207,7 @@ class Accesses:
             machine.fail(instruction, f"shared-memory race: {found[1]}", lane)
 
     def overwritten(self, offsets: np.ndarray, size: int, mask: Mask) -> np.ndarray | None:
-        """Threads whose store into shared memory another warp did in the same instruction."""
+        """Threads whose store was overwritten by another warp in the same instruction."""
         races, machine = self.shared_races, self.machine
         if races is None:
             return None
@@ -234,7 +217,7 @@ class Accesses:
         return lanes[lost] if lost.any() else None
 
     def set_pending(self, offsets: np.ndarray, size: int, lanes: np.ndarray, value: bool) -> None:
-        """Notes which shared memory an asynchronous copy is about to fill, or has filled."""
+        """Mark the shared memory that an asynchronous copy will fill, or has filled."""
         self.pending[self._pending_cells(offsets[lanes], size, lanes)] = value
 
     def _not_pending(self, instruction, offsets, size, mask) -> None:
@@ -261,7 +244,7 @@ class Accesses:
     # ---- parameters
 
     def _param(self, instruction, offsets, active, size, mask, kind) -> Place:
-        """Parameters are read where they are only known at run time."""
+        """Loads at addresses in the parameters that are computed at run time."""
         if kind != "load":
             self.machine.fail(instruction, f"{kind} to the kernel's parameters", mask)
         if active.min() < 0 or active.max() + size > self.machine.parameters.size:

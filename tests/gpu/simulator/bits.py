@@ -31,7 +31,7 @@ def _logic(machine, instruction: Instruction) -> Step:
 
 
 def _shift(machine, instruction: Instruction, destination: np.ndarray) -> Step:
-    """numpy shifts everything out beyond the width, as PTX does."""
+    """numpy shifts out all bits for distances beyond the width, as PTX does."""
     function, dtype = _LOGIC[instruction.opcode], TYPES[instruction.types[-1]]
     source = machine.operands.read(instruction.operands[1], dtype)
     distance = machine.operands.read(instruction.operands[2], "u32")
@@ -47,7 +47,7 @@ def _shift(machine, instruction: Instruction, destination: np.ndarray) -> Step:
 
 @executes("lop3")
 def _lop3(machine, instruction: Instruction) -> Step:
-    """Any function of three bits: the table says which of the eight products belong to it."""
+    """Any function of three bits, as a sum of the products that the table selects."""
     only(instruction)
     operands = machine.operands
     destination = operands.write(instruction.operands[0], "b32")
@@ -78,7 +78,7 @@ def _bfe(machine, instruction: Instruction) -> Step:
     def step(mask: Mask) -> None:
         first = (start & 255).astype(np.uint64)
         count = np.minimum(length & 255, 64).astype(np.uint64)
-        ones = np.left_shift(np.uint64(1), count) - np.uint64(1)  # 1 << 64 is 0 here
+        ones = np.left_shift(np.uint64(1), count) - np.uint64(1)  # numpy: 1 << 64 is 0
         value = source.astype(np.uint64)
         result = np.right_shift(value, first) & ones
         if dtype.kind == "i":
@@ -108,7 +108,7 @@ def _bfi(machine, instruction: Instruction) -> Step:
 
 @executes("prmt")
 def _prmt(machine, instruction: Instruction) -> Step:
-    """Four bytes picked from eight; a selector's fourth bit asks for copies of the byte's sign."""
+    """Pick four bytes from eight; a selector's fourth bit replicates the byte's sign instead."""
     only(instruction)
     operands = machine.operands
     destination = operands.write(instruction.operands[0], "b32")
@@ -134,7 +134,7 @@ def _prmt(machine, instruction: Instruction) -> Step:
 
 @executes("shf")
 def _shf(machine, instruction: Instruction) -> Step:
-    """Shifts a pair of registers as one."""
+    """Shift a pair of registers as one."""
     only(instruction, "l", "r", "wrap", "clamp")
     operands = machine.operands
     destination = operands.write(instruction.operands[0], "b32")
@@ -150,7 +150,7 @@ def _shf(machine, instruction: Instruction) -> Step:
 
 
 def _bit_length(values: np.ndarray) -> np.ndarray:
-    """Of unsigned integers; by halves, which float64 holds exactly."""
+    """Bit length of unsigned integers, by halves, which float64 represents exactly."""
     high = np.frexp((values >> values.dtype.type(4 * values.itemsize)).astype(np.float64))[1]
     halves = values & values.dtype.type((1 << 4 * values.itemsize) - 1)
     low = np.frexp(halves.astype(np.float64))[1]

@@ -1,4 +1,4 @@
-"""cvt: between integers and floats of any width."""
+"""cvt: conversions between integers and floats of any width."""
 
 from collections.abc import Callable
 
@@ -42,7 +42,7 @@ def _adjusted(instruction: Instruction, values: np.ndarray) -> np.ndarray:
 
 
 def _encoder(instruction: Instruction, target: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Rounds to a float format, as the instruction asks."""
+    """The instruction's rounding to a float format."""
     mode = next((one for one in instruction.modifiers if one in ("rz", "rm", "rp")), None)
     encode = encoder(target)
     if mode is None:
@@ -128,7 +128,7 @@ def _to_float(
 def _float_to_integer(
     instruction: Instruction, dtype: np.dtype, source: str
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Saturates at the ends of the range; NaN becomes zero."""
+    """Saturating conversion; NaN becomes zero."""
     limits = np.iinfo(dtype)
     decode = decoder(source) if source == "bf16" else lambda bits: bits
     modifiers = instruction.modifiers

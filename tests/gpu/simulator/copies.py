@@ -1,4 +1,4 @@
-"""cp.async. A copy happens as late as it may: when its thread waits for its group. Until then its
+"""cp.async. A copy happens as late as possible: when its thread waits for its group. Until then its
 target is poisoned and must not be read."""
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from .steps import Mask, Step, executes
 
 @dataclass(slots=True)
 class Copy:
-    """One instruction's copies that some threads have not waited for yet."""
+    """Copies of one instruction that some threads have not waited for yet."""
 
     instruction: Instruction
     size: int
@@ -26,7 +26,7 @@ class Copy:
 
 
 class Copies:
-    """The copies on their way, and each thread's count of committed groups."""
+    """The pending copies, and each thread's number of committed groups."""
 
     def __init__(self, machine):
         self.machine = machine
@@ -41,24 +41,20 @@ class Copies:
     def start(self, copy: Copy) -> None:
         accesses = self.machine.accesses
         lanes = np.flatnonzero(copy.waiting)
-        if self.machine.options.late_copies:
-            self._targets(copy.size)[self._rows(copy, lanes)] = POISON
-            accesses.set_pending(copy.offsets, copy.size, lanes, True)
-            accesses.copies_on_their_way = True
-        else:
-            self._perform(copy, copy.waiting)
+        self._targets(copy.size)[self._rows(copy, lanes)] = POISON
+        accesses.set_pending(copy.offsets, copy.size, lanes, True)
+        accesses.copies_on_their_way = True
         self.under_way.append(copy)
 
     def wait(self, mask: Mask, allowed: int) -> None:
-        """The threads' groups are complete, but for the last few allowed ones."""
+        """Complete the threads' groups except for the last `allowed` ones."""
         for copy in self.under_way:
             done = copy.waiting & (copy.group < self.committed - allowed) & mask
             if done.any():
                 accesses, instruction = self.machine.accesses, copy.instruction
                 accesses.race(instruction, copy.offsets, copy.size, done, "store")
-                if self.machine.options.late_copies:
-                    self._perform(copy, done)
-                    accesses.set_pending(copy.offsets, copy.size, np.flatnonzero(done), False)
+                self._perform(copy, done)
+                accesses.set_pending(copy.offsets, copy.size, np.flatnonzero(done), False)
                 copy.waiting &= ~done
         self.under_way = [copy for copy in self.under_way if copy.waiting.any()]
         self.machine.accesses.copies_on_their_way = bool(self.under_way)
@@ -82,7 +78,7 @@ class Copies:
             data, origin = buffer.rows(size)
             whole = np.flatnonzero(part & threads & (copy.lengths == size))
             targets[self._rows(copy, whole)] = data[(addresses[whole] - origin) // size]
-            # Short copies mostly copy nothing; the few that copy a part go one by one.
+            # Most short copies copy nothing; handle the few others one by one.
             for lane in np.flatnonzero(part & threads & (copy.lengths < size)):
                 start, length = addresses[lane] - buffer.base, copy.lengths[lane]
                 row = self._rows(copy, lane)
@@ -105,7 +101,7 @@ def _cp(machine, instruction: Instruction) -> Step:
         allowed = integer(instruction.operands[0])
         return lambda mask: copies.wait(mask, allowed)
     if "wait_all" in modifiers:
-        return lambda mask: copies.wait(mask, -1)  # what no group holds yet is waited for, too
+        return lambda mask: copies.wait(mask, -1)  # uncommitted copies as well
     return _start(machine, instruction)
 
 

@@ -1,10 +1,16 @@
-"""Triton's side: a driver whose device is the simulator."""
+"""Triton's front end: a driver whose device is the simulator."""
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from standin import cpu_as_gpu
+
+from kron_kernels.backends.triton import configs
 
 from .access import Options
 from .launch import Argument, Launch, SimulatedDevice
@@ -22,16 +28,20 @@ _MAX_SHARED_OTHERS = {"cuda": 101376, "hip": 65536}
 
 
 class Device(SimulatedDevice):
-    """A simulated GPU. Inside `with`, Triton compiles for it and launches on it.
+    """A simulated GPU. Inside `with`, Triton compiles for it and launches on it, and the backend
+    "triton" takes CPU tensors.
 
-    arch            a compute capability (80, 90, …), or the name of an AMD one (compiled only)
-    execute         False only compiles, and records the launches
+    arch            a compute capability (80, 90, …), or the name of an AMD one (compile only)
+    execute         if False, only compile and record the launches
     races           look for races in shared memory, and between CTAs in global memory
     statistics      count sectors and wavefronts
-    uninitialised   refuse reads of memory that `expect_written` named before it is written
-    late_copies     let cp.async copy as late as it may, over poison
-    edit            a function of the PTX, applied before it is executed: plants bugs
+    edit            a function of the PTX, applied before execution: plants bugs
+    multiprocessors, shared
+                    the size of GPU that the backend chooses tiles for; by default a small one, for
+                    which small cases take the tiles of large ones
     """
+
+    backend = "triton"
 
     def __init__(
         self,
@@ -40,15 +50,16 @@ class Device(SimulatedDevice):
         execute: bool = True,
         races: bool = True,
         statistics: bool = True,
-        uninitialised: bool = True,
-        late_copies: bool = True,
         edit: Callable[[str], str] | None = None,
+        multiprocessors: int = 2,
+        shared: int = 99 * 1024,
     ):
-        super().__init__(execute, edit, Options(races, statistics, uninitialised, late_copies))
+        super().__init__(execute, edit, Options(races, statistics))
         self.arch = arch
+        self.gpu = configs.GPU("simulated", multiprocessors, shared)
         if isinstance(arch, str):
             self.target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
-            # Triton keeps compiled kernels by device number: every architecture has its own.
+            # Triton caches compiled kernels by device number: give every architecture its own.
             self.number = int(arch.removeprefix("gfx"), 16)
             if execute:
                 raise ValueError("AMD's machine code cannot be executed: pass execute=False")
@@ -56,16 +67,22 @@ class Device(SimulatedDevice):
             self.target, self.number = GPUTarget("cuda", arch, 32), arch
 
     def __enter__(self) -> "Device":
-        active = triton.runtime.driver
-        self._previous = active._active
-        self._driver = _Driver(self)
-        active.set_active(self._driver)
-        triton.knobs.runtime.kernel_load_start_hook.add(self._driver.utils.loading)
+        driver, hook = _Driver(self), triton.knobs.runtime.kernel_load_start_hook
+        self._stack = ExitStack()
+        self._stack.enter_context(cpu_as_gpu(self.arch if isinstance(self.arch, int) else 80))
+        for target, name, value in (
+            (triton.runtime.driver, "_active", driver),
+            (configs, "device_of", lambda x: self.gpu),
+        ):
+            self._stack.enter_context(patch.object(target, name, value))
+        # Unset, Triton 3.9 warns that its default will change.
+        self._stack.enter_context(patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"))
+        hook.add(driver.utils.loading)
+        self._stack.callback(hook.remove, driver.utils.loading)
         return self
 
     def __exit__(self, *_: object) -> None:
-        triton.knobs.runtime.kernel_load_start_hook.remove(self._driver.utils.loading)
-        triton.runtime.driver._active = self._previous
+        self._stack.close()
 
     def launch(self, grid, source, metadata, asm: dict[str, str | bytes], values: tuple) -> None:
         name, warps, shared = metadata.name, metadata.num_warps, metadata.shared
@@ -76,7 +93,7 @@ class Device(SimulatedDevice):
 
 
 def _arguments(signature: dict[str, Any], values: tuple) -> Iterator[Argument]:
-    """The kernel's parameters, in order: constants dropped, tuples laid flat."""
+    """The kernel's parameters in order, without constants and with tuples flattened."""
     for (name, type_), value in zip(signature.items(), values, strict=False):
         yield from _flat(name, type_, value)
 
@@ -101,14 +118,14 @@ def _tensor_bytes(tensor: torch.Tensor) -> bytes:
 
 
 class _Utilities:
-    """What Triton asks of a driver when it loads a kernel."""
+    """The functions that Triton calls when it loads a kernel."""
 
     def __init__(self, device: Device):
         self.device = device
         self.asm: dict[str, str | bytes] = {}
 
     def loading(self, module, function, name, metadata_group, hash) -> None:
-        """Notes the compiler's outputs, of which load_binary is given only the last."""
+        """Keep the compiler's outputs: load_binary only gets the last one."""
         self.asm = {}
         for file in map(Path, metadata_group.values()):
             kind = file.suffix[1:]
@@ -136,7 +153,7 @@ class _Utilities:
 
 
 class _Launcher:
-    """Triton keeps it with the compiled kernel: it must ask for the device that is active then."""
+    """Triton keeps it with the compiled kernel, so it looks up the active device at each launch."""
 
     def __init__(self, source, metadata):
         self.source, self.metadata = source, metadata
@@ -152,7 +169,7 @@ class _Driver(DriverBase):
 
     @classmethod
     def is_active(cls) -> bool:
-        return False  # never chosen by itself
+        return False  # never chosen automatically
 
     def map_python_to_cpp_type(self, type_: str) -> str:
         return type_
@@ -176,7 +193,7 @@ class _Driver(DriverBase):
         return torch.cpu
 
     def get_benchmarker(self) -> Callable:
-        # There is no time to measure: an autotuner takes its first configuration.
+        # All times are equal: an autotuner takes its first configuration.
         return lambda function, quantiles=None, **_: [1.0] * len(quantiles or [0])
 
     def get_empty_cache_for_benchmark(self) -> None:

@@ -1,9 +1,9 @@
-"""The one exception: what the simulator found wrong, or what it cannot execute."""
+"""The simulator's exceptions."""
 
 
 class SimulationError(Exception):
-    """A finding. Its text names kernel, PTX line, source line, tensor, CTA and thread."""
+    """A bug in a kernel, with the kernel, PTX line, source line, tensor, CTA and thread."""
 
 
 class Unsupported(SimulationError):
-    """An instruction, or a variant of one, that the simulator does not know."""
+    """An instruction, or a variant of one, that the simulator does not implement."""

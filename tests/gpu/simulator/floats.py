@@ -8,7 +8,7 @@ import numpy as np
 from .errors import Unsupported
 from .formats import TYPES, UNSIGNED, decoder, element_width, encoder
 from .ptx import Instruction
-from .steps import Mask, Step, assign, executes, only
+from .steps import Mask, Step, assign, only
 
 _ROUNDING = {"rn", "rz", "rm", "rp"}
 _IGNORED = ("rn", "approx", "full", "noftz", "ftz", "sat", "relu", "NaN")
@@ -42,18 +42,18 @@ _PROPAGATING = {
     "min": lambda *values: reduce(np.minimum, values),
     "max": lambda *values: reduce(np.maximum, values),
 }
-_DIRECT = {"add", "sub", "mul"}  # numpy's own operation already rounds once
+_DIRECT = {"add", "sub", "mul"}  # numpy's operation rounds once
 
 
 def flush(values: np.ndarray, type_: str) -> np.ndarray:
-    """Subnormal numbers become zeros of their sign, in float32 only."""
+    """Replace subnormal float32 numbers by zeros of the same sign."""
     if type_ not in ("f32", "f32x2"):
         return values
     return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.copysign(0, values), values)
 
 
 def round_directed(values: np.ndarray, dtype: np.dtype, mode: str) -> np.ndarray:
-    """Float64 values rounded to zero, down or up."""
+    """Round float64 values toward zero, down or up."""
     nearest = values.astype(dtype)
     with np.errstate(all="ignore"):
         if mode == "rz":
@@ -65,7 +65,7 @@ def round_directed(values: np.ndarray, dtype: np.dtype, mode: str) -> np.ndarray
 
 
 def prepare(machine, instruction: Instruction, type_: str) -> Step:
-    """One ufunc where numpy rounds as PTX does; otherwise in float64, and then rounded."""
+    """A single ufunc if numpy rounds as PTX does; otherwise computed in float64 and rounded."""
     opcode, modifiers = instruction.opcode, instruction.modifiers
     only(instruction, *_IGNORED, *_ROUNDING)
     function = (_PROPAGATING if "NaN" in modifiers else {}).get(opcode)
@@ -112,7 +112,7 @@ def prepare(machine, instruction: Instruction, type_: str) -> Step:
 
 
 def _fused_step(destination: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> Step:
-    """In float64 the product of two floats is exact, which leaves (almost) one rounding."""
+    """The product of two floats is exact in float64, so the result is rounded (almost) once."""
 
     def step(mask: Mask) -> None:
         total = np.multiply(a, b, dtype=np.float64)
@@ -123,7 +123,7 @@ def _fused_step(destination: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.nda
 
 
 def _mixed_step(machine, instruction: Instruction, function: Callable) -> Step:
-    """``fma.rn.f32.bf16`` and the like, from sm_100 on: of 16 bits all operands but the last."""
+    """From sm_100 on, such as ``fma.rn.f32.bf16``: all operands but the last have 16 bits."""
     wide, narrow = instruction.types
     if (
         wide != "f32"
@@ -142,25 +142,3 @@ def _mixed_step(machine, instruction: Instruction, function: Callable) -> Step:
         assign(destination, function(*values, last.astype(np.float64)).astype(np.float32), mask)
 
     return step
-
-
-@executes("copysign")
-def _copysign(machine, instruction: Instruction) -> Step:
-    type_ = instruction.types[-1]
-    sign, value = (machine.operands.read(one, type_) for one in instruction.operands[1:3])
-    destination = machine.operands.write(instruction.operands[0], type_)
-    return lambda mask: np.copysign(value, sign, out=destination, where=mask)
-
-
-@executes("testp")
-def _testp(machine, instruction: Instruction) -> Step:
-    source = machine.operands.read(instruction.operands[1], instruction.types[-1])
-    destination = machine.operands.write(instruction.operands[0], "pred")
-    test = {
-        "nan": np.isnan,
-        "notanumber": np.isnan,
-        "finite": np.isfinite,
-        "infinite": np.isinf,
-        "number": lambda values: ~np.isnan(values),
-    }[instruction.modifiers[0]]
-    return lambda mask: assign(destination, test(source), mask)

@@ -1,4 +1,4 @@
-"""PTX's number formats as numpy types. What numpy lacks (bf16, tf32) is kept as its bits."""
+"""PTX's number formats as numpy types. Formats that numpy lacks (bf16, tf32) are kept as bits."""
 
 from collections.abc import Callable
 
@@ -29,20 +29,20 @@ def bf16_values(bits: np.ndarray) -> np.ndarray:
 
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:
-    """Rounds to nearest, ties to even; every NaN becomes PTX's canonical one."""
+    """Round to nearest, ties to even; every NaN becomes PTX's canonical one."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    # The sum cannot wrap: only NaNs reach that high, and they are replaced.
+    # The sum wraps for NaNs only, which are replaced.
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint16(0x7FFF), rounded.astype(np.uint16))
 
 
 def tf32_values(bits: np.ndarray) -> np.ndarray:
-    """The tensor cores ignore the lower 13 bits of an operand."""
+    """Tensor cores ignore the lower 13 bits of an operand."""
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def decoder(name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from the bits of a format to values that numpy can calculate with."""
+    """A function from bits of a format to values that numpy can compute with."""
     if name in ("bf16", "bf16x2"):
         return bf16_values
     if name == "tf32":
@@ -52,7 +52,7 @@ def decoder(name: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def encoder(name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The way back: values rounded to nearest, as the bits of the format."""
+    """The reverse: a function that rounds values to nearest and returns bits of the format."""
     if name in ("bf16", "bf16x2"):
         return bf16_bits
     value = np.dtype({"f16x2": np.float16, "f32x2": np.float32}.get(name) or TYPES[name])
@@ -60,5 +60,5 @@ def encoder(name: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def element_width(name: str) -> int:
-    """Bytes of one value; a packed pair has two."""
+    """Bytes of one value; a packed pair contains two."""
     return TYPES[name].itemsize // (2 if name.endswith("x2") else 1)

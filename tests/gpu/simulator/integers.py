@@ -89,7 +89,7 @@ def _division(machine, instruction: Instruction) -> Step:
     destination = operands.write(instruction.operands[0], type_)
 
     def step(mask: Mask) -> None:
-        divisor = np.where(b == 0, b.dtype.type(1), b)  # the result is unspecified
+        divisor = np.where(b == 0, b.dtype.type(1), b)  # any result is allowed
         remainder = np.fmod(a, divisor)  # truncates, as PTX does
         result = remainder
         if instruction.opcode == "div":

@@ -1,11 +1,10 @@
-"""A launch: arguments become parameters, the grid is run in batches, counts are added up."""
+"""A launch: encodes its arguments, runs the grid in batches and adds up the counts."""
 
-import re
 import struct
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
@@ -19,22 +18,22 @@ from .machine import Machine
 from .memory import GlobalMemory
 from .ptx import Kernel, Parameter, parse
 
-_BATCH_THREADS = 4096  # in lockstep: many, but their registers should stay in the cache
+_BATCH_THREADS = 4096  # in lockstep; as many as have their registers in the processor's cache
 
 
 @dataclass
 class Launch:
     """One launch of a kernel.
 
-    `instructions` counts what each warp executed, by opcode, `lines` by the PTX's line. `traffic`
-    counts
+    `instructions` counts executed warp instructions by opcode, and `lines` by line of the PTX.
+    `traffic` counts
 
     - load_, store_ and atomic_{requests,bytes,sectors} of global memory: warp instructions, the
       bytes they move, and the 32-byte sectors they touch;
     - smem_{load,store,atomic}_{wavefronts,ideal}: passes through the banks of shared memory, and
-      how many there would be without conflicts;
+      their number without conflicts;
     - local_{load,store}: accesses of threads to local memory;
-    - mma_flops: of all matrix instructions, two for a multiplication and addition.
+    - mma_flops: floating-point operations of matrix instructions.
     """
 
     name: str
@@ -48,27 +47,27 @@ class Launch:
 
 
 class SimulatedDevice:
-    """What a device of any front end has: its launches, and what it is to look for in them."""
+    """A device of either front end, and its launches."""
+
+    backend: str  # of kron_kernels
 
     def __init__(self, execute: bool, edit: Callable[[str], str] | None, options: Options):
         self.execute, self.edit, self.options = execute, edit, options
         self.launches: list[Launch] = []
-        self._fresh: dict[int, tuple[torch.UntypedStorage, np.ndarray]] = {}
 
-    def expect_written(self, *tensors: torch.Tensor) -> None:
-        """Counts the storages of these tensors as uninitialised from now on."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            written = np.zeros(storage.nbytes(), bool)
-            self._fresh[storage.data_ptr()] = storage, written  # kept: its address stays its own
+    @contextmanager
+    def recorded(self) -> Iterator[list[str]]:
+        """Yields a list that has the names of the launched kernels at the end of the `with`."""
+        names: list[str] = []
+        before = len(self.launches)
+        yield names
+        names += [launch.name for launch in self.launches[before:]]
 
     def run(self, launch: Launch, threads: int, arguments: "list[Argument]") -> None:
-        """Executes a launch's PTX, with the planted bugs."""
+        """Execute a launch's PTX, edited."""
         ptx = launch.asm["ptx"]
         ptx = self.edit(ptx) if self.edit else ptx
-        written = {pointer: state for pointer, (_, state) in self._fresh.items()}
-        kernel = parse(ptx)[launch.name]
-        execute(kernel, launch, (threads, 1, 1), arguments, self.options, written)
+        execute(parse(ptx)[launch.name], launch, (threads, 1, 1), arguments, self.options)
 
 
 Argument = tuple[str, Any]  # name and value
@@ -76,16 +75,16 @@ Argument = tuple[str, Any]  # name and value
 
 @dataclass(frozen=True)
 class Structure:
-    """A struct passed by value, as the host has it, and the tensors whose addresses it may hold.
+    """A struct passed by value, and the tensors whose addresses it may contain.
 
-    Every 8 aligned bytes that are an address inside a tensor's storage become the one at which the
-    kernel sees it. Any other address leads nowhere, which is found if it is used.
+    Addresses inside the tensors' storages, at multiples of 8 bytes in the struct, are translated to
+    the kernel's. Any other address is invalid, and a finding if it is used.
     """
 
     data: bytes
-    tensors: Mapping[str, torch.Tensor]  # by name, for the findings' texts
+    tensors: Mapping[str, torch.Tensor]  # by name, for messages
 
-    def encoded(self, memory: GlobalMemory, written: dict[int, np.ndarray]) -> bytes:
+    def encoded(self, memory: GlobalMemory) -> bytes:
         storages = [(name, one.untyped_storage()) for name, one in self.tensors.items()]
         found = sorted(
             [(one.data_ptr(), one.nbytes(), name, one) for name, one in storages if one.nbytes()],
@@ -98,7 +97,7 @@ class Structure:
             place = bisect_right(starts, word) - 1
             if place >= 0 and word - starts[place] < found[place][1]:
                 start, _, name, storage = found[place]
-                words[i] = memory.storage(storage, name, written.get(start)).base + word - start
+                words[i] = memory.storage(storage, name).base + word - start
         return words.tobytes() + self.data[whole:]
 
 
@@ -108,21 +107,17 @@ def execute(
     block: tuple[int, int, int],
     arguments: list[Argument],
     options: Options,
-    written: dict[int, np.ndarray] | None = None,
 ) -> None:
-    """Runs a kernel on tensors in place, and adds the counts to the launch.
-
-    `written` has, for storages by address, which bytes are initialised; others are wholly so.
-    """
+    """Run a kernel on tensors in place, and add the counts to the launch."""
     memory = GlobalMemory()
-    parameters = _parameter_bytes(kernel, memory, arguments, written or {})
+    parameters = _parameter_bytes(kernel, memory, arguments)
     ctas = int(np.prod(launch.grid))
     if not ctas:
         return
     threads = int(np.prod(block))
     batches = -(-ctas * threads // _BATCH_THREADS)
     batch = -(-ctas // min(batches, ctas))
-    # numpy warns of what PTX defines: wrapping, infinities, NaN.
+    # numpy warns of wrapping, infinities and NaN, which PTX defines.
     with np.errstate(all="ignore"):
         machine = Machine(
             kernel,
@@ -142,22 +137,16 @@ def execute(
             launch.traffic += machine.accesses.traffic
 
 
-def _parameter_bytes(
-    kernel: Kernel,
-    memory: GlobalMemory,
-    arguments: list[Argument],
-    written: dict[int, np.ndarray],
-) -> np.ndarray:
+def _parameter_bytes(kernel: Kernel, memory: GlobalMemory, arguments: list[Argument]) -> np.ndarray:
     last = kernel.parameters[-1] if kernel.parameters else Parameter("", "u8", 0, 0)
     data = np.zeros(last.offset + last.size, np.uint8)  # further parameters are null
     if len(arguments) > len(kernel.parameters):
         raise SimulationError(f"{kernel.name}: takes {len(kernel.parameters)} arguments")
     for parameter, (name, value) in zip(kernel.parameters, arguments, strict=False):
         if isinstance(value, torch.Tensor):
-            state = written.get(value.untyped_storage().data_ptr())
-            value = memory.pointer(value, name, state)
+            value = memory.pointer(value, name)
         elif isinstance(value, Structure):
-            value = value.encoded(memory, written)
+            value = value.encoded(memory)
             if len(value) != parameter.size:
                 text = f"{len(value)} bytes for the {parameter.size} of {name}"
                 raise SimulationError(f"{kernel.name}: {text}")
@@ -184,28 +173,16 @@ def run_ptx(
     block: tuple[int, ...],
     args: list[Any],
     *,
-    arch: int | None = None,
-    names: list[str] | None = None,
     shared: int = 0,
-    races: bool = True,
-    statistics: bool = True,
-    uninitialised: bool = True,
-    late_copies: bool = True,
 ) -> Launch:
-    """Executes a kernel of a PTX module, such as nvcc's, on tensors, numbers and Structures.
+    """Execute a kernel of a PTX module on tensors, numbers and Structures.
 
-    `shared` is the size of its dynamic shared memory; `names` are for the findings' texts; PTX for
-    an architecture newer than `arch` is refused, as a driver would.
+    `shared` is the number of bytes of dynamic shared memory.
     """
-    target = re.search(r"\.target\s+sm_(\d+)", ptx)
-    if arch and target and int(target[1]) > arch:
-        raise SimulationError(f"{kernel_name}: compiled for sm_{target[1]}, not for sm_{arch}")
     kernel = parse(ptx)[kernel_name]
     sizes = [(*map(int, size), 1, 1)[:3] for size in (grid, block)]
     warps = -(-int(np.prod(sizes[1])) // 32)
     launch = Launch(kernel_name, sizes[0], warps, shared, {"ptx": ptx})
-    names = names or [parameter.name for parameter in kernel.parameters]
-    arguments = list(zip(names, args, strict=False))
-    options = Options(races, statistics, uninitialised, late_copies)
-    execute(kernel, launch, sizes[1], arguments, options)
+    names = [parameter.name for parameter in kernel.parameters]
+    execute(kernel, launch, sizes[1], list(zip(names, args, strict=False)), Options())
     return launch

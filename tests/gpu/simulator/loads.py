@@ -18,7 +18,7 @@ def width(instruction: Instruction) -> int:
 
 
 def state_space(instruction: Instruction) -> str:
-    """The space an address belongs to; none where it is generic."""
+    """The state space of an address, or '' if it is generic."""
     spaces = (modifier.split("::")[0] for modifier in instruction.modifiers)
     space = next((one for one in spaces if one in _SPACES), "")
     return "global" if space == "const" else space
@@ -35,13 +35,13 @@ def _load(machine, instruction: Instruction) -> Step:
     address, size = operands.address(instruction.operands[1]), dtype.itemsize * len(names)
     ordered = bool(_ORDERED & set(instruction.modifiers))
     accesses = machine.accesses
-    # Sign or zeros of a narrow value must be extended; otherwise bits are copied.
+    # Narrow values are sign- or zero-extended; otherwise bits are copied.
     extend = any(one.itemsize != dtype.itemsize for one in destinations)
     if not extend:
         destinations = [one.view(UNSIGNED[dtype.itemsize]) for one in destinations]
 
     def step(mask: Mask) -> None:
-        # The address is taken before a destination of the same name changes.
+        # Compute the address before a destination with the same name changes.
         where = address()
         if len(destinations) > 1:
             where = where.copy()
@@ -50,7 +50,7 @@ def _load(machine, instruction: Instruction) -> Step:
         ):
             cells, index = place.cells(dtype.itemsize)
             for i, destination in enumerate(destinations):
-                # Clipping lets idle threads carry any address.
+                # Inactive threads may have any address: clip it.
                 values = cells.take(index + i if i else index, mode="clip")
                 if extend:
                     assign(destination, values.view(dtype), place.mask)
@@ -101,7 +101,7 @@ def _store(machine, instruction: Instruction) -> Step:
 
 
 def _agreement(machine, instruction: Instruction, place, sources, size: int) -> None:
-    """Several warps may store to one address at once if they store the same."""
+    """Fail if warps store different values to one address in the same instruction."""
     accesses = machine.accesses
     offsets = place.positions - machine.cta * accesses.shared.stride
     lost = accesses.overwritten(offsets, size, place.mask)
@@ -153,7 +153,7 @@ def _atomic(machine, instruction: Instruction) -> Step:
 
 
 def _turns(lanes: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
-    """Divides threads so that no two of a turn share an address; lower threads go first."""
+    """Split threads into turns without a shared address; lower threads go first."""
     order = lanes[np.argsort(index[lanes], kind="stable")]
     cells = index[order]
     begins = np.ones(len(order), bool)

@@ -1,4 +1,4 @@
-"""The machine: a batch of CTAs with their registers and memories, and the kernel made ready."""
+"""The machine: a batch of CTAs with registers and memories, and the prepared kernel."""
 
 from collections import Counter
 
@@ -37,7 +37,7 @@ class Machine:
         if limit and (size > limit or (kernel.block_exact and size != limit)):
             raise SimulationError(f"{kernel.name}: is compiled for {limit} threads, not {size}")
         self.warps_per_cta = -(-self.block_size // WARP)
-        padded = self.warps_per_cta * WARP  # a last warp's missing threads never run
+        padded = self.warps_per_cta * WARP  # the missing threads of the last warp never run
         self.threads = batch * padded
         self.warps = self.threads // WARP
         index = np.arange(self.threads)
@@ -69,10 +69,10 @@ class Machine:
         self.products = wgmma.Products(self)
         self.steps = [self._at_first(i, one) for i, one in enumerate(kernel.instructions)]
 
-    # ---- what instructions ask of the machine
+    # ---- for the instructions
 
     def fail(self, instruction: Instruction, text: str, mask: Mask = True) -> None:
-        """Raises a finding; the first thread of the mask is named."""
+        """Raise a finding that names the first thread of the mask."""
         lanes = np.flatnonzero(np.broadcast_to(mask, self.threads))
         where = f"PTX line {instruction.line}"
         if instruction.source:
@@ -87,7 +87,7 @@ class Machine:
         raise SimulationError(f"{self.kernel.name}: {text} ({where}: {shown}{who})")
 
     def one(self, mask: Mask, index: int) -> np.ndarray:
-        """A mask of the index-th thread of a mask."""
+        """A mask with only the index-th thread of a mask."""
         chosen = np.zeros(self.threads, bool)
         chosen[index if mask is True else np.flatnonzero(mask)[index]] = True
         return chosen
@@ -150,9 +150,9 @@ class Machine:
         define("%lanemask_ge", 0x1_0000_0000 - bit)
 
     def _at_first(self, index: int, instruction: Instruction) -> Step | None:
-        """Prepares an instruction when it is reached: most of a kernel may not be.
+        """Prepare an instruction when it is first reached: many never are.
 
-        None for control flow, which is the scheduler's.
+        None for control flow, which the scheduler handles.
         """
         if instruction.opcode in CONTROL:
             return None
@@ -178,13 +178,13 @@ class Machine:
         return self._guarded(instruction, step) if instruction.guard else step
 
     def _refuse(self, instruction: Instruction, text: str) -> Step:
-        # Only if it is reached: a kernel may carry what a launch never executes.
+        # Only when it is reached: a kernel may contain instructions that a launch never executes.
         return lambda mask: self.fail(instruction, text, mask)
 
     def _guarded(self, instruction: Instruction, step: Step) -> Step:
         name, negated = instruction.guard
         predicate = self.operands.read(name, "pred")
-        choose = np.greater if negated else np.logical_and  # mask > predicate: in it, and not set
+        choose = np.greater if negated else np.logical_and  # mask > predicate: active and not set
 
         def guarded(mask: Mask) -> None:
             chosen = choose(mask, predicate)
@@ -199,7 +199,7 @@ class Machine:
     # ---- execution
 
     def run(self, first: int, count: int) -> None:
-        """Executes CTAs first, first + 1, … of the grid, at most as many as the batch has."""
+        """Execute `count` CTAs of the grid from `first` on; the batch has room for them."""
         width, height, _ = self.grid
         number = first + self.cta
         self.cta_number[:] = number
@@ -215,20 +215,20 @@ class Machine:
         self.products.finish()
 
     def close(self) -> None:
-        """Frees the memories now; they and the machine refer to each other."""
+        """Free the memories now: reference cycles would keep them."""
         vars(self).clear()
 
-    # ---- accounts
+    # ---- counts
 
     def counts(self) -> Counter[str]:
-        """Executed warp instructions; those with a say in performance with their variant."""
+        """Executed warp instructions by opcode, some of them by variant."""
         counts: Counter[str] = Counter()
         for instruction, number in zip(self.kernel.instructions, self.executed, strict=True):
             counts[_count_name(instruction)] += number
         return +counts
 
     def line_counts(self) -> Counter[int]:
-        """The same by the line of the PTX."""
+        """The same by line of the PTX."""
         counts: Counter[int] = Counter()
         for instruction, number in zip(self.kernel.instructions, self.executed, strict=True):
             counts[instruction.line] += number
@@ -255,7 +255,7 @@ def _after(prologue: list, step: Step) -> Step:
 
 
 def smallest_accesses(kernel: Kernel) -> Granules:
-    """The kernel's smallest accesses to shared and to global memory, at most 16 bytes."""
+    """The sizes of the kernel's smallest accesses to shared and global memory, at most 16."""
     shared = device = 16
     for instruction in kernel.instructions:
         size = _access_size(instruction)

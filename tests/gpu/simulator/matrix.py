@@ -1,8 +1,8 @@
 """ldmatrix, stmatrix and mma.sync: the layouts of matrices over the registers of a warp.
 
-With g = lane // 4 and t = lane % 4, a register of a product's operand holds neighbours along the
-inner dimension from column t on: of row g (the first factor's odd registers: g + 8) or, in the
-second factor, of column g. The result has rows g and g + 8, columns 2 t and 2 t + 1.
+With g = lane // 4 and t = lane % 4, a register of a factor holds neighbours along the inner
+dimension, from column t on: of row g in the first factor (odd registers: g + 8), of column g in the
+second. The result has rows g and g + 8, columns 2 t and 2 t + 1.
 """
 
 import re
@@ -12,14 +12,14 @@ from functools import lru_cache
 import numpy as np
 
 from .errors import Unsupported
-from .formats import TYPES, UNSIGNED, decoder
+from .formats import UNSIGNED, decoder
 from .ptx import Instruction, elements
 from .steps import Mask, Step, assign, executes, only
 
 _LANES = np.arange(32)
 _GROUP, _INSIDE = _LANES // 4, _LANES % 4
 
-_BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "s8": 1, "u8": 1}
+_BYTES = {"f16": 2, "bf16": 2, "tf32": 4}
 
 
 def shape(instruction: Instruction) -> tuple[int, int, int]:
@@ -29,13 +29,13 @@ def shape(instruction: Instruction) -> tuple[int, int, int]:
 
 
 def _flat(register: int, element: int, per_register: int) -> np.ndarray:
-    """Where a warp's gathered registers hold an element of each lane."""
+    """The positions of an element of each lane in a warp's gathered registers."""
     return (register * 32 + _LANES) * per_register + element
 
 
 @lru_cache
 def first_factor(registers: int, per_register: int) -> np.ndarray:
-    """For each row and inner index, the place in a warp's registers."""
+    """The position in a warp's registers, by row and inner index."""
     table = np.zeros((16, registers // 2 * 4 * per_register), np.intp)
     for register in range(registers):
         for element in range(per_register):
@@ -46,7 +46,7 @@ def first_factor(registers: int, per_register: int) -> np.ndarray:
 
 @lru_cache
 def second_factor(registers: int, per_register: int) -> np.ndarray:
-    """For each inner index and column, the place in a warp's registers."""
+    """The position in a warp's registers, by inner index and column."""
     table = np.zeros((registers * 4 * per_register, 8), np.intp)
     for register in range(registers):
         for element in range(per_register):
@@ -56,7 +56,7 @@ def second_factor(registers: int, per_register: int) -> np.ndarray:
 
 
 class Fragment:
-    """A matrix that lies in a warp's registers."""
+    """A matrix in the registers of each warp."""
 
     def __init__(
         self, registers: list[np.ndarray], table: np.ndarray, width: int, decode: Callable
@@ -74,54 +74,41 @@ class Fragment:
         return self.decode(flat.take(self.table, axis=1))
 
 
-def _decoder(name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """To the type in which numpy multiplies: float32, or int32 for integers."""
-    if name in ("s8", "u8"):
-        return lambda bits: bits.view(TYPES[name]).astype(np.int32)
-    decode = decoder(name)
-    return lambda bits: decode(bits).astype(np.float32, copy=False)
-
-
 @executes("mma")
 def _mma(machine, instruction: Instruction) -> Step:
-    only(instruction, "sync", "aligned", "row", "col", "satfinite", *instruction.modifiers[:3])
+    only(instruction, "sync", "aligned", "row", "col", *instruction.modifiers[:3])
     rows, columns, inner = shape(instruction)
     types = instruction.types
-    if len(types) != 4 or types[1] not in _BYTES or types[0] not in ("f32", "s32"):
+    if (rows, columns) != (16, 8) or types[1] not in _BYTES:
         raise Unsupported(f"opcode {instruction.name}")
-    if (rows, columns) != (16, 8) or types[0] != types[3]:
+    if types != ("f32", types[1], types[1], "f32"):
         raise Unsupported(f"opcode {instruction.name}")
     width = _BYTES[types[1]]
     per_register = 4 // width
 
+    def decode(bits: np.ndarray) -> np.ndarray:
+        return decoder(types[1])(bits).astype(np.float32, copy=False)
+
     operands = machine.operands
     names = [elements(one) for one in instruction.operands]
     registers = [[operands.read(one, "b32") for one in some] for some in names[1:3]]
-    first = Fragment(
-        registers[0], first_factor(len(names[1]), per_register), width, _decoder(types[1])
-    )
-    second = Fragment(
-        registers[1], second_factor(len(names[2]), per_register), width, _decoder(types[2])
-    )
+    first = Fragment(registers[0], first_factor(len(names[1]), per_register), width, decode)
+    second = Fragment(registers[1], second_factor(len(names[2]), per_register), width, decode)
     if first.table.shape[1] != inner or second.table.shape[0] != inner:
         raise Unsupported(f"opcode {instruction.name}")
     destinations = [operands.write(one, types[0]) for one in names[0]]
     addends = [operands.read(one, types[3]) for one in names[3]]
     places = [(_GROUP + 8 * (i // 2)) * 8 + 2 * _INSIDE + i % 2 for i in range(4)]
     order = np.concatenate(places)
-    saturate = "satfinite" in instruction.modifiers
-    limits = -(1 << 31), (1 << 31) - 1
 
     def step(mask: Mask) -> None:
         machine.require_whole_warps(instruction, mask)
         product = np.matmul(first.values(), second.values()).reshape(-1, 128)
         parts = product.take(order, axis=1).reshape(-1, 4, 32)
-        if saturate:
-            parts = parts.astype(np.int64)
-        # All the addends are read before a destination changes: they may be the same registers.
+        # Read all addends before changing a destination: they may be the same registers.
         totals = [parts[:, i].reshape(-1) + addend for i, addend in enumerate(addends)]
         for destination, total in zip(destinations, totals, strict=True):
-            assign(destination, np.clip(total, *limits) if saturate else total, mask)
+            assign(destination, total, mask)
         flops = 2 * rows * columns * inner
         machine.accesses.traffic["mma_flops"] += flops * machine.count_warps(mask)
 
@@ -130,7 +117,7 @@ def _mma(machine, instruction: Instruction) -> Step:
 
 @executes("ldmatrix", "stmatrix")
 def _matrices(machine, instruction: Instruction) -> Step:
-    """1, 2 or 4 matrices of 8 rows with 16 bytes each; every lane gives the address of a row."""
+    """1, 2 or 4 matrices of 8 rows of 16 bytes each; every lane has the address of a row."""
     only(instruction, "sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta")
     if instruction.types != ("b16",):
         raise Unsupported(f"opcode {instruction.name}")

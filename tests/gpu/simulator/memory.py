@@ -1,5 +1,5 @@
-"""The address space: one window of 64 GiB for every tensor's storage, so that an access beyond a
-storage can never land in another one. Kernels work on the tensors' own memory; nothing is copied.
+"""The address space. Every tensor's storage has a window of 64 GiB of its own, so an access beyond
+a storage cannot land in another one. Kernels work on the tensors' own memory, without copies.
 """
 
 import ctypes
@@ -13,29 +13,28 @@ SHARED_WINDOW = 1
 LOCAL_WINDOW = 2
 PARAM_WINDOW = 3
 FIRST_BUFFER = 16
-POISON = 0xFF  # what fresh shared and local memory holds: NaN in every float format
+POISON = 0xFF  # bytes of fresh shared and local memory: NaN in every float format
 
 
 class Buffer:
     """The bytes of one storage, and the addresses a kernel sees them at."""
 
-    def __init__(self, data: np.ndarray, name: str, window: int, written: np.ndarray | None = None):
+    def __init__(self, data: np.ndarray, name: str, window: int):
         self.data, self.name = data, name
-        self.written = written  # per byte; None where all of it counts as initialised
-        # Keep the true alignment: the compiler was told of it.
+        # Keep the true alignment, which the compiler relies on.
         self.base = (window << WINDOW_BITS) + data.ctypes.data % 4096
         self.end = self.base + data.size
         self._cells: dict[int, tuple[np.ndarray, int]] = {}
 
     def cells(self, width: int) -> tuple[np.ndarray, int]:
-        """The storage as an array of naturally aligned cells, and the address of the first."""
+        """The storage as naturally aligned cells, and the address of the first one."""
         if width not in self._cells:
             rows, origin = self.rows(width)
             self._cells[width] = rows.reshape(-1).view(UNSIGNED[width]), origin
         return self._cells[width]
 
     def rows(self, width: int) -> tuple[np.ndarray, int]:
-        """The same as rows of bytes, of any width."""
+        """The same as rows of bytes of any width."""
         skipped = -self.base % width
         count = max(0, (self.data.size - skipped) // width)
         part = self.data[skipped : skipped + count * width]
@@ -43,26 +42,26 @@ class Buffer:
 
 
 class GlobalMemory:
-    """All that a launch can reach, by window."""
+    """The global memory of a launch, by window."""
 
     def __init__(self):
         self.buffers: dict[int, Buffer] = {}
         self._by_pointer: dict[int, Buffer] = {}
 
-    def add(self, data: np.ndarray, name: str, written: np.ndarray | None = None) -> Buffer:
+    def add(self, data: np.ndarray, name: str) -> Buffer:
         window = FIRST_BUFFER + len(self.buffers)
-        self.buffers[window] = buffer = Buffer(data, name, window, written)
+        self.buffers[window] = buffer = Buffer(data, name, window)
         return buffer
 
-    def pointer(self, tensor, name: str, written: np.ndarray | None = None) -> int:
+    def pointer(self, tensor, name: str) -> int:
         """The address of a tensor's first element; tensors that share a storage alias."""
-        start = self.storage(tensor.untyped_storage(), name, written).base
+        start = self.storage(tensor.untyped_storage(), name).base
         return start + tensor.storage_offset() * tensor.element_size()
 
-    def storage(self, storage, name: str, written: np.ndarray | None = None) -> Buffer:
+    def storage(self, storage, name: str) -> Buffer:
         key = storage.data_ptr() if storage.nbytes() else -1 - len(self.buffers)
         if key not in self._by_pointer:
-            self._by_pointer[key] = self.add(storage_bytes(storage), name, written)
+            self._by_pointer[key] = self.add(storage_bytes(storage), name)
         buffer = self._by_pointer[key]
         if name not in buffer.name.split("/"):
             buffer.name += f"/{name}"
@@ -70,7 +69,7 @@ class GlobalMemory:
 
 
 def storage_bytes(storage) -> np.ndarray:
-    """A torch storage's memory itself, as numpy bytes."""
+    """A view of a torch storage's memory, as numpy bytes."""
     if not storage.nbytes():
         return np.empty(0, np.uint8)
     raw = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())

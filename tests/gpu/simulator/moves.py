@@ -4,7 +4,6 @@ import numpy as np
 
 from .errors import Unsupported
 from .formats import FLOATS, TYPES, UNSIGNED, decoder
-from .memory import WINDOW_BITS
 from .ptx import Instruction, elements
 from .steps import Mask, Step, assign, executes, only
 
@@ -70,20 +69,6 @@ def _setp(machine, instruction: Instruction) -> Step:
     return step
 
 
-@executes("set")
-def _set(machine, instruction: Instruction) -> Step:
-    comparison = instruction.modifiers[0]
-    only(instruction, comparison, "ftz")
-    result, type_ = instruction.types[-2:]
-    a, b = (machine.operands.read(one, type_) for one in instruction.operands[1:3])
-    compare = (_FLOAT_COMPARISONS if type_ in FLOATS else _INTEGER_COMPARISONS)[comparison]
-    destination = machine.operands.write(instruction.operands[0], "u32")
-    if result not in ("u32", "s32", "f32") or type_ == "bf16":
-        raise Unsupported(f"opcode {instruction.name}")
-    true = np.uint32(0x3F800000 if result == "f32" else 0xFFFFFFFF)
-    return lambda mask: assign(destination, np.where(compare(a, b), true, np.uint32(0)), mask)
-
-
 @executes("selp")
 def _selp(machine, instruction: Instruction) -> Step:
     type_, operands = instruction.types[-1], machine.operands
@@ -100,7 +85,7 @@ def _mov(machine, instruction: Instruction) -> Step:
     if not target.startswith("{") and not source.startswith("{"):
         destination, value = operands.write(target, type_), operands.read(source, type_)
         return lambda mask: np.copyto(destination, value, where=mask)
-    # A vector's parts lie in the other side's register from its low end on.
+    # A vector's elements are parts of the other side's register, starting at its low end.
     names = elements(target if target.startswith("{") else source)
     part = UNSIGNED[TYPES[type_].itemsize // len(names)]
     if target.startswith("{"):
@@ -115,7 +100,7 @@ def _mov(machine, instruction: Instruction) -> Step:
         ]
 
     def step(mask: Mask) -> None:
-        # Copies first: a part may be source and destination at once.
+        # Copy first: a part may be both source and destination.
         values = [value.copy() for _, value in pairs]
         for (destination, _), value in zip(pairs, values, strict=True):
             np.copyto(destination, value, where=mask)
@@ -125,7 +110,7 @@ def _mov(machine, instruction: Instruction) -> Step:
 
 @executes("cvta")
 def _cvta(machine, instruction: Instruction) -> Step:
-    """Between a state space's own addresses and generic ones."""
+    """Convert between the addresses of a state space and generic ones."""
     type_, operands = instruction.types[-1], machine.operands
     spaces = [modifier.split("::")[0] for modifier in instruction.modifiers]
     space = next((one for one in spaces if one in machine.windows), None)
@@ -134,15 +119,3 @@ def _cvta(machine, instruction: Instruction) -> Step:
     source = operands.read(instruction.operands[1], type_)
     function = np.subtract if "to" in instruction.modifiers else np.add
     return lambda mask: function(source, shift, out=destination, where=mask)
-
-
-@executes("isspacep")
-def _isspacep(machine, instruction: Instruction) -> Step:
-    space = instruction.modifiers[0].split("::")[0]
-    address = machine.operands.read(instruction.operands[1], "u64")
-    destination = machine.operands.write(instruction.operands[0], "pred")
-    if space in machine.windows:
-        window = machine.windows[space] >> WINDOW_BITS
-        return lambda mask: assign(destination, address >> WINDOW_BITS == window, mask)
-    last = max(machine.windows.values()) >> WINDOW_BITS
-    return lambda mask: assign(destination, address >> WINDOW_BITS > last, mask)

@@ -21,7 +21,7 @@ _INTEGER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?$")
 _SYMBOL = re.compile(r"([\w$]+)(?:\+(-?\d+))?$")
 _ADDRESS = re.compile(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\w+)\s*)?\]$")
 
-_IGNORED = "_"  # the destination that is thrown away
+_IGNORED = "_"  # the bit bucket, as a destination
 
 
 def integer(text: str) -> int:
@@ -46,7 +46,7 @@ def _immediate(text: str, dtype: np.dtype) -> np.generic:
 
 
 class Operands:
-    """Finds operands of one kernel for a fixed number of threads."""
+    """Resolves the operands of a kernel for a fixed number of threads."""
 
     def __init__(self, kernel: Kernel, threads: int, symbols: dict[str, int]):
         self.threads, self.symbols = threads, symbols
@@ -63,7 +63,7 @@ class Operands:
         self._prologue: list[Callable[[], None]] = []
 
     def read(self, text: str, type_: str | np.dtype) -> np.ndarray:
-        """An operand's values in all threads, as a view to be kept."""
+        """A view of an operand's values in all threads."""
         dtype = TYPES[type_] if isinstance(type_, str) else np.dtype(type_)
         if text.startswith("!"):
             return self._negated(text[1:])
@@ -81,7 +81,7 @@ class Operands:
         return row.view(dtype)[:: row.itemsize // dtype.itemsize]  # the low part
 
     def write(self, text: str, type_: str | np.dtype) -> np.ndarray:
-        """A destination. One wider than the type takes the sign or zeros into its upper part."""
+        """A view of a destination. If it is wider than the type, values are extended."""
         dtype = TYPES[type_] if isinstance(type_, str) else np.dtype(type_)
         if text == _IGNORED:
             return np.empty(self.threads, dtype)
@@ -95,11 +95,11 @@ class Operands:
         return row.view((SIGNED if dtype.kind == "i" else UNSIGNED)[row.itemsize])
 
     def constant(self, text: str) -> int | None:
-        """The value of an integer immediate; nothing for what may differ between threads."""
+        """The value of an integer immediate, or None for any other operand."""
         return integer(text) if _INTEGER.match(text) else None
 
     def address(self, text: str) -> Callable[[], np.ndarray]:
-        """A function that calculates [register + offset] as int64."""
+        """A function that computes [register + offset] as int64."""
         found = _ADDRESS.match(text)
         if not found:
             raise Unsupported(f"address {text!r}")
@@ -115,7 +115,7 @@ class Operands:
         return lambda: np.add(row, offset, dtype=np.int64)
 
     def take_prologue(self) -> list[Callable[[], None]]:
-        """What must run before each execution of the instruction just prepared."""
+        """Actions to run before each execution of the instruction just prepared."""
         prologue, self._prologue = self._prologue, []
         return prologue
 

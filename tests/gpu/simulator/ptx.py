@@ -1,4 +1,4 @@
-"""PTX text to instructions. Nothing here knows what an instruction does."""
+"""Parses PTX text into instructions."""
 
 import os
 import re
@@ -18,8 +18,8 @@ class Instruction:
     operands: tuple[str, ...]
     guard: tuple[str, bool] | None  # predicate register, negated
     line: int
-    source: str  # "file.py:12", or nothing
-    types: tuple[str, ...]  # those of the modifiers that are types
+    source: str  # "file.py:12" or empty
+    types: tuple[str, ...]  # the modifiers that are types
 
     @property
     def name(self) -> str:
@@ -39,7 +39,7 @@ class Parameter:
 
 @dataclass
 class Space:
-    """Variables of one state space: where each begins, and their total size."""
+    """Variables of one state space: their offsets and total size."""
 
     offsets: dict[str, int] = field(default_factory=dict)
     size: int = 0
@@ -55,8 +55,8 @@ class Space:
 class Kernel:
     name: str
     parameters: list[Parameter]
-    block_limit: int | None  # threads of a block at most,
-    block_exact: bool  # or exactly
+    block_limit: int | None  # maximum number of threads of a block,
+    block_exact: bool  # or the exact number
     constants: dict[str, np.ndarray]  # the module's .global and .const variables, as bytes
     dynamic_shared: set[str]
     shared: Space
@@ -68,7 +68,7 @@ class Kernel:
 
 
 def split_operands(text: str) -> list[str]:
-    """Splits at the commas outside brackets."""
+    """Split at commas outside brackets."""
     parts, depth, start = [], 0, 0
     for position, character in enumerate(text):
         if character in "{[(":
@@ -83,7 +83,7 @@ def split_operands(text: str) -> list[str]:
 
 
 def elements(operand: str) -> list[str]:
-    """The registers of a vector operand {a, b}, or the one of a plain operand."""
+    """The registers of a vector operand {a, b}, or a plain operand itself."""
     return split_operands(operand[1:-1]) if operand.startswith("{") else [operand]
 
 
@@ -102,14 +102,14 @@ _TOKEN = re.compile(
 )
 _STATEMENT = re.compile(r"(?:@(!?)([\w$%]+)\s+)?([a-z0-9_]+)((?:\.[\w:]+)*)\s*(.*)$", re.S)
 _IDENTIFIER = re.compile(r"[%\w$.]+")
-# A call's .param variables: what needs them is refused when it is reached.
+# .param variables belong to calls, which are errors when they are reached.
 _IGNORED = (".pragma", ".file", ".section", ".param")
 
 
 @lru_cache(maxsize=512)
 def parse(text: str) -> dict[str, Kernel]:
     """The kernels of a module by name."""
-    # A comment gives way to as many line ends as it had: line numbers stay those of the text.
+    # Keep the line ends of comments, and with them the line numbers.
     text = re.sub(r"/\*.*?\*/", lambda found: "\n" * found[0].count("\n"), text, flags=re.S)
     text = re.sub(r"//[^\n]*", "", text)
     files = {
@@ -156,7 +156,7 @@ def _initial_bytes(found: re.Match) -> np.ndarray:
         try:
             values.append(int(value, 0))
         except ValueError:
-            continue  # an address or a nested list: what is read of it is zero
+            continue  # an address or a nested list: reads as zero
     data = np.zeros(max(int(found["count"] or 1), len(values), 1), dtype)
     data[: len(values)] = values
     return data.view(np.uint8)
@@ -178,7 +178,7 @@ def _parameters(text: str) -> list[Parameter]:
 
 
 class _Body:
-    """Reads a kernel's body; nested braces open scopes with registers of their own."""
+    """Parses a kernel's body; nested braces are scopes with registers of their own."""
 
     def __init__(self, kernel: Kernel, files: dict[str, str]):
         self.kernel, self.files = kernel, files

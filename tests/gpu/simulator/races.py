@@ -1,16 +1,15 @@
-"""Races, found by vector clocks in shared memory and by ownership in global memory.
+"""Finds races, by vector clocks in shared memory and by ownership in global memory.
 
-Memory is watched in granules: the kernel's smallest access, to which all its accesses are aligned,
-so that two accesses overlap exactly if they share a granule.
+Memory is divided into granules of the kernel's smallest access. All accesses are aligned to them,
+so two accesses overlap if and only if they share a granule.
 """
 
 import numpy as np
 
 
 class SharedRaces:
-    """Orders the accesses of a CTA's warps. Each warp has a clock that a barrier advances, and
-    knows of the others' clocks what the last common barrier told it. Threads of one warp are taken
-    to be in step."""
+    """Orders the accesses of a CTA's warps. Each warp has a clock that a barrier advances, and the
+    other warps' clocks as of their last common barrier. Threads of a warp count as in step."""
 
     def __init__(self, ctas: int, warps: int, size: int, granule: int):
         self.ctas, self.warps, self.granule = ctas, warps, granule
@@ -31,21 +30,21 @@ class SharedRaces:
         self.read_clock[:] = 0
 
     def barrier(self, present: np.ndarray) -> None:
-        """In every CTA the warps present [CTA, warp] have waited for one another."""
+        """The warps that are present (CTA, warp) have waited for one another, in every CTA."""
         some = present[:, :, None]
         common = np.where(some, self.clocks, 0).max(axis=1, keepdims=True)
         np.copyto(self.clocks, common, where=some)
         self.clocks[:, self._own, self._own] += present
 
     def cells(self, ctas: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:
-        """The granules of each access, a row for each."""
+        """The granules of the accesses, one row for each."""
         first = offsets // self.granule + ctas * self.stride
         return first[:, None] + np.arange(size // self.granule)
 
     def access(
         self, cells: np.ndarray, ctas: np.ndarray, warps: np.ndarray, kind: str, line: int
     ) -> tuple[int, str] | None:
-        """Records a load, store or atomic; a conflict is the row of `cells` and its description."""
+        """Record a load, store or atomic; return the row of `cells` and text of a conflict."""
         row = ctas * self.warps + warps
         known = self.clocks.reshape(-1, self.warps)[row]
         writer = self.writer.take(cells)
@@ -74,12 +73,12 @@ class SharedRaces:
         return None
 
     def overwritten(self, cells: np.ndarray, warps: np.ndarray) -> np.ndarray:
-        """Rows of a store just recorded that another warp's lane of the same store also wrote."""
+        """Rows of the last recorded store that another warp overwrote in the same instruction."""
         return (self.writer[cells] != warps[:, None]).any(axis=1)
 
 
 class GlobalRaces:
-    """CTAs of a launch are never ordered: no two may touch a granule if one of them writes.
+    """CTAs of a launch are never ordered: no two may access a granule if one of them writes.
 
     Atomics may meet one another, but no plain access.
     """
@@ -115,7 +114,7 @@ class GlobalRaces:
         if kind == "load":
             now = np.where((reader == 0) | (reader == cta), cta, self.MANY)
             self.reader[cell] = now
-            # Of several CTAs in one instruction only the last is there: make it many.
+            # If several CTAs read in one instruction, only the last is recorded: make it MANY.
             lost = self.reader[cell] != now
             if lost.any():
                 self.reader[cell[lost]] = self.MANY

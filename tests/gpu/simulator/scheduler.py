@@ -1,10 +1,9 @@
 """Program counters, branches and barriers.
 
-All threads of a batch of CTAs advance together: those at one program counter form a front, which
-executes an instruction for all its threads at once. The front at the lowest counter goes first,
-which makes the sides of a branch meet where they join, if the compiler put that below them. Where
-it did not, they meet at what a warp does together (a shuffle, a product, __syncwarp): those who
-come first are held.
+Threads at the same program counter form a front, which executes an instruction for all of them at
+once. The front at the lowest counter runs first, so the two sides of a branch meet where they join,
+if the compiler put that below them. Otherwise they meet at the next instruction of whole warps (a
+shuffle, a product, __syncwarp), which holds the threads that arrive first.
 """
 
 from typing import NamedTuple
@@ -18,9 +17,9 @@ from .steps import Mask
 CONTROL = {"bra", "brx", "ret", "exit", "bar", "barrier"}
 WARP = 32
 
-_LIMIT = 2_000_000  # instructions of a batch, before it counts as an endless loop
-_FAIRNESS = 64  # every so often the front that waited longest goes, so that spin locks end
-_COLLECTIVE = {"mma", "ldmatrix", "stmatrix", "shfl", "vote", "wgmma", "elect", "redux"}
+_LIMIT = 2_000_000  # instructions of a batch; beyond it, the loop is considered endless
+_FAIRNESS = 64  # every 64th turn is of the front that waited longest: spin locks end
+_COLLECTIVE = {"mma", "ldmatrix", "stmatrix", "shfl", "vote", "wgmma", "redux"}
 
 
 class Front(NamedTuple):
@@ -28,11 +27,11 @@ class Front(NamedTuple):
 
     threads: np.ndarray
     last_run: int  # turn
-    held: bool = False  # for others of their warps
+    held: bool = False  # waiting for other threads of their warps
 
 
 class Scheduler:
-    """Runs a machine's threads from a kernel's first instruction to their end."""
+    """Runs a machine's threads from the kernel's first instruction to the end."""
 
     def __init__(self, machine, alive: np.ndarray):
         self.machine, self.alive = machine, alive
@@ -42,9 +41,11 @@ class Scheduler:
         ]
         self.fronts = {0: Front(alive.copy(), 0)}
         self.turn = self.steps = 0
-        self.waiting = np.full(machine.threads, -1)  # the barrier that a thread waits at,
-        self.wait_position = np.zeros(machine.threads, np.int64)  # the instruction,
-        self.wait_needed = np.zeros(machine.threads, np.int64)  # and for how many; 0: all alive
+        self.waiting = np.full(machine.threads, -1)  # the barrier of each waiting thread,
+        self.wait_position = np.zeros(machine.threads, np.int64)  # its instruction,
+        self.wait_needed = np.zeros(
+            machine.threads, np.int64
+        )  # and the number of threads it waits for; 0: all alive
 
     def run(self) -> None:
         while self.fronts or self.alive.any():
@@ -57,14 +58,14 @@ class Scheduler:
                 position = min(free, key=lambda one: self.fronts[one].last_run)
             else:
                 position = min(free or self.fronts)
-            # If all are held, nobody else will come: the first goes on as it is.
+            # If all are held, no other threads will come: the first continues as it is.
             self._advance(position, self.fronts.pop(position).threads, fair, hold=bool(free))
             if self.steps > _LIMIT:
                 name = self.machine.kernel.name
                 raise SimulationError(f"{name}: too many steps; an endless loop?")
 
     def _advance(self, position: int, threads: np.ndarray, fair: bool, hold: bool) -> None:
-        """Executes a front until it divides, waits, ends or meets another."""
+        """Execute a front until it splits, waits, ends or meets another one."""
         machine, executed, steps = self.machine, self.machine.executed, self.machine.steps
         count = np.count_nonzero(threads)
         mask: Mask = True if count == machine.threads else threads
@@ -74,7 +75,7 @@ class Scheduler:
             step = steps[position]
             if self.together[position]:
                 if fair:
-                    break  # its warps may be incomplete yet
+                    break  # its warps may still be incomplete
                 if hold and mask is not True:
                     threads = self._hold(position, threads)
                     count = np.count_nonzero(threads)
@@ -102,7 +103,7 @@ class Scheduler:
             self._exit(threads)
 
     def _hold(self, position: int, threads: np.ndarray) -> np.ndarray:
-        """Keeps here what is not a whole warp of those alive. Says who can go on."""
+        """Hold the threads of incomplete warps. Return the threads that can continue."""
         rows, alive = threads.reshape(-1, WARP), self.alive.reshape(-1, WARP)
         partly = rows.any(axis=1) & (rows != alive).any(axis=1)
         if not partly.any():
@@ -112,7 +113,7 @@ class Scheduler:
         return threads & ~held
 
     def _join(self, position: int, threads: np.ndarray) -> None:
-        """Adds threads to the front at an instruction."""
+        """Add threads to the front at an instruction."""
         if not threads.any():
             return
         last_run, other = self.turn, self.fronts.get(position)
@@ -121,7 +122,7 @@ class Scheduler:
         self.fronts[position] = Front(threads, last_run)
 
     def _control(self, position: int, threads: np.ndarray) -> int | None:
-        """Executes control flow. Says where the threads go on if all go on there together."""
+        """Execute control flow. Return the next position if all threads continue together."""
         instruction = self.instructions[position]
         if not instruction.guard:
             return self._obey(instruction, position, threads)
@@ -148,11 +149,11 @@ class Scheduler:
             self._exit(threads)
             return None
         if "warp" in instruction.modifiers:
-            return position + 1  # a warp's threads are in step already
+            return position + 1  # the threads of a warp are in step
         return self._barrier(instruction, position, threads)
 
     def _choose(self, instruction: Instruction, threads: np.ndarray) -> int | None:
-        """Each thread goes on at the target that its index names."""
+        """Branch to the target that each thread's index selects."""
         index = self.machine.operands.read(instruction.operands[0], "u32")
         targets = self.machine.kernel.targets[instruction.operands[1]]
         beyond = threads & (index >= len(targets))
@@ -168,7 +169,7 @@ class Scheduler:
 
     def _exit(self, threads: np.ndarray) -> None:
         self.alive &= ~threads
-        # Those who wait, wait for living threads only.
+        # Barriers only wait for threads that are alive.
         if (self.waiting >= 0).any():
             for cta in np.unique(self.machine.cta[threads]):
                 self._release(int(cta))
@@ -180,7 +181,7 @@ class Scheduler:
             self.machine.fail(instruction, "not supported: split or reducing barriers", threads)
         operands = [self.machine.operands.read(one, "u32") for one in instruction.operands]
         if len(operands) < 2 and np.array_equal(threads, self.alive):
-            # Everyone is here: the usual case needs no bookkeeping.
+            # All threads are here: the common case needs no bookkeeping.
             self._complete(instruction, threads)
             return position + 1
         self.waiting[threads] = operands[0][threads] if operands else 0
@@ -191,7 +192,7 @@ class Scheduler:
         return None
 
     def _release(self, cta: int) -> None:
-        """Lets the threads of a CTA go that wait at a barrier which is complete."""
+        """Release the threads of a CTA whose barrier is complete."""
         inside = self.machine.cta == cta
         for barrier in np.unique(self.waiting[inside & (self.waiting >= 0)]):
             here = inside & (self.waiting == barrier)
@@ -209,7 +210,7 @@ class Scheduler:
             self._join(positions[0] + 1, here)
 
     def _complete(self, instruction: Instruction, threads: np.ndarray) -> None:
-        """These threads have met: whatever they did is over before what they do next."""
+        """Order everything these threads did before everything they do next."""
         machine, races = self.machine, self.machine.accesses.shared_races
         rows = threads.reshape(-1, WARP)
         partly = rows.any(axis=1) & (rows != machine.exists.reshape(-1, WARP)).any(axis=1)

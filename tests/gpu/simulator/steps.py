@@ -1,7 +1,7 @@
-"""How a module says which opcodes it makes executable.
+"""The registry of opcodes.
 
-A binder takes the machine and an instruction, finds the operands, and returns a step: a function
-of the threads that are to execute it.
+A binder takes the machine and an instruction, resolves the operands, and returns a step: a function
+that executes the instruction for a mask of threads.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .errors import Unsupported
 from .formats import TYPES
 from .ptx import Instruction
 
-Mask = np.ndarray | bool  # the threads that execute: True for all of them
+Mask = np.ndarray | bool  # the active threads; True for all
 Step = Callable[[Mask], None]
 
 BINDERS: dict[str, Callable] = {}
@@ -23,7 +23,7 @@ def assign(destination: np.ndarray, values: np.ndarray, mask: Mask) -> None:
 
 
 def executes(*opcodes: str) -> Callable:
-    """Registers a function(machine, instruction) that prepares a Step for these opcodes."""
+    """Register a function(machine, instruction) that returns a Step for these opcodes."""
 
     def register(binder: Callable) -> Callable:
         BINDERS.update(dict.fromkeys(opcodes, binder))
@@ -33,7 +33,7 @@ def executes(*opcodes: str) -> Callable:
 
 
 def only(instruction: Instruction, *known: str) -> None:
-    """Refuses a variant whose meaning would silently be ignored."""
+    """Raise Unsupported for modifiers that would otherwise be ignored."""
     for modifier in instruction.modifiers:
         if modifier not in TYPES and modifier not in known:
             raise Unsupported(f"modifier .{modifier}")

@@ -1,4 +1,4 @@
-"""What a launch would ask of the memory system: 32-byte sectors and shared-memory wavefronts."""
+"""Counts the work of the memory system: 32-byte sectors and shared-memory wavefronts."""
 
 import numpy as np
 
@@ -7,9 +7,9 @@ _ABSENT = -1
 
 
 def sectors(addresses: np.ndarray, mask: np.ndarray | bool) -> int:
-    """32-byte sectors that the warps touch; lanes of one warp share theirs.
+    """32-byte sectors that the warps access; the lanes of a warp share theirs.
 
-    An access is aligned to its size, which is at most a sector: it touches one.
+    An access is aligned to its size, which is at most a sector, so it is in a single one.
     """
     rows = addresses >> 5
     if mask is not True:
@@ -24,9 +24,9 @@ def sectors(addresses: np.ndarray, mask: np.ndarray | bool) -> int:
 
 
 def wavefronts(offsets: np.ndarray, size: int, mask: np.ndarray | bool) -> tuple[int, int]:
-    """Passes through the 32 banks of 4 bytes, and how many there are without any conflict.
+    """Passes through the 32 banks of 4 bytes, and their number without conflicts.
 
-    Wide accesses go by halves or quarters of a warp, which always makes 32 words a group.
+    Wide accesses are split into halves or quarters of a warp: always groups of 32 words.
     """
     words = offsets >> 2
     if mask is not True:
@@ -40,14 +40,14 @@ def wavefronts(offsets: np.ndarray, size: int, mask: np.ndarray | bool) -> tuple
     groups = ideal = len(words)
     if mask is True:
         banks = np.bitwise_or.reduce(np.left_shift(1, words & 31), axis=1)
-        words = words[banks != 0xFFFFFFFF]  # 32 words in 32 banks pass at once
+        words = words[banks != 0xFFFFFFFF]  # 32 words in 32 banks take one pass
         groups -= len(words)
     else:
         words = words[words.max(axis=1) != _ABSENT]
         ideal, groups = len(words), 0
     if not len(words):
         return groups, ideal
-    # Sorted by bank, then by word: equal words are one, different words of a bank take turns.
+    # Sort by bank and word: equal words share a pass, different words of a bank do not.
     keys = np.sort(np.where(words == _ABSENT, _ABSENT, (words & 31) << 40 | words), axis=1)
     fresh = keys != _ABSENT
     fresh[:, 1:] &= keys[:, 1:] != keys[:, :-1]

@@ -1,10 +1,10 @@
-"""Instructions of a whole warp that are not matrix products: shuffles, votes and reductions."""
+"""Instructions of whole warps other than matrix products: shuffles, votes and reductions."""
 
 import numpy as np
 
 from .formats import TYPES
 from .ptx import Instruction
-from .steps import Mask, Step, assign, executes, only
+from .steps import Mask, Step, executes, only
 
 _LANES = 32
 
@@ -57,7 +57,7 @@ def _shfl(machine, instruction: Instruction) -> Step:
 
 
 def _ballot(values: np.ndarray) -> np.ndarray:
-    """The bits of each warp's lanes."""
+    """A bit mask of each warp's lanes."""
     return np.packbits(values.reshape(-1, _LANES), axis=1, bitorder="little").view(np.uint32)[:, 0]
 
 
@@ -79,31 +79,6 @@ def _vote(machine, instruction: Instruction) -> Step:
         else:
             result = (chosen == 0) | (members == chosen)
         np.copyto(destination, np.repeat(result, _LANES), where=mask)
-
-    return step
-
-
-@executes("activemask")
-def _activemask(machine, instruction: Instruction) -> Step:
-    destination = machine.operands.write(instruction.operands[0], "b32")
-
-    def step(mask: Mask) -> None:
-        assign(destination, np.repeat(_ballot(machine.active(mask)), _LANES), mask)
-
-    return step
-
-
-@executes("elect")
-def _elect(machine, instruction: Instruction) -> Step:
-    """The first active lane of each warp."""
-    names = [one.strip() for one in instruction.operands[0].split("|")]
-    leader = machine.operands.write(names[0], "b32")
-    chosen = machine.operands.write(names[1], "pred")
-
-    def step(mask: Mask) -> None:
-        first = np.repeat(machine.active(mask).reshape(-1, _LANES).argmax(axis=1), _LANES)
-        assign(leader, first, mask)
-        assign(chosen, first == machine.lane, mask)
 
     return step
 
@@ -146,14 +121,8 @@ def _redux(machine, instruction: Instruction) -> Step:
     "discard",
 )
 def _nothing(machine, instruction: Instruction) -> Step:
-    """Orders or hints, which a machine without weak memory and without caches need not obey."""
+    """Fences and hints, which have no effect without weak memory and caches."""
     return lambda mask: None
-
-
-@executes("createpolicy")
-def _createpolicy(machine, instruction: Instruction) -> Step:
-    destination = machine.operands.write(instruction.operands[0], "b64")
-    return lambda mask: assign(destination, 0, mask)
 
 
 @executes("trap")

@@ -1,8 +1,8 @@
 """wgmma.mma_async: a product of matrices in shared memory, by the four warps of a warpgroup.
 
-It is calculated where it is issued, but it counts as reading its operands until the warps wait
-for it. A descriptor gives a matrix's place: its start, the strides between its 8-row blocks, and
-how the 16-byte chunks of its rows are permuted.
+It is computed when it is issued, but counts as reading its operands until the warps wait for it. A
+descriptor locates a matrix: its start, the strides between its 8-row blocks, and the permutation of
+the 16-byte chunks of its rows.
 """
 
 from functools import lru_cache
@@ -25,7 +25,7 @@ _SWIZZLE_BITS = {1: 7, 2: 3, 3: 1}
 
 @lru_cache(maxsize=1024)
 def _addresses(descriptor: int, rows: int, inner: int, width: int, transposed: bool) -> np.ndarray:
-    """The byte of shared memory that holds each element [row, inner index]."""
+    """The position in shared memory, in bytes, of each element (row, inner index)."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     mode = descriptor >> 62 & 3
     r, k = np.arange(rows)[:, None], np.arange(inner)[None, :]
@@ -45,7 +45,7 @@ def _addresses(descriptor: int, rows: int, inner: int, width: int, transposed: b
 
 
 class _SharedMatrix:
-    """An operand that a descriptor names."""
+    """An operand in shared memory, given by a descriptor."""
 
     def __init__(self, machine, instruction: Instruction, name: str, size, width, transposed):
         self.machine, self.instruction = machine, instruction
@@ -53,7 +53,7 @@ class _SharedMatrix:
         self.size, self.width, self.transposed = size, width, transposed
 
     def values(self, groups: np.ndarray) -> np.ndarray:
-        """The bits of the matrix of each of some warpgroups."""
+        """The bits of the matrices of these warpgroups."""
         machine, accesses = self.machine, self.machine.accesses
         given = self.descriptor[groups]
         ctas = machine.cta.reshape(-1, _THREADS)[groups, 0]
@@ -72,22 +72,22 @@ class _SharedMatrix:
 
 
 class _Reading(NamedTuple):
-    """What the warps of some warpgroups read: a row for each warp and granule."""
+    """Pending reads of warpgroups: one row for each warp and granule."""
 
     instruction: Instruction
     cells: np.ndarray
-    threads: np.ndarray  # the first of the reading warp
-    number: np.ndarray  # of the commit group
+    threads: np.ndarray  # the first thread of the reading warp
+    number: np.ndarray  # the number of the commit group
 
 
 class Products:
-    """The products on their way, and each warpgroup's count of committed groups of them."""
+    """The pending products, and each warpgroup's number of committed groups."""
 
     def __init__(self, machine):
         self.machine = machine
         self.committed = np.zeros(-(-machine.threads // _THREADS), np.int64)
         self.under_way: list[_Reading] = []
-        # Of each warpgroup: the last group that a product belongs to, and that was waited for.
+        # For each warpgroup, the last group with a product, and the last one waited for.
         self.issued, self.complete = np.zeros((2, len(self.committed)), np.int64)
         self.last: Instruction | None = None
 
@@ -97,7 +97,7 @@ class Products:
             counts[:] = 0
 
     def read(self, instruction: Instruction, groups: np.ndarray, places: np.ndarray) -> None:
-        """Every warp of the warpgroups reads shared memory at these bytes."""
+        """Record that every warp of the warpgroups reads these bytes of shared memory."""
         machine, accesses = self.machine, self.machine.accesses
         self.issued[groups], self.last = self.committed[groups] + 1, instruction
         granule = accesses.granules.shared
@@ -121,7 +121,7 @@ class Products:
         self.committed += self._groups(mask)
 
     def wait(self, mask: Mask, allowed: int) -> None:
-        """All but the last few groups have been read by now, but maybe only just."""
+        """Record the reads of all groups but the last `allowed` ones as happening now."""
         waiting, remaining = self._groups(mask), []
         np.maximum(self.complete, self.committed - allowed, out=self.complete, where=waiting)
         for reading in self.under_way:
@@ -162,7 +162,7 @@ class Products:
 def _wgmma(machine, instruction: Instruction) -> Step:
     kind = instruction.modifiers[0]
     if kind == "fence":
-        return lambda mask: None  # orders registers, which are read and written at once here
+        return lambda mask: None  # orders registers, which are read and written immediately here
     if machine.threads % _THREADS or machine.warps_per_cta % 4:
         raise Unsupported("wgmma without whole warpgroups")
     if kind == "commit_group":

@@ -8,7 +8,6 @@ kernels to no spills instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,8 +16,7 @@ from simulator import Device
 from torch.torch_version import TorchVersion
 
 from kron_kernels import KroneckerEmbedding, KronShape, kron_feed_forward, kron_matmul, kron_qkv
-from kron_kernels.backends.triton import configs as triton_launch
-from kron_kernels.backends.triton import launch as triton_gpu
+from kron_kernels.backends.triton import launch
 from kron_kernels.testing.cases import PRESETS, SQUARES
 from static.reading import Static, static_report
 
@@ -47,7 +45,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], object]]]:
 
         def factors(dtype: torch.dtype, s: KronShape = s) -> None:
             x, a, b, _ = operands(s, dtype)
-            triton_gpu.factor_gradients(x.new_zeros(TOKENS, s.out_features), x, a, b, True, True)
+            launch.factor_gradients(x.new_zeros(TOKENS, s.out_features), x, a, b, True, True)
 
         def inputs(dtype: torch.dtype, s: KronShape = s) -> None:
             x, a, b, _ = operands(s.transposed, dtype)
@@ -71,7 +69,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], object]]]:
 
         def backward(dtype: torch.dtype, layers=layers) -> None:
             x, first, second = layers(dtype)
-            triton_gpu.kron_feed_forward_backward(x, x, first, "gelu", second, [True] * 6)
+            launch.kron_feed_forward_backward(x, x, first, "gelu", second, [True] * 6)
 
         yield f"{size} block", "forward", feed_forward
         yield f"{size} block", "backward", backward
@@ -90,16 +88,10 @@ def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], object]]]:
 
 def compiled(call: Callable[[torch.dtype], object], arch: int | str, dtype: torch.dtype) -> Static:
     """Static report of the kernel that a call launches."""
-    simulated, simulating = triton_launch.SIMULATED, triton_launch.simulating
-    triton_launch.SIMULATED = replace(simulated, shared=SHARED[arch])
-    triton_launch.simulating = True
-    try:
-        with Device(arch, execute=False) as device:
-            call(dtype)
-    finally:
-        triton_launch.SIMULATED, triton_launch.simulating = simulated, simulating
-    (launch,) = device.launches
-    return static_report(launch.asm, arch, launch.num_warps, launch.shared)
+    with Device(arch, execute=False, shared=SHARED[arch]) as device:
+        call(dtype)
+    (kernel,) = device.launches
+    return static_report(kernel.asm, arch, kernel.num_warps, kernel.shared)
 
 
 def rows(

@@ -1,4 +1,4 @@
-"""Which factor mixes, which tiles, and the measured tables; needs neither Triton nor a GPU."""
+"""Triton's geometries, tiles and measured tables, and what it serves; without Triton or a GPU."""
 
 import json
 import sys
@@ -9,22 +9,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from standin import cpu_as_gpu
 
 from kron_kernels import KronShape, dispatch, explain_backends, kron_matmul
-from kron_kernels.backends.triton import configs as triton_launch
-from kron_kernels.backends.triton import launch as triton_gpu
-from kron_kernels.backends.triton.configs import Device, Tile, geometry, power_of_two, rule
+from kron_kernels.backends import gpu
+from kron_kernels.backends.gpu import precision
+from kron_kernels.backends.triton import configs, served
+from kron_kernels.backends.triton.configs import GPU, Tile, geometry, power_of_two, rule
 
-H100 = Device("an H100", 132, 232448)
+H100 = GPU("an H100", 132, 232448)
 SIDES = st.integers(1, 500)
 SHAPES = st.builds(KronShape, SIDES, SIDES, SIDES, SIDES, st.integers(1, 5))
+
+
+@pytest.fixture
+def on_gpu():
+    with cpu_as_gpu():
+        yield
 
 
 @given(SHAPES)
 def test_the_geometry_is_the_same_product_in_the_cheapest_order_that_fits(s):
     g = geometry(s)
     if g is None:
-        # Of either factor a side is long, or the vectors are too many for registers.
+        # Both factors have a long side, or there are too many vectors for registers.
         assert min(max(s.m1, s.n1), max(s.m2, s.n2)) > 8
         return
     mix, dot = ((s.m2, s.n2), (s.m1, s.n1)) if g.inner else ((s.m1, s.n1), (s.m2, s.n2))
@@ -48,7 +56,7 @@ def test_the_presets_mix_with_the_small_factor_on_the_cheaper_side(s, inner, mix
 
 
 @given(SHAPES, st.integers(1, 10**6), st.sampled_from([(2, False), (4, False), (4, True)]))
-def test_the_rule_gives_tiles_that_a_program_can_hold(s, tokens, kind):
+def test_a_program_has_room_for_the_tiles_of_the_rule(s, tokens, kind):
     g = geometry(s)
     if g is None:
         return
@@ -65,42 +73,48 @@ def test_few_tokens_still_make_programs_for_every_multiprocessor():
     g = geometry(KronShape(384, 384, 2, 2))
     t = rule(g, 128, 2, False, H100)
     assert -(-128 // t.tokens) * -(-g.N // (t.columns * t.tiles)) >= 48
-    assert rule(g, 10**6, 2, False, H100).tiles * 128 >= g.N  # many: x is read once
+    assert rule(g, 10**6, 2, False, H100).tiles * 128 >= g.N  # x is read once
 
 
 def test_a_measured_tile_overrides_the_rule(tmp_path, monkeypatch):
-    monkeypatch.setattr(triton_launch, "TUNED", tmp_path / "tuned")
+    monkeypatch.setattr(configs, "TUNED", tmp_path / "tuned")
     g, tile = geometry(KronShape(16, 2, 192, 384)), Tile(8, 32, 64, 1, 4, 3)
     try:
-        path = triton_launch.save(H100.name, {triton_launch.key(g, 100, torch.float16): tile})
+        path = configs.save(H100.name, {configs.key(g, 100, torch.float16): tile})
         assert json.loads(path.read_text()) and not list(path.parent.glob("*.tmp"))
-        found = triton_launch.tile(g, 128, torch.float16, False, H100)
-        assert found == tile  # of the same power of two of tokens
-        assert triton_launch.tile(g, 129, torch.float16, False, H100) != tile
-        assert triton_launch.tile(g, 128, torch.float32, False, H100) != tile
+        found = configs.tile(g, 128, torch.float16, False, H100)
+        assert found == tile  # the same power of two of tokens
+        assert configs.tile(g, 129, torch.float16, False, H100) != tile
+        assert configs.tile(g, 128, torch.float32, False, H100) != tile
     finally:
-        triton_launch._table.cache_clear()
+        configs._table.cache_clear()
 
 
-def test_a_missing_table_is_told_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(triton_launch, "TUNED", tmp_path)
-    triton_launch._table.cache_clear()
-    g = geometry(KronShape(16, 2, 192, 384))
-    with pytest.warns(UserWarning, match=r"'an H100'.*python -m benchmarks\.tune"):
-        triton_launch.tile(g, 128, torch.float16, False, H100)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        triton_launch.tile(g, 1, torch.float16, False, H100)
-    triton_launch._table.cache_clear()
+def test_a_missing_table_is_a_warning_once_for_each_gpu(tmp_path, monkeypatch):
+    properties = types.SimpleNamespace(
+        name="an H100", multi_processor_count=132, shared_memory_per_block_optin=232448
+    )
+    x = types.SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(configs, "TUNED", tmp_path)
+    try:
+        with pytest.warns(UserWarning, match=r"'an H100'.*python -m benchmarks.gpu --only tuning"):
+            assert configs.device_of(x) == H100
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            configs.device_of(x)
+    finally:
+        configs._properties.cache_clear()
+        configs._table.cache_clear()
 
 
 def test_float32_follows_pytorchs_own_switch():
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        assert triton_gpu.precision(torch.float32) == "ieee"
+        assert precision(torch.float32) == "ieee"
         torch.set_float32_matmul_precision("high")
-        assert triton_gpu.precision(torch.float32) == "tf32"
+        assert precision(torch.float32) == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -116,7 +130,7 @@ def test_float32_follows_pytorchs_own_switch():
     ],
 )
 def test_on_a_cpu_it_is_refused_with_the_reason(operands, reason):
-    assert triton_gpu.why_not(*operands) == reason
+    assert served.why_not(*operands) == reason
 
 
 @pytest.mark.parametrize(
@@ -127,14 +141,14 @@ def test_on_a_cpu_it_is_refused_with_the_reason(operands, reason):
         (KronShape(2, 2, 2, 2), torch.float64, "kernels for float16, bfloat16, float32"),
     ],
 )
-def test_what_it_cannot_serve_is_refused_with_the_reason(s, dtype, reason, monkeypatch):
-    monkeypatch.setattr(triton_launch, "simulating", True)
-    monkeypatch.setattr(triton_gpu, "why_no_triton", lambda: None)
+@pytest.mark.usefixtures("on_gpu")
+def test_unsupported_calls_are_refused_with_the_reason(s, dtype, reason, monkeypatch):
+    monkeypatch.setattr(served, "why_no_triton", lambda: None)
     x = torch.ones(1, s.in_features, dtype=dtype)
     a = torch.ones(s.rank, s.m1, s.n1, dtype=dtype)
     b = torch.ones(s.rank, s.m2, s.n2, dtype=dtype)
-    assert reason in triton_gpu.why_not(x, a, b)
-    assert f"triton  {triton_gpu.why_not(x, a, b)}" in explain_backends(x, a, b)
+    assert reason in served.why_not(x, a, b)
+    assert f"triton  {served.why_not(x, a, b)}" in explain_backends(x, a, b)
     with pytest.raises(ValueError, match="backend='triton' cannot serve this call"):
         kron_matmul(x, a, b, backend="triton")
 
@@ -152,24 +166,24 @@ def test_what_it_cannot_serve_is_refused_with_the_reason(s, dtype, reason, monke
         ("3.10.0", None),
     ],
 )  # fmt: skip
-def test_without_a_triton_that_compiles_right_it_is_refused(version, reason, monkeypatch):
+@pytest.mark.usefixtures("on_gpu")
+def test_a_triton_that_compiles_wrong_code_is_refused(version, reason, monkeypatch):
     triton = version and types.SimpleNamespace(__version__=version)
     monkeypatch.setitem(sys.modules, "triton", triton)
-    monkeypatch.setattr(triton_launch, "simulating", True)
     monkeypatch.setattr(dispatch, "_order", lambda *_: ("triton",))  # as on a GPU
-    triton_gpu.why_no_triton.cache_clear()
+    served.why_no_triton.cache_clear()
     try:
         operands = torch.ones(1, 4), torch.ones(2, 2), torch.ones(2, 2)
-        assert triton_gpu.why_not(*operands) == reason
-        assert triton_gpu.why_not_embedding(torch.ones(1, 2, 2), torch.ones(1, 1, 2)) == reason
-        served = dispatch.choose("auto", operands[0], operands[1:])
-        assert served == ("eager" if reason else "triton")
+        assert served.why_not(*operands) == reason
+        assert served.why_not_embedding(torch.ones(1, 2, 2), torch.ones(1, 1, 2)) == reason
+        chosen = dispatch.choose("auto", operands[0], operands[1:])
+        assert chosen == ("eager" if reason else "triton")
         if reason:
             assert f"triton  {reason}" in explain_backends(*operands)
             with pytest.raises(ValueError, match="backend='triton' cannot serve this call: "):
                 kron_matmul(*operands, backend="triton")
     finally:
-        triton_gpu.why_no_triton.cache_clear()
+        served.why_no_triton.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -184,8 +198,10 @@ def test_without_a_triton_that_compiles_right_it_is_refused(version, reason, mon
         ((12, 0), "3.6.0", None),
     ],
 )  # fmt: skip
-def test_a_gpu_and_a_triton_that_do_not_go_together(capability, version, reason, monkeypatch):
-    monkeypatch.setattr(triton_gpu, "_capability", lambda index: capability)
+def test_gpus_and_tritons_that_do_not_work_together_are_refused(
+    capability, version, reason, monkeypatch
+):
+    monkeypatch.setattr(gpu, "capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
-    assert triton_gpu._too_old(0) == reason
+    assert served._too_old(0) == reason
