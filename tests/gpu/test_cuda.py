@@ -59,7 +59,7 @@ def gpu(monkeypatch, request):
 
 
 def forget():
-    for answers in (cuda._usable, cuda._unserved, cuda._meet):
+    for answers in (cuda._usable, cuda._unserved, cuda._fuses):
         answers.cache_clear()
 
 

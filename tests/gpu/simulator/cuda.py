@@ -145,7 +145,7 @@ def serving(
     emulated: emulator.Emulator, multiprocessors: int = 2, shared: int = 101376
 ) -> Iterator[None]:
     """Within it, the backend "cuda" serves CPU tensors by an emulated module."""
-    answers = backend._usable, backend._unserved, backend._meet  # each module has its own
+    answers = backend._usable, backend._unserved, backend._fuses  # each module has its own
     with (
         patch.object(backend, "_native", emulated.native),
         patch.object(backend, "simulating", True),
