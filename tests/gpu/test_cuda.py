@@ -254,8 +254,11 @@ def test_unsupported_calls_are_refused_with_the_reason(call, reason):
 
 def test_without_kernels_or_a_gpu_the_reason_has_the_remedy(monkeypatch):
     x, a, b = operands(3)
-    monkeypatch.setattr(cuda, "_native", None)
-    monkeypatch.setattr(abi, "missing", "the compiled module is missing; reinstall it")
-    assert dispatch.why_not("cuda", x, a, b).endswith("kernels for GPUs need CUDA's nvcc as well")
-    monkeypatch.setattr(gpu_backends, "on_gpu", lambda x: x.is_cuda)
-    assert "x is on cpu" in dispatch.why_not("cuda", x, a, b)
+    # The fixtures' own patches must be undone after these.
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "_native", None)
+        patch.setattr(abi, "missing", "the compiled module is missing; reinstall it")
+        reason = dispatch.why_not("cuda", x, a, b)
+        assert reason.endswith("kernels for GPUs need CUDA's nvcc as well")
+        patch.setattr(gpu_backends, "on_gpu", lambda x: x.is_cuda)
+        assert "x is on cpu" in dispatch.why_not("cuda", x, a, b)
