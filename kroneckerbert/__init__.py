@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kroneckerbert.distillation import DistillationTrainer as DistillationTrainer
     from kroneckerbert.exporting import export as export
     from kroneckerbert.exporting import load_exported as load_exported
+    from kroneckerbert.measure import report as report
     from kroneckerbert.modeling_kroneckerbert import (
         KroneckerPreTrainedModel as KroneckerPreTrainedModel,
     )
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from kroneckerbert.modeling_kroneckerbert import mean_pooling as mean_pooling
     from kroneckerbert.modeling_kroneckerbert import register as register
     from kroneckerbert.planning import plan as plan
-    from kroneckerbert.reporting import report as report
 
 _NAMES = {
     "adapters": ["load_adapter", "lora_config", "merge_and_unload"],
@@ -47,7 +47,7 @@ _NAMES = {
     "exporting": ["export", "load_exported"],
     "modeling_kroneckerbert": ["KroneckerPreTrainedModel", "embed", "mean_pooling", "register"],
     "planning": ["plan"],
-    "reporting": ["report"],
+    "measure": ["report"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULES)

@@ -1,18 +1,32 @@
-"""Measures of a model's cost: parameters, bytes, FLOPs, and time on this machine."""
+"""A model's costs: parameters, bytes, FLOPs and time here, and a report of them layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kron_kernels.modules import evaluating, flops_of
+from kron_kernels import KroneckerEmbedding
+from kron_kernels.factors import Shapes, shapes_in, terms_text
+from kron_kernels.files import write_file
+from kron_kernels.modules import evaluating, flops_of, linear_weight, setting_of
 from kron_kernels.shapes import check_integer
 from kron_kernels.timing import Timing, interleaved
-from kroneckerbert.modeling_kroneckerbert import positions
+from kroneckerbert.calibration import Batch, checked_batches, layer_inputs, tokens_of
+from kroneckerbert.configuration_kroneckerbert import layout_of
+from kroneckerbert.modeling_kroneckerbert import KroneckerPreTrainedModel, positions
+
+_LAYER_SECONDS, _MODEL_SECONDS = 0.2, 5.0  # of timing a kind of layer, and the model, both forms
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -91,3 +105,276 @@ def latency(
         calls[name] = lambda model=model, ids=ids: model(input_ids=ids)
     with evaluating(*models.values()):
         return interleaved(calls, seconds)
+
+
+# --- the report
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One factorised layer; FLOPs and milliseconds are those of one forward pass of the model.
+
+    Errors are squared and relative, ``‖W − Ŵ‖² / ‖W‖²`` and ``E‖W x + b − Ŵ x − b̂‖² / E‖W x + b‖²``
+    on the dense model's own inputs; None without the dense model or calibration text.
+    """
+
+    path: str
+    rows: int
+    columns: int
+    terms: str
+    parameters_dense: int
+    parameters: int
+    flops_dense: int
+    flops: int
+    ms_dense: float
+    ms: float
+    weight_error: float | None
+    output_error: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Costs and errors of each factorised layer, and totals of the whole model."""
+
+    layers: list[LayerReport]
+    totals: dict[str, dict[str, float]]  # "parameters", "flops" and "ms" of "dense", "compressed"
+    setting: dict[str, Any]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, atomically."""
+        write_file(path, self.to_json() + "\n")
+
+    def plot(self, path: str | Path) -> None:
+        """Draw each layer's time and errors as PNG, SVG or PDF."""
+        _draw(self, Path(path))
+
+    def __str__(self) -> str:
+        console = Console(width=150, no_color=True, highlight=False)
+        with console.capture() as captured:
+            console.print(_table(self))
+        return captured.get()
+
+
+@torch.no_grad()
+def report(
+    model: KroneckerPreTrainedModel,
+    teacher: PreTrainedModel | None = None,
+    *,
+    batch: int = 1,
+    tokens: int = 128,
+    calibration: Iterable[Batch] | None = None,
+) -> Report:
+    """Measure each factorised layer of a model against the dense one on this machine.
+
+    Args:
+        model: Result of ``kroneckerbert.compress`` or of training.
+        teacher: Its dense model, of the same architecture; required for errors and for the whole
+            dense model's latency.
+        batch: Sequences in the timed passes.
+        tokens: Tokens per sequence.
+        calibration: Batches of model inputs, for the errors of the layers' outputs.
+
+    Raises:
+        TypeError: If ``model`` is not a Kronecker model.
+        ValueError: If ``teacher`` has other layers, or calibration has no teacher.
+    """
+    if not isinstance(model, KroneckerPreTrainedModel):
+        raise TypeError(
+            f"a {type(model).__name__} has no Kronecker layers to report on; compress it first."
+        )
+    if calibration is not None and teacher is None:
+        raise ValueError("output errors compare with the dense model's: pass teacher as well.")
+    encoder: Any = model.base_model
+    layers = {path: encoder.get_submodule(path) for path in model.config.kronecker_shapes()}
+    dense = {} if teacher is None else _dense_layers(teacher, layers, type(model).__name__)
+    models: dict[str, PreTrainedModel] = {} if teacher is None else {"dense": teacher}
+    models["compressed"] = model
+    ids = random_ids(model, batch, tokens)
+    linears = [path for path, m in layers.items() if not isinstance(m, KroneckerEmbedding)]
+    with evaluating(*models.values()):
+        errors: dict[str, float] = {}
+        if calibration is not None and teacher is not None:
+            errors = _output_errors(layers, teacher.base_model, linears, calibration)
+        counts = tokens_of(encoder, {"input_ids": ids}, linears)
+        times: dict[tuple, tuple[float, float]] = {}  # of layers that are alike
+        rows = []
+        for path, layer in layers.items():
+            is_table = path not in linears
+            stock = layer.to_embedding() if is_table else layer.to_linear()
+            shapes, count = shapes_in(layer), counts.get(path, 0)
+            key = type(layer), shapes, count  # all that its time depends on
+            if key not in times:
+                x = ids if is_table else torch.randn(count, stock.in_features).to(stock.weight)
+                times[key] = _milliseconds(layer, stock, x)
+            error = _weight_error(dense[path], stock) if path in dense else None
+            rows.append(_row(path, shapes, count, times[key], error, errors.get(path)))
+        calls = {name: partial(m, input_ids=ids) for name, m in models.items()}
+        whole = interleaved(calls, _MODEL_SECONDS)
+    totals: dict[str, dict[str, float]] = {
+        "parameters": {name: parameters(m) for name, m in models.items()},
+        "flops": {name: flops(m, batch, tokens) for name, m in models.items()},
+        "ms": {name: whole[name].median for name in models},
+    }
+    return Report(rows, totals, setting_of(model) | {"batch": batch, "tokens": tokens})
+
+
+def _dense_layers(
+    teacher: PreTrainedModel, layers: dict[str, nn.Module], student: str
+) -> dict[str, nn.Module]:
+    """The teacher's layers that these replace."""
+    sizes = layout_of(teacher.base_model).sizes
+    for path, layer in layers.items():
+        s = shapes_in(layer)[0]
+        if sizes.get(path) != (s.out_features, s.in_features):
+            raise ValueError(
+                f"teacher, a {type(teacher).__name__}, has no dense {path} of "
+                f"{s.out_features}x{s.in_features}; give the model that this {student} was "
+                "compressed from."
+            )
+    return {path: teacher.base_model.get_submodule(path) for path in layers}
+
+
+def _milliseconds(layer: nn.Module, stock: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Of the dense layer, and of ours."""
+    times = interleaved({"dense": lambda: stock(x), "ours": lambda: layer(x)}, _LAYER_SECONDS)
+    return times["dense"].median, times["ours"].median
+
+
+def _weight_error(dense: nn.Module, stock: nn.Module) -> float:
+    weight = linear_weight(dense)
+    return ((weight - stock.weight).square().sum() / weight.square().sum()).item()
+
+
+def _row(
+    path: str,
+    shapes: Shapes,
+    tokens: int,
+    milliseconds: tuple[float, float],
+    weight_error: float | None,
+    output_error: float | None,
+) -> LayerReport:
+    """``tokens`` is the number of rows that the layer multiplies, 0 for embeddings."""
+    rows, columns = shapes[0].out_features, shapes[0].in_features
+    return LayerReport(
+        path=path,
+        rows=rows,
+        columns=columns,
+        terms=terms_text(shapes),
+        parameters_dense=rows * columns,
+        parameters=sum(s.parameters for s in shapes),
+        flops_dense=2 * rows * columns * tokens,
+        flops=sum(s.flops for s in shapes) * tokens,
+        ms_dense=milliseconds[0],
+        ms=milliseconds[1],
+        weight_error=weight_error,
+        output_error=output_error,
+    )
+
+
+def _output_errors(
+    layers: dict[str, nn.Module],
+    dense: PreTrainedModel,
+    paths: list[str],
+    calibration: Iterable[Batch],
+) -> dict[str, float]:
+    """Relative squared errors of the layers' outputs on their inputs in the dense model."""
+    wrong, whole = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0.0)
+    for batch in checked_batches(calibration):
+        for path, inputs in layer_inputs(dense, batch, paths).items():
+            for x in inputs:
+                target = dense.get_submodule(path)(x)
+                wrong[path] += (layers[path](x) - target).square().sum().item()
+                whole[path] += target.square().sum().item()
+    return {path: wrong[path] / whole[path] for path in paths}
+
+
+def _table(report: Report) -> Table:
+    """Layers that differ only in their place share a row, with their mean errors."""
+    s = report.setting
+    table = Table(
+        title=f"{s['batch']} x {s['tokens']} tokens, {s['threads']} threads, {s['device']}, "
+        f"{s['dtype']}, torch {s['torch']}"
+    )
+    table.add_column("layers", overflow="fold")
+    table.add_column("terms")
+    for heading in ("parameters", "MFLOPs", "ms dense", "ms here", "times faster"):
+        table.add_column(heading, justify="right")
+    for heading in ("weight error", "output error"):
+        table.add_column(heading, justify="right")
+    groups: dict[tuple, list[LayerReport]] = defaultdict(list)
+    for row in report.layers:
+        name = ".".join(part for part in row.path.split(".") if not part.isdigit())
+        groups[name, row.terms].append(row)
+    for (name, terms), rows in groups.items():
+        sums = {
+            field.name: sum(getattr(r, field.name) for r in rows)
+            for field in fields(LayerReport)
+            if field.name.startswith(("parameters", "flops", "ms"))
+        }
+        table.add_row(
+            name if len(rows) == 1 else f"{name} ({len(rows)})",
+            terms,
+            *_costs(*((sums[f"{key}_dense"], sums[key]) for key in ("parameters", "flops", "ms"))),
+            _mean([r.weight_error for r in rows]),
+            _mean([r.output_error for r in rows]),
+        )
+    table.add_section()
+    totals = (report.totals[key] for key in ("parameters", "flops", "ms"))
+    costs = _costs(*((total.get("dense"), total["compressed"]) for total in totals))
+    table.add_row("the whole model", "", *costs)
+    return table
+
+
+Pair = tuple[float | None, float]  # of the dense form, if known, and of ours
+
+
+def _costs(parameters: Pair, flops: Pair, ms: Pair) -> list[str]:
+    """The cells about costs in a row."""
+    cells = []
+    for (dense, ours), unit, form in ((parameters, 1, ",.0f"), (flops, 1e6, ",.1f")):
+        cells.append(
+            f"{ours / unit:{form}}" + (f" ({dense / ours:.1f}x)" if dense and ours else "")
+        )
+    dense, ours = ms
+    if dense is None:
+        return [*cells, "", f"{ours:.2f}", ""]
+    faster = f"{dense / ours:.1f}" if dense >= ours else f"{dense / ours:.2f} slower here"
+    return [*cells, f"{dense:.2f}", f"{ours:.2f}", faster]
+
+
+def _mean(errors: list[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    return f"{sum(known) / len(known):.3f}" if len(known) == len(errors) else ""
+
+
+def _draw(report: Report, path: Path) -> None:
+    from matplotlib.figure import Figure  # needs no window system, unlike pyplot
+
+    rows = [r for r in report.layers if r.flops]
+    names = [r.path.removeprefix("encoder.").replace("layer.", "") for r in rows]
+    with_errors = any(r.weight_error is not None for r in rows)
+    figure = Figure(
+        figsize=(11 if with_errors else 6.5, 1.2 + 0.16 * len(rows)), layout="constrained"
+    )
+    panels = figure.subplots(1, 2 if with_errors else 1, sharey=True, squeeze=False)[0]
+    y = range(len(rows))
+    panels[0].barh(y, [r.ms_dense for r in rows], color="0.85", label="dense")
+    panels[0].barh(y, [r.ms for r in rows], height=0.5, color="tab:blue", label="compressed")
+    panels[0].set(xlabel="ms per forward pass", yticks=list(y))
+    panels[0].set_yticklabels(names, fontsize=6)
+    panels[0].invert_yaxis()
+    panels[0].legend()
+    if with_errors:
+        panels[1].plot([r.weight_error for r in rows], y, "o", ms=3, label="of the weight")
+        if all(r.output_error is not None for r in rows):
+            panels[1].plot([r.output_error for r in rows], y, "s", ms=3, label="of the output")
+        panels[1].set(xlabel="relative squared error", xlim=(0, 1.05))
+        panels[1].legend()
+    for panel in panels:
+        panel.grid(alpha=0.3, axis="x")
+    s = report.setting
+    figure.suptitle(f"{s['batch']} x {s['tokens']} tokens, {s['threads']} threads, {s['device']}")
+    figure.savefig(path, dpi=150)

@@ -56,7 +56,7 @@ def time_briefly(monkeypatch) -> None:
     for name in ("plan.clock.LAYER_SECONDS", "plan.planner.MODULE_SECONDS"):
         monkeypatch.setattr(f"kron_kernels.{name}", 0.0)
     for name in ("_LAYER_SECONDS", "_MODEL_SECONDS"):
-        monkeypatch.setattr(f"kroneckerbert.reporting.{name}", 0.0)
+        monkeypatch.setattr(f"kroneckerbert.measure.{name}", 0.0)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -156,7 +156,7 @@ def report(
 ) -> None:
     """Measure each layer: shapes, parameters, FLOPs, time, and error against the dense layer."""
     from kroneckerbert.files import writable_file
-    from kroneckerbert.reporting import report as measured
+    from kroneckerbert.measure import report as measured
 
     if calibration is not None and teacher is None:
         raise typer.BadParameter("--calibration measures errors; give --teacher as well.")

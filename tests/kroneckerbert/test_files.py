@@ -23,7 +23,7 @@ from kroneckerbert.files import (
     writable_folder,
     write_checksums,
 )
-from kroneckerbert.reporting import Report
+from kroneckerbert.measure import Report
 
 
 def write(folder: Path, text: str) -> None:

@@ -220,8 +220,8 @@ def test_an_invalid_batch_size_is_refused(size, tokenizer):
 )
 def test_each_part_keeps_its_mode_even_after_an_error(run, fails, tokenizer, monkeypatch):
     """A frozen part in evaluation mode within a model that is trained, and the other way round."""
-    monkeypatch.setattr("kroneckerbert.reporting._LAYER_SECONDS", 0.0)
-    monkeypatch.setattr("kroneckerbert.reporting._MODEL_SECONDS", 0.0)
+    monkeypatch.setattr("kroneckerbert.measure._LAYER_SECONDS", 0.0)
+    monkeypatch.setattr("kroneckerbert.measure._MODEL_SECONDS", 0.0)
     model = build(KroneckerBertForMaskedLM).train()
     model.bert.embeddings.eval()
     model.bert.encoder.layer[1].eval().attention.train()

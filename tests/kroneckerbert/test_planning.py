@@ -40,8 +40,8 @@ def _quickly_timed(monkeypatch):
     """Time with few repeats: no choice here depends on a time."""
     monkeypatch.setattr("kron_kernels.plan.clock.LAYER_SECONDS", 0.0)
     monkeypatch.setattr("kron_kernels.plan.planner.MODULE_SECONDS", 0.0)
-    monkeypatch.setattr("kroneckerbert.reporting._LAYER_SECONDS", 0.0)
-    monkeypatch.setattr("kroneckerbert.reporting._MODEL_SECONDS", 0.0)
+    monkeypatch.setattr("kroneckerbert.measure._LAYER_SECONDS", 0.0)
+    monkeypatch.setattr("kroneckerbert.measure._MODEL_SECONDS", 0.0)
 
 
 def teacher(cls=BertModel, training: bool = False):
