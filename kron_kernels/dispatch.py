@@ -200,7 +200,8 @@ def _traced() -> bool:
 def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
     """Why this backend cannot serve the call, as the end of a sentence, or None if it can."""
     if backend not in BACKENDS:
-        return f"there is no such backend; there are auto, {', '.join(BACKENDS)}"
+        names = [name for name in ("auto", *BACKENDS) if name != backend]  # operators take no auto
+        return f"there is no such backend; there are {', '.join(names)}"
     return BACKENDS[backend].why_not(x, *factors)
 
 

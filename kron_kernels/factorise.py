@@ -7,7 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kron_kernels.factors import Entry, Shapes, Term, no_such_layer, parse, shapes_of
+from kron_kernels.factors import (
+    Entry,
+    Shapes,
+    Term,
+    check_ranks,
+    no_such_layer,
+    parse,
+    shapes_of,
+)
 from kron_kernels.modules import Dense, dense_layers, is_conv1d, linear_weight, obstacles
 from kron_kernels.nn import (
     KroneckerEmbedding,
@@ -89,6 +97,7 @@ def swap_(
         rows, columns = linear_weight(layer).shape
         is_table = isinstance(layer, nn.Embedding)
         shapes = shapes_of(parts, (rows, columns), is_table, f"factors[{path!r}]")
+        check_ranks(shapes, f"factors[{path!r}]")
         new[layer] = make(path, layer, shapes)
     return _replaced(module, new)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from kron_kernels.modules import Dense, linear_weight
 from kron_kernels.nn import KroneckerEmbedding, KroneckerLinear, KroneckerSum
-from kron_kernels.shapes import KronShape, check_integer, naming, sides_of
+from kron_kernels.shapes import KronShape, check_integer, check_rank, naming, sides_of
 
 Term = dict[str, Any]
 Entry = list[Term]
@@ -81,6 +81,13 @@ def shapes_of(parts: Parts, size: tuple[int, int], is_table: bool, what: str) ->
                 f"divides {columns}."
             )
     return shapes
+
+
+def check_ranks(shapes: Shapes, what: str) -> None:
+    """Raise if fewer terms of a shape already represent every weight; ``what`` begins the error."""
+    with naming(what):
+        for s in shapes:
+            check_rank(s)
 
 
 def shapes_in(layer: nn.Module) -> Shapes:

@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     if name.startswith("Kronecker"):  # KroneckerBertModel, …: made on demand
         return getattr(import_module(f"{__name__}.modeling_kroneckerbert"), name)
-    if find_spec(f"{__name__}.{name}"):
+    if name.isidentifier() and not name.startswith("__") and find_spec(f"{__name__}.{name}"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -124,7 +124,8 @@ class _Announcer(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _announce(module)
+                if module.__name__ == _AUTO:  # a loader may serve others, too
+                    _announce(module)
 
             loader.exec_module = exec_module
         return spec
@@ -132,5 +133,5 @@ class _Announcer(MetaPathFinder):
 
 sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != __name__]  # of a reload
 sys.meta_path.insert(0, _Announcer())
-if _AUTO in sys.modules:
-    _announce(sys.modules[_AUTO])
+if _AUTO in sys.modules:  # perhaps another thread is still importing it: import waits
+    _announce(import_module(_AUTO))

@@ -2,4 +2,5 @@
 
 from kroneckerbert.cli.app import app
 
-app(prog_name="kroneckerbert")
+if __name__ == "__main__":
+    app(prog_name="kroneckerbert")

@@ -81,10 +81,10 @@ def replacing_model(folder: str | os.PathLike) -> Iterator[Path]:
             sync(folder)
         else:
             partial.rename(whole)
-            sync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     try:
+        sync(folder)
         finish(folder)
     except KeyboardInterrupt:
         finish(folder)
@@ -126,7 +126,11 @@ def check_whole(folder: str | os.PathLike) -> None:
             be allowed to write.
     """
     whole = Path(folder) / _WHOLE
-    if whole.is_dir() and any(whole.iterdir()):
+    try:
+        unfinished = any(whole.iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # another process may be finishing the save
+        unfinished = False
+    if unfinished:
         raise OSError(
             f"the last save in {folder} was killed while its files were moved into place. Nothing "
             "is lost: unless a process is saving there now, call "

@@ -14,6 +14,7 @@ from kron_kernels.factors import (
     Entry,
     Shapes,
     Term,
+    check_ranks,
     deciding_name,
     ends_of,
     names_layer,
@@ -131,6 +132,7 @@ def find_targets(
         if (decider := deciding_name(parts, path)) is not None:
             what = f"layers[{decider!r}], for {path or 'the module'}"
             target.decision = shapes_of(parts[decider], target.size, target.is_table, what)
+            check_ranks(target.decision, what)
             _check_is_smaller(target, target.decision, what)
         targets.append(target)
     if not targets:

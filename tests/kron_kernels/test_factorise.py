@@ -154,7 +154,10 @@ class Attention(nn.Module):
         ({"linaer": ONE}, "factors has 'linaer', which is no layer .* nearest are linear"),
         ({"linear": {"a_shape": [5, 1]}}, r"factors\['linear'\]: weight's 12 rows are not div"),
         ({"linear": {"shape": [3, 1]}}, r"factors\['linear'\] = .* must look like"),
-        ({"linear": [ONE, {"a_shape": [2, 2], "rank": 5}]}, "use rank <= 4"),
+        (
+            {"linear": [ONE, {"a_shape": [2, 2], "rank": 5}]},
+            r"factors\['linear'\]: .* use rank <= 4",
+        ),
         ({"linear": ONE, "linaer": ONE}, "linaer"),
         ({"linear": ONE, "linaer": None}, "factors has 'linaer', .* nearest are linear"),
         ({"linear": 3}, r"factors\['linear'\] = 3 must look like"),

@@ -567,3 +567,13 @@ def test_a_folder_without_a_name_is_refused(student, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"name is empty; give one, or '\.'"):
         student.save_pretrained("")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_save_that_ends_while_a_reader_looks_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / ".kroneckerbert-whole").mkdir()
+
+    def removed(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "iterdir", removed)
+    check_whole(tmp_path)

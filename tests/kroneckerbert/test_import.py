@@ -73,3 +73,32 @@ assert words.encode(["a film"]).shape == (1, 32)
 """,
         tmp_path,
     )
+
+
+def test_attributes_are_names_and_submodules_only():
+    from kroneckerbert import distillation
+
+    for name in ("__main__", "a.b", "..", "calibration.x", "nothing"):
+        assert not hasattr(kroneckerbert, name) and not hasattr(distillation, name)
+    assert {"compress", "export"} <= {*dir(kroneckerbert)}
+    assert "DistillationTrainer" in dir(distillation)
+    assert distillation.trainer.DistillationTrainer is distillation.DistillationTrainer
+
+
+IN_THREADS = """
+import sys, threading
+def importing():
+    while "transformers.models.auto.configuration_auto" not in sys.modules:
+        pass
+    import kroneckerbert
+thread = threading.Thread(target=importing)
+thread.start()
+from transformers import CONFIG_MAPPING
+thread.join()
+import kroneckerbert
+assert "kronecker_bert" in CONFIG_MAPPING
+"""
+
+
+def test_importing_while_another_thread_imports_transformers():
+    run(IN_THREADS)

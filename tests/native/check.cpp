@@ -715,6 +715,7 @@ std::vector<Case> chosen_cases(Random &r) {
       cases.push_back({FORWARD, dtype, tokens, {s, same_columns}});
       add_cases(cases, dtype, tokens, s, r);
       add_cases(cases, dtype, tokens, {1, {{3, 2}, {20, 17}}}, r);
+      add_cases(cases, dtype, tokens, {1, {{3, 2}, {7, 5}}}, r);  // all tokens, at little work
     }
   }
   return cases;
@@ -777,6 +778,7 @@ int main(int count, char **arguments) {
   for (const Case &c : cases) check(groups[c.kind], c, work, r);
   for (int dtype : {KRON_BFLOAT16, KRON_FLOAT16}) check_rounding(rounding, DTYPES[dtype], r);
   check_refusals(refusals, r);
+  if (!divided.cases) fail("no work was divided among threads");
   for (const Group &g : groups) g.print();
   for (const Group *g : {&divided, &poisoned, &rounding, &refusals}) g->print();
 }
