@@ -69,7 +69,7 @@ def layers(
     try:
         cells = [cell for cell in cells if re.search(match, str(cell))]
     except re.error as error:
-        raise typer.BadParameter(f"{match!r} is no regular expression: {error}") from error
+        raise typer.BadParameter(f"{match!r} is not a regular expression: {error}") from error
     if not cells:
         raise typer.BadParameter(f"no cell matches {match!r}")
     then = None

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Shaped(NamedTuple):
-    """What the checks read of a tensor, for one that is never made: a block's hidden vector."""
+    """The attributes that the checks read, for a tensor never made: a block's hidden vector."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

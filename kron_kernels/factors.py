@@ -1,7 +1,7 @@
 """The grammar of factors: terms of a layer's weight, and names of layers.
 
 A term is ``{"a_shape": [m1, n1], "rank": r}``, with ``rank`` 1 if left out. The weight of a layer
-is the sum of a list of terms; None stands for a dense layer.
+is the sum of a list of terms; None means a dense layer.
 """
 
 from __future__ import annotations
@@ -133,6 +133,6 @@ def no_such_layer(name: str, names: Iterable[str]) -> str:
     names = list(names)
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
     return (
-        "which is no layer that could be factorised; "
+        "which is not a layer that can be factorised; "
         f"the nearest are {', '.join(nearest) or 'none: it has no nn.Linear or nn.Embedding'}."
     )

@@ -99,7 +99,7 @@ def _read(node: ast.AST) -> ast.expr | None:
 
 
 class _Names:
-    """The chains that a method's local names may stand for."""
+    """The chains that a method's local names may refer to."""
 
     def __init__(self, nodes: list[ast.AST]):
         self._of: dict[str, set[Chain]] = defaultdict(set)

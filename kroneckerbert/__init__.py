@@ -110,7 +110,7 @@ def _announce(auto: ModuleType) -> None:
 class _Announcer(MetaPathFinder):
     """Announces the model types as soon as transformers' ``AutoConfig`` is imported.
 
-    To import it here would take torch's 1.5 s.
+    Importing it here would take torch's 1.5 s.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:

@@ -185,7 +185,7 @@ class LoraKroneckerLinear(LoraLinear):
 
 
 class _Refused:
-    """Stands for the adapter layer of modules that cannot have adapters."""
+    """In place of the adapter layer, for modules that cannot have adapters."""
 
     def __init__(self, target: nn.Module, *args: Any, target_name: str = "", **kwargs: Any):
         raise ValueError(

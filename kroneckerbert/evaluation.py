@@ -42,7 +42,7 @@ def evaluate(
         ``pearson`` and ``spearman``, NaN if predictions or labels are constant.
 
     Raises:
-        ValueError: If the model has no such label, or it has no head and the table is not numbers
+        ValueError: If the model lacks a label, or it has no head and the table is not numbers
             for pairs of texts.
     """
     if not classifies_sequences(model):

@@ -292,7 +292,7 @@ def load_exported(
             )
         except (ImportError, TypeError):
             raise
-        except Exception as error:  # each runtime has errors of its own
+        except Exception as error:  # each runtime has its own errors
             if (path / CHECKSUMS).exists():  # the files are not the cause
                 raise
             raise _unreadable(path, error) from error

@@ -24,7 +24,7 @@ from kron_kernels.checks import Activation
 from kron_kernels.nn import readable
 
 # Activation modules of transformers: the name for kron_feed_forward, and the forward that the name
-# stands for, which may be patched.
+# replaces, which may be patched.
 _ACTIVATIONS: dict[type, tuple[Activation, Callable]] = {
     GELUActivation: ("gelu", GELUActivation.forward),
     GELUTanh: ("gelu_tanh", GELUTanh.forward),
@@ -414,5 +414,5 @@ def _result(module: Any, children: dict[str, Any], *inputs: tuple) -> Any:
     stand_in: Any = _StandIn(module, **children, chunk_size_feed_forward=0, seq_len_dim=1)
     try:
         return type(module).forward(stand_in, *inputs)
-    except Exception:  # it does something else with its inputs
+    except Exception:  # it uses its inputs in another way
         return None

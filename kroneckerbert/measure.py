@@ -205,7 +205,7 @@ def report(
             is_table = path not in linears
             stock = layer.to_embedding() if is_table else layer.to_linear()
             shapes, count = shapes_in(layer), counts.get(path, 0)
-            key = type(layer), shapes, count  # all that its time depends on
+            key = type(layer), shapes, count  # everything that its time depends on
             if key not in times:
                 x = ids if is_table else torch.randn(count, stock.in_features).to(stock.weight)
                 times[key] = _milliseconds(layer, stock, x)
@@ -238,7 +238,7 @@ def _dense_layers(
 
 
 def _milliseconds(layer: nn.Module, stock: nn.Module, x: Tensor) -> tuple[float, float]:
-    """Of the dense layer, and of ours."""
+    """Times of the dense layer and of ours."""
     times = interleaved({"dense": lambda: stock(x), "ours": lambda: layer(x)}, _LAYER_SECONDS)
     return times["dense"].median, times["ours"].median
 
@@ -328,7 +328,7 @@ def _table(report: Report) -> Table:
     return table
 
 
-Pair = tuple[float | None, float]  # of the dense form, if known, and of ours
+Pair = tuple[float | None, float]  # the dense form's value, if known, and ours
 
 
 def _costs(parameters: Pair, flops: Pair, ms: Pair) -> list[str]:

@@ -1,8 +1,8 @@
-"""Transformers with Kronecker-factorised layers: stock classes whose modules are swapped at birth.
+"""Transformers with Kronecker-factorised layers: stock classes whose modules are swapped.
 
 ``register`` makes the classes of an architecture, ``Kronecker<X>Config`` and a
 ``Kronecker<X>For…`` for each of its heads, and registers them with transformers' ``Auto`` classes.
-It runs when an architecture is first used: to make all classes would import every model of
+It runs when an architecture is first used: making all classes would import every model of
 transformers. Until then ``AutoConfig`` has the stand-ins of ``kroneckerbert/__init__.py``.
 """
 
@@ -70,7 +70,7 @@ _registering = threading.RLock()  # the first loads may be in several threads
 
 
 # At run time the base must not be PreTrainedModel: transformers takes the first one among the bases
-# for the class that initialises, and that is the dense class.
+# for the class that initialises, which must be the dense class.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
 else:
@@ -158,9 +158,9 @@ class KroneckerPreTrainedModel(_Base):
     ) -> None:
         """Save, see ``transformers.PreTrainedModel.save_pretrained``; always as safetensors.
 
-        If it is killed at any moment, even by a loss of power, the folder has the old model or the
-        new one, or an error of loading says how to complete the new one. Other files in the folder
-        stay, including the weights of other variants.
+        If it is killed at any moment, even by a power failure, the folder has the old model or the
+        new one, or loading raises an error that says how to complete the new one. Other files in
+        the folder stay, including the weights of other variants.
 
         Raises:
             OSError: If the folder cannot be written.
@@ -377,7 +377,7 @@ def _no_class(model: PreTrainedModel) -> str | None:
     if isinstance(model, KroneckerPreTrainedModel):
         return FACTORISED
     if model.config.is_encoder_decoder:
-        return f"it must be an encoder or a decoder, no encoder-decoder; {ELSEWHERE}"
+        return f"it must be an encoder or a decoder, not an encoder-decoder; {ELSEWHERE}"
     found = AutoModel._model_mapping.get(config, None)
     if not isinstance(found, type):
         has = " and ".join(cls.__name__ for cls in found or ()) or "none"

@@ -92,7 +92,7 @@ def preset_factors(name: str, model_type: str, layout: Layout) -> dict[str, Any]
         layout: The dense model's layers.
 
     Raises:
-        ValueError: If there is no such preset, its small factors do not divide the widths, or the
+        ValueError: If the preset is unknown, its small factors do not divide the widths, or the
             architecture has no presets.
     """
     if name not in PRESETS:

@@ -42,7 +42,7 @@ _MIX = 192  # entries that a thread mixes in registers
 
 
 class Case(NamedTuple):
-    """A product that has an entry of its own in the table."""
+    """A product that has its own entry in the table."""
 
     shape: KronShape
     dtype: torch.dtype

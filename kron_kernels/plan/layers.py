@@ -135,7 +135,7 @@ def find_targets(
         targets.append(target)
     if not targets:
         raise ValueError(
-            "the module has no layer that could be factorised: no nn.Linear that is called and not "
+            "the module has no layer that can be factorised: no nn.Linear that is called and not "
             "tied to another; name an nn.Embedding in names, or nothing can be planned."
         )
     return targets

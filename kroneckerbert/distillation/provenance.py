@@ -1,4 +1,4 @@
-"""A record in a folder of what it was made from, so that work resumes only where it still fits."""
+"""A record in a folder of its inputs: work resumes only if they are unchanged."""
 
 from __future__ import annotations
 

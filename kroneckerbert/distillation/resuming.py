@@ -249,7 +249,7 @@ def _step(checkpoint: Path) -> float:
 
 
 def keep(folder: Path, checkpoint: Path, made_of: Mapping[str, Any], seconds: float) -> None:
-    """Move the checkpoint of a stopped training to a folder of its own.
+    """Move the checkpoint of a stopped training to a separate folder.
 
     Args:
         folder: Replaced if an earlier call wrote it; on the checkpoint's file system.

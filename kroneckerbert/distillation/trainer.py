@@ -496,7 +496,7 @@ class DistillationTrainer(Trainer):
                 "all terms are 0: the student already computes what its teacher computes. Was it "
                 "compressed?"
             )
-        # This process's part of sharded parameters may well have no gradient, and reentrant
+        # This process's part of sharded parameters may have no gradient, and reentrant
         # checkpointing does not support torch.autograd.grad.
         whole = self.accelerator.distributed_type not in (
             DistributedType.FSDP,
@@ -504,7 +504,7 @@ class DistillationTrainer(Trainer):
         ) and not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for name, term in terms.items():
-            if term.item() == 0:  # where the student is a copy of the teacher, kept so by the term
+            if term.item() == 0:  # the student is a copy of the teacher here
                 continue
             moves = term.requires_grad
             if moves and whole:

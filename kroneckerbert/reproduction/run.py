@@ -565,7 +565,7 @@ def _located(source: str) -> str:
         is_local = source.startswith((".", "/")) or source.count("/") > 1 or not source
         if is_local and not Path(source).exists():
             raise FileNotFoundError(
-                f"{source!r} is no file or folder; give an existing one, or a name on the hub."
+                f"{source!r} is not a file or folder; give an existing one, or a name on the hub."
             )
         return source
     name, _, path = source.removeprefix(_PACKAGE).partition("/")

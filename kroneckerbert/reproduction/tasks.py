@@ -237,7 +237,7 @@ def find_task(name: str) -> Task:
     """The task of this name.
 
     Raises:
-        ValueError: If there is no such task.
+        ValueError: If the task is unknown.
     """
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}.")
@@ -261,7 +261,7 @@ def read_task(name: str, split: str, data: str | Path | None = None) -> Table | 
         the task's ``labels`` for a classification.
 
     Raises:
-        ValueError: If there is no such task or split, or the rows have the wrong format, no labels
+        ValueError: If the task or split is unknown, or the rows have the wrong format, no labels
             or unknown labels.
         FileNotFoundError: If the folder has none of these files.
         ImportError: If ``datasets`` is needed and missing.

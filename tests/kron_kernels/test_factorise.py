@@ -150,8 +150,8 @@ class Attention(nn.Module):
         ({"words": ONE}, "tied to that of decoder"),
         ({"sparse": {"a_shape": [9, 6]}}, "it has sparse, which a Kronecker embedding does not"),
         ({"normed": ONE}, "its weight is computed by a parametrization"),
-        ({"own": ONE}, "its class, Own, has a forward of its own"),
-        ({"linaer": ONE}, "factors has 'linaer', which is no layer .* nearest are linear"),
+        ({"own": ONE}, "its class, Own, has its own forward"),
+        ({"linaer": ONE}, "factors has 'linaer', which is not a layer .* nearest are linear"),
         ({"linear": {"a_shape": [5, 1]}}, r"factors\['linear'\]: weight's 12 rows are not div"),
         ({"linear": {"shape": [3, 1]}}, r"factors\['linear'\] = .* must look like"),
         ({"linear": [ONE, {"a_shape": [2, 2], "rank": 5}]}, "use rank <= 4"),
@@ -173,7 +173,7 @@ def test_a_layer_that_cannot_be_replaced_is_refused_and_nothing_changed(factors,
 @pytest.mark.parametrize(
     ("moments", "message"),
     [
-        ({"1": torch.eye(12)}, "second_moments has '1', which is no layer .* nearest are 0"),
+        ({"1": torch.eye(12)}, "second_moments has '1', which is not a layer .* nearest are 0"),
         ({"0": torch.full((12, 12), torch.nan)}, "^0: second_moment must be real and finite"),
         ({"0": torch.eye(11)}, "^0: second_moment must be E"),
         ({"table": torch.eye(12)}, "second_moments has 'table', an nn.Embedding, .* leave it out"),
@@ -416,7 +416,7 @@ MAKE = {
     "table": lambda: KroneckerEmbedding(9, 12, 3),
     "sum": lambda: KroneckerSum(12, 8, [((2, 3), 1), ((8, 1), 1)]),
 }
-OWN = "has a forward of its own, so its dense layer is unknown; remove it, or override to_"
+OWN = "has its own forward, so its dense layer is unknown; remove it, or override to_"
 
 
 @pytest.mark.parametrize(

@@ -439,7 +439,7 @@ def test_export_with_a_dynamic_number_of_tokens(s):
         (dict(residual=torch.ones(10)), r"residual must have y's shape \(2, 10\), got \(10,\)"),
         (dict(activation="swish"), "one of gelu, gelu_tanh, relu, silu, got 'swish'"),
         (dict(backend="triton"), "backend='triton' cannot serve this call: it runs on GPUs, and x"),
-        (dict(backend="mkl"), "there is no such backend; there are auto, eager"),
+        (dict(backend="mkl"), "it does not exist; the backends are auto, eager"),
     ],
     ids=lambda v: v if isinstance(v, str) else next(iter(v)),
 )

@@ -132,7 +132,7 @@ DAMAGE = {  # of a folder, of one with shards; then the error
         OSError,
         "model-00002-of-.* is damaged or cut short",
     ),
-    "cut index": (None, write(INDEX, b"{"), OSError, f"{INDEX} is damaged: it is no JSON"),
+    "cut index": (None, write(INDEX, b"{"), OSError, f"{INDEX} is damaged: it is not JSON"),
     "no map": (None, write(INDEX, b"{}"), OSError, f"{INDEX} must map tensors to files"),
     "list of shards": (
         None,
@@ -144,13 +144,13 @@ DAMAGE = {  # of a folder, of one with shards; then the error
         write("config.json", b"{"),
         None,
         OSError,
-        "config.json is damaged: it is no JSON",
+        "config.json is damaged: it is not JSON",
     ),
     "binary config": (
         write("config.json", b"\xff\xfe"),
         None,
         OSError,
-        "config.json is damaged: it is no JSON",
+        "config.json is damaged: it is not JSON",
     ),
     "null config": (
         write("config.json", b"null"),

@@ -295,7 +295,7 @@ WRAPPED = {  # with the remedy, and what it is in Python where it is an attribut
     "bitsandbytes": (four_bits, r"layer.1.output.dense \(Linear4bit\) is quantised", None),
     "torchao": (of_int8_tensors, r"dense.weight \(Int8Tensor\) is quantised", None),
     "class": (type, "type; it is a class; pass a model", None),
-    "configuration": (lambda m: m.config, "BertConfig; it is no model; pass a loaded one", None),
+    "configuration": (lambda m: m.config, "BertConfig; it is not a model; pass a loaded one", None),
     "student": (compress, "already; kroneckerbert.decompress", None),
 }
 
@@ -392,9 +392,9 @@ def test_second_moments_of_unknown_layers_or_infinite_inputs_are_refused():
     model = teacher(BertModel)
     query = "encoder.layer.0.attention.self.query"
     for name, message in (
-        ("encoder.layer.0.attention.self.qurey", f"qurey', which is no layer .* {query}"),
-        ("embeddings.word_embeddings", "which is no layer .* nearest are"),
-        ("encoder", "which is no layer .* nearest are"),
+        ("encoder.layer.0.attention.self.qurey", f"qurey', which is not a layer .* {query}"),
+        ("embeddings.word_embeddings", "which is not a layer .* nearest are"),
+        ("encoder", "which is not a layer .* nearest are"),
     ):
         with pytest.raises(ValueError, match=message):
             second_moments(model, batches(), [name])

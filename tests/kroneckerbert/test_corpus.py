@@ -476,7 +476,7 @@ def test_a_hub_out_of_reach_or_without_text_is_named(hub, monkeypatch):
         raise ConnectionError("no network")
 
     hub.load_dataset = unreachable
-    with pytest.raises(OSError, match=r"a/b is no file .* \(no network\); give a local text file"):
+    with pytest.raises(OSError, match=r"a/b is not a file .* \(no network\); give a local text"):
         next(read_corpus("a/b"))
     hub.load_dataset = lambda *args, **options: [{"title": "t", "body": "b"}]
     with pytest.raises(ValueError, match="a/b must have a column 'text', it has title, body"):

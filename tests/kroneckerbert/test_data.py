@@ -91,7 +91,7 @@ def test_a_file_without_text_or_a_damaged_one_is_refused(tmp_path):
     path = tmp_path / "cut.gz"
     for damaged in (whole[:-10], b"a film\n"):
         path.write_bytes(damaged)
-        with pytest.raises(OSError, match=r"cut.gz is no gzip file, or is cut short"):
+        with pytest.raises(OSError, match=r"cut.gz is not a gzip file, or is cut short"):
             read_lines(path)
     with pytest.raises(FileNotFoundError):
         read_lines(tmp_path / "absent")

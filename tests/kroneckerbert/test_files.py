@@ -287,8 +287,8 @@ def test_a_file_is_written_through_a_link_and_to_a_pipe(tmp_path):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "it is no JSON"),
-        (b"\xff", "it is no JSON"),
+        (b"", "it is not JSON"),
+        (b"\xff", "it is not JSON"),
         (b"[" * 10**5, "it is nested too deeply"),
         (b"[]", r"it must be an object with fields, and is \[\]"),
         (b"null", "it must be an object with fields, and is None"),

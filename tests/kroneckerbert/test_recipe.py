@@ -313,7 +313,7 @@ def test_missing_inputs_are_reported_before_any_work(sources, given, tmp_path):
     error = message(tasks={"rte": {}})
     assert "rte_train.tsv" in error and "leave out the task" in error
     assert "sst2" in message(data=None) and "--data DIR" in message(data=None)
-    assert "is no file or folder" in message(teacher="./absent/bert")
+    assert "is not a file or folder" in message(teacher="./absent/bert")
     assert "absent_package" in message(teacher="package:absent_package/model")
     assert "max_length 64 exceeds the teacher's 32" in message(
         stage2=given["stage2"] | {"max_length": 64}

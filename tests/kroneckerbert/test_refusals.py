@@ -218,7 +218,7 @@ def test_an_invalid_plan_is_named(tmp_path, changed):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan | changed))
     line = fails("compress", MODEL, tmp_path / "out", "--plan", path)
-    assert f"{path}: this is no plan" in line
+    assert f"{path}: this is not a plan" in line
 
 
 # Files that are written
