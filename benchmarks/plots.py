@@ -88,7 +88,7 @@ def speed(layer: Results, whole: Results) -> Figure:
 
 
 def over_tokens(axes: Axes, rows: list[Row]) -> None:
-    """Geometric means over a model's three layers: ours, and the line that most would write."""
+    """Geometric means over a model's three layers: ours, and the usual PyTorch line."""
     plain = "torch: a @ (x @ bᵀ)"
     for times, shapes in (("8x", PRESETS[:3]), ("21x", PRESETS[3:])):
         cells = defaultdict(list)
@@ -225,8 +225,8 @@ def columns_of(axes: Axes, group: str, layers: dict[str, list[Row]]) -> None:
     x, ticks = 0, {}
     for label in sorted(means, key=means.get, reverse=True):
         rows = layers[label]
-        one, *more = set(label.split(" ⊗ "))
-        short = label.replace(", ", ",\n") if more else f"{label.count(one)} of {one}"
+        one, *others = set(label.split(" ⊗ "))
+        short = label.replace(", ", ",\n") if others else f"{label.count(one)} of {one}"
         ticks[x + (len(rows) - 1) / 2] = short
         for row in rows:
             ends = [row.speed(row.yardstick, name) for name in (row.best_other, row.ours)]
@@ -303,7 +303,7 @@ QUALITY_STUDENTS = {
 
 
 def quality(record: Results) -> Figure:
-    """What each student keeps of its teacher's score, by task."""
+    """Each student's share of its teacher's score, by task."""
     figure, axes = plt.subplots(figsize=(9.5, 3.6))
     left, ticks = 0, {}
     for task, (name, metric) in QUALITY_TASKS.items():

@@ -131,7 +131,7 @@ def run(key: str, tile: Tile, x: Tensor, layers: Sequence[Layer]) -> list[Tensor
 
 
 def tune_case(case: Case, gpu: Gpu, rounds: int) -> dict[str, Any]:
-    """Measure a case, in so many rounds of neighbours of the best tile so far.
+    """Measure a case, in this many rounds of neighbours of the best tile so far.
 
     Returns:
         A record of the rule's tile, the best, and the times or failures of all candidates.
@@ -211,9 +211,9 @@ def _text(t: Tile) -> str:
 
 
 def measured(path: Path, device: str, rounds: int = 0) -> dict[str, dict[str, Any]]:
-    """Records of a device in a file, by key, with at least so many rounds.
+    """Records of a device in a file, by key, with at least this many rounds.
 
-    A line that was torn off by a kill is ignored.
+    A line cut short by a kill is ignored.
     """
     found = {}
     for line in path.read_text().splitlines() if path.exists() else ():

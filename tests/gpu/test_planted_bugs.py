@@ -297,30 +297,30 @@ def test_a_bug_planted_in_a_launch_of_triton_is_found(kernel, bug, monkeypatch):
 class Changed(CudaDevice):
     """A device whose kernels get another number of tokens than the host passed."""
 
-    def __init__(self, tokens: int, more: int):
+    def __init__(self, tokens: int, extra: int):
         super().__init__(80, multiprocessors=1)
-        self.tokens, self.more = tokens, more
+        self.tokens, self.extra = tokens, extra
 
     def launch(self, name, grid, threads, shared, arguments):
         words = memoryview(bytearray(arguments)).cast("q")
         for i, word in enumerate(words):
             if word == self.tokens:
-                words[i] += self.more
+                words[i] += self.extra
         return super().launch(name, grid, threads, shared, bytes(words))
 
 
 @needs_nvcc
-@pytest.mark.parametrize("more", [1, -1])
+@pytest.mark.parametrize("extra", [1, -1])
 @pytest.mark.parametrize(
     ("call", "tokens"),
     [("mix last", 70), ("mix first", 70), ("sums", 21), ("gradients", 70), ("block", 150)],
 )
-def test_another_number_of_tokens_is_found(call, tokens, more):
+def test_another_number_of_tokens_is_found(call, tokens, extra):
     """One token too many is accessed beyond a tensor; with one too few, results are missing."""
     call = CALLS["cuda"][call]()
     with device("cuda"):
         call()
-    with Changed(tokens, more), pytest.raises(FINDINGS):
+    with Changed(tokens, extra), pytest.raises(FINDINGS):
         call()
 
 

@@ -37,7 +37,7 @@ def archs(shapes):
 
 @pytest.mark.parametrize("dtype", ["float16"], indirect=True)
 def test_the_last_rows_of_more_than_32_bits_of_numbers(dtype, monkeypatch):
-    """Only the last program runs: memory that nobody touches is not really there."""
+    """Only the last program runs: untouched memory is never allocated."""
     s = KronShape(64, 1, 64, 2)
     tokens = 2**19 + 3
     x = torch.zeros(tokens, 2, dtype=dtype)

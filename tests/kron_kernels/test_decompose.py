@@ -37,7 +37,7 @@ def randn(*size: int, seed: int = 0) -> torch.Tensor:
 
 
 def rearranged(w: torch.Tensor, s: KronShape) -> torch.Tensor:
-    """Van Loan's matrix: one block of W a row, so that A ⊗ B becomes an outer product."""
+    """Van Loan's matrix: one block of W per row, which makes A ⊗ B an outer product."""
     blocks = w.double().reshape(s.m1, s.m2, s.n1, s.n2).transpose(1, 2)
     return blocks.reshape(s.m1 * s.n1, s.m2 * s.n2)
 
@@ -409,7 +409,7 @@ def sum_error(w, fitted, c=None) -> float:
 
 
 def greedy(w, parts, c=None):
-    """One after another, each to what is left."""
+    """One after another, each fitted to the residual."""
     fitted = []
     for a_shape, rank in parts:
         rest = w - total(fitted) if fitted else w
@@ -511,7 +511,7 @@ def test_factors_scale_with_the_weight_to_the_last_bit(half, kind, fit, seed):
     ],
 )
 def test_entries_at_both_ends_of_a_dtype_have_finite_factors(dtype, end, kind, fit):
-    """What is at the other end vanishes beside the largest, as in the weight's own norm."""
+    """Entries at the other end vanish beside the largest, as in the weight's own norm."""
     limits = torch.finfo(dtype)
     signs = randn(12, 20).sign()
     w = torch.full((12, 20), limits.max, dtype=torch.float64)

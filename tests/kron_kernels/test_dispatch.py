@@ -39,7 +39,7 @@ LOW = torch.ones(3, 8, 1), torch.ones(3, 1, 12), None
 
 
 def routes(backend="auto", tokens=5, activation="gelu", needs_grad=False, layer=LAYER, up=UP):
-    """The ways of a product, of three products of one x, and of a block."""
+    """The routes of a product, of three products of one x, and of a block."""
     x = torch.ones(tokens, 12, requires_grad=needs_grad)
     operands = [x, *layer[:2], *up[:2], *DOWN[:2]]
     observed = dispatch.is_observed(operands)

@@ -443,10 +443,10 @@ def test_a_layer_that_computes_something_else_is_not_made_dense(kind, change, me
 
 def test_subclasses_of_the_same_function_and_hooks_are_no_obstacle_to_a_dense_layer():
     class Named(KroneckerLinear):
-        """Without a forward of its own."""
+        """Without its own forward."""
 
     class Doubled(KroneckerLinear):
-        """With a forward of its own, and the matching dense layer."""
+        """With its own forward, and the matching dense layer."""
 
         def forward(self, x):
             return 2 * super().forward(x)

@@ -1,4 +1,4 @@
-"""Kronecker modules against the dense layers of the same function."""
+"""Kronecker modules against equivalent dense layers."""
 
 import copy
 import io

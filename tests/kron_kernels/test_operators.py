@@ -1,4 +1,4 @@
-"""torch.ops.kron_kernels: whatever a saved graph calls them with is checked, real or fake."""
+"""torch.ops.kron_kernels: they check all arguments of a saved graph, real or fake."""
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_right_arguments_are_taken_and_faked(operator):
 
 
 def spared(argument, value):
-    """Without what is optional; of three or six gradients the second and so on."""
+    """Without optional arguments; of three or six gradients the second and so on."""
     match str(argument.type):
         case "Optional[Tensor]":
             return None

@@ -301,7 +301,7 @@ def test_errors_with_calibration_are_those_of_the_layers_that_factorise_makes():
     assert better > len(candidates) / 2
 
 
-def test_calibration_changes_what_is_chosen_for_the_better():
+def test_calibration_improves_the_choice():
     layer, x = calibrated(400)
     net = nn.Sequential(layer)
     errors = []

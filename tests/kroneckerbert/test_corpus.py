@@ -278,7 +278,7 @@ def test_an_item_depends_on_seed_and_index_alone(tmp_path, tokenizer, options):
     assert (list(again) == items) == ("pairs" not in options)
 
 
-def test_what_is_pickled_is_small_and_gives_the_same_items(tmp_path, tokenizer):
+def test_a_pickle_is_small_and_gives_the_same_items(tmp_path, tokenizer):
     corpus = make_corpus(tmp_path, tokenizer, documents(5000, 5000), pairs=True)
     assert len(pickle.dumps(corpus)) < 2000
     assert list(pickle.loads(pickle.dumps(corpus))) == list(corpus)

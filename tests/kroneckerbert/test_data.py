@@ -42,7 +42,7 @@ def test_lines_are_texts_whether_compressed_or_not(tmp_path, name):
         (["-1", "2e1"], [-1.0, 20.0]),
     ],
 )
-def test_labels_are_integers_floats_or_words_as_the_whole_column_is(tmp_path, column, labels):
+def test_labels_are_integers_floats_or_strings_as_the_whole_column_is(tmp_path, column, labels):
     table = read_table(file(tmp_path, f"{column[0]}\ta film\n\n{column[1]}\tbad\n"))
     assert table.labels == labels
     assert {type(label) for label in table.labels} == {type(labels[0])}

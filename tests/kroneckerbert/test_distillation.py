@@ -719,7 +719,7 @@ def test_the_student_trains_in_training_mode_with_dropout_only_if_asked_for(
     assert student.encoder.layer[1].output.dropout.p == 0.1
 
 
-def test_a_head_with_a_loss_of_its_own_keeps_it(tmp_path):
+def test_a_head_with_its_own_loss_keeps_it(tmp_path):
     class Weighted(BertForTokenClassification):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)

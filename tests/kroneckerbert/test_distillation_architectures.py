@@ -122,7 +122,7 @@ def padded(rows: list[dict]) -> dict[str, Tensor]:
 
 
 def pair_trainer(tmp_path, student: str, teacher: str, **options):
-    """Of text pairs, with what each of the two models is then given, and returns."""
+    """Of text pairs, with the inputs and outputs of each of the two models."""
     models = {"student": encoder(student), "teacher": encoder(teacher)}
     calls: list[tuple[str, dict, tuple[Tensor, ...]]] = []
     names = {"input_ids", "attention_mask", "token_type_ids", "teacher_row"}
@@ -148,7 +148,7 @@ def pair_trainer(tmp_path, student: str, teacher: str, **options):
 
 
 def check_calls(calls, models, expected: list[str]) -> None:
-    """Each model was given what it takes, and the teacher returned what it does on its own."""
+    """Each model got its own inputs, and the teacher returned its usual outputs."""
     assert [who for who, *_ in calls] == expected
     for who, given, states in list(calls):
         model = models[who]
@@ -457,7 +457,7 @@ def test_a_context_within_a_context_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", HOOKED)
-def test_what_a_failed_call_left_behind_is_forgotten(name):
+def test_the_remains_of_a_failed_call_are_forgotten(name):
     model, failing = dense(name), batch()
     want = outputs(model, batch()).attentions
     attention = next(m for m in model.modules() if type(m) in scores._PROJECTIONS)

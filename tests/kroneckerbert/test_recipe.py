@@ -1,4 +1,4 @@
-"""A recipe from end to end on tiny models: what it does, skips and resumes."""
+"""A recipe from end to end on tiny models: its steps, and those it skips or resumes."""
 
 import json
 import os
@@ -134,13 +134,13 @@ def test_every_shipped_recipe_is_valid(name, tmp_path):
 
 
 def test_shipped_learning_rates_are_those_of_table_8():
-    eight, more = (recipe.load(f"kronecker-bert-{n}").tasks for n in (8, 21))
+    eight, twenty_one = (recipe.load(f"kronecker-bert-{n}").tasks for n in (8, 21))
 
     def rates(tasks):
         return {name: tasks[name].stage2.arguments["learning_rate"] for name in GLUE}
 
     assert rates(eight) == dict.fromkeys(GLUE, 1e-4) | {"cola": 5e-5, "rte": 1e-5}
-    assert rates(more) == dict.fromkeys(GLUE, 5e-4) | {"qqp": 1e-4, "rte": 5e-5}
+    assert rates(twenty_one) == dict.fromkeys(GLUE, 5e-4) | {"qqp": 1e-4, "rte": 5e-5}
 
 
 def test_launchers_are_what_accelerate_reads():

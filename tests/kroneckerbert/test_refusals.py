@@ -422,7 +422,7 @@ def test_a_tokenizer_of_another_model_is_named_as_the_cause(place, tmp_path):
     assert "tokenizer of another model" in fails(*command)
 
 
-# What is no input
+# Unusable input
 
 
 def test_out_of_memory_says_what_to_lower(place, monkeypatch):

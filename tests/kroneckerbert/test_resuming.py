@@ -139,7 +139,7 @@ def test_a_missing_checkpoint_is_reported_with_the_existing_ones(output):
         run(output).train(resume_from_checkpoint="True")
 
 
-def test_a_checkpoint_of_transformers_own_trainer_is_no_older_one(output, recwarn):
+def test_a_checkpoint_of_transformers_own_trainer_is_not_an_older_one(output, recwarn):
     (output / "checkpoint-4" / CHECKSUMS).unlink()
     resuming.check(output / "checkpoint-4", [0], 1)
     assert not recwarn.list

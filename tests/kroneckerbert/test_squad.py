@@ -299,9 +299,9 @@ def test_every_question_needs_a_prediction():
 def test_an_oracle_answers_the_real_questions(tokenizer):
     questions = read_squad(DATA / "squad_dev_v1.1.json.gz")
     assert len(questions) == 10570
-    some = questions[::300]
-    answering = oracle(tokenizer, some, positions=384)
-    metrics = squad_metrics(predict_spans(answering, tokenizer, some, 16), some)
+    sample = questions[::300]
+    answering = oracle(tokenizer, sample, positions=384)
+    metrics = squad_metrics(predict_spans(answering, tokenizer, sample, 16), sample)
     # Letters are long: an answer of more than 30 of them cannot be given.
     short = sum(
         len(tokenizer(q.answers[0], add_special_tokens=False)["input_ids"]) <= 30 for q in some
