@@ -186,8 +186,8 @@ def roofline(results: Results) -> Figure:
         rate = cell.dense_flops / row.us["dense"][0] / 1e3
         axes.plot(cell.dense_flops / dense_bytes, rate, "x", ms=5, color=DENSE_COLOR)
     for times in ("8x", "21x"):
-        for marker, what in (("o", "layer"), ("s", "feed-forward block")):
-            axes.plot([], [], marker, color=COLORS[times], label=f"{times} {what}")
+        for marker, kind in (("o", "layer"), ("s", "feed-forward block")):
+            axes.plot([], [], marker, color=COLORS[times], label=f"{times} {kind}")
     axes.plot([], [], "x", color=DENSE_COLOR, label="dense")
     axes.set(xscale="log", yscale="log", ylabel="GFLOP/s", ylim=(1, peak * 1.6))
     axes.set_xlabel("FLOPs a byte: x, weights and y moved once; larger marks for more tokens")

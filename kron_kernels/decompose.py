@@ -190,9 +190,9 @@ def unit(t: Tensor) -> tuple[Tensor, float]:
     return t * 2.0**-k * 2.0**-k, 2.0**k
 
 
-def check_finite(what: str, weight: Tensor) -> None:
+def check_finite(label: str, weight: Tensor) -> None:
     if bad := int((~torch.isfinite(weight)).sum()):
-        raise ValueError(f"{what} has {bad} entries that are NaN or infinite; repair it first.")
+        raise ValueError(f"{label} has {bad} entries that are NaN or infinite; repair it first.")
 
 
 def _check(

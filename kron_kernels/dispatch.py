@@ -245,7 +245,7 @@ def explain_backends(x: Tensor, *factors: Tensor) -> str:
 
     Raises:
         TypeError: If an operand is not a dense tensor.
-        ValueError: If ``kron_matmul`` would refuse these operands whatever the backend.
+        ValueError: If ``kron_matmul`` would refuse these operands with every backend.
     """
     check_tensors(x, factors)
     factors = check_product(x, factors)

@@ -265,7 +265,7 @@ def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
     batches = list(batches)
     if not any(map(_tokens, batches)):
         raise ValueError(
-            "calibration has no batch with a token that is not padding; pass some tens of batches "
+            "calibration has no batch with a token that is not padding; pass a few dozen batches "
             "of tokenised text (a generator that was read once is empty)."
         )
     return batches

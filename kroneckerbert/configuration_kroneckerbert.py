@@ -122,10 +122,10 @@ class KroneckerConfig(_Base):
             key = self.entry_of(path)
             if key is None or self.kronecker_factors[key] is None:
                 continue
-            what = f"kronecker_factors[{key!r}]"
-            parts = parse(self.kronecker_factors[key], what)
+            label = f"kronecker_factors[{key!r}]"
+            parts = parse(self.kronecker_factors[key], label)
             is_table = path == layout.table
-            shapes[path] = list(shapes_of(parts, size, is_table, f"{what}, for {path}"))
+            shapes[path] = list(shapes_of(parts, size, is_table, f"{label}, for {path}"))
         return shapes
 
     def entry_of(self, path: str) -> str | None:

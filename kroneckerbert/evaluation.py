@@ -104,7 +104,7 @@ def similarity(
     if (distinct := len(set(sentences))) < 3:
         raise ValueError(
             f"{distinct} different sentences cannot be ranked by pairs; give at least 3, better "
-            "some hundreds."
+            "a few hundred."
         )
     s, t = model.config.hidden_size, teacher.config.hidden_size
     if s != t:

@@ -238,7 +238,7 @@ def load_exported(
 ) -> ExportedModel:
     """An exported model, ready to run: it is called with tensors, like the original model.
 
-    All files are compared with their checksums, which takes some seconds per GB: a program with
+    All files are compared with their checksums, which takes a few seconds per GB: a program with
     damaged weights would run and be wrong.
 
     Args:

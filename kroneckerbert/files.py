@@ -211,7 +211,7 @@ def read_json(path: Path, *fields: str) -> dict[str, Any]:
 
 
 def write_checksums(folder: Path, **about: Any) -> None:
-    """Write the length and SHA-256 of every file in a folder to a file in it; some seconds per GB.
+    """Write the length and SHA-256 of every file in a folder to a file in it; seconds per GB.
 
     Args:
         folder: Its files are complete.

@@ -364,7 +364,7 @@ def _expression(module: nn.Module, *inputs: tuple) -> Any:
 
     The forward is called with tuples for tensors: the result of a child is ``(its name, *its
     inputs)``, and the only operation is ``+``, which joins tuples. It has methods and children but
-    no other attributes of the module; the expression therefore holds for the whole class.
+    no other attributes of the module, so the expression holds for the whole class.
     """
 
     def child(name: str) -> Callable[..., tuple]:

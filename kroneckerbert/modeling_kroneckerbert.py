@@ -122,7 +122,7 @@ class KroneckerPreTrainedModel(_Base):
             path = key.removesuffix(".weight")
             del keys[key]
             _replace(self, path, [KronShape.of(table.a, table.b)])
-            # Patterns, hence the `$`: "decoder.b" fits "decoder.bias", too.
+            # Patterns, hence the `$`: "decoder.b" would also match "decoder.bias".
             keys |= {f"{path}.{factor}$": f"{source}.{factor}$" for factor in "ab"}
         # DeBERTa's newer head gets the table itself.
         if read or (not tied and hasattr(self, "lm_predictions")):

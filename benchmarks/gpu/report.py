@@ -195,7 +195,7 @@ def ratio_table(timings: list[dict[str, Any]]) -> list[str]:
     keys = dict.fromkeys(k for timing in timings for k in timing["loop"])
     own = next((key for key in OURS if key in keys), "ours")
     names = [key for key in keys if key != own]
-    columns = [f"{key}{how}" for how in ("", ", graph") for key in (own, *names)]
+    columns = [f"{key}{suffix}" for suffix in ("", ", graph") for key in (own, *names)]
     lines = [f"| | tokens | {' | '.join(columns)} |", f"|{' --- |' * 2}{' ---: |' * len(columns)}"]
     for timing in timings:
         entries = [*ratios(timing["loop"], own, names), *ratios(timing["graph"], own, names)]

@@ -129,9 +129,9 @@ def find_targets(
             raise ValueError(f"{path!r} cannot be factorised: {reasons[path]}; leave it out.")
         target = Target(path, layer)
         if (decider := deciding_name(parts, path)) is not None:
-            what = f"layers[{decider!r}], for {path or 'the module'}"
-            target.decision = shapes_of(parts[decider], target.size, target.is_table, what)
-            _check_is_smaller(target, target.decision, what)
+            label = f"layers[{decider!r}], for {path or 'the module'}"
+            target.decision = shapes_of(parts[decider], target.size, target.is_table, label)
+            _check_is_smaller(target, target.decision, label)
         targets.append(target)
     if not targets:
         raise ValueError(
@@ -152,11 +152,11 @@ def _checked(names: Iterable[str]) -> list[str]:
     return names
 
 
-def _check_is_smaller(target: Target, shapes: Shapes, what: str) -> None:
+def _check_is_smaller(target: Target, shapes: Shapes, label: str) -> None:
     parameters, dense = sum(s.parameters for s in shapes), target.layer.weight.numel()
     if parameters >= dense:
         raise ValueError(
-            f"{what}: {terms_text(shapes)} has {parameters:,} parameters, no fewer than the dense "
+            f"{label}: {terms_text(shapes)} has {parameters:,} parameters, no fewer than the dense "
             f"layer's {dense:,}; lower the rank, choose another a_shape, or write None for a dense "
             "layer."
         )

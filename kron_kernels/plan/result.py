@@ -16,7 +16,7 @@ from torch import Tensor
 from kron_kernels.factors import Entry, parse, shapes_of, terms_text
 from kron_kernels.files import write_file
 
-_REMEDY = "make it anew with kron_kernels.plan.plan"
+_REMEDY = "make it again with kron_kernels.plan.plan"
 
 
 @dataclass(frozen=True)

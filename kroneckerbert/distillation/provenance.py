@@ -44,7 +44,7 @@ def is_made_of(folder: Path, made_of: Mapping[str, Any], renew: bool) -> bool:
     if changes and not renew:
         raise ValueError(
             f"{folder} was made with other arguments: {'; '.join(changes)}. Delete {folder} to "
-            "begin anew, undo the change, or choose another output folder."
+            "start over, undo the change, or choose another output folder."
         )
     return not changes
 

@@ -395,7 +395,7 @@ class DistillationTrainer(Trainer):
             last = self._last(folder)
             raise OSError(
                 f"checkpoint {self.state.global_step} could not be saved ({error}). "
-                f"{f'{last} is whole' if last else 'There is none before it'}: make room and "
+                f"{f'{last} is complete' if last else 'There is none before it'}: make room and "
                 "start again with resume_from_checkpoint=True."
             ) from error
         finally:
@@ -477,8 +477,8 @@ class DistillationTrainer(Trainer):
         if not bad:
             return
         culprits = [
-            f"{who} parameter {name}"
-            for who, model in (("student", self.model), ("teacher", self.teacher))
+            f"{owner} parameter {name}"
+            for owner, model in (("student", self.model), ("teacher", self.teacher))
             for name in _not_finite(model)
         ]
         cause = (
@@ -523,10 +523,10 @@ class DistillationTrainer(Trainer):
         if bad := _not_finite(self.model):
             self._stop(f"{bad[0]} is not finite after step {self.state.global_step}")
 
-    def _stop(self, what: str) -> None:
+    def _stop(self, problem: str) -> None:
         last = self._last(Path(self.args.output_dir))
         raise ValueError(
-            f"the training diverged: {what}. Lower the learning rate, now "
+            f"the training diverged: {problem}. Lower the learning rate, now "
             f"{self.args.learning_rate:g}, or train in float32 or bfloat16. "
             f"{f'The last good checkpoint is {last}.' if last else 'No checkpoint was saved.'}"
         )

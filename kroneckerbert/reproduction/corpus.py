@@ -287,7 +287,7 @@ class Corpus(Dataset):
 class MaskedCollator(DataCollatorForLanguageModeling):
     """``DataCollatorForLanguageModeling`` whose masks depend only on the batch and the seed.
 
-    A resumed run, on any number of workers, therefore sees the same masks as an uninterrupted one.
+    A resumed run, on any number of workers, thus sees the same masks as an uninterrupted one.
     Shuffling changes the batches, and with them a text's mask in every epoch; only an identical
     batch, such as a single sequence, is masked the same way again. (The stock collator draws from
     one stream per worker, which restarts with every process.)

@@ -276,7 +276,7 @@ def read_task(name: str, split: str, data: str | Path | None = None) -> Table | 
 
 
 def read_file(task: Task, path: Path) -> Table | Questions:
-    """All rows of a task's file, whatever the file's name.
+    """All rows of a task's file, which may have any name.
 
     Args:
         task: The task.

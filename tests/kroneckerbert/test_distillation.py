@@ -638,7 +638,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     run.add_callback(FillDisk())
     try:
         with pytest.raises(
-            OSError, match=r"checkpoint 4 could not be saved .*checkpoint-2 is whole"
+            OSError, match=r"checkpoint 4 could not be saved .*checkpoint-2 is complete"
         ):
             run.train()
     finally:

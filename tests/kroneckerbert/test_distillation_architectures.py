@@ -126,11 +126,11 @@ def pair_trainer(tmp_path, student: str, teacher: str, **options):
     models = {"student": encoder(student), "teacher": encoder(teacher)}
     calls: list[tuple[str, dict, tuple[Tensor, ...]]] = []
     names = {"input_ids", "attention_mask", "token_type_ids", "teacher_row"}
-    for who, model in models.items():
+    for role, model in models.items():
 
-        def keep(_, args, kwargs, output, who=who):
+        def keep(_, args, kwargs, output, role=role):
             given = {name: value for name, value in kwargs.items() if name in names}
-            calls.append((who, given, output.hidden_states))
+            calls.append((role, given, output.hidden_states))
 
         model.register_forward_hook(keep, with_kwargs=True)
     lengths = (8, 6, 3, 7)
@@ -149,9 +149,9 @@ def pair_trainer(tmp_path, student: str, teacher: str, **options):
 
 def check_calls(calls, models, expected: list[str]) -> None:
     """Each model got its own inputs, and the teacher returned its usual outputs."""
-    assert [who for who, *_ in calls] == expected
-    for who, given, states in list(calls):
-        model = models[who]
+    assert [role for role, *_ in calls] == expected
+    for role, given, states in list(calls):
+        model = models[role]
         ids = given["input_ids"]
         own = {"input_ids": ids, "attention_mask": (ids != 1).long()}
         if model.config.model_type in SEGMENTS:
@@ -159,9 +159,9 @@ def check_calls(calls, models, expected: list[str]) -> None:
             own["token_type_ids"] = torch.tensor(
                 [row + [0] * (ids.shape[1] - len(row)) for row in rows]
             )
-        assert given.keys() == own.keys(), who
-        assert all(torch.equal(given[name], own[name]) for name in own), who
-        if who == "teacher":
+        assert given.keys() == own.keys(), role
+        assert all(torch.equal(given[name], own[name]) for name in own), role
+        if role == "teacher":
             with torch.no_grad():
                 expected_states = model(**own, output_hidden_states=True).hidden_states
             assert all(map(torch.equal, states, expected_states))

@@ -67,16 +67,16 @@ def test_any_damage_to_any_file_is_found_with_the_checkpoint_that_is_whole(outpu
         whole = (output / file).read_bytes()
         for damage in DAMAGES.values():
             (output / file).write_bytes(damage(whole))
-            message = refused(again, output, rf"{file} is damaged.*checkpoint-2 is whole")
+            message = refused(again, output, rf"{file} is damaged.*checkpoint-2 is complete")
             assert f"resume_from_checkpoint={str(output / 'checkpoint-2')!r}" in message
         if file.name != CHECKSUMS:
             (output / file).unlink()
-            refused(again, output, rf"{file} is missing.*checkpoint-2 is whole")
+            refused(again, output, rf"{file} is missing.*checkpoint-2 is complete")
             refused(again, output, rf"{file} is missing", wanted=str(output / "checkpoint-4"))
         (output / file).write_bytes(whole)
     shutil.rmtree(output / "checkpoint-2")
     (output / "checkpoint-4" / "optimizer.pt").unlink()
-    refused(again, output, "no earlier one beside it is whole")
+    refused(again, output, "no earlier one beside it is complete")
 
 
 @pytest.mark.parametrize("name", [*NEEDED, "model.safetensors", "training_args.bin"])
@@ -87,10 +87,10 @@ def test_without_checksums_bad_files_are_still_found(output, again, name):
     file = output / "checkpoint-4" / name
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    refused(again, output, rf"{name} is damaged.*checkpoint-2 is whole")
+    refused(again, output, rf"{name} is damaged.*checkpoint-2 is complete")
     if name in NEEDED:
         file.unlink()
-        refused(again, output, rf"{name} is missing.*checkpoint-2 is whole")
+        refused(again, output, rf"{name} is missing.*checkpoint-2 is complete")
 
 
 def test_a_checkpoint_without_checksums_resumes_with_a_warning(output, finished):

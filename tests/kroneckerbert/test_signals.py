@@ -95,7 +95,7 @@ def test_a_kept_training_needs_the_same_arguments_and_data(tmp_path, teacher, te
     assert not out.exists()
 
 
-def test_a_damaged_training_names_the_folder_to_delete_then_begins_anew(
+def test_a_damaged_training_names_the_folder_to_delete_then_starts_over(
     tmp_path, teacher, texts, interrupted
 ):
     student, out, kept = student_of(teacher), tmp_path / "out", tmp_path / "out.training"
@@ -111,7 +111,7 @@ def test_a_damaged_training_names_the_folder_to_delete_then_begins_anew(
     clock.write_text(whole)
     weights_file.write_bytes(b"")
     line = fails(*command)
-    assert f"{weights_file} is damaged" in line and line.endswith(f"delete {kept} to begin anew.")
+    assert f"{weights_file} is damaged" in line and line.endswith(f"delete {kept} to start over.")
     shutil.rmtree(kept / "checkpoint")
     assert "Continuing" not in succeeds(*command)
     assert out.exists() and not kept.exists()
