@@ -60,7 +60,7 @@ def route_matmul(
     observed: bool,
 ) -> Route:
     """The route of one product of checked operands; ``observed`` is ``is_observed(operands)``."""
-    if observed and torch.jit.is_tracing():  # it records PyTorch's own operators only
+    if observed and torch.jit.is_tracing():  # a trace records only PyTorch's own operators
         with constant_sizes():
             choose(backend, x, factors)
         return PLAIN

@@ -243,5 +243,5 @@ def _value(test: ast.expr, known: dict[str, Any]) -> bool | None:
             return None
     try:
         return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), {}, known))
-    except Exception:  # it may read what is not set yet
+    except Exception:  # it may read an attribute not set yet
         return None

@@ -215,7 +215,7 @@ class KroneckerConfig(_Base):
 class Layout(NamedTuple):
     """The linear layers and word embeddings of a model without its head."""
 
-    prefix: str  # of their paths in the classes with a head
+    prefix: str  # before their paths in the classes with a head
     sizes: dict[str, tuple[int, int]]  # rows and columns of the weights that can be factorised
     table: str | None  # the path of the word embeddings in `sizes`
     obstacles: dict[str, str]  # why the others cannot, by path

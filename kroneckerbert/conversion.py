@@ -155,7 +155,7 @@ def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
         for key in module.state_dict():
             if key != "bias":
                 state.pop(f"{name}.{key}", None)  # the parts of a sum are modules, too
-        if name in factorised:  # others are tied, and the dense decoder is tied to the dense table
+        if name in factorised:  # the dense decoder is tied to the dense table, others to each other
             weight = dense_layer(name, module).weight
             is_transposed = is_conv1d(stock.get_submodule(name))
             state[f"{name}.weight"] = as_trainable(weight.mT if is_transposed else weight, weight)

@@ -356,7 +356,7 @@ def _quantize(exported: ExportedModel, sample: dict[str, Tensor]) -> None:
 def _differences(
     model: PreTrainedModel, folder: Path, inputs: list[dict[str, Tensor]]
 ) -> dict[str, Difference]:
-    exported = load_exported(folder, trust_remote_code=True)  # it has just been written
+    exported = load_exported(folder, trust_remote_code=True)  # just written by us
     found: dict[str, list[Difference]] = {}
     for x in inputs:
         expected = _tensors(model(**x, **_flags(model)))

@@ -178,7 +178,7 @@ def _new_sibling(folder: Path) -> Path:
         )
     new = _sibling(folder, "partial")
     with naming_output(folder):
-        if new.exists():  # of a killed process
+        if new.exists():  # left by a killed process
             shutil.rmtree(new)
         new.mkdir(parents=True)
     return new

@@ -154,7 +154,7 @@ class _Attention(_Fused):
 class KroneckerProjection(KroneckerLinear):
     """A query, key or value layer; returns the output that is ready for this input, if any."""
 
-    to_linear = KroneckerLinear.to_linear  # which requires that forward is not overridden
+    to_linear = KroneckerLinear.to_linear  # valid because forward is not overridden
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and (ahead := _ahead.get()) is not None:

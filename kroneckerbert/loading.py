@@ -155,7 +155,7 @@ def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except ValueError as error:
-            if any(Path(source).glob("tokenizer*")):  # then it is damaged
+            if any(Path(source).glob("tokenizer*")):  # damaged, not missing
                 raise
             raise absent from error
     # Without tokenizer files transformers makes up a vocabulary of special tokens.

@@ -26,7 +26,7 @@ from kroneckerbert.calibration import Batch, checked_batches, layer_inputs, toke
 from kroneckerbert.configuration_kroneckerbert import layout_of
 from kroneckerbert.modeling_kroneckerbert import KroneckerPreTrainedModel, positions
 
-_LAYER_SECONDS, _MODEL_SECONDS = 0.2, 5.0  # of timing a kind of layer, and the model, both forms
+_LAYER_SECONDS, _MODEL_SECONDS = 0.2, 5.0  # to time a kind of layer, and the model, in both forms
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -199,7 +199,7 @@ def report(
         if calibration is not None and teacher is not None:
             errors = _output_errors(layers, teacher.base_model, linears, calibration)
         counts = tokens_of(encoder, {"input_ids": ids}, linears)
-        times: dict[tuple, tuple[float, float]] = {}  # of layers that are alike
+        times: dict[tuple, tuple[float, float]] = {}  # shared by layers that are alike
         rows = []
         for path, layer in layers.items():
             is_table = path not in linears

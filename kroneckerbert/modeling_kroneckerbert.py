@@ -406,7 +406,7 @@ def _kronecker_class(dense: type, config: type[KroneckerConfig]) -> type[Kroneck
         namespace = {
             "__module__": __name__,
             "__doc__": f"``{dense.__name__}`` with factorised layers.",
-            "config_class": config,  # else transformers would take the annotation
+            "config_class": config,  # otherwise transformers would use the annotation
             "dense_class": dense,
         }
         name = f"Kronecker{dense.__name__}"

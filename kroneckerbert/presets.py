@@ -71,7 +71,7 @@ class _Preset(NamedTuple):
     attention: _Small
     up: _Small  # down has the transposed shapes
     b_size: int  # length of the embedding's row vector
-    rank: int = 1  # of attention and feed-forward
+    rank: int = 1  # attention's and feed-forward's
 
 
 # KroneckerBERT (NAACL 2022), see KroneckerConfig.preset.

@@ -31,7 +31,7 @@ class Candidate(NamedTuple):
 
     shapes: Shapes
     parameters: int
-    flops: int  # of one forward pass of the module
+    flops: int  # in one forward pass of the module
     error: float  # relative and squared
 
 
@@ -41,8 +41,8 @@ class Target:
 
     path: str
     layer: Dense
-    decision: Shapes | None = None  # by the argument ``layers``; () keeps the layer dense
-    inputs: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)  # of each call
+    decision: Shapes | None = None  # from the argument ``layers``; () means dense
+    inputs: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)  # one per call
     candidates: list[Candidate] = field(default_factory=list)  # the first is dense if undecided
 
     @cached_property

@@ -25,7 +25,7 @@ from kron_kernels.plan.solver import solve
 
 Objective = Literal["error", "size", "latency"]
 
-_ROUNDS = 6  # of building and measuring
+_ROUNDS = 6  # a module is built and measured at most this often
 _TENSOR_HEADER = 160  # bytes at most of a tensor's name, dtype, shape and place in a file
 
 

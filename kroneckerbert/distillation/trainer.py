@@ -92,7 +92,7 @@ class DistillationTrainer(Trainer):
             )
         check_pair(model, teacher, args)
         super().__init__(model, args, **trainer_kwargs)
-        self.model_accepts_loss_kwargs = False  # as loss_is_scaled_for_ga, before transformers 5.19
+        self.model_accepts_loss_kwargs = False  # loss_is_scaled_for_ga before transformers 5.19
         dtype = getattr(torch, args.teacher_dtype) if args.teacher_dtype else None
         self.teacher = teacher.to(args.device, dtype).eval()
         self._targets = {*self.label_names, *find_labels(type(teacher)), cache.ROW}
@@ -102,7 +102,7 @@ class DistillationTrainer(Trainer):
         self._token_labels = (
             name.endswith(_TOKEN_LABELS)
             and not name.endswith(DETECTOR)
-            and module.startswith(("transformers.", "kroneckerbert."))  # others may differ in loss
+            and module.startswith(("transformers.", "kroneckerbert."))  # other losses may differ
         )
         self._train_means, self._eval_means = _TermMeans(), _TermMeans()
         self._first_batch = True

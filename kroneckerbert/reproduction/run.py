@@ -156,7 +156,7 @@ class _Run:
         recipe, stage1 = self.recipe, self.recipe.stage1
         self._check()
         # Report missing data now, not after hours of stage 1.
-        with self.state.main_process_first():  # which downloads for all
+        with self.state.main_process_first():  # one process downloads for all
             self.rows = {name: self._digests(name) for name in recipe.tasks}
         text = self._corpus(stage1) if stage1 else ""
         start = self._start(text)

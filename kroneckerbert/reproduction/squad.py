@@ -356,4 +356,4 @@ def _f1(prediction: list[str], answer: list[str]) -> float:
     if not prediction or not answer:
         return float(prediction == answer)
     shared = (Counter(prediction) & Counter(answer)).total()
-    return 2 * shared / (len(prediction) + len(answer))  # of precision and recall
+    return 2 * shared / (len(prediction) + len(answer))  # harmonic mean of precision and recall
