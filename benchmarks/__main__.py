@@ -73,7 +73,7 @@ def layers(
     if not cells:
         raise typer.BadParameter(f"no cell matches {match!r}")
     then = None
-    if compare:  # before it may be overwritten
+    if compare:  # read before it may be overwritten
         with _reading(compare):
             then = module.rows_of(machine.read(compare))
             module.compare(then, then)

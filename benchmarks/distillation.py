@@ -160,8 +160,8 @@ ABLATIONS = {
 
 
 class Job(NamedTuple):
-    name: str  # of its folder, which has scores.json when the job is finished
-    run: Callable[[Path, Path, Path], dict[str, float]]  # of that folder, data, and work
+    name: str  # its folder's, which has scores.json when the job is finished
+    run: Callable[[Path, Path, Path], dict[str, float]]  # takes that folder, data, and work
     needs: tuple[str, ...] = ()
 
     def is_done(self, work: Path) -> bool:

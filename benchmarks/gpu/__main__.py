@@ -42,7 +42,7 @@ TESTS = {
 }
 SECTIONS = ("environment", *TESTS)
 PATIENCE = 900  # seconds after which a test counts as hung
-RESTARTS = 20  # of a section's worker, after crashes and hangs
+RESTARTS = 20  # most restarts of a section's worker, after crashes and hangs
 NO_GPU = (
     "PyTorch finds no GPU here, and this command checks and measures one. Without a GPU the same "
     "checks run in a simulator: pytest tests/gpu/test_on_gpu.py."

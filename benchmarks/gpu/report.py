@@ -49,7 +49,7 @@ def read_results(section: str, xml: Path) -> list[Result]:
     if not xml.exists():
         return []
     cases = ElementTree.parse(xml).iter("testcase")
-    return [_result(section, case) for case in cases if case.get("name")]  # others were interrupted
+    return [_result(section, case) for case in cases if case.get("name")]  # unnamed: interrupted
 
 
 def _result(section: str, case: ElementTree.Element) -> Result:

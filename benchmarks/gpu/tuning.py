@@ -161,7 +161,7 @@ def tune_case(case: Case, gpu: Gpu, rounds: int) -> dict[str, Any]:
             break
         best = fastest
     if best != rule:
-        time([rule, best])  # once more, the two alone
+        time([rule, best])  # the two alone once more
         if times[rule].median <= BETTER * times[best].median:
             best = rule
     return {
@@ -240,7 +240,7 @@ def keep(path: Path, record: dict[str, Any]) -> None:
 def write_table(device: str, records: Mapping[str, dict[str, Any]]) -> Path:
     """Update the device's table; entries without a record stay."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # there may be no table yet
+        warnings.simplefilter("ignore")  # the table may not exist yet
         table = dict(configs._table(device))
     for key, record in records.items():
         table.pop(key, None)

@@ -421,7 +421,7 @@ def emulated(planted) -> emulator.Emulator:
     """The module with the planted kernels for float16."""
     first, *others = emulator.project()
     assert "-DKRON_MATH=float16" in first.flags
-    contents = digest([], sorted(planted.parent.iterdir()))  # its headers are not the usual ones
+    contents = digest([], sorted(planted.parent.iterdir()))  # its headers differ
     flags = f"{first.flags} -DKRON_PLANTED=0x{contents[:12]}"
     return emulator.load((first._replace(source=planted, flags=flags), *others))
 

@@ -385,7 +385,7 @@ def test_a_budget_for_a_compiled_kernel():
 
 
 @pytest.mark.parametrize("way", ["max", "min"])
-def test_nothing_that_is_no_number_keeps_a_budget(way):
+def test_only_numbers_keep_a_budget(way):
     row = {"kernel": "k", "arch": 80, "seconds": float("nan")}
 
     assert len(check_budget([{"match": {}, way: {"seconds": 1}}], [row])) == 1

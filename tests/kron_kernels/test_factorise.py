@@ -340,7 +340,7 @@ class Guarded(nn.Module):
         return x if weight is None else x.to(weight.dtype)
 
 
-def test_a_weight_read_only_if_there_is_one_is_no_obstacle():
+def test_a_weight_read_only_if_it_exists_does_not_keep_a_layer_dense():
     net, x = Guarded(), torch.randn(2, 12)
     found = obstacles(net).keys()
     assert found == {"other", "unguarded"}
@@ -361,7 +361,7 @@ def test_a_layer_whose_weight_its_owner_reads_is_refused(setting, slow):
     assert isinstance(net[0].plain, nn.Linear)
 
 
-def test_an_owner_without_readable_source_is_no_obstacle():
+def test_an_owner_without_readable_source_does_not_keep_a_layer_dense():
     scope = {"nn": nn}
     exec("class Typed(nn.Sequential):\n    def forward(self, x): return self[0].weight", scope)
     line = {
@@ -441,7 +441,7 @@ def test_a_layer_that_computes_something_else_is_not_made_dense(kind, change, me
     assert [*net.modules()] == before
 
 
-def test_subclasses_of_the_same_function_and_hooks_are_no_obstacle_to_a_dense_layer():
+def test_equivalent_subclasses_and_layers_with_hooks_can_be_made_dense():
     class Named(KroneckerLinear):
         """Without its own forward."""
 

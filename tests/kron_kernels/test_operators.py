@@ -81,7 +81,7 @@ def test_a_wrong_argument_is_refused(operator, arguments, kind):
     if kind == "real":
         with pytest.raises(ValueError):
             operator(*arguments)
-    elif not on_meta and arguments[-1] != "nonsense":  # which a fake kernel cannot know
+    elif not on_meta and arguments[-1] != "nonsense":  # a fake kernel cannot check it
         with FakeTensorMode() as mode, pytest.raises(Exception, match=r".*(must|one|but).*"):
             operator(*fake(arguments, mode))
 

@@ -495,7 +495,7 @@ def test_a_layer_in_two_places_counts_once_and_by_all_its_calls():
     assert student[0] is student[2] and isinstance(student[0], KRONECKER)
 
 
-def test_the_module_is_left_as_it_was():
+def test_the_module_is_left_unchanged():
     net = Net().train()
     net.head.eval()
     before = copy.deepcopy(net.state_dict())
@@ -848,7 +848,7 @@ def test_the_table_shows_equal_layers_in_one_row_with_their_totals(made):
     assert [path for path, _ in many] == ["a.0-2,5.b"]
 
 
-def test_the_plan_is_what_factorise_makes_and_densify_undoes(made):
+def test_factorise_makes_the_plan_and_densify_undoes_it(made):
     torch.manual_seed(0)
     net = Net(4)
     student = factorise_(copy.deepcopy(net), made.factors)

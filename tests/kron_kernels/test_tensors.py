@@ -214,7 +214,7 @@ def test_other_than_dense_tensors_are_refused_by_name(call, name, value, message
         assert str(refusal.value).startswith(f"{layers[int(name[-1])]}: ")
 
 
-def test_the_explanation_refuses_what_kron_matmul_refuses():
+def test_the_explanation_refuses_the_operands_that_kron_matmul_refuses():
     with pytest.raises(TypeError, match=r"factor 0 must be a torch\.Tensor, got list"):
         explain_backends(MATMUL["x"], [1.0])
 

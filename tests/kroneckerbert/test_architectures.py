@@ -463,7 +463,7 @@ for folder in sys.argv[1:]:
 def folders(tmp_path_factory) -> dict[str, str]:
     """Folders of saved students, by class: every architecture, and four that are not well known."""
     students = [compress(teacher(AutoModel._model_mapping[type(c)], n)) for n, c in CONFIGS.items()]
-    for name in list(OTHERS)[:4]:  # with heads
+    for name in list(OTHERS)[:4]:  # these with heads
         students.append(compress(other(name), low_rank(other(name))))
     found = {}
     for student in students:

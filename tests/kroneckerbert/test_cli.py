@@ -267,7 +267,7 @@ def test_recipes_are_listed_and_run(tmp_path, monkeypatch):
     assert "stage1.arguments.lr is unknown" in line
 
 
-def test_benchmark_states_threads_and_writes_what_it_prints(tmp_path, teacher, student):
+def test_benchmark_states_threads_and_writes_the_printed_numbers(tmp_path, teacher, student):
     numbers = tmp_path / "deep" / "numbers.json"
     options = ["--batch", 1, "--batch", 2, "--tokens", 8, "--threads", 1, "--seconds", 0.01]
     output = succeeds("benchmark", teacher, student, *options, "--json", numbers)

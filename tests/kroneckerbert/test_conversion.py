@@ -85,7 +85,7 @@ def batches(count: int = 1) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_at_full_kronecker_rank_the_student_computes_what_its_teacher_does(cls):
+def test_at_full_kronecker_rank_the_student_equals_its_teacher(cls):
     model, batch = teacher(cls), batches()[0]
     student = compress(model, KroneckerBertConfig.from_dense(model.config, EXACT))
     assert type(student) is CLASSES[cls]
@@ -191,10 +191,10 @@ def test_decompress_gives_the_stock_class_and_the_same_outputs(cls, tmp_path):
     assert torch.equal(again(**batch)[0], dense(**batch)[0])
 
 
-def test_decompress_refuses_a_layer_with_a_forward_of_its_own():
+def test_decompress_refuses_a_layer_with_its_own_forward():
     student = compress(teacher(BertModel))
     layer = student.encoder.layer[1].attention.self.query
-    assert type(layer) is KroneckerProjection  # whose forward is of the same function
+    assert type(layer) is KroneckerProjection  # its forward computes the same
     assert type(densify_(copy.deepcopy(student)).encoder.layer[1].attention.self.query) is Linear
     forward = layer.forward
     layer.forward = lambda x: 2 * forward(x)
@@ -282,7 +282,7 @@ def pipe(model):
     return made
 
 
-WRAPPED = {  # with the remedy, and what it is in Python where it is an attribute
+WRAPPED = {  # wrapper, remedy and, for an attribute, its Python expression
     "peft": (lora, r"adapters; pass model\.merge_and_unload\(\)", "merge_and_unload()"),
     "adapter inside": (adapted, "query .*has adapters in it; merge them", None),
     "DataParallel": (torch.nn.DataParallel, "pass model.module", "module"),
@@ -379,7 +379,7 @@ def test_second_moments_are_those_of_the_inputs_without_padding():
     model.eval()
     rows = []
     for batch in data:
-        batch.pop("labels", None)  # which the model without its head does not take
+        batch.pop("labels", None)  # the model without its head takes none
         states = model.bert(**batch, output_hidden_states=True).hidden_states
         rows.append(states[1][batch["attention_mask"].bool()])
     rows = torch.cat(rows)

@@ -331,7 +331,7 @@ def test_masks_depend_on_the_batch_and_the_seed_alone(tmp_path, tokenizer, monke
     with monkeypatch.context() as patch:  # the stock collator takes it for a worker
         patch.setattr(multiprocessing.current_process(), "name", "SpawnProcess-1")
         assert same(MaskedCollator(tokenizer)(items), first)
-    turned = collate(items[::-1])["labels"].flip(0)  # as another epoch shuffles them
+    turned = collate(items[::-1])["labels"].flip(0)  # another epoch's order
     assert not torch.equal(turned, first["labels"])
 
 
@@ -344,7 +344,7 @@ def test_a_batch_always_has_something_to_predict(tmp_path, tokenizer):
     assert unknown["labels"].tolist() == [[-100] * 3]
 
 
-def test_workers_give_what_the_main_process_gives(tmp_path, tokenizer):
+def test_workers_give_the_same_items_as_the_main_process(tmp_path, tokenizer):
     corpus = make_corpus(tmp_path, tokenizer, documents(*range(2, 22)), pairs=True)
 
     def batches(**options):

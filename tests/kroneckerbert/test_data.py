@@ -116,7 +116,7 @@ def test_rows_are_tokenised_with_their_labels_and_truncated(tokenizer):
     assert single[1]["input_ids"] == [2, 7, 7, 7, 3]
     pair = TextDataset(tokenizer, ["a"], ["good"])
     assert pair[0] == {"input_ids": [2, 5, 3, 7, 3], "token_type_ids": [0, 0, 0, 1, 1]}
-    tokenizer.sep_token = None  # as GPT-2's, whose model would look segments up as words
+    tokenizer.sep_token = None  # like GPT-2's; its model would look segments up as words
     assert TextDataset(tokenizer, ["a"], ["good"])[0].keys() == {"input_ids"}
     for length in (0, -1, 8.0, True):
         with pytest.raises(ValueError, match=f"max_length = {length} must be an integer of at lea"):
@@ -146,4 +146,4 @@ def test_trainer_pads_masks_and_groups_rows_by_length(tmp_path, tokenizer):
         assert batch["token_type_ids"].max() == 1
         real += int(batch["attention_mask"].sum())
         padded += batch["attention_mask"].numel()
-    assert real > 0.85 * padded  # at random it is 0.7
+    assert real > 0.85 * padded  # 0.7 in random order

@@ -38,7 +38,7 @@ MORE = {
     "deberta": DebertaConfig(**ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"]),
 }
 NAMES = (*CONFIGS, *MORE)
-HOOKED = ("mpnet", "deberta-v2", "deberta")  # which do not call the attention interface
+HOOKED = ("mpnet", "deberta-v2", "deberta")  # they do not call the attention interface
 each_architecture = pytest.mark.parametrize("name", NAMES)
 
 
@@ -98,7 +98,7 @@ ENCODERS = (*SEGMENTS, "roberta", "distilbert", "mpnet", "modernbert")
 
 def encoder(name: str) -> PreTrainedModel:
     config = copy.deepcopy(CONFIGS[name])
-    config.pad_token_id = 1  # in common
+    config.pad_token_id = 1  # the same for both
     if hasattr(config, "type_vocab_size"):
         config.type_vocab_size = 2 if name in SEGMENTS else 1
     return AutoModel.from_config(config).eval()
@@ -198,7 +198,7 @@ def test_so_they_do_in_training_evaluation_and_prediction_and_from_a_cache(tmp_p
 def test_all_terms_are_finite_and_the_loss_falls(name, tmp_path):
     teacher = dense(name, AutoModelForSequenceClassification)
     run = trainer(tmp_path, factorised(teacher), teacher, max_steps=8, learning_rate=1e-2)
-    run.train()  # which checks at the first step that every term moves a parameter
+    run.train()  # checks at the first step that every term moves a parameter
     logs = [log for log in run.state.log_history if "loss" in log]
     assert len(logs) == 8
     for log in logs:
@@ -216,7 +216,7 @@ def test_presets_train_too(name, tmp_path):
     assert all(math.isfinite(run.state.log_history[0][f"loss_{term}"]) for term in TERMS)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "mpnet"])  # it cannot
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mpnet"])  # not supported
 def test_activation_checkpointing_gives_the_same_gradients(name, tmp_path):
     teacher, grads = dense(name, AutoModelForSequenceClassification), []
     for checkpointing in (False, True):
@@ -329,7 +329,7 @@ def test_the_fused_inference_of_mpnet_is_among_these_tests():
 
 
 @each_architecture
-def test_their_softmax_is_what_the_stock_model_attends_by(name):
+def test_their_softmax_is_the_attention_of_the_stock_model(name):
     config = copy.deepcopy(CONFIGS[name])
     if name in ("deberta", "deberta-v2"):
         config.relative_attention = False  # positions have their own scores; the scale stays
@@ -373,7 +373,7 @@ def test_outputs_are_those_without_the_context(name):
 
 
 @each_architecture
-def test_the_attention_term_has_gradients_of_its_own(name):
+def test_the_attention_term_has_its_own_gradients(name):
     model = dense(name)
     student = factorised(model)
     weights = dict.fromkeys(TERMS, 0.0) | {"attention": 1.0}

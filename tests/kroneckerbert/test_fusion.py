@@ -608,7 +608,7 @@ def test_a_class_derived_from_a_fused_one_is_kept(layer):
     torch.testing.assert_close(result(layer, x), expected(layer, x))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of transformers' own masks
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # from transformers' own masks
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_torch_jit_trace_records_a_student():
     student = compress(BertModel(BertConfig(**ENCODER)).eval(), "kronecker-bert-8")

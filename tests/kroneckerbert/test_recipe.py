@@ -143,7 +143,7 @@ def test_shipped_learning_rates_are_those_of_table_8():
     assert rates(twenty_one) == dict.fromkeys(GLUE, 5e-4) | {"qqp": 1e-4, "rte": 5e-5}
 
 
-def test_launchers_are_what_accelerate_reads():
+def test_accelerate_can_read_the_launchers():
     from accelerate.commands.config.config_args import load_config_from_file
 
     folder = Path(recipe.__file__).parent / "recipes" / "accelerate"

@@ -425,7 +425,7 @@ def test_a_tokenizer_of_another_model_is_named_as_the_cause(place, tmp_path):
 # Unusable input
 
 
-def test_out_of_memory_says_what_to_lower(place, monkeypatch):
+def test_out_of_memory_names_the_remedy(place, monkeypatch):
     def allocate(*arguments):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 

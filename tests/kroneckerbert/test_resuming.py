@@ -60,7 +60,7 @@ def refused(again, output, match, wanted=True) -> str:
     return str(caught.value)
 
 
-def test_any_damage_to_any_file_is_found_with_the_checkpoint_that_is_whole(output, again):
+def test_any_damage_to_any_file_is_found_with_the_last_complete_checkpoint(output, again):
     files = sorted(p.relative_to(output) for p in (output / "checkpoint-4").iterdir())
     assert {*NEEDED, "model.safetensors", "config.json", CHECKSUMS} <= {f.name for f in files}
     for file in files:
@@ -222,7 +222,7 @@ def test_a_run_killed_while_a_checkpoint_replaces_one_of_its_name_keeps_one_of_t
     for _ in steps_until_it_survives(
         lambda: put_in_place(unfinished / place.name, place, unfinished / "replaced")
     ):
-        with pytest.raises(OSError, match=r"optimizer.pt is missing"):  # of this toy
+        with pytest.raises(OSError, match=r"optimizer.pt is missing"):  # the toy run saves none
             resuming.start(True, out, {}, [0], 1)
         assert damaged(place) is None and (place / "weights").read_text() in ("old", "new")
         start()

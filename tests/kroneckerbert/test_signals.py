@@ -125,7 +125,7 @@ def test_time_continues_from_where_it_stopped(tmp_path, teacher, texts, interrup
     clock = tmp_path / "out.training" / "clock.json"
     assert 0 < json.loads(clock.read_text())["seconds"] < 100
     clock.write_text('{"seconds": 6001}')
-    assert "last of 4" in succeeds(*command)  # after the third, one more
+    assert "last of 4" in succeeds(*command)  # one more after the third
 
 
 def test_a_second_signal_quits_at_once_and_keeps_nothing(tmp_path, teacher, texts, interrupted):
@@ -164,7 +164,7 @@ def test_a_signal_at_the_last_step_or_while_saving_loses_nothing(
     ("handler", "number", "survives"),
     [
         (Stop(), signal.SIGTERM, False),
-        (Stop(), signal.SIGINT, True),  # its parent's step needs it
+        (Stop(), signal.SIGINT, True),  # the parent's step needs it
         (interrupt, signal.SIGTERM, False),
         (interrupt, signal.SIGINT, False),
     ],

@@ -113,7 +113,7 @@ def test_a_file_that_breaks_the_format_is_refused(tmp_path, content, message):
         read_squad(write(tmp_path, content))
 
 
-def test_a_damaged_or_missing_file_is_no_format_error(tmp_path):
+def test_a_damaged_or_missing_file_is_not_a_format_error(tmp_path):
     whole = gzip.compress(json.dumps(squad(*[entry([], str(i)) for i in range(99)])).encode())
     for damaged in (whole[:-20], b"{}"):
         path = tmp_path / "cut.json.gz"
