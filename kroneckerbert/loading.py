@@ -223,7 +223,7 @@ def check_loaded(
         new_head: Accept a head whose shape is not the checkpoint's.
 
     Raises:
-        ValueError: If a tensor is missing, in surplus, of another shape or not of floating-point
+        ValueError: If a tensor is missing, unexpected, of another shape or not of floating-point
             numbers, or a factor is not finite.
     """
     prefix = f"{model.base_model_prefix}."
@@ -232,7 +232,7 @@ def check_loaded(
     def of_encoder(names: Iterable[str]) -> list[str]:
         return sorted(n for n in names if n.removeprefix(prefix).split(".")[0] in parts)
 
-    missing, surplus = of_encoder(info["missing_keys"]), of_encoder(info["unexpected_keys"])
+    missing, unexpected = of_encoder(info["missing_keys"]), of_encoder(info["unexpected_keys"])
     shapes = mismatched(info)
     other_shape = of_encoder(shapes) if new_head else list(shapes)
     state = model.state_dict().items()
@@ -241,7 +241,7 @@ def check_loaded(
     problems = _listed(
         {
             "missing": missing,
-            "in surplus": surplus,
+            "unexpected": unexpected,
             "of another shape": [shapes[name] for name in other_shape],
             "not of floating-point numbers": [
                 f"{name} ({dtype})"
@@ -251,7 +251,7 @@ def check_loaded(
         }
     )
     if problems:
-        dense = {name.removesuffix(".weight") for name in surplus}
+        dense = {name.removesuffix(".weight") for name in unexpected}
         if any(_FACTOR.sub("", name) in dense for name in missing):
             remedy = (
                 "these are dense weights where config.kronecker_factors asks for factors: load "
@@ -287,7 +287,7 @@ def mismatched(info: dict[str, Any]) -> dict[str, str]:
 
 
 def _listed(problems: dict[str, Iterable[str]]) -> str:
-    """``"Tensors missing: a, b; in surplus: c"``, at most eight of each; empty if none."""
+    """``"Tensors missing: a, b; unexpected: c"``, at most eight of each; empty if none."""
     texts = []
     for problem, found in problems.items():
         if names := list(found):

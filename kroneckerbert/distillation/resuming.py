@@ -78,10 +78,10 @@ def start(
     if checkpoint is None:
         return None, time.time_ns()
     if not checkpoint.exists():
-        there = ", ".join(path.name for path in sorted(_checkpoints(folder), key=_step)) or "none"
+        names = ", ".join(path.name for path in sorted(_checkpoints(folder), key=_step)) or "none"
         raise FileNotFoundError(
             f"there is no folder {checkpoint} to resume from; the checkpoints in {folder} are: "
-            f"{there}. Pass the path of one, or True for the last."
+            f"{names}. Pass the path of one, or True for the last."
         )
     check(checkpoint, ranks, of)
     about = read_checksums(checkpoint)

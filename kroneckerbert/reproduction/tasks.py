@@ -430,10 +430,10 @@ def _find(task: Task, split: str, folder: Path) -> Path:
         for path in (folder / name, folder / f"{name}.gz"):
             if path.is_file():
                 return path
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ()
     raise FileNotFoundError(
         f"{folder} has no {split} split of {task.name}; looked for {', '.join(names)}, plain or "
-        f".gz; the folder has {', '.join(there) or 'no files'}."
+        f".gz; the folder has {', '.join(present) or 'no files'}."
     )
 
 
