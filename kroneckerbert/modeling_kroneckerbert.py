@@ -216,8 +216,8 @@ class KroneckerPreTrainedModel(_Base):
         Raises:
             ValueError: If a tensor of the model without its head is missing, unexpected or of
                 another shape, see ``kroneckerbert.loading.check_loaded``, a factor is NaN or
-                infinite, or the checkpoint is a dense model. Also if the head has another shape, unless
-                ``ignore_mismatched_sizes=True``, which draws a new one.
+                infinite, or the checkpoint is a dense model. Also if the head has another shape,
+                unless ``ignore_mismatched_sizes=True``, which draws a new one.
             OSError: If a file is missing or damaged, or the last save was killed while its files
                 were moved into place.
         """

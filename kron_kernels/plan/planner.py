@@ -120,7 +120,7 @@ def _moments(
         if t.path not in moments and t.inputs and t.may_change:
             raise ValueError(
                 f"calibration gives {t.path or 'the module'} no unmasked input, although inputs "
-                "reach it; pass batches that do, or keep it dense with "
+                "reach it; pass batches with unmasked rows for it, or keep it dense with "
                 f"layers={{{t.path!r}: None}}."
             )
     return moments

@@ -289,7 +289,7 @@ class DistillationTrainer(Trainer):
         return loss, type(student)(**{k: v for k, v in student.items() if k not in captured})
 
     def _captured(self) -> dict[str, bool]:
-        """The options of a forward pass that returns what the terms compare."""
+        """The options of a forward pass that returns the fields of the terms."""
         weights = self.args.weights
         return {
             "output_hidden_states": weights["embedding"] != 0 or weights["hidden"] != 0,

@@ -328,7 +328,7 @@ def test_another_number_of_tokens_is_found(call, tokens, extra):
 # compiler's output, the simulator nvcc's.
 
 BOTH, EMULATOR, SIMULATOR = ("emulator", "simulator"), ("emulator",), ("simulator",)
-# A bug, the call that has it, what must find it, the file, the original text and its replacement,
+# A bug, the call that has it, the tools that must find it, the file, the text and its replacement,
 # in which PLANTED is the condition.
 SOURCES = [
     (

@@ -1,4 +1,4 @@
-"""Triton's geometries, tiles and measured tables, and what it serves; without Triton or a GPU."""
+"""Triton's geometries, tiles, measured tables and refusals; without Triton or a GPU."""
 
 import json
 import sys

@@ -258,7 +258,7 @@ def test_the_outputs_err_no_more_than_with_the_nearest_weights(s, samples):
         plain = squared_error(w, *nearest_kronecker(w, (s.m1, s.n1), rank), c)
         a, b = in_metric(w, (s.m1, s.n1), rank, c)
         assert a.isfinite().all() and b.isfinite().all()
-        # Up to what the alternation adds to C's diagonal, seen through the whole of W.
+        # Up to the alternation's ridge on C's diagonal, seen through the whole of W.
         slack = 2e-7 * c.diagonal().mean().item() * w.square().sum().item()
         assert squared_error(w, a, b, c) <= plain * (1 + 1e-9) + slack
         if rank == most_terms(s):

@@ -75,7 +75,7 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
 
 
 class Clock:
-    """Replaces ``interleaved``: returns simulated times, and records what was timed."""
+    """Replaces ``interleaved``: returns simulated times, and records the calls."""
 
     def __init__(self):
         self.of, self.rest, self.surprise = milliseconds, 1.0, 1.0
@@ -372,7 +372,7 @@ def test_decisions_are_kept_and_the_longest_name_decides():
         weight = net.get_submodule(path).weight.detach()
         error = weight_error(weight, made.factors[path], rounds=20)
         assert by_path[path].error == pytest.approx(error, rel=1e-4)
-    # A decision brings in what is not named, and stands though it is not called.
+    # A decision adds an unnamed layer, and holds although the layer is not called.
     table = {"words": {"a_shape": [WORDS, 6], "rank": 1}, "unused": {"a_shape": [2, 2], "rank": 1}}
     made = plan(net, {"error": 0.9}, IDS, layers=table, names=["head"])
     assert made.factors["words"] == [table["words"]] and made.factors["unused"]

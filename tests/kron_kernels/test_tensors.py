@@ -146,7 +146,7 @@ def test_a_lazily_conjugated_operand(position, backend):
 @pytest.mark.parametrize("call, name", ARGUMENTS)
 def test_an_operand_whose_storage_was_freed_is_refused(call, name, offset):
     if not native._native:
-        pytest.skip("PyTorch's own operators read what is not there")
+        pytest.skip("PyTorch's own operators read missing memory")
     function, operands = CALLS[call]
     if call == "three factors" and name in "ab":
         return  # torch itself slices no freed tensor

@@ -307,7 +307,7 @@ def test_errors_are_one_line_with_a_remedy(tmp_path, teacher, student, classifie
     broken.write_text("pos\tgood\nneg\n")
     for arguments, message in (
         (["compress", tmp_path / "absent", out], "absent is not a folder"),
-        (["compress", "absent", out], ""),  # transformers says what it says: offline, not cached
+        (["compress", "absent", out], ""),  # transformers' own message: offline, not cached
         (["compress", teacher, out, "--preset", "big"], "no preset is named 'big'; there are"),
         (["compress", student, out], "cannot compress a KroneckerBertModel"),
         (["compress", teacher, student], "holds a model; remove it or choose another"),

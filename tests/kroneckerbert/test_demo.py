@@ -1,4 +1,4 @@
-"""The demo: what it refuses, interruptions, and one slow test of all of it."""
+"""The demo: refusals, interruptions, and one slow test of all of it."""
 
 import io
 import json

@@ -160,7 +160,7 @@ def dying(after: int):
 
 
 def steps_until_it_survives(act):
-    """Call it killed after 0, 1, 2, … changes, until it ends by itself; at each, what it did."""
+    """Kill the call after 0, 1, 2, … changes, until it ends by itself; yields its changes."""
     for after in itertools.count():
         try:
             with dying(after) as done:

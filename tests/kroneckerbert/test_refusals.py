@@ -152,7 +152,7 @@ def test_a_wrong_global_option_is_one_line_and_no_arguments_show_the_help():
 
 @pytest.fixture(scope="module")
 def damaged(place) -> dict[str, Path]:
-    """Unusable files, by what is wrong with them."""
+    """Unusable files, by their fault."""
     folder = place / "damaged"
     folder.mkdir()
     contents = {

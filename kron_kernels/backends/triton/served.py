@@ -73,7 +73,7 @@ def why_no_triton() -> str | None:
         return f"Triton cannot be imported ({error}); pip install triton"
     found = getattr(triton, "__version__", None)
     if found is None:  # a folder with this name, such as one of models to be served
-        return f"what is imported as triton is not a package ({triton!r}); pip install triton"
+        return f"the imported triton is not a package ({triton!r}); pip install triton"
     return _older_than(found, OLDEST)
 
 
