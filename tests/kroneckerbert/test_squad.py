@@ -304,6 +304,6 @@ def test_an_oracle_answers_the_real_questions(tokenizer):
     metrics = squad_metrics(predict_spans(answering, tokenizer, sample, 16), sample)
     # Letters are long: an answer of more than 30 of them cannot be given.
     short = sum(
-        len(tokenizer(q.answers[0], add_special_tokens=False)["input_ids"]) <= 30 for q in some
+        len(tokenizer(q.answers[0], add_special_tokens=False)["input_ids"]) <= 30 for q in sample
     )
-    assert metrics["exact_match"] >= 100 * short / len(some)
+    assert metrics["exact_match"] >= 100 * short / len(sample)
