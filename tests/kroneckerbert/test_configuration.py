@@ -164,7 +164,7 @@ def test_the_longest_name_decides_and_none_means_dense():
         ({"attention.self.qurey": None}, "'attention.self.qurey'.* attention.self.query"),
         ({"self.query_": {"a_shape": [2, 2]}}, "not a layer that can be factorised"),
         ({"uery": {"a_shape": [2, 2]}}, "not a layer that can be factorised"),  # not cut at a dot
-        ({"layer.12.output.dense": None}, "no layer .* the nearest are layer"),
+        ({"layer.12.output.dense": None}, "not a layer .* the nearest are layer"),
         ({"pooler.dense": {"a_shape": [2, 2]}}, "not a layer that can be factorised"),
         ({"intermediate.dense": 3}, r"= 3 must look like \{"),
         ({"intermediate.dense": {"rank": 3}}, "must look like"),
