@@ -92,7 +92,7 @@ from kron_kernels.backends.triton import launch
 right = launch.kron_matmul
 launch.kron_matmul = lambda *operands: right(*operands) + 1
 """
-    chosen = "simulated and triton and (contiguous or no_row)"
+    chosen = "simulated and triton and (contiguous or outside_the_table)"
     status, report, text = command(
         ["correctness"], "-m", "not gpu and not slow", "-k", chosen, plugin=plugin
     )
@@ -253,11 +253,11 @@ def test_an_interrupted_tuning_continues(gpu, tmp_path, monkeypatch):
     path, seen = tmp_path / "tuning.jsonl", []
     real = tuning.tune_case
 
-    def interrupted(case, *options):
+    def interrupted(case, *rest):
         seen.append(case)
         if case == OTHER and seen.count(OTHER) == 1:
             raise KeyboardInterrupt
-        return real(case, *options)
+        return real(case, *rest)
 
     def tune():
         for case in (TINY, OTHER):
