@@ -1,8 +1,8 @@
 """Benchmarks: measure, write JSON, print tables, draw pictures.
 
 Results go to benchmarks/results/here, which git ignores: they are this machine's. The results that
-the documentation quotes are in benchmarks/results. Run nothing else meanwhile: a warning says so if
-other work takes time.
+the documentation quotes are in benchmarks/results. Run nothing else meanwhile: other work that
+takes time causes a warning.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def layers(
     try:
         cells = [cell for cell in cells if re.search(match, str(cell))]
     except re.error as error:
-        raise typer.BadParameter(f"{match!r} is no regular expression: {error}") from error
+        raise typer.BadParameter(f"{match!r} is not a regular expression: {error}") from error
     if not cells:
         raise typer.BadParameter(f"no cell matches {match!r}")
     then = None
-    if compare:  # before it may be overwritten
+    if compare:  # read before it may be overwritten
         with _reading(compare):
             then = module.rows_of(machine.read(compare))
             module.compare(then, then)
@@ -115,7 +115,7 @@ def eager_forms(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> No
 
 @app.command()
 def budgets(teachers: Teachers, threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
-    """Budgets of plans, and what saved and reloaded students then measure."""
+    """Budgets of plans, and measurements of the saved and reloaded students."""
     measure("budgets", threads, quick, to, teachers=_folders(teachers))
 
 
@@ -140,7 +140,7 @@ def distillation(
 
 @app.command()
 def distillation_speed(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
-    """Tokens a second in distillation."""
+    """Tokens per second in distillation."""
     measure("distillation_speed", threads, quick, to)
 
 
@@ -215,7 +215,7 @@ def _folders(teachers: list[str]) -> dict[str, str]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn errors into one that says that the file holds no results."""
+    """Turn errors into one error: the file holds no results."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Do plans keep their budgets? What saved and reloaded models measure.
+"""Do plans keep their budgets? Measured on saved and reloaded models.
 
 For each teacher half the dense latency, an eighth of the bytes, and both. The student is compressed
 by the plan, saved and reloaded; latency is that of 1 x 128 tokens, in turns with the dense model,

@@ -1,11 +1,11 @@
-"""Does distillation bring a Kronecker student back, and further than others of its size?
+"""Does distillation restore a Kronecker student, and better than others of its size?
 
 The teacher is all-MiniLM-L6-v2, fine-tuned on each task. A student is made of the pre-trained
 teacher, distilled on plain text (stage 1), then on the task with the fine-tuned teacher (stage 2),
 by one trainer with one set of arguments (distillation.yaml). Students of one size differ in form,
-and in their start where the name says so; the one with low-rank words starts data-aware, too.
+and in their start where the name says so; the one with low-rank words starts data-aware too.
 
-The work is cut into jobs, one folder each. A finished job is not done again, a killed one is, and
+The work is cut into jobs, one folder each. A finished job is not repeated, a killed one is, and
 several processes share the jobs: start the command once for each core.
 """
 
@@ -160,8 +160,8 @@ ABLATIONS = {
 
 
 class Job(NamedTuple):
-    name: str  # of its folder, which has scores.json when the job is finished
-    run: Callable[[Path, Path, Path], dict[str, float]]  # of that folder, data, and work
+    name: str  # its folder's, which has scores.json when the job is finished
+    run: Callable[[Path, Path, Path], dict[str, float]]  # takes that folder, data, and work
     needs: tuple[str, ...] = ()
 
     def is_done(self, work: Path) -> bool:
@@ -194,12 +194,12 @@ def run(path: Path, threads: int, effort: float, data: Path, work: Path) -> None
         ready = (job for job in missing if job.is_ready(work))
         if any(attempt(job, data, work, threads) for job in ready):
             collect(path, work, facts)
-        else:  # other processes are at work on what is needed
+        else:  # other processes are doing the jobs that this one needs
             time.sleep(5)
 
 
 def attempt(job: Job, data: Path, work: Path, threads: int) -> bool:
-    """Do a job, unless another process is at it."""
+    """Do a job, unless another process is doing it."""
     out = work / job.name
     out.mkdir(parents=True, exist_ok=True)
     with lock(out / "lock") as mine:

@@ -1,4 +1,4 @@
-"""Tokens a second in distillation: the student's forward and backward, our kernels and eager.
+"""Tokens per second in distillation: the student's forward and backward, our kernels and eager.
 
 all-MiniLM-L6-v2 teaches its own students: the presets at 8x and 21x, each on the compiled kernels
 and on PyTorch's operators ("eager"), and a dense one. A pass is forward, all three feature terms

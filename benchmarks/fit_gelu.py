@@ -64,8 +64,8 @@ def minimax(linear, start: np.ndarray) -> tuple[np.ndarray, float]:
     return best
 
 
-def show(what: str, error: float, parts: dict[str, np.ndarray]) -> None:
-    print(f"{what}: largest weighted error {error:.2g}")
+def show(title: str, error: float, parts: dict[str, np.ndarray]) -> None:
+    print(f"{title}: largest weighted error {error:.2g}")
     for name, coefficients in parts.items():
         print(f"  {name}")
         print("\n".join(f"    {c:.9g}" for c in coefficients))

@@ -209,7 +209,7 @@ def rotate(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 
 
 class Row:
-    """The results of a cell. A speed is that of ours unless named; nan if a contender is absent."""
+    """The results of a cell. Speeds are of our contender unless named; nan if one is absent."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         self.cell = Cell(row["group"], row["layers"], row["tokens"])

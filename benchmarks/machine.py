@@ -1,4 +1,4 @@
-"""Results on disk: the machine's facts beside what was measured on it.
+"""Results on disk: measurements, with the facts of the machine.
 
 A file holds ``machine``, the facts, and ``rows``, one for each measurement.
 """
@@ -151,7 +151,7 @@ def pictures_of(folder: Path) -> Path:
 
 
 def title(machine: dict[str, Any]) -> str:
-    """The machine in a line, as far as an older file has its facts."""
+    """The machine in one line; older files lack some of its facts."""
     cpu = machine.get("cpu") or machine.get("machine") or ""
     cpu += f" ({machine['capability']})" * ("capability" in machine)
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"

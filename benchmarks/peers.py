@@ -5,10 +5,10 @@ build:
 
     pip install --no-deps pyfastkron
 
-A contender takes ``x (T, n)`` and factors ``(m_i, n_i)``, prepares what a user would prepare once,
-and returns the call to time, whose result is a contiguous ``(T, m)``, or None where it does not
-apply. ``forward``, ``training``, ``feed_forward`` and ``equal_size`` return the calls by name, and
-a function that checks a result.
+A contender takes ``x (T, n)`` and factors ``(m_i, n_i)``, does the preparation that a user does
+once, and returns the call to time, whose result is a contiguous ``(T, m)``, or None where it does
+not apply. ``forward``, ``training``, ``feed_forward`` and ``equal_size`` return the calls by name,
+and a function that checks a result.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def matmul_per_axis(x: Tensor, *factors: Tensor) -> Tensor:
 
 
 def plain(x: Tensor, *factors: Tensor) -> dict[str, Call]:
-    """The lines of PyTorch that people write, by name."""
+    """Ways to write the product in PyTorch, by name."""
     calls = {
         "einsum": lambda: einsum(x, *factors),
         "matmul per axis": lambda: matmul_per_axis(x, *factors),

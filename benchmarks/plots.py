@@ -88,7 +88,7 @@ def speed(layer: Results, whole: Results) -> Figure:
 
 
 def over_tokens(axes: Axes, rows: list[Row]) -> None:
-    """Geometric means over a model's three layers: ours, and the line that most would write."""
+    """Geometric means over a model's three layers: ours, and the usual PyTorch line."""
     plain = "torch: a @ (x @ bᵀ)"
     for times, shapes in (("8x", PRESETS[:3]), ("21x", PRESETS[3:])):
         cells = defaultdict(list)
@@ -186,8 +186,8 @@ def roofline(results: Results) -> Figure:
         rate = cell.dense_flops / row.us["dense"][0] / 1e3
         axes.plot(cell.dense_flops / dense_bytes, rate, "x", ms=5, color=DENSE_COLOR)
     for times in ("8x", "21x"):
-        for marker, what in (("o", "layer"), ("s", "feed-forward block")):
-            axes.plot([], [], marker, color=COLORS[times], label=f"{times} {what}")
+        for marker, kind in (("o", "layer"), ("s", "feed-forward block")):
+            axes.plot([], [], marker, color=COLORS[times], label=f"{times} {kind}")
     axes.plot([], [], "x", color=DENSE_COLOR, label="dense")
     axes.set(xscale="log", yscale="log", ylabel="GFLOP/s", ylim=(1, peak * 1.6))
     axes.set_xlabel("FLOPs a byte: x, weights and y moved once; larger marks for more tokens")
@@ -225,8 +225,8 @@ def columns_of(axes: Axes, group: str, layers: dict[str, list[Row]]) -> None:
     x, ticks = 0, {}
     for label in sorted(means, key=means.get, reverse=True):
         rows = layers[label]
-        one, *more = set(label.split(" ⊗ "))
-        short = label.replace(", ", ",\n") if more else f"{label.count(one)} of {one}"
+        one, *others = set(label.split(" ⊗ "))
+        short = label.replace(", ", ",\n") if others else f"{label.count(one)} of {one}"
         ticks[x + (len(rows) - 1) / 2] = short
         for row in rows:
             ends = [row.speed(row.yardstick, name) for name in (row.best_other, row.ours)]
@@ -303,7 +303,7 @@ QUALITY_STUDENTS = {
 
 
 def quality(record: Results) -> Figure:
-    """What each student keeps of its teacher's score, by task."""
+    """Each student's share of its teacher's score, by task."""
     figure, axes = plt.subplots(figsize=(9.5, 3.6))
     left, ticks = 0, {}
     for task, (name, metric) in QUALITY_TASKS.items():

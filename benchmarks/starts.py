@@ -10,7 +10,7 @@ STS-B      Spearman correlation of the cosine similarities with the scores of te
 SST-2      test accuracy of a linear head on the frozen mean-pooled embeddings, and
 TREC       the same for six classes of questions
 
-A row that the results have, from as much data, is not measured again.
+A row that the results already have, from as much data, is not measured again.
 """
 
 from __future__ import annotations

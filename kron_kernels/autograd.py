@@ -98,7 +98,7 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, a1, b1, bias1, a2, b2, bias2 = ctx.saved_tensors
-        operands = {0: x, 1: a1, 2: b1, 3: bias1, 5: a2, 6: b2}  # by the position in forward
+        operands = {0: x, 1: a1, 2: b1, 3: bias1, 5: a2, 6: b2}  # by position in forward
         grads: list[Tensor | None] = [None] * 9
         if ctx.needs_input_grad[7]:
             grads[7] = dy.sum(0)

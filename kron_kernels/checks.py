@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Shaped(NamedTuple):
-    """What the checks read of a tensor, for one that is never made: a block's hidden vector."""
+    """The attributes that the checks read, for a tensor never made: a block's hidden vector."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -132,7 +132,7 @@ def check_product(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit.
     """
-    if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, which records sizes
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace records sizes
         with constant_sizes():
             check_product(x, factors, bias, activation, residual)
         return tuple([f if f.ndim == 3 else f[None] for f in factors])

@@ -180,7 +180,7 @@ def unit(t: Tensor) -> tuple[Tensor, float]:
 
     The fits sum squares and products of squares in float64, where entries of 1e155 overflow and
     those of 1e-160 vanish. Squares of the entries of narrower dtypes, 1e-45 to 3e38, do neither, so
-    such a tensor is returned as it is. The scale is a power of 2, to round nothing.
+    such a tensor is returned unchanged. The scale is a power of 2, which rounds nothing.
     """
     if t.dtype != torch.float64:
         return t, 1.0
@@ -190,9 +190,9 @@ def unit(t: Tensor) -> tuple[Tensor, float]:
     return t * 2.0**-k * 2.0**-k, 2.0**k
 
 
-def check_finite(what: str, weight: Tensor) -> None:
+def check_finite(label: str, weight: Tensor) -> None:
     if bad := int((~torch.isfinite(weight)).sum()):
-        raise ValueError(f"{what} has {bad} entries that are NaN or infinite; repair it first.")
+        raise ValueError(f"{label} has {bad} entries that are NaN or infinite; repair it first.")
 
 
 def _check(

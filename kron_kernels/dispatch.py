@@ -40,8 +40,8 @@ GPU_ORDER: dict[str, tuple[BackendName, ...]] = {
 # - products: one kron_matmul after another, each with its own route;
 # - autograd: an autograd.Function around an operator;
 # - operator: an operator of PyTorch's dispatcher, which profilers, modes and compilers see;
-# - recorded: direct, in a range that profilers see, for factors that no operator takes;
-# - direct: a call of the backend, 4 µs faster than an operator, as long as a small product.
+# - recorded: direct, in a range that profilers see, for factors that no operator supports;
+# - direct: a call of the backend, 4 µs faster than an operator: the time of a small product.
 Way = Literal["plain", "products", "autograd", "operator", "recorded", "direct"]
 
 Route = tuple[Way, BackendName]  # "auto" with "products" only
@@ -60,7 +60,7 @@ def route_matmul(
     observed: bool,
 ) -> Route:
     """The route of one product of checked operands; ``observed`` is ``is_observed(operands)``."""
-    if observed and torch.jit.is_tracing():  # it records PyTorch's own operators only
+    if observed and torch.jit.is_tracing():  # a trace records only PyTorch's own operators
         with constant_sizes():
             choose(backend, x, factors)
         return PLAIN
@@ -111,8 +111,8 @@ def route_feed_forward(
 ) -> Route:
     """The route of a feed-forward block; see ``route_matmul``."""
     products = up[:2], down[:2]
-    # Without an activation the hidden vector is just the input of the second product. Of low rank,
-    # "auto" leaves a product to eager, and the other one to a backend of its own.
+    # Without an activation the hidden vector is just the input of the second product. "auto" leaves
+    # a low-rank product to eager, and chooses a backend for the other one alone.
     if activation is None or (backend == "auto" and _low_rank_among(products)):
         return "products", backend
     backend = choose(backend, x, *products)
@@ -133,7 +133,7 @@ def route_embedding(a: Tensor, b: Tensor) -> Route:
 
 
 def in_products(x: Tensor) -> bool:
-    """Whether fused calls run as single products whatever the rest, even before the checks.
+    """Whether fused calls always run as single products here; asked before the checks.
 
     Single products cast under autocast, know shapes on the meta device, and can be exported.
     """
@@ -201,7 +201,7 @@ def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
     """Why this backend cannot serve the call, as the end of a sentence, or None if it can."""
     if backend not in BACKENDS:
         names = [name for name in ("auto", *BACKENDS) if name != backend]  # operators take no auto
-        return f"there is no such backend; there are {', '.join(names)}"
+        return f"it does not exist; the backends are {', '.join(names)}"
     return BACKENDS[backend].why_not(x, *factors)
 
 
@@ -238,7 +238,7 @@ def choose(backend: BackendName, x: Tensor, *products: Sequence[Tensor]) -> Back
 
 
 def explain_backends(x: Tensor, *factors: Tensor) -> str:
-    """One line a backend: how it would compute this product, or why it cannot.
+    """One line per backend: how it would compute this product, or why it cannot.
 
     Args:
         x: The input of ``kron_matmul``, ``(…, n)``.
@@ -246,7 +246,7 @@ def explain_backends(x: Tensor, *factors: Tensor) -> str:
 
     Raises:
         TypeError: If an operand is not a dense tensor.
-        ValueError: If ``kron_matmul`` would refuse these operands whatever the backend.
+        ValueError: If ``kron_matmul`` would refuse these operands with every backend.
     """
     check_tensors(x, factors)
     factors = check_product(x, factors)
@@ -270,8 +270,8 @@ def _order(x: Tensor, *factors: Tensor) -> tuple[BackendName, ...]:
 
 
 def is_low_rank(*factors: Tensor) -> bool:
-    """Whether this is a product of two thin matrices: two GEMMs, which ``"auto"`` gives eager."""
-    # A shape takes 1 µs to make, a visible part of a small call; a side of 1 is seldom.
+    """Whether this is a product of two thin matrices: ``"auto"`` leaves two GEMMs to eager."""
+    # Making a shape takes 1 µs, a visible part of a small call; sides of 1 are rare.
     if len(factors) != 2 or 1 not in factors[0].shape[-2:]:
         return False
     return KronShape.of(*factors).is_low_rank

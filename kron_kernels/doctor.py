@@ -30,7 +30,7 @@ _LAYERS = {
 
 
 def report() -> str:
-    """The report, one finding a line."""
+    """The report, one finding per line."""
     lines = [
         f"kron_kernels {kron_kernels.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}",

@@ -37,7 +37,7 @@ def factorise_(
     """Replace dense layers of a module by the nearest factorised ones, in place.
 
     ``nn.Linear`` and transformers' ``Conv1D`` become ``KroneckerLinear``, or ``KroneckerSum`` for
-    several terms; ``nn.Embedding`` becomes ``KroneckerEmbedding``. A layer that stands in several
+    several terms; ``nn.Embedding`` becomes ``KroneckerEmbedding``. A layer that occurs in several
     places is replaced in all of them. Factors are frozen where the weight was, and the bias where
     the bias was. Hooks on a replaced layer are lost.
 
@@ -55,7 +55,7 @@ def factorise_(
     Raises:
         TypeError: If ``factors`` or ``second_moments`` is not a mapping from strings, or a second
             moment is not a dense tensor.
-        ValueError: If a path leads to no layer that can be replaced, its terms do not fit, or its
+        ValueError: If a path is not that of a replaceable layer, its terms do not fit, or its
             weight or second moment is not finite. Nothing is replaced then.
     """
     moments = {} if second_moments is None else second_moments
@@ -103,7 +103,7 @@ def swap_(
 
 
 def densify_(module: nn.Module) -> nn.Module:
-    """Replace factorised layers of a module by the dense layers of the same function, in place.
+    """Replace factorised layers of a module by equivalent dense layers, in place.
 
     A weight is frozen if all its factors are, and a bias if its bias is.
 
@@ -115,7 +115,7 @@ def densify_(module: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: If it has a ``KroneckerFeedForward``, which needs its layers' factors, or a
-            layer with a ``forward`` of its own. Nothing is replaced then.
+            layer with its own ``forward``. Nothing is replaced then.
     """
     dense: dict[nn.Module, nn.Module] = {}
 
@@ -139,7 +139,7 @@ def densify_(module: nn.Module) -> nn.Module:
 def dense_layer(
     path: str, layer: KroneckerLinear | KroneckerSum | KroneckerEmbedding
 ) -> nn.Linear | nn.Embedding:
-    """The dense layer of the same function; errors name the path."""
+    """The equivalent dense layer; errors name the path."""
     with naming(path or "the module"):
         return layer.to_embedding() if isinstance(layer, KroneckerEmbedding) else layer.to_linear()
 
@@ -165,7 +165,7 @@ def _as_linear(conv: nn.Linear) -> nn.Linear:
 
 
 def _replaced(module: nn.Module, new: Mapping[Any, nn.Module]) -> nn.Module:
-    """Put ``new[layer]`` wherever a layer is."""
+    """Put ``new[layer]`` in every place of a layer."""
     for parent, name, layer in list(_children(module)):
         if layer in new:
             parent._modules[name] = new[layer]

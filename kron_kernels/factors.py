@@ -1,7 +1,7 @@
 """The grammar of factors: terms of a layer's weight, and names of layers.
 
 A term is ``{"a_shape": [m1, n1], "rank": r}``, with ``rank`` 1 if left out. The weight of a layer
-is the sum of a list of terms; None stands for a dense layer.
+is the sum of a list of terms; None means a dense layer.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Shapes = tuple[KronShape, ...]  # the same for a weight of known size
 _EXAMPLE = '{"a_shape": [16, 2], "rank": 1}, be a list of such terms, or None for a dense layer'
 
 
-def parse(entry: Entry | Mapping[str, Any] | None, what: str = "an entry") -> Parts:
+def parse(entry: Entry | Mapping[str, Any] | None, label: str = "an entry") -> Parts:
     """The ``(a_shape, rank)`` pairs of an entry, ``[]`` for a dense layer.
 
     Args:
         entry: A list of terms, a single term, or None.
-        what: Name of the entry in errors, such as ``factors['up']``.
+        label: Name of the entry in errors, such as ``factors['up']``.
 
     Raises:
         ValueError: If the entry is malformed.
@@ -39,12 +39,12 @@ def parse(entry: Entry | Mapping[str, Any] | None, what: str = "an entry") -> Pa
     parts = []
     for term in entry if isinstance(entry, list | tuple) else [entry]:
         if not isinstance(term, Mapping) or not {"a_shape"} <= term.keys() <= {"a_shape", "rank"}:
-            raise ValueError(f"{what} = {entry!r} must look like {_EXAMPLE}.")
-        with naming(f"{what} = {entry!r} must look like {_EXAMPLE}"):
+            raise ValueError(f"{label} = {entry!r} must look like {_EXAMPLE}.")
+        with naming(f"{label} = {entry!r} must look like {_EXAMPLE}"):
             rank = check_integer("rank", term.get("rank", 1), None)
             parts.append((sides_of(term["a_shape"]), rank))
     if not parts:
-        raise ValueError(f"{what} is an empty list; write None for a dense layer.")
+        raise ValueError(f"{label} is an empty list; write None for a dense layer.")
     return parts
 
 
@@ -58,21 +58,21 @@ def entry_of(shapes: Iterable[KronShape]) -> Entry | None:
     return [term_of(*s.part) for s in shapes] or None
 
 
-def shapes_of(parts: Parts, size: tuple[int, int], is_table: bool, what: str) -> Shapes:
+def shapes_of(parts: Parts, size: tuple[int, int], is_table: bool, label: str) -> Shapes:
     """The shapes of these terms for a weight of ``size (rows, columns)``.
 
     Args:
         parts: From ``parse``.
         size: Rows and columns of the weight.
         is_table: Whether it is an embedding's weight.
-        what: Beginning of the errors.
+        label: Beginning of the errors.
 
     Raises:
         ValueError: If a term does not divide the weight, or a table gets anything but one
             ``A ⊗ b`` with a row of A per word.
     """
     rows, columns = size
-    with naming(what):
+    with naming(label):
         shapes = tuple(KronShape.split(rows, columns, *part) for part in parts)
         if is_table and shapes and (len(shapes) > 1 or shapes[0].m1 != rows):
             raise ValueError(
@@ -140,6 +140,6 @@ def no_such_layer(name: str, names: Iterable[str]) -> str:
     names = list(names)
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
     return (
-        "which is no layer that could be factorised; "
+        "which is not a layer that can be factorised; "
         f"the nearest are {', '.join(nearest) or 'none: it has no nn.Linear or nn.Embedding'}."
     )

@@ -1,4 +1,4 @@
-"""The public functions: checks, a route from ``dispatch``, and a return for each way."""
+"""The public functions: checks, a route from ``dispatch``, and a return for each route."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def kron_matmul(
     if dispatch.under_autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         lowered = [_lowered(t, dtype) for t in (x, *factors)]
-        with torch.autocast(x.device.type, enabled=False):  # which would lower float32 sums, too
+        with torch.autocast(x.device.type, enabled=False):  # autocast would lower float32 sums too
             return kron_matmul(
                 *lowered,
                 bias=None if bias is None else _lowered(bias, dtype),
@@ -203,7 +203,7 @@ def kron_feed_forward(
         )  # (…, hidden)
         a, b, bias = down
         return named("down", kron_matmul, z, a, b, bias=bias, residual=residual, backend=backend)
-    assert activation is not None  # which makes products
+    assert activation is not None  # without one the route is products
     rows, last = _rows(x, residual)
     if way == "autograd":
         y = autograd.FeedForward.apply(rows, *up, activation, *down, backend)

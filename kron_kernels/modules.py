@@ -19,7 +19,7 @@ Dense = nn.Linear | nn.Embedding  # or transformers' Conv1D
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' ``Conv1D``, a linear layer with a weight ``(in, out)``.
 
-    By name: transformers is no dependency of this package.
+    By name: this package does not depend on transformers.
     """
     return type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2
 
@@ -66,7 +66,7 @@ def _obstacle(layer: Dense, read_by: str | None, tied: list[str]) -> str | None:
     if read_by:
         return f"{read_by} reads its weight, which a factorised layer does not have"
     if type(layer).forward is not stock.forward:
-        return f"its class, {type(layer).__name__}, has a forward of its own"
+        return f"its class, {type(layer).__name__}, has its own forward"
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return "its weight is computed by a parametrization"
     if not layer.weight.is_floating_point():
@@ -74,7 +74,7 @@ def _obstacle(layer: Dense, read_by: str | None, tied: list[str]) -> str | None:
     if tied:
         return f"its weight is tied to that of {', '.join(tied)}"
     if options:
-        return f"it has {options[0]}, which a Kronecker embedding does not do"
+        return f"it has {options[0]}, which a Kronecker embedding does not support"
     return None
 
 

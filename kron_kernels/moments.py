@@ -54,13 +54,13 @@ class _Sums:
     """``Σ x xᵀ`` by the layers that read x, one product per tensor."""
 
     def __init__(self) -> None:
-        self.mask: Tensor | None = None  # of the present batch
+        self.mask: Tensor | None = None  # the current batch's
         self.sums: dict[tuple[str, ...], Tensor] = {}
         self.rows: dict[tuple[str, ...], int] = defaultdict(int)
         self.latest: Tensor | None = None  # the tensor that was read last
         self.version: int | None = None
-        self.product, self.count = torch.empty(0), 0  # of its rows
-        self.names: list[str] = []  # of the layers that have read it
+        self.product, self.count = torch.empty(0), 0  # of its rows, and their number
+        self.names: list[str] = []  # the layers that have read it
 
     def read(self, name: str, x: Tensor) -> None:
         # The same tensor again, unless it was written to in between.

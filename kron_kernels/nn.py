@@ -128,12 +128,12 @@ class KroneckerLinear(nn.Module):
         return filled(layer, like=linear, a=a, b=b, bias=linear.bias)
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer of the same function, for export and merging.
+        """The equivalent dense layer, for export and merging.
 
         Its weight is frozen if all factors are, and its bias if the layer's is.
 
         Raises:
-            ValueError: If the layer has a ``forward`` of its own. A subclass with one may override
+            ValueError: If the layer has its own ``forward``. A subclass with one may override
                 this method as well.
         """
         _check_forward(self, "to_linear")
@@ -186,7 +186,7 @@ def _check_forward(layer: nn.Module, method: str) -> None:
     )
     if forward < dense or "forward" in vars(layer):
         raise ValueError(
-            f"{type(layer).__name__} has a forward of its own, so its dense layer is unknown; "
+            f"{type(layer).__name__} has its own forward, so its dense layer is unknown; "
             f"remove it, or override {method} in its class."
         )
 
@@ -284,12 +284,12 @@ class KroneckerSum(nn.Module):
         return filled(layer, like=linear, bias=linear.bias)
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer of the same function, for export and merging.
+        """The equivalent dense layer, for export and merging.
 
         Its weight is frozen if all factors are, and its bias if all biases are.
 
         Raises:
-            ValueError: If the layer or a part has a ``forward`` of its own, see
+            ValueError: If the layer or a part has its own ``forward``, see
                 ``KroneckerLinear.to_linear``, or a part is no longer a ``KroneckerLinear``.
         """
         _check_forward(self, "to_linear")
@@ -357,7 +357,7 @@ class KroneckerFeedForward(nn.Module):
             ``"auto"``, or if the layer is called.
 
     Raises:
-        ValueError: If the layers do not fit one another, or there is no such activation.
+        ValueError: If the layers' sizes do not match, or the activation is unknown.
     """
 
     def __init__(
@@ -490,7 +490,7 @@ class KroneckerEmbedding(nn.Module):
             if getattr(embedding, option):
                 raise ValueError(
                     f"the embedding has {option} = {getattr(embedding, option)}, which a Kronecker "
-                    "embedding does not do; set it to its default first."
+                    "embedding does not support; set it to its default first."
                 )
         weight = embedding.weight
         rows, dim = weight.shape
@@ -509,10 +509,10 @@ class KroneckerEmbedding(nn.Module):
         return filled(table, like=embedding, a=a, b=b)
 
     def to_embedding(self) -> nn.Embedding:
-        """The dense table of the same rows, frozen if both factors are.
+        """The dense table with the same rows, frozen if both factors are.
 
         Raises:
-            ValueError: If the table has a ``forward`` of its own. A subclass with one may override
+            ValueError: If the table has its own ``forward``. A subclass with one may override
                 this method as well.
         """
         _check_forward(self, "to_embedding")

@@ -1,7 +1,7 @@
 """The operators: schema, checks, implementation, fake kernel and FLOP formula of each.
 
 They take two factors of three dimensions and x of two. Gradients are outside, in ``autograd``:
-``define`` and ``impl`` cost 5 µs a call (25 instead of 20 at one token), less than ``custom_op``
+``define`` and ``impl`` cost 5 µs per call (25 instead of 20 at one token), less than ``custom_op``
 with ``register_autograd``. A saved graph may call an operator with anything, so every
 implementation and fake kernel checks its arguments first.
 """
@@ -185,7 +185,7 @@ def _qkv(
 
 
 def _resolved(t: Tensor) -> Tensor:
-    """With its sign, or its zeros, in memory: the dispatcher skips lists of optional tensors."""
+    """With a lazy sign or lazy zeros written out, which PyTorch skips in lists of optionals."""
     return t.new_zeros(t.shape) if t._is_zerotensor() else t.resolve_neg()
 
 

@@ -99,7 +99,7 @@ def _read(node: ast.AST) -> ast.expr | None:
 
 
 class _Names:
-    """The chains that a method's local names may stand for."""
+    """The chains that a method's local names may refer to."""
 
     def __init__(self, nodes: list[ast.AST]):
         self._of: dict[str, set[Chain]] = defaultdict(set)
@@ -243,5 +243,5 @@ def _value(test: ast.expr, known: dict[str, Any]) -> bool | None:
             return None
     try:
         return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), {}, known))
-    except Exception:  # it may read what is not set yet
+    except Exception:  # it may read an attribute not set yet
         return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def materialize(*factors: Tensor) -> Tensor:
     """``Σ_k F_k ⊗ G_k ⊗ …`` of shape ``(m, n)``, formed term by term with ``torch.kron``."""
-    # torch.kron refuses some strides, even of contiguous tensors with odd strides at sides of 1.
+    # torch.kron refuses some strides, even those of contiguous tensors: odd ones at sides of 1.
     copies = (f.clone(memory_format=torch.contiguous_format) for f in factors)
     terms = zip(*(f if f.ndim == 3 else f[None] for f in copies), strict=True)
     return sum(reduce(torch.kron, term) for term in terms)

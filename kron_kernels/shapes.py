@@ -212,13 +212,13 @@ def parts_of(parts: Any) -> list[tuple[tuple[int, int], int]]:
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Prefix type and value errors raised inside with ``what``, such as a layer's path."""
+def naming(label: str) -> Iterator[None]:
+    """Prefix type and value errors raised inside with ``label``, such as a layer's path."""
     try:
         yield
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{what}: {error}") from error
+        raise kind(f"{label}: {error}") from error
 
 
 def check_mapping(name: str, value: Any, example: str) -> None:

@@ -34,7 +34,7 @@ def interleaved(
     Args:
         calls: By name; each is called twice before it is timed.
         seconds: Approximate duration of the measurement of all calls together.
-        at_least: Least number of rounds, whatever the duration; at least 2.
+        at_least: Least number of rounds, for any duration; at least 2.
 
     Raises:
         ValueError: If ``seconds`` is not a finite number, or ``at_least`` not an integer.

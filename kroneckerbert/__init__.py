@@ -69,7 +69,7 @@ def __dir__() -> list[str]:
 
 # --- registration with transformers
 
-PREFIX = "kronecker_"  # of the model types
+PREFIX = "kronecker_"  # begins our model types
 _AUTO = "transformers.models.auto.configuration_auto"
 
 
@@ -102,7 +102,7 @@ class _OnDemand(type):
 def _announce(auto: ModuleType) -> None:
     """Give transformers' ``AutoConfig`` a stand-in for the Kronecker form of each model type."""
     for dense in list(auto.CONFIG_MAPPING):
-        if not dense.startswith(PREFIX):  # of an earlier import
+        if not dense.startswith(PREFIX):  # ours, from an earlier import
             stand_in = _OnDemand(dense, (), {"dense": dense})
             auto.AutoConfig.register(model_type(dense), stand_in, exist_ok=True)
 
@@ -110,7 +110,7 @@ def _announce(auto: ModuleType) -> None:
 class _Announcer(MetaPathFinder):
     """Announces the model types as soon as transformers' ``AutoConfig`` is imported.
 
-    To import it here would take torch's 1.5 s.
+    Importing it here would take torch's 1.5 s.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
@@ -131,7 +131,7 @@ class _Announcer(MetaPathFinder):
         return spec
 
 
-sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != __name__]  # of a reload
+sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != __name__]  # on a reload
 sys.meta_path.insert(0, _Announcer())
 if _AUTO in sys.modules:  # perhaps another thread is still importing it: import waits
     _announce(import_module(_AUTO))

@@ -132,7 +132,7 @@ class LoraKroneckerLinear(LoraLinear):
                 f"an adapter of {', '.join(names)} has NaN or infinite entries; train it again "
                 "with a lower learning rate, or use an earlier checkpoint."
             )
-        self._unmerged = (layer,)  # in a tuple, or it would be registered as a child
+        self._unmerged = (layer,)  # a tuple: a bare module would be registered as a child
         self.base_layer, self.merged_adapters = new, names
 
     def unmerge(self) -> None:
@@ -185,7 +185,7 @@ class LoraKroneckerLinear(LoraLinear):
 
 
 class _Refused:
-    """Stands for the adapter layer of modules that cannot have adapters."""
+    """In place of the adapter layer, for modules that cannot have adapters."""
 
     def __init__(self, target: nn.Module, *args: Any, target_name: str = "", **kwargs: Any):
         raise ValueError(

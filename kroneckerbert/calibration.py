@@ -181,7 +181,7 @@ class _Sums:
         self.tokens += len(x_s)
         self.sum_s += x_s.sum(0)
         self.sum_t += x_t.sum(0)
-        # In float32 within a batch: the activations are no more exact.
+        # In float32 within a batch: the activations are not more exact than that.
         self.ss += x_s.mT @ x_s
         self.ts += x_t.mT @ x_s
 
@@ -215,7 +215,7 @@ def _refit_layer(layer: Any, dense: Any, sums: _Sums) -> None:
 def layer_inputs(
     encoder: PreTrainedModel, batch: Batch, names: Sequence[str], stop: bool = False
 ) -> dict[str, list[Tensor]]:
-    """Inputs of these layers in a forward pass, without padding: ``(tokens, n)`` for each call.
+    """Inputs of these layers in a forward pass, without padding: ``(tokens, n)`` per call.
 
     With ``stop`` the pass ends before the last of them is computed.
     """
@@ -265,7 +265,7 @@ def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
     batches = list(batches)
     if not any(map(_tokens, batches)):
         raise ValueError(
-            "calibration has no batch with a token that is not padding; pass some tens of batches "
+            "calibration has no batch with a token that is not padding; pass a few dozen batches "
             "of tokenised text (a generator that was read once is empty)."
         )
     return batches

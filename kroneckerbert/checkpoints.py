@@ -1,4 +1,4 @@
-"""Saving a model into a folder without a moment at which a loader finds parts of two models."""
+"""Saving a model into a folder such that a loader never finds parts of two models."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def check_whole(folder: str | os.PathLike) -> None:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """The files by which loaders find weights; one, unless something else was saved beside them."""
+    """The files by which loaders find weights; one, unless another model was saved beside it."""
     return [path for path in sorted(folder.iterdir()) if (m := _weights(path)) and not m["shard"]]
 
 
@@ -155,7 +155,7 @@ def _obsolete(folder: Path, entry: Path) -> list[Path]:
             shards = set(read_json(entry, "weight_map")["weight_map"].values())
         except (AttributeError, TypeError, ValueError) as error:
             raise OSError(
-                f"{entry} is no index of shards ({error}); remove {entry.parent} and save again."
+                f"{entry} is not a shard index ({error}); remove {entry.parent} and save again."
             ) from error
     old = [
         path

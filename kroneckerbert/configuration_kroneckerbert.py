@@ -54,7 +54,7 @@ class KroneckerConfig(_Base):
             linear layers of the model without its head and pooler can be factorised, and the word
             embeddings, with ``m1`` the size of the vocabulary; but not layers whose weight another
             module reads. Note that ``"output.dense"`` also fits ``"attention.output.dense"`` unless
-            that has an entry of its own.
+            that has its own entry.
 
         kronecker_plan: The plan that chose the factors, if any, see ``plan``.
 
@@ -122,10 +122,10 @@ class KroneckerConfig(_Base):
             key = self.entry_of(path)
             if key is None or self.kronecker_factors[key] is None:
                 continue
-            what = f"kronecker_factors[{key!r}]"
-            parts = parse(self.kronecker_factors[key], what)
+            label = f"kronecker_factors[{key!r}]"
+            parts = parse(self.kronecker_factors[key], label)
             is_table = path == layout.table
-            shapes[path] = list(shapes_of(parts, size, is_table, f"{what}, for {path}"))
+            shapes[path] = list(shapes_of(parts, size, is_table, f"{label}, for {path}"))
         return shapes
 
     def entry_of(self, path: str) -> str | None:
@@ -151,7 +151,7 @@ class KroneckerConfig(_Base):
         if unknown := [n for n in overrides if not hasattr(base, n) and n not in _OURS]:
             nearest = difflib.get_close_matches(unknown[0], fields, n=3)
             raise TypeError(
-                f"{unknown[0]!r} is no field of {cls.__name__}; the nearest are {nearest}."
+                f"{unknown[0]!r} is not a field of {cls.__name__}; the nearest are {nearest}."
             )
         # These describe the class and the folder that `base` came from.
         for name in _OF_THE_FILE:
@@ -198,7 +198,7 @@ class KroneckerConfig(_Base):
             **overrides: Fields that differ from ``base``, including widths.
 
         Raises:
-            ValueError: If there is no such preset, its small factors do not divide the widths, or
+            ValueError: If the preset is unknown, its small factors do not divide the widths, or
                 the architecture has no presets.
         """
         dense = cls.from_dense(cls.dense_class() if base is None else base, {}, **overrides)
@@ -215,7 +215,7 @@ class KroneckerConfig(_Base):
 class Layout(NamedTuple):
     """The linear layers and word embeddings of a model without its head."""
 
-    prefix: str  # of their paths in the classes with a head
+    prefix: str  # before their paths in the classes with a head
     sizes: dict[str, tuple[int, int]]  # rows and columns of the weights that can be factorised
     table: str | None  # the path of the word embeddings in `sizes`
     obstacles: dict[str, str]  # why the others cannot, by path

@@ -129,13 +129,13 @@ def compress(
 
 @torch.no_grad()
 def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
-    """The stock dense model of the same function, for tools that do not support Kronecker layers.
+    """The equivalent stock dense model, for tools that do not support Kronecker layers.
 
     A weight is frozen if all its factors are; other parameters keep their ``requires_grad``.
 
     Raises:
         TypeError: If ``model`` is not a Kronecker model.
-        ValueError: If a factorised layer has a ``forward`` of its own.
+        ValueError: If a factorised layer has its own ``forward``.
     """
     if not isinstance(model, KroneckerPreTrainedModel):
         raise TypeError(
@@ -155,7 +155,7 @@ def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
         for key in module.state_dict():
             if key != "bias":
                 state.pop(f"{name}.{key}", None)  # the parts of a sum are modules, too
-        if name in factorised:  # others are tied, and the dense decoder is tied to the dense table
+        if name in factorised:  # the dense decoder is tied to the dense table, others to each other
             weight = dense_layer(name, module).weight
             is_transposed = is_conv1d(stock.get_submodule(name))
             state[f"{name}.weight"] = as_trainable(weight.mT if is_transposed else weight, weight)
@@ -194,7 +194,7 @@ def _load(source: str | os.PathLike) -> PreTrainedModel:
 
 
 def _check_class(cls: type[KroneckerPreTrainedModel], config: KroneckerConfig) -> None:
-    """Raise if no such model can be made: on the meta device, before the expensive part."""
+    """Raise if the model cannot be made: on the meta device, before the expensive part."""
     try:
         with torch.device("meta"):
             cls(config)

@@ -183,7 +183,7 @@ def label_targets(
         Floats for a regression; else integers in ``[0, num_labels)``, strings by ``label2id``.
 
     Raises:
-        ValueError: If the model has no such label.
+        ValueError: If the model lacks one of the labels.
     """
     kind = type(labels[0])
     if config.num_labels == 1:
@@ -224,7 +224,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             ) from error
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise OSError(
-                f"{path} is no gzip file, or is cut short after line {number} ({error}); a file "
+                f"{path} is not a gzip file, or is cut short after line {number} ({error}); a file "
                 "that ends in .gz must be compressed."
             ) from error
 

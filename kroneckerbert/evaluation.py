@@ -42,7 +42,7 @@ def evaluate(
         ``pearson`` and ``spearman``, NaN if predictions or labels are constant.
 
     Raises:
-        ValueError: If the model has no such label, or it has no head and the table is not numbers
+        ValueError: If the model lacks a label, or it has no head and the table is not numbers
             for pairs of texts.
     """
     if not classifies_sequences(model):
@@ -104,7 +104,7 @@ def similarity(
     if (distinct := len(set(sentences))) < 3:
         raise ValueError(
             f"{distinct} different sentences cannot be ranked by pairs; give at least 3, better "
-            "some hundreds."
+            "a few hundred."
         )
     s, t = model.config.hidden_size, teacher.config.hidden_size
     if s != t:

@@ -238,7 +238,7 @@ def load_exported(
 ) -> ExportedModel:
     """An exported model, ready to run: it is called with tensors, like the original model.
 
-    All files are compared with their checksums, which takes some seconds per GB: a program with
+    All files are compared with their checksums, which takes a few seconds per GB: a program with
     damaged weights would run and be wrong.
 
     Args:
@@ -292,7 +292,7 @@ def load_exported(
             )
         except (ImportError, TypeError):
             raise
-        except Exception as error:  # each runtime has errors of its own
+        except Exception as error:  # each runtime has its own errors
             if (path / CHECKSUMS).exists():  # the files are not the cause
                 raise
             raise _unreadable(path, error) from error
@@ -356,7 +356,7 @@ def _quantize(exported: ExportedModel, sample: dict[str, Tensor]) -> None:
 def _differences(
     model: PreTrainedModel, folder: Path, inputs: list[dict[str, Tensor]]
 ) -> dict[str, Difference]:
-    exported = load_exported(folder, trust_remote_code=True)  # it has just been written
+    exported = load_exported(folder, trust_remote_code=True)  # just written by us
     found: dict[str, list[Difference]] = {}
     for x in inputs:
         expected = _tensors(model(**x, **_flags(model)))

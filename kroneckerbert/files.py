@@ -1,4 +1,4 @@
-"""Output that is checked before the work, never half-written, and shows when it was damaged."""
+"""Output that is checked before the work, never half-written, and verifiable afterwards."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def writable_file(path: Path, inputs: Iterable[Path] = ()) -> Path:
             path.touch(exist_ok=False)
             path.unlink()
         elif not os.access(path, os.W_OK):
-            os.stat(path)  # of a dangling link, this says so
+            os.stat(path)  # raises for a dangling link
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder; give the name of a file.")
@@ -168,7 +168,7 @@ def _sibling(folder: Path, state: str) -> Path:
 
 
 def _new_sibling(folder: Path) -> Path:
-    """An empty folder beside ``folder``; to create it proves that the place can be written."""
+    """An empty folder beside ``folder``; creating it proves that the place can be written."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another name for the folder.")
     if folder.is_mount() or folder == Path.cwd():
@@ -178,7 +178,7 @@ def _new_sibling(folder: Path) -> Path:
         )
     new = _sibling(folder, "partial")
     with naming_output(folder):
-        if new.exists():  # of a killed process
+        if new.exists():  # left by a killed process
             shutil.rmtree(new)
         new.mkdir(parents=True)
     return new
@@ -199,7 +199,7 @@ def read_json(path: Path, *fields: str) -> dict[str, Any]:
     except RecursionError:
         problem = "is nested too deeply to be read"
     except ValueError as error:  # no UTF-8, or no JSON
-        problem = f"is no JSON ({error})"
+        problem = f"is not JSON ({error})"
     else:
         if not isinstance(content, dict):
             problem = f"must be an object with fields, and is {content!r:.80}"
@@ -211,7 +211,7 @@ def read_json(path: Path, *fields: str) -> dict[str, Any]:
 
 
 def write_checksums(folder: Path, **about: Any) -> None:
-    """Write the length and SHA-256 of every file in a folder to a file in it; some seconds per GB.
+    """Write the length and SHA-256 of every file in a folder to a file in it; seconds per GB.
 
     Args:
         folder: Its files are complete.

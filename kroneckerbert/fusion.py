@@ -24,7 +24,7 @@ from kron_kernels.checks import Activation
 from kron_kernels.nn import readable
 
 # Activation modules of transformers: the name for kron_feed_forward, and the forward that the name
-# stands for, which may be patched.
+# replaces, which may be patched.
 _ACTIVATIONS: dict[type, tuple[Activation, Callable]] = {
     GELUActivation: ("gelu", GELUActivation.forward),
     GELUTanh: ("gelu_tanh", GELUTanh.forward),
@@ -154,7 +154,7 @@ class _Attention(_Fused):
 class KroneckerProjection(KroneckerLinear):
     """A query, key or value layer; returns the output that is ready for this input, if any."""
 
-    to_linear = KroneckerLinear.to_linear  # which requires that forward is not overridden
+    to_linear = KroneckerLinear.to_linear  # valid because forward is not overridden
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and (ahead := _ahead.get()) is not None:
@@ -364,7 +364,7 @@ def _expression(module: nn.Module, *inputs: tuple) -> Any:
 
     The forward is called with tuples for tensors: the result of a child is ``(its name, *its
     inputs)``, and the only operation is ``+``, which joins tuples. It has methods and children but
-    no other attributes of the module; the expression therefore holds for the whole class.
+    no other attributes of the module, so the expression holds for the whole class.
     """
 
     def child(name: str) -> Callable[..., tuple]:
@@ -414,5 +414,5 @@ def _result(module: Any, children: dict[str, Any], *inputs: tuple) -> Any:
     stand_in: Any = _StandIn(module, **children, chunk_size_feed_forward=0, seq_len_dim=1)
     try:
         return type(module).forward(stand_in, *inputs)
-    except Exception:  # it does something else with its inputs
+    except Exception:  # it uses its inputs in another way
         return None

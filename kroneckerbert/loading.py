@@ -52,7 +52,7 @@ def read_config(source: str | os.PathLike) -> PreTrainedConfig:
     check_source(source)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(
-            f"{source} holds no model, for it has no config.json; give a folder that "
+            f"{source} has no config.json, so it is not a model; give a folder that "
             "save_pretrained wrote."
         )
     with _naming_source(source):
@@ -100,7 +100,7 @@ def load(
             ``config.json`` names.
         new_head: Draw the head's tensors if the checkpoint lacks them.
         **options: For ``from_pretrained``. With ``ignore_mismatched_sizes=True`` a head of another
-            shape than the checkpoint's is drawn, too.
+            shape than the checkpoint's is drawn too.
 
     Raises:
         OSError: If there is no model, or a file is damaged.
@@ -125,8 +125,8 @@ def load(
         shapes = {name: text for name, text in shapes.items() if name.startswith(encoder)}
     if problems := _listed({"missing": missing, "of another shape": shapes.values()}):
         raise ValueError(
-            f"{source} is no checkpoint of this {type(model).__name__}. {problems}. To resolve: "
-            "save the model again, with the configuration that it has."
+            f"{source} is not a checkpoint of this {type(model).__name__}. {problems}. To resolve: "
+            "save the model again, with its configuration."
         )
     return model
 
@@ -155,7 +155,7 @@ def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except ValueError as error:
-            if any(Path(source).glob("tokenizer*")):  # then it is damaged
+            if any(Path(source).glob("tokenizer*")):  # damaged, not missing
                 raise
             raise absent from error
     # Without tokenizer files transformers makes up a vocabulary of special tokens.
@@ -196,7 +196,7 @@ def _class_of(
     cls = getattr(package, name, None)
     if not hasattr(cls, "from_pretrained"):
         raise TypeError(
-            f"{source} is a {name} ({config.model_type}), which is no model of this version of "
+            f"{source} is a {name} ({config.model_type}), which is missing from this version of "
             f"transformers ({transformers.__version__})."
         )
     return cls
@@ -223,7 +223,7 @@ def check_loaded(
         new_head: Accept a head whose shape is not the checkpoint's.
 
     Raises:
-        ValueError: If a tensor is missing, in surplus, of another shape or not of floating-point
+        ValueError: If a tensor is missing, unexpected, of another shape or not of floating-point
             numbers, or a factor is not finite.
     """
     prefix = f"{model.base_model_prefix}."
@@ -232,7 +232,7 @@ def check_loaded(
     def of_encoder(names: Iterable[str]) -> list[str]:
         return sorted(n for n in names if n.removeprefix(prefix).split(".")[0] in parts)
 
-    missing, surplus = of_encoder(info["missing_keys"]), of_encoder(info["unexpected_keys"])
+    missing, unexpected = of_encoder(info["missing_keys"]), of_encoder(info["unexpected_keys"])
     shapes = mismatched(info)
     other_shape = of_encoder(shapes) if new_head else list(shapes)
     state = model.state_dict().items()
@@ -241,7 +241,7 @@ def check_loaded(
     problems = _listed(
         {
             "missing": missing,
-            "in surplus": surplus,
+            "unexpected": unexpected,
             "of another shape": [shapes[name] for name in other_shape],
             "not of floating-point numbers": [
                 f"{name} ({dtype})"
@@ -251,7 +251,7 @@ def check_loaded(
         }
     )
     if problems:
-        dense = {name.removesuffix(".weight") for name in surplus}
+        dense = {name.removesuffix(".weight") for name in unexpected}
         if any(_FACTOR.sub("", name) in dense for name in missing):
             remedy = (
                 "these are dense weights where config.kronecker_factors asks for factors: load "
@@ -262,7 +262,7 @@ def check_loaded(
         else:
             remedy = "load it with the config it was saved with, or save it again"
         raise ValueError(
-            f"{source} is no checkpoint of this {type(model).__name__}. {problems}. To resolve: "
+            f"{source} is not a checkpoint of this {type(model).__name__}. {problems}. To resolve: "
             f"{remedy}."
         )
     for path, module in model.named_modules():
@@ -287,12 +287,12 @@ def mismatched(info: dict[str, Any]) -> dict[str, str]:
 
 
 def _listed(problems: dict[str, Iterable[str]]) -> str:
-    """``"Tensors missing: a, b; in surplus: c"``, at most eight of each; empty if none."""
+    """``"Tensors missing: a, b; unexpected: c"``, at most eight of each; empty if none."""
     texts = []
     for problem, found in problems.items():
         if names := list(found):
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            texts.append(f"{problem}: {', '.join(names[:8])}{more}")
+            others = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            texts.append(f"{problem}: {', '.join(names[:8])}{others}")
     return f"Tensors {'; '.join(texts)}" if texts else ""
 
 
@@ -346,7 +346,7 @@ def naming_damage(
 def _naming_source(source: str | os.PathLike) -> Iterator[None]:
     """Like ``naming_damage``, but every error becomes one sentence that names the model.
 
-    transformers does not validate most JSON values, so that a wrong one may end in any exception.
+    transformers does not validate most JSON values: a wrong one may raise any exception.
     Only for calls without arguments of the user's, which could be the cause as well.
     """
     try:
@@ -475,7 +475,7 @@ def why_not(model: Any) -> str | None:
     if isinstance(model, type):
         return "it is a class; pass a model, such as one from its from_pretrained"
     if not isinstance(model, nn.Module):
-        return "it is no model; pass a loaded one, such as AutoModel.from_pretrained(name)"
+        return "it is not a model; pass a loaded one, such as AutoModel.from_pretrained(name)"
     if not isinstance(model, PreTrainedModel):
         return None  # its layers are checked one by one
     if getattr(model, "hf_quantizer", None) is not None:

@@ -26,7 +26,7 @@ from kroneckerbert.calibration import Batch, checked_batches, layer_inputs, toke
 from kroneckerbert.configuration_kroneckerbert import layout_of
 from kroneckerbert.modeling_kroneckerbert import KroneckerPreTrainedModel, positions
 
-_LAYER_SECONDS, _MODEL_SECONDS = 0.2, 5.0  # of timing a kind of layer, and the model, both forms
+_LAYER_SECONDS, _MODEL_SECONDS = 0.2, 5.0  # to time a kind of layer, and the model, in both forms
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -199,13 +199,13 @@ def report(
         if calibration is not None and teacher is not None:
             errors = _output_errors(layers, teacher.base_model, linears, calibration)
         counts = tokens_of(encoder, {"input_ids": ids}, linears)
-        times: dict[tuple, tuple[float, float]] = {}  # of layers that are alike
+        times: dict[tuple, tuple[float, float]] = {}  # shared by layers that are alike
         rows = []
         for path, layer in layers.items():
             is_table = path not in linears
             stock = layer.to_embedding() if is_table else layer.to_linear()
             shapes, count = shapes_in(layer), counts.get(path, 0)
-            key = type(layer), shapes, count  # all that its time depends on
+            key = type(layer), shapes, count  # everything that its time depends on
             if key not in times:
                 x = ids if is_table else torch.randn(count, stock.in_features).to(stock.weight)
                 times[key] = _milliseconds(layer, stock, x)
@@ -238,7 +238,7 @@ def _dense_layers(
 
 
 def _milliseconds(layer: nn.Module, stock: nn.Module, x: Tensor) -> tuple[float, float]:
-    """Of the dense layer, and of ours."""
+    """Times of the dense layer and of ours."""
     times = interleaved({"dense": lambda: stock(x), "ours": lambda: layer(x)}, _LAYER_SECONDS)
     return times["dense"].median, times["ours"].median
 
@@ -328,7 +328,7 @@ def _table(report: Report) -> Table:
     return table
 
 
-Pair = tuple[float | None, float]  # of the dense form, if known, and of ours
+Pair = tuple[float | None, float]  # the dense form's value, if known, and ours
 
 
 def _costs(parameters: Pair, flops: Pair, ms: Pair) -> list[str]:

@@ -1,8 +1,8 @@
-"""Transformers with Kronecker-factorised layers: stock classes whose modules are swapped at birth.
+"""Transformers with Kronecker-factorised layers: stock classes whose modules are swapped.
 
 ``register`` makes the classes of an architecture, ``Kronecker<X>Config`` and a
 ``Kronecker<X>For…`` for each of its heads, and registers them with transformers' ``Auto`` classes.
-It runs when an architecture is first used: to make all classes would import every model of
+It runs when an architecture is first used: making all classes would import every model of
 transformers. Until then ``AutoConfig`` has the stand-ins of ``kroneckerbert/__init__.py``.
 """
 
@@ -70,7 +70,7 @@ _registering = threading.RLock()  # the first loads may be in several threads
 
 
 # At run time the base must not be PreTrainedModel: transformers takes the first one among the bases
-# for the class that initialises, and that is the dense class.
+# for the class that initialises, which must be the dense class.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
 else:
@@ -122,7 +122,7 @@ class KroneckerPreTrainedModel(_Base):
             path = key.removesuffix(".weight")
             del keys[key]
             _replace(self, path, [KronShape.of(table.a, table.b)])
-            # Patterns, hence the `$`: "decoder.b" fits "decoder.bias", too.
+            # Patterns, hence the `$`: "decoder.b" would also match "decoder.bias".
             keys |= {f"{path}.{factor}$": f"{source}.{factor}$" for factor in "ab"}
         # DeBERTa's newer head gets the table itself.
         if read or (not tied and hasattr(self, "lm_predictions")):
@@ -158,9 +158,9 @@ class KroneckerPreTrainedModel(_Base):
     ) -> None:
         """Save, see ``transformers.PreTrainedModel.save_pretrained``; always as safetensors.
 
-        If it is killed at any moment, even by a loss of power, the folder has the old model or the
-        new one, or an error of loading says how to complete the new one. Other files in the folder
-        stay, including the weights of other variants.
+        If it is killed at any moment, even by a power failure, the folder has the old model or the
+        new one, or loading raises an error that says how to complete the new one. Other files in
+        the folder stay, including the weights of other variants.
 
         Raises:
             OSError: If the folder cannot be written.
@@ -214,10 +214,10 @@ class KroneckerPreTrainedModel(_Base):
         """Load a saved model, see ``transformers.PreTrainedModel.from_pretrained``.
 
         Raises:
-            ValueError: If a tensor of the model without its head is missing, of another shape or in
-                surplus, see ``kroneckerbert.loading.check_loaded``, a factor is NaN or infinite, or
-                the checkpoint is a dense model. Also if the head has another shape, unless
-                ``ignore_mismatched_sizes=True``, which draws a new one.
+            ValueError: If a tensor of the model without its head is missing, unexpected or of
+                another shape, see ``kroneckerbert.loading.check_loaded``, a factor is NaN or
+                infinite, or the checkpoint is a dense model. Also if the head has another shape,
+                unless ``ignore_mismatched_sizes=True``, which draws a new one.
             OSError: If a file is missing or damaged, or the last save was killed while its files
                 were moved into place.
         """
@@ -377,7 +377,7 @@ def _no_class(model: PreTrainedModel) -> str | None:
     if isinstance(model, KroneckerPreTrainedModel):
         return FACTORISED
     if model.config.is_encoder_decoder:
-        return f"it must be an encoder or a decoder, no encoder-decoder; {ELSEWHERE}"
+        return f"it must be an encoder or a decoder, not an encoder-decoder; {ELSEWHERE}"
     found = AutoModel._model_mapping.get(config, None)
     if not isinstance(found, type):
         has = " and ".join(cls.__name__ for cls in found or ()) or "none"
@@ -406,7 +406,7 @@ def _kronecker_class(dense: type, config: type[KroneckerConfig]) -> type[Kroneck
         namespace = {
             "__module__": __name__,
             "__doc__": f"``{dense.__name__}`` with factorised layers.",
-            "config_class": config,  # else transformers would take the annotation
+            "config_class": config,  # otherwise transformers would use the annotation
             "dense_class": dense,
         }
         name = f"Kronecker{dense.__name__}"

@@ -71,7 +71,7 @@ class _Preset(NamedTuple):
     attention: _Small
     up: _Small  # down has the transposed shapes
     b_size: int  # length of the embedding's row vector
-    rank: int = 1  # of attention and feed-forward
+    rank: int = 1  # attention's and feed-forward's
 
 
 # KroneckerBERT (NAACL 2022), see KroneckerConfig.preset.
@@ -92,7 +92,7 @@ def preset_factors(name: str, model_type: str, layout: Layout) -> dict[str, Any]
         layout: The dense model's layers.
 
     Raises:
-        ValueError: If there is no such preset, its small factors do not divide the widths, or the
+        ValueError: If the preset is unknown, its small factors do not divide the widths, or the
             architecture has no presets.
     """
     if name not in PRESETS:

@@ -12,7 +12,7 @@ from kroneckerbert.cli.sources import read_model
 
 
 def run(*arguments, app=app) -> tuple[int, str]:
-    """Exit code and what was written; an error that is not ours is raised."""
+    """Exit code and output; an error that is not ours is raised."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception

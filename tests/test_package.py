@@ -13,7 +13,7 @@ import pytest
 from kron_kernels.backends import abi
 
 ROOT = Path(__file__).resolve().parents[1]
-pytest.importorskip("setuptools", minversion="77")  # which pyproject.toml asks for
+pytest.importorskip("setuptools", minversion="77")  # pyproject.toml needs it
 
 # Fake compilers: they log their arguments and write the file of -o.
 LOG = '#!/bin/sh\necho "$*" >> "$0.log"\n'

@@ -10,8 +10,8 @@ Triton, which go into this GPU's table. A missing engine is left out and named. 
 DIR/report.json say what was checked, what failed and what was not done.
 
 Each section is a run of pytest: a test that crashes, or hangs for 15 minutes, costs that test.
-Arguments after -- are pytest's. The exit status is 0 if everything done passed, 1 if something
-failed, 2 if there is no GPU.
+Arguments after -- are pytest's. The exit status is 0 if nothing failed, 1 if something did, 2 if
+there is no GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TESTS = {
 }
 SECTIONS = ("environment", *TESTS)
 PATIENCE = 900  # seconds after which a test counts as hung
-RESTARTS = 20  # of a section's worker, after crashes and hangs
+RESTARTS = 20  # most restarts of a section's worker, after crashes and hangs
 NO_GPU = (
     "PyTorch finds no GPU here, and this command checks and measures one. Without a GPU the same "
     "checks run in a simulator: pytest tests/gpu/test_on_gpu.py."
@@ -96,7 +96,7 @@ def environment() -> tuple[dict[str, Any], list[Result]]:
 
 
 def run_section(section: str, args: argparse.Namespace) -> list[Result]:
-    """Run a section's tests in a worker that is restarted behind a crash or a hang."""
+    """Run a section's tests in a worker that is restarted after a crash or a hang."""
     xml = args.out / f"{section}.xml"
     xml.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", *TESTS[section], "-p", "benchmarks.gpu.plugin"]
@@ -116,14 +116,14 @@ def run_section(section: str, args: argparse.Namespace) -> list[Result]:
     ):
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # pytest gets it as well, and writes what it has
+        except KeyboardInterrupt:  # pytest gets it as well, and writes its results so far
             status = process.wait()
     results = read_results(section, xml)
     return results + unfinished(section, status, results)
 
 
 def unfinished(section: str, status: int, results: list[Result]) -> list[Result]:
-    """What keeps tests from being run at all: a status of pytest, or too many crashes."""
+    """The reason why tests could not run: a status of pytest, or too many crashes."""
     if status > 1:  # neither passed nor failed
         message = f"pytest ended with status {status}; some tests may not have been run"
         return [Result(section, "pytest", FAILED, message)]

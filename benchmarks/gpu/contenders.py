@@ -71,17 +71,17 @@ def contenders(
     calls = {key: (call, leaves) for key, call in kron_calls(workload, x, layers, left_out).items()}
     if len(layers) == 1:
         ((a, b, bias),) = layers
-        # Leaves with two axes: a view would have a gradient of its own.
+        # Leaves with two axes: a view would have a separate gradient.
         flat = [t.detach()[0].requires_grad_(training) for t in (a, b)]
-        some = library_calls(workload, x, *flat, bias, left_out)
-        calls |= {key: (call, [x, *flat, bias]) for key, call in some.items()}
+        libraries = library_calls(workload, x, *flat, bias, left_out)
+        calls |= {key: (call, [x, *flat, bias]) for key, call in libraries.items()}
     calls["dense"] = partial(dense_call, workload, x, dense), dense_leaves
     dy = torch.randn(workload.tokens, workload.shapes[-1].out_features, device=device, dtype=dtype)
     made = {}
-    for key, (call, some) in calls.items():
+    for key, (call, inputs) in calls.items():
         check = partial(check_contender, workload, layers, x, dy, dtype, key == "dense")
         if training:
-            call = partial(with_gradients, call, some, dy)
+            call = partial(with_gradients, call, inputs, dy)
         made[key] = Contender(call, check)
     return made
 

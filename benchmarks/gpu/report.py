@@ -49,7 +49,7 @@ def read_results(section: str, xml: Path) -> list[Result]:
     if not xml.exists():
         return []
     cases = ElementTree.parse(xml).iter("testcase")
-    return [_result(section, case) for case in cases if case.get("name")]  # others were interrupted
+    return [_result(section, case) for case in cases if case.get("name")]  # unnamed: interrupted
 
 
 def _result(section: str, case: ElementTree.Element) -> Result:
@@ -103,8 +103,8 @@ def not_done(results: list[Result]) -> list[str]:
             reasons[r.section, r.message].append(r.name)
     lines = []
     for (section, why), names in reasons.items():
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        lines.append(f"{section}: {'; '.join(names[:4])}{more}: {why}")
+        others = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        lines.append(f"{section}: {'; '.join(names[:4])}{others}: {why}")
     for library, why in missing_contenders(results).items():
         lines.append(f"timing: {library}: {why}")
     return lines
@@ -170,7 +170,7 @@ def groups(results: list[Result]) -> list[str]:
 
 
 def timing_tables(results: list[Result]) -> list[str]:
-    """By kind and dtype: one of ours in microseconds, and the others as multiples of it."""
+    """By kind and dtype: our first contender in microseconds, the others as multiples of it."""
     tables = defaultdict(list)
     for timing in timings(results):
         tables[timing["kind"], timing["dtype"]].append(timing)
@@ -186,8 +186,8 @@ def timing_tables(results: list[Result]) -> list[str]:
             "and calls, and cuda. Calls are made one by one, or replayed as a CUDA graph. "
             "A star marks operands that fit into the L2 cache."
         )
-    for (kind, dtype), some in tables.items():
-        lines += ["", f"### {kind}, {dtype}", "", *ratio_table(some)]
+    for (kind, dtype), entries in tables.items():
+        lines += ["", f"### {kind}, {dtype}", "", *ratio_table(entries)]
     return [*lines, ""] if lines else []
 
 
@@ -195,7 +195,7 @@ def ratio_table(timings: list[dict[str, Any]]) -> list[str]:
     keys = dict.fromkeys(k for timing in timings for k in timing["loop"])
     own = next((key for key in OURS if key in keys), "ours")
     names = [key for key in keys if key != own]
-    columns = [f"{key}{how}" for how in ("", ", graph") for key in (own, *names)]
+    columns = [f"{key}{suffix}" for suffix in ("", ", graph") for key in (own, *names)]
     lines = [f"| | tokens | {' | '.join(columns)} |", f"|{' --- |' * 2}{' ---: |' * len(columns)}"]
     for timing in timings:
         entries = [*ratios(timing["loop"], own, names), *ratios(timing["graph"], own, names)]
@@ -247,8 +247,8 @@ def order_table(results: list[Result]) -> list[str]:
     for (row, kind, tokens), pairs in sorted(table.items(), key=lambda e: rows.index(e[0][0])):
         order = ", ".join(dispatch.GPU_ORDER[row])
         wins = [sum(pair[i] > 1 for pair in pairs) for i in (0, 1)]
-        some = [pair[1] for pair in pairs]
-        spread = f"{median(some):.2f} ({min(some):.2f} to {max(some):.2f})"
+        ratios = [pair[1] for pair in pairs]
+        spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         lines.append(
             f"| {row} | {order} | {kind} | {tokens} | {len(pairs)} | {wins[0]} | {wins[1]} "
             f"| {spread} |"

@@ -42,7 +42,7 @@ _MIX = 192  # entries that a thread mixes in registers
 
 
 class Case(NamedTuple):
-    """A product that has an entry of its own in the table."""
+    """A product that has its own entry in the table."""
 
     shape: KronShape
     dtype: torch.dtype
@@ -131,7 +131,7 @@ def run(key: str, tile: Tile, x: Tensor, layers: Sequence[Layer]) -> list[Tensor
 
 
 def tune_case(case: Case, gpu: Gpu, rounds: int) -> dict[str, Any]:
-    """Measure a case, in so many rounds of neighbours of the best tile so far.
+    """Measure a case, in this many rounds of neighbours of the best tile so far.
 
     Returns:
         A record of the rule's tile, the best, and the times or failures of all candidates.
@@ -161,7 +161,7 @@ def tune_case(case: Case, gpu: Gpu, rounds: int) -> dict[str, Any]:
             break
         best = fastest
     if best != rule:
-        time([rule, best])  # once more, the two alone
+        time([rule, best])  # the two alone once more
         if times[rule].median <= BETTER * times[best].median:
             best = rule
     return {
@@ -211,9 +211,9 @@ def _text(t: Tile) -> str:
 
 
 def measured(path: Path, device: str, rounds: int = 0) -> dict[str, dict[str, Any]]:
-    """Records of a device in a file, by key, with at least so many rounds.
+    """Records of a device in a file, by key, with at least this many rounds.
 
-    A line that was torn off by a kill is ignored.
+    A line cut short by a kill is ignored.
     """
     found = {}
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -240,7 +240,7 @@ def keep(path: Path, record: dict[str, Any]) -> None:
 def write_table(device: str, records: Mapping[str, dict[str, Any]]) -> Path:
     """Update the device's table; entries without a record stay."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # there may be no table yet
+        warnings.simplefilter("ignore")  # the table may not exist yet
         table = dict(configs._table(device))
     for key, record in records.items():
         table.pop(key, None)

@@ -55,8 +55,8 @@ def workloads(quick: bool) -> list[Workload]:
 def time_workload(workload: Workload, gpu: Gpu) -> dict[str, Any]:
     """Microseconds of each contender: of its calls one by one, and replayed as a CUDA graph.
 
-    A contender that is missing, wrong or refuses is left out, with the reason. One of ours that is
-    wrong raises.
+    A contender that is missing, wrong or refuses is left out, with the reason. If one of ours is
+    wrong, it raises.
     """
     left_out: dict[str, str] = {}
     with arithmetic(workload.dtype) as dtype:

@@ -168,7 +168,7 @@ def test_pictures_of_committed_results_go_to_the_documentation(tmp_path):
         ("layers --threads 1000000000", "'1000000000' must be a whole number of at least 1"),
         ("model --tokens 513", "'513' must be a whole number of at least 1 and at most 512"),
         ("model --batch x", "'x' must be a whole number"),
-        ("layers --match (", "'(' is no regular expression"),
+        ("layers --match (", "'(' is not a regular expression"),
         ("layers --match 3x3", "no cell matches '3x3'"),
         ("layers --only none", "none: there are"),
         ("layers --compare list.json", "list.json holds no results of this benchmark"),

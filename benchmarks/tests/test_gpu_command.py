@@ -51,8 +51,8 @@ def command(tmp_path, monkeypatch):
 def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert __main__.main(["--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "no GPU" in said and "simulator" in said
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "no GPU" in printed and "simulator" in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -92,7 +92,7 @@ from kron_kernels.backends.triton import launch
 right = launch.kron_matmul
 launch.kron_matmul = lambda *operands: right(*operands) + 1
 """
-    chosen = "simulated and triton and (contiguous or no_row)"
+    chosen = "simulated and triton and (contiguous or outside_the_table)"
     status, report, text = command(
         ["correctness"], "-m", "not gpu and not slow", "-k", chosen, plugin=plugin
     )
@@ -203,8 +203,8 @@ def test_both_engines_are_timed_and_compared_with_the_order(
     table = order_table(results)
     (few,) = (line for line in table if "| up to 4 tokens |" in line)
     assert f"| cuda, triton | {kind.split()[-1]} | up to 4 | 1 | 0 | 0 | 0." in few
-    (more,) = (line for line in table if "| more |" in line)
-    assert " | 1 | 0 | 0 | 0." in more
+    (many,) = (line for line in table if "| more |" in line)
+    assert " | 1 | 0 | 0 | 0." in many
     missing = sum("No workload of the row" in line for line in table)
     assert missing == len(dispatch.GPU_ORDER) - 2
 
@@ -214,7 +214,7 @@ def test_a_wrong_contender_is_left_out_and_one_of_ours_fails(gpu, monkeypatch):
     monkeypatch.setattr(contenders, "dense_call", lambda workload, x, layers: x.new_zeros(5, 48))
     assert "dense" in time_workload(workload, gpu)["left_out"]
     right = launch.kron_matmul
-    monkeypatch.setattr(launch, "kron_matmul", lambda *o, **more: right(*o, **more) + 1)
+    monkeypatch.setattr(launch, "kron_matmul", lambda *o, **options: right(*o, **options) + 1)
     with pytest.raises(AssertionError, match="in units of"):
         time_workload(workload, gpu)
 
@@ -253,11 +253,11 @@ def test_an_interrupted_tuning_continues(gpu, tmp_path, monkeypatch):
     path, seen = tmp_path / "tuning.jsonl", []
     real = tuning.tune_case
 
-    def interrupted(case, *more):
+    def interrupted(case, *rest):
         seen.append(case)
         if case == OTHER and seen.count(OTHER) == 1:
             raise KeyboardInterrupt
-        return real(case, *more)
+        return real(case, *rest)
 
     def tune():
         for case in (TINY, OTHER):

@@ -22,7 +22,7 @@ KRON_INLINE Floats exp(Floats x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.f;
-  // Two factors of 2^(n/2), since 2^128 is no float.
+  // Two factors of 2^(n/2), since 2^128 is not a float.
   Bits k = bits_of<Bits>(shifted) - bits_of<uint32_t>(magic);
   Bits half = bits_of<Bits>(bits_of<Ints>(k) >> 1);
   Floats y = p * bits_of<Floats>((half + 127) << 23) * bits_of<Floats>((k - half + 127) << 23);

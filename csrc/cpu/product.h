@@ -8,7 +8,7 @@ namespace {
 
 const char *const OUT_OF_MEMORY = "out of memory for a block of tokens";
 
-// A product with its factors and bias in the dtype of computation: 16-bit ones are widened, once a call.
+// A product with its factors and bias in the dtype of computation: 16-bit ones are widened for each call.
 template <class T> struct Product : kron_product {
   Product() {}
   Product(const Product &) = delete;

@@ -1,4 +1,4 @@
-// The entries of kron.h for GPUs: what a call must satisfy, and which kernels it launches.
+// The entries of kron.h for GPUs: the checks of a call, and the kernels that it launches.
 #include "../checks.h"
 #include "kernels.h"
 #include "plan.h"

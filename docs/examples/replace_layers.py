@@ -1,4 +1,4 @@
-"""Replace the linear layers of a torch model: by hand, by data, by a plan. Needs torch alone."""
+"""Replace the linear layers of a torch model: by hand, by data, by a plan. Needs only torch."""
 
 import copy
 
@@ -10,10 +10,10 @@ from kron_kernels.plan import plan
 from kron_kernels.timing import interleaved
 
 torch.manual_seed(0)
-torch.set_num_threads(1)  # times are steadier so
+torch.set_num_threads(1)  # for steadier times
 model = nn.Sequential(nn.Linear(384, 1536), nn.GELU(), nn.Linear(1536, 384)).eval()
 
-# What a layer sees is rarely white noise: here 384 features of 64 sources, and some noise.
+# A layer's inputs are rarely white noise: here 384 features of 64 sources, and some noise.
 sources = torch.randn(64, 384)
 inputs = torch.randn(4096, 64) @ sources / 8 + 0.1 * torch.randn(4096, 384)
 train, test = inputs.split(2048)
@@ -34,7 +34,7 @@ models = {
     "nearest outputs": kk.factorise_(copy.deepcopy(model), shapes, second_moments=moments),
 }
 
-# Or let it be planned: everything that is tried is measured here, errors on the data.
+# Or let `plan` choose: it measures on this machine, with errors on the data.
 chosen = plan(model, {"parameters": "4x"}, test[:128], calibration=train.split(512))
 print(chosen, "\n")
 planned = kk.factorise_(copy.deepcopy(model), chosen.factors, second_moments=moments)

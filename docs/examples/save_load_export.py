@@ -1,7 +1,7 @@
 """Save a compressed model, load it as transformers loads any, and export it for other runtimes.
 
 It needs the extra `bert`; with `onnx` it writes ONNX files too, in float32 and in 8 bits. The model
-is a small BERT with random weights, so that nothing is downloaded.
+is a small BERT with random weights: nothing is downloaded.
 """
 
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""The backends by name, and what each offers."""
+"""The backends by name, and the functions of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kron_kernels.checks import Activation, Layer
 class Backend(Protocol):
     """The functions of a backend's module.
 
-    x is ``(T, n)`` with any number T of tokens, none included; factors are ``(r, m_i, n_i)``. All
+    x is ``(T, n)`` with any number T of tokens, including 0; factors are ``(r, m_i, n_i)``. All
     may have any strides. Only ``why_not`` and ``describe`` get x ``(…, n)`` as the user gave it.
     """
 

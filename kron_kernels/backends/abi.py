@@ -64,7 +64,7 @@ def address(t: Tensor | None) -> int:
     if start < 2**40 and t.numel() and start == t.storage_offset() * t.element_size():
         raise ValueError(
             f"a tensor of shape {tuple(t.shape)} has no memory: its storage was freed, as FSDP "
-            "frees what it has sharded. Call the module instead of using its parameters, or gather "
+            "frees sharded tensors. Call the module instead of using its parameters, or gather "
             "them first."
         )
     return start

@@ -22,7 +22,7 @@ from kron_kernels.checks import Activation, Layer
 
 _native = abi.module
 
-# Up to this many tokens each product of a feed-forward is a launch of its own, which spreads over
+# Up to this many tokens each product of a feed-forward is a separate launch, which spreads over
 # the whole GPU. The fused kernel would run in a single block.
 FEW_TOKENS = 16
 

@@ -131,7 +131,7 @@ FORMS = tuple(Form(o, lay) for o in ("b_first", "a_first") for lay in ("batched"
 def cost(s: KronShape, form: Form) -> float:
     """Expected time per token, in multiply-adds of a large GEMM."""
     b_first = form.order == "b_first"
-    columns = s.m2 if b_first else s.n2  # of the matrix that A multiplies
+    columns = s.m2 if b_first else s.n2  # columns that A multiplies
     work = s.multiply_adds(form.order)
     if form.layout == "planes":
         return work + _COPY * (s.out_features if b_first else s.in_features)

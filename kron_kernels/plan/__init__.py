@@ -3,7 +3,7 @@
 Candidates for a layer are shapes with a small left or right factor, low rank, and sums of the two.
 Their errors come from spectra of small Gram matrices, without computing factors; with calibration
 data, the leading candidates are fitted in a few steps. A multiple-choice knapsack picks one
-candidate per layer. Only picked candidates are timed: until then a lower bound stands for their
+candidate per layer. Only picked candidates are timed; the others count with a lower bound of their
 time. Finally the planned module is built and measured.
 """
 

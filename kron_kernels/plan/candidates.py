@@ -68,7 +68,7 @@ def candidates_of(target: Target, moment: Tensor | None, mix: bool) -> list[Cand
 
 
 def _thinned(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Drop candidates whose error another with fewer parameters and FLOPs comes close to."""
+    """Drop candidates whose error is nearly matched by one with fewer parameters and FLOPs."""
     kept: list[Candidate] = []
     for c in sorted(candidates, key=lambda c: (c.parameters, c.flops, c.error, c.shapes)):
         if all(c.error < (1 - _GAIN) * k.error for k in kept if k.flops <= c.flops):
@@ -110,7 +110,7 @@ def _linear_errors(w: Tensor, moment: Tensor | None, mix: bool) -> list[Errors]:
 
 
 def _bases(errors: Errors) -> list[Shapes]:
-    """The products, of different a_shapes, that explain most beyond their share of parameters."""
+    """Products of different a_shapes that explain most of the weight for their parameters."""
 
     def gain(item: tuple[Shapes, float]) -> float:
         (s,), error = item

@@ -15,7 +15,7 @@ from kron_kernels.modules import call
 from kron_kernels.plan.layers import Candidate, Target
 from kron_kernels.timing import interleaved
 
-LAYER_SECONDS, MODULE_SECONDS = 0.05, 2.0  # of timing one candidate, and the whole module
+LAYER_SECONDS, MODULE_SECONDS = 0.05, 2.0  # spent timing a candidate, and the module
 
 
 def milliseconds(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:

@@ -32,7 +32,7 @@ class Candidate(NamedTuple):
 
     shapes: Shapes
     parameters: int
-    flops: int  # of one forward pass of the module
+    flops: int  # in one forward pass of the module
     error: float  # relative and squared
 
 
@@ -42,8 +42,8 @@ class Target:
 
     path: str
     layer: Dense
-    decision: Shapes | None = None  # by the argument ``layers``; () keeps the layer dense
-    inputs: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)  # of each call
+    decision: Shapes | None = None  # from the argument ``layers``; () means dense
+    inputs: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)  # one per call
     candidates: list[Candidate] = field(default_factory=list)  # the first is dense if undecided
 
     @cached_property
@@ -130,14 +130,14 @@ def find_targets(
             raise ValueError(f"{path!r} cannot be factorised: {reasons[path]}; leave it out.")
         target = Target(path, layer)
         if (decider := deciding_name(parts, path)) is not None:
-            what = f"layers[{decider!r}], for {path or 'the module'}"
-            target.decision = shapes_of(parts[decider], target.size, target.is_table, what)
-            check_ranks(target.decision, what)
-            _check_is_smaller(target, target.decision, what)
+            label = f"layers[{decider!r}], for {path or 'the module'}"
+            target.decision = shapes_of(parts[decider], target.size, target.is_table, label)
+            check_ranks(target.decision, label)
+            _check_is_smaller(target, target.decision, label)
         targets.append(target)
     if not targets:
         raise ValueError(
-            "the module has no layer that could be factorised: no nn.Linear that is called and not "
+            "the module has no layer that can be factorised: no nn.Linear that is called and not "
             "tied to another; name an nn.Embedding in names, or nothing can be planned."
         )
     return targets
@@ -154,11 +154,11 @@ def _checked(names: Iterable[str]) -> list[str]:
     return names
 
 
-def _check_is_smaller(target: Target, shapes: Shapes, what: str) -> None:
+def _check_is_smaller(target: Target, shapes: Shapes, label: str) -> None:
     parameters, dense = sum(s.parameters for s in shapes), target.layer.weight.numel()
     if parameters >= dense:
         raise ValueError(
-            f"{what}: {terms_text(shapes)} has {parameters:,} parameters, no fewer than the dense "
+            f"{label}: {terms_text(shapes)} has {parameters:,} parameters, no fewer than the dense "
             f"layer's {dense:,}; lower the rank, choose another a_shape, or write None for a dense "
             "layer."
         )

@@ -25,7 +25,7 @@ from kron_kernels.plan.solver import solve
 
 Objective = Literal["error", "size", "latency"]
 
-_ROUNDS = 6  # of building and measuring
+_ROUNDS = 6  # a module is built and measured at most this often
 _TENSOR_HEADER = 160  # bytes at most of a tensor's name, dtype, shape and place in a file
 
 
@@ -116,11 +116,11 @@ def _moments(
     linears = [t for t in targets if not t.is_table]
     moments = second_moments(module, calibration, {t.path: t.layer for t in linears})
     for t in linears:
-        # A plan by errors in outputs must not fall back to errors in weights for some layers.
+        # Falling back to the error of this layer's weight would mix two kinds of error in a plan.
         if t.path not in moments and t.inputs and t.may_change:
             raise ValueError(
-                f"calibration gives {t.path or 'the module'} no input that counts, though inputs "
-                "call it; pass batches that reach it with something unmasked, or keep it dense by "
+                f"calibration gives {t.path or 'the module'} no unmasked input, although inputs "
+                "reach it; pass batches with unmasked rows for it, or keep it dense with "
                 f"layers={{{t.path!r}: None}}."
             )
     return moments
@@ -202,7 +202,7 @@ class Planner:
     # Choosing
 
     def _choose(self, allowed: Mapping[str, float]) -> Choice | None:
-        """The best choice within these limits, all timed if times matter; None if there is none."""
+        """The best choice within these limits, all timed if times matter; None without a choice."""
         solve_once = self._solve_keeping_dense if self.keep_dense else self._solve
         return self._until_timed(partial(solve_once, allowed))
 
@@ -310,7 +310,7 @@ class Planner:
         return {k: self._rest(k) + self._cost_of(choice, k) for k in keys}
 
     def _closest(self) -> Choice:
-        """The nearest to a budget that seems too small: rests and sums of times may be wrong."""
+        """The choice nearest to a budget that seems out of reach: estimates may be wrong."""
         binding = [k for k in self.limits if self._solve({k: self.limits[k]}) is None]
         key = binding[0] if binding else next(iter(self.limits))
         others = {k: v for k, v in self.limits.items() if k not in binding}

@@ -16,7 +16,7 @@ from torch import Tensor
 from kron_kernels.factors import Entry, parse, shapes_of, terms_text
 from kron_kernels.files import write_file
 
-_REMEDY = "make it anew with kron_kernels.plan.plan"
+_REMEDY = "make it again with kron_kernels.plan.plan"
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,18 @@ class Plan:
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"this is no plan: it is not JSON ({error}).") from error
+            raise ValueError(f"this is not a plan: it is not JSON ({error}).") from error
         wanted = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or values.keys() != wanted or values["version"] != 1:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(
-                f"this is no plan of version 1: it has {found}, not {sorted(wanted)}; {_REMEDY}."
+                f"this is not a plan of version 1: it has {found}, not {sorted(wanted)}; {_REMEDY}."
             )
         kinds = dict.fromkeys(("factors", "totals", "setting", "budget"), dict)
         for name, kind in {**kinds, "layers": list, "objective": str}.items():
             if not isinstance(values[name], kind):
                 raise ValueError(
-                    f"this is no plan: its {name} must be a {kind.__name__}, got "
+                    f"this is not a plan: its {name} must be a {kind.__name__}, got "
                     f"{values[name]!r:.80}; {_REMEDY}."
                 )
         try:
@@ -99,7 +99,7 @@ class Plan:
             str(made)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
-                "this is no plan: its table cannot be made of its values "
+                "this is not a plan: its table cannot be made of its values "
                 f"({type(error).__name__}: {error}); {_REMEDY}."
             ) from error
         return made

@@ -42,7 +42,7 @@ def solve(
     most_cost = cost.masked_fill(~real[..., None], -torch.inf).amax(1).sum(0)
     least_cost = cost.masked_fill(~real[..., None], torch.inf).amin(1).sum(0)
     unit = (most_cost - least_cost).clamp_min(1e-12 * most_cost.abs().clamp_min(1e-30))
-    slack = 1e-9 * torch.maximum(limit.abs(), most_cost.abs()) / unit  # for rounding
+    slack = 1e-9 * torch.maximum(limit.abs(), most_cost.abs()) / unit  # allows for rounding
     cost, limit = cost / unit, limit / unit + slack
     if (least_cost / unit > limit).any():
         return None

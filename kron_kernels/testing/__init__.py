@@ -19,8 +19,8 @@ def assert_close(
 
     The rounding error of a sum of n products grows as √n. If the entries have an RMS of s and
     ``actual``'s dtype a machine epsilon of eps, the error's RMS may reach ``slack * eps * √n * s``
-    and its maximum six times that. A 16-bit result may have one rounding of its own, and sums in
-    float32: with eps of 16 bits 1024 terms would excuse anything.
+    and its maximum six times that. A 16-bit result may have one rounding more, and sums in
+    float32: with a 16-bit eps, 1024 terms would excuse any error.
 
     Args:
         name: The tensor's name, for the error message.

@@ -199,21 +199,21 @@ def check_feed_forward(
     exact = wide(operands)
     expected = _block(_reference_block, exact, activation=activation)
     n = terms(up) + terms(down)
-    more = {"activation": activation, "backend": backend}
-    y = _block(kron_feed_forward, operands, residual=dy, **more)
+    options = {"activation": activation, "backend": backend}
+    y = _block(kron_feed_forward, operands, residual=dy, **options)
     hold("y", y, expected + dy.cpu().double(), n, dtype)
     operands = [t.requires_grad_() for t in operands]
-    grads = torch.autograd.grad(_block(kron_feed_forward, operands, **more), operands, dy)
+    grads = torch.autograd.grad(_block(kron_feed_forward, operands, **options), operands, dy)
     others = torch.autograd.grad(expected, exact, dy.cpu().double())
     for i, (grad, other) in enumerate(zip(grads, others, strict=True)):
         hold(f"gradient {i}", grad, other, tokens * 4 * n, dtype)
     return met
 
 
-def _block(call: Callable[..., Tensor], operands: Sequence[Tensor], **more: Any) -> Tensor:
+def _block(call: Callable[..., Tensor], operands: Sequence[Tensor], **options: Any) -> Tensor:
     x, a1, b1, a2, b2, *biases = operands
     bias1, bias2 = biases or (None, None)
-    return call(x, (a1, b1, bias1), (a2, b2, bias2), **more)
+    return call(x, (a1, b1, bias1), (a2, b2, bias2), **options)
 
 
 def _reference_block(x: Tensor, up: Layer, down: Layer, activation: str) -> Tensor:

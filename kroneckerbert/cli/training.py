@@ -180,7 +180,7 @@ def distill(
                 raise Interrupted(
                     stop.number,
                     f"Stopped after step {step}; the training is kept in {kept}, which you may "
-                    "delete to begin anew.",
+                    "delete to start over.",
                 )
             student_model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -32,7 +32,7 @@ PRESETS = ("kronecker-bert-8", "kronecker-bert-21")
 BATCHES = (1, 32)
 TOKENS = 128  # per sequence, when timed
 _CALIBRATION = 640  # sentences
-_SHORT = 1.0  # minutes of training below which all else is shortened, too
+_SHORT = 1.0  # minutes of training below which everything else is shortened too
 _PERFECT = {"cosine": 1.0, "ranking": 1.0}
 
 

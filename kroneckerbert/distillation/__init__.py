@@ -1,6 +1,6 @@
 """Train a compressed transformer to reproduce its teacher's outputs, layer by layer.
 
-The student has its teacher's widths, so that layers are compared without projections. Stage 1 uses
+The student has its teacher's widths, so layers are compared without projections. Stage 1 uses
 a bare model, or one with pre-training heads, on unlabelled text; stage 2 uses the task's data and
 the fine-tuned teacher. Both use the same trainer: a term applies if model and batch provide it.
 """

@@ -180,7 +180,7 @@ def write(
 
 
 def fits(folder: Path, about: dict, wanted: Mapping[str, bool]) -> bool:
-    """Whether a folder holds the wanted outputs of this teacher for this data.
+    """Whether a folder holds these outputs of this teacher for this data.
 
     Raises:
         ValueError: If it holds other outputs.

@@ -81,7 +81,7 @@ def check_pair(
     """Check that all requested terms can be computed and that training cannot change the teacher.
 
     Raises:
-        ValueError: If the models share parameters, or differ in what the terms compare.
+        ValueError: If the models share parameters, or their outputs cannot be compared.
     """
     if student is teacher:
         raise ValueError("student and teacher are the same object; pass a copy.deepcopy of one.")

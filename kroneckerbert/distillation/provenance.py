@@ -1,4 +1,4 @@
-"""A record in a folder of what it was made from, so that work resumes only where it still fits."""
+"""A record in a folder of its inputs: work resumes only if they are unchanged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def is_made_of(folder: Path, made_of: Mapping[str, Any], renew: bool) -> bool:
     if changes and not renew:
         raise ValueError(
             f"{folder} was made with other arguments: {'; '.join(changes)}. Delete {folder} to "
-            "begin anew, undo the change, or choose another output folder."
+            "start over, undo the change, or choose another output folder."
         )
     return not changes
 

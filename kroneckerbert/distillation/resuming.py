@@ -78,10 +78,10 @@ def start(
     if checkpoint is None:
         return None, time.time_ns()
     if not checkpoint.exists():
-        there = ", ".join(path.name for path in sorted(_checkpoints(folder), key=_step)) or "none"
+        names = ", ".join(path.name for path in sorted(_checkpoints(folder), key=_step)) or "none"
         raise FileNotFoundError(
             f"there is no folder {checkpoint} to resume from; the checkpoints in {folder} are: "
-            f"{there}. Pass the path of one, or True for the last."
+            f"{names}. Pass the path of one, or True for the last."
         )
     check(checkpoint, ranks, of)
     about = read_checksums(checkpoint)
@@ -120,7 +120,7 @@ def last(folder: Path, now: Mapping[str, Any]) -> Path | None:
         if found is None:
             raise ValueError(
                 f"{message} To resume from it anyway, pass resume_from_checkpoint={str(path)!r}; "
-                "to begin anew, choose another output_dir or delete it."
+                "to start over, choose another output_dir or delete it."
             )
         warnings.warn(f"{message} It is ignored.", stacklevel=2)
         break
@@ -151,13 +151,14 @@ def check(checkpoint: Path, ranks: Sequence[int], of: int) -> None:
         for path in _checkpoints(checkpoint.parent)
         if _step(path) < _step(checkpoint) and (run is None or _run(path) in (None, run))
     ]
-    whole = (p for p in sorted(earlier, key=_step, reverse=True) if not _problem(p, ranks, of))
-    if found := next(whole, None):
+    complete = (p for p in sorted(earlier, key=_step, reverse=True) if not _problem(p, ranks, of))
+    if found := next(complete, None):
         remedy = (
-            f"{found} is whole: pass resume_from_checkpoint={str(found)!r}, or delete {checkpoint}"
+            f"{found} is complete: pass resume_from_checkpoint={str(found)!r}, or delete "
+            f"{checkpoint}"
         )
     else:
-        remedy = f"no earlier one beside it is whole: delete {checkpoint} to begin anew"
+        remedy = f"no earlier one beside it is complete: delete {checkpoint} to start over"
     raise OSError(f"cannot resume from {checkpoint}: {problem}. To resolve: {remedy}.")
 
 
@@ -249,7 +250,7 @@ def _step(checkpoint: Path) -> float:
 
 
 def keep(folder: Path, checkpoint: Path, made_of: Mapping[str, Any], seconds: float) -> None:
-    """Move the checkpoint of a stopped training to a folder of its own.
+    """Move the checkpoint of a stopped training to a separate folder.
 
     Args:
         folder: Replaced if an earlier call wrote it; on the checkpoint's file system.
@@ -285,10 +286,10 @@ def find(folder: Path, made_of: Mapping[str, Any]) -> tuple[Path | None, float]:
     if not checkpoint.exists():
         return None, 0.0
     if problem := damaged(checkpoint):
-        raise OSError(f"{problem}. To resolve: delete {folder} to begin anew.")
+        raise OSError(f"{problem}. To resolve: delete {folder} to start over.")
     try:
         return checkpoint, check_number("seconds", read_json(clock, "seconds")["seconds"])
     except FileNotFoundError as error:
-        raise ValueError(f"{clock} is missing; delete {folder} to begin anew.") from error
+        raise ValueError(f"{clock} is missing; delete {folder} to start over.") from error
     except ValueError as error:
         raise ValueError(f"{error} It is read from {clock}.") from error

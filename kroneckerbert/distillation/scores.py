@@ -64,7 +64,7 @@ class _Projections(NamedTuple):
     """Scores of an attention module that does not call the interface."""
 
     names: tuple[str, ...]  # layers that project to queries and keys
-    scores: Callable[..., Tensor]  # from the module and those layers' outputs
+    scores: Callable[..., Tensor]  # of the module and those layers' outputs
 
 
 def _mpnet_scores(module: Any, query: Tensor, key: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def distillation_terms(
         attention_mask: ``(batch, sequence)``, non-zero for real tokens; the multiple-choice shape
             ``(batch, choices, sequence)`` is flattened as in the model.
         weights: Weight of every name in ``TERMS``. A term of weight 0 is not computed; one of
-            weight None is computed if the outputs have what it needs.
+            weight None is computed if the outputs have its fields.
         layer_map: The teacher layer for each student layer, see ``layer_pairs``.
         temperature: T, which divides the logits; their KL divergence is multiplied by T².
         problem_type: As in the config: ``"regression"`` (or a single logit) compares logits by MSE,
@@ -56,7 +56,7 @@ def distillation_terms(
             over the step. 1 if unset.
 
     Raises:
-        ValueError: If the temperature is not positive, an output lacks what a requested term needs,
+        ValueError: If the temperature is not positive, an output lacks a requested term's fields,
             no term is left, or shapes do not match.
     """
     check_temperature(temperature)

@@ -92,7 +92,7 @@ class DistillationTrainer(Trainer):
             )
         check_pair(model, teacher, args)
         super().__init__(model, args, **trainer_kwargs)
-        self.model_accepts_loss_kwargs = False  # as loss_is_scaled_for_ga, before transformers 5.19
+        self.model_accepts_loss_kwargs = False  # loss_is_scaled_for_ga before transformers 5.19
         dtype = getattr(torch, args.teacher_dtype) if args.teacher_dtype else None
         self.teacher = teacher.to(args.device, dtype).eval()
         self._targets = {*self.label_names, *find_labels(type(teacher)), cache.ROW}
@@ -102,7 +102,7 @@ class DistillationTrainer(Trainer):
         self._token_labels = (
             name.endswith(_TOKEN_LABELS)
             and not name.endswith(DETECTOR)
-            and module.startswith(("transformers.", "kroneckerbert."))  # others may differ in loss
+            and module.startswith(("transformers.", "kroneckerbert."))  # other losses may differ
         )
         self._train_means, self._eval_means = _TermMeans(), _TermMeans()
         self._first_batch = True
@@ -289,7 +289,7 @@ class DistillationTrainer(Trainer):
         return loss, type(student)(**{k: v for k, v in student.items() if k not in captured})
 
     def _captured(self) -> dict[str, bool]:
-        """The options of a forward pass that returns what the terms compare."""
+        """The options of a forward pass that returns the fields of the terms."""
         weights = self.args.weights
         return {
             "output_hidden_states": weights["embedding"] != 0 or weights["hidden"] != 0,
@@ -395,7 +395,7 @@ class DistillationTrainer(Trainer):
             last = self._last(folder)
             raise OSError(
                 f"checkpoint {self.state.global_step} could not be saved ({error}). "
-                f"{f'{last} is whole' if last else 'There is none before it'}: make room and "
+                f"{f'{last} is complete' if last else 'There is none before it'}: make room and "
                 "start again with resume_from_checkpoint=True."
             ) from error
         finally:
@@ -477,8 +477,8 @@ class DistillationTrainer(Trainer):
         if not bad:
             return
         culprits = [
-            f"{who} parameter {name}"
-            for who, model in (("student", self.model), ("teacher", self.teacher))
+            f"{owner} parameter {name}"
+            for owner, model in (("student", self.model), ("teacher", self.teacher))
             for name in _not_finite(model)
         ]
         cause = (
@@ -496,7 +496,7 @@ class DistillationTrainer(Trainer):
                 "all terms are 0: the student already computes what its teacher computes. Was it "
                 "compressed?"
             )
-        # This process's part of sharded parameters may well have no gradient, and reentrant
+        # This process's part of sharded parameters may have no gradient, and reentrant
         # checkpointing does not support torch.autograd.grad.
         whole = self.accelerator.distributed_type not in (
             DistributedType.FSDP,
@@ -504,7 +504,7 @@ class DistillationTrainer(Trainer):
         ) and not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for name, term in terms.items():
-            if term.item() == 0:  # where the student is a copy of the teacher, kept so by the term
+            if term.item() == 0:  # the student is a copy of the teacher here
                 continue
             moves = term.requires_grad
             if moves and whole:
@@ -523,10 +523,10 @@ class DistillationTrainer(Trainer):
         if bad := _not_finite(self.model):
             self._stop(f"{bad[0]} is not finite after step {self.state.global_step}")
 
-    def _stop(self, what: str) -> None:
+    def _stop(self, problem: str) -> None:
         last = self._last(Path(self.args.output_dir))
         raise ValueError(
-            f"the training diverged: {what}. Lower the learning rate, now "
+            f"the training diverged: {problem}. Lower the learning rate, now "
             f"{self.args.learning_rate:g}, or train in float32 or bfloat16. "
             f"{f'The last good checkpoint is {last}.' if last else 'No checkpoint was saved.'}"
         )

@@ -287,7 +287,7 @@ class Corpus(Dataset):
 class MaskedCollator(DataCollatorForLanguageModeling):
     """``DataCollatorForLanguageModeling`` whose masks depend only on the batch and the seed.
 
-    A resumed run, on any number of workers, therefore sees the same masks as an uninterrupted one.
+    A resumed run, on any number of workers, thus sees the same masks as an uninterrupted one.
     Shuffling changes the batches, and with them a text's mask in every epoch; only an identical
     batch, such as a single sequence, is masked the same way again. (The stock collator draws from
     one stream per worker, which restarts with every process.)
@@ -339,7 +339,7 @@ def _hub_texts(name: str, config: str | None) -> Iterator[str]:
         from huggingface_hub.errors import HTTPError  # whichever HTTP library it uses
     except ImportError as error:
         raise ImportError(
-            f"{name} is no file or folder; to read it from the Hub, "
+            f"{name} is not a file or folder; to read it from the Hub, "
             "pip install 'kron-kernels[data]'."
         ) from error
     try:
@@ -352,8 +352,8 @@ def _hub_texts(name: str, config: str | None) -> Iterator[str]:
             yield row["text"] or ""
     except (OSError, HTTPError) as error:
         raise OSError(
-            f"{name} is no file or folder, and cannot be read from the Hub ({error}); give a local "
-            "text file with one document per line."
+            f"{name} is not a file or folder, and cannot be read from the Hub ({error}); give a "
+            "local text file with one document per line."
         ) from error
 
 

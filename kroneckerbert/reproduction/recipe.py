@@ -205,7 +205,7 @@ def load(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
         ValueError: If a key is unknown or missing, a value is out of range, or the file is not
             YAML.
         TypeError: If a value has the wrong type.
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If it does not exist.
     """
     path = Path(source)
     if not path.is_file():
@@ -253,7 +253,7 @@ def select(recipe: Recipe, tasks: Sequence[str] | None, seeds: Sequence[int] | N
     """The recipe restricted to some tasks, or with other seeds; None keeps its own.
 
     Raises:
-        ValueError, TypeError: If it has no such task, or the seeds are invalid.
+        ValueError, TypeError: If it lacks a task, or the seeds are invalid.
     """
     given = dict(recipe.given)
     for name in tasks or ():

@@ -156,7 +156,7 @@ class _Run:
         recipe, stage1 = self.recipe, self.recipe.stage1
         self._check()
         # Report missing data now, not after hours of stage 1.
-        with self.state.main_process_first():  # which downloads for all
+        with self.state.main_process_first():  # one process downloads for all
             self.rows = {name: self._digests(name) for name in recipe.tasks}
         text = self._corpus(stage1) if stage1 else ""
         start = self._start(text)
@@ -438,7 +438,7 @@ class _Run:
             (folder / "training_args.bin").unlink(missing_ok=True)  # contains local paths
             trainer.state.save_to_json(str(folder / _HISTORY))
 
-    def _evaluated(self, name: str, who: str, model: str | Path) -> _Metrics:
+    def _evaluated(self, name: str, role: str, model: str | Path) -> _Metrics:
         rows = {key: value for key, value in self.rows[name].items() if not key.endswith(" train")}
 
         def work(folder: Path, _: Path) -> None:
@@ -451,7 +451,7 @@ class _Run:
             write_json(folder / "scores.json", scores)
 
         made_of = {"model": identity(model), "data": rows}
-        folder = self._step(f"scores/{name}/{who}", made_of, work, alone=True, renew=True)
+        folder = self._step(f"scores/{name}/{role}", made_of, work, alone=True, renew=True)
         return read_json(folder / "scores.json")
 
     def _latency(self, given: Latency, student: Path) -> dict[str, Any]:
@@ -484,12 +484,12 @@ class _Run:
 
     # Reports
 
-    def _print_scores(self, scores: Sequence[Score], who: str) -> None:
+    def _print_scores(self, scores: Sequence[Score], role: str) -> None:
         for score in scores:
-            value = f"{score.teacher:.2f}" if who == "teacher" else score
+            value = f"{score.teacher:.2f}" if role == "teacher" else score
             paper = ", ".join(f"{name} {number:g}" for name, number in score.paper.items())
             beside = f"   [paper: {paper}]" if paper else ""
-            self.print(f"  {score.task} {score.split} {score.metric}, {who}: {value}{beside}")
+            self.print(f"  {score.task} {score.split} {score.metric}, {role}: {value}{beside}")
 
     def _summarise(
         self, stage1: Path, students: list[tuple], scores: list[Score], latency: dict | None
@@ -565,7 +565,7 @@ def _located(source: str) -> str:
         is_local = source.startswith((".", "/")) or source.count("/") > 1 or not source
         if is_local and not Path(source).exists():
             raise FileNotFoundError(
-                f"{source!r} is no file or folder; give an existing one, or a name on the hub."
+                f"{source!r} is not a file or folder; give an existing one, or a name on the hub."
             )
         return source
     name, _, path = source.removeprefix(_PACKAGE).partition("/")

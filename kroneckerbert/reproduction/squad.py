@@ -286,7 +286,7 @@ class _Window:
 
     Args:
         question: Index of the question.
-        cls: Position of ``[CLS]``, which stands for no answer.
+        cls: Position of ``[CLS]``, which means no answer.
         context: Position of the text's first token.
         characters: Shape ``(tokens of the text, 2)``: first character of each and the one after it.
     """
@@ -297,7 +297,7 @@ class _Window:
     characters: np.ndarray
 
     def answer(self, question: Question) -> tuple[int, int]:
-        """First and last token of the first answer, or ``cls`` for both if it is not in here."""
+        """First and last token of the first answer, or ``cls`` for both if the window lacks it."""
         if question.answers and len(self.characters):
             text, start = question.answers[0], question.starts[0]
             begin = start + len(text) - len(text.lstrip())  # spaces belong to no token
@@ -356,4 +356,4 @@ def _f1(prediction: list[str], answer: list[str]) -> float:
     if not prediction or not answer:
         return float(prediction == answer)
     shared = (Counter(prediction) & Counter(answer)).total()
-    return 2 * shared / (len(prediction) + len(answer))  # of precision and recall
+    return 2 * shared / (len(prediction) + len(answer))  # harmonic mean of precision and recall

@@ -237,7 +237,7 @@ def find_task(name: str) -> Task:
     """The task of this name.
 
     Raises:
-        ValueError: If there is no such task.
+        ValueError: If the task is unknown.
     """
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}.")
@@ -261,7 +261,7 @@ def read_task(name: str, split: str, data: str | Path | None = None) -> Table | 
         the task's ``labels`` for a classification.
 
     Raises:
-        ValueError: If there is no such task or split, or the rows have the wrong format, no labels
+        ValueError: If the task or split is unknown, or the rows have the wrong format, no labels
             or unknown labels.
         FileNotFoundError: If the folder has none of these files.
         ImportError: If ``datasets`` is needed and missing.
@@ -276,7 +276,7 @@ def read_task(name: str, split: str, data: str | Path | None = None) -> Table | 
 
 
 def read_file(task: Task, path: Path) -> Table | Questions:
-    """All rows of a task's file, whatever the file's name.
+    """All rows of a task's file, which may have any name.
 
     Args:
         task: The task.
@@ -430,10 +430,10 @@ def _find(task: Task, split: str, folder: Path) -> Path:
         for path in (folder / name, folder / f"{name}.gz"):
             if path.is_file():
                 return path
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ()
     raise FileNotFoundError(
         f"{folder} has no {split} split of {task.name}; looked for {', '.join(names)}, plain or "
-        f".gz; the folder has {', '.join(there) or 'no files'}."
+        f".gz; the folder has {', '.join(present) or 'no files'}."
     )
 
 

@@ -30,7 +30,7 @@ ENGINES = ("triton", "cuda")
 class Machine(NamedTuple):
     """An engine and the device of its tensors."""
 
-    engine: str  # of ENGINES, a backend of kron_matmul
+    engine: str  # one of ENGINES: a backend of kron_matmul
     device: str  # "cuda", or "cpu" in the simulator
 
     def __str__(self) -> str:

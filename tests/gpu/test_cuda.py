@@ -165,10 +165,10 @@ def test_without_memory_nothing_is_launched_and_the_next_call_is_right(tokens, g
     x, a, b = operands(tokens)
     new_empty, full = torch.Tensor.new_empty, [True]
 
-    def allocate(*sizes, **more):
+    def allocate(*sizes, **options):
         if full[0]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return new_empty(*sizes, **more)
+        return new_empty(*sizes, **options)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", allocate)
 

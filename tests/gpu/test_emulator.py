@@ -292,9 +292,9 @@ def test_floats_are_rounded_to_the_nearest_even_and_packed(name, launch):
     numbers = numbers[numbers.isfinite()].unique()
     between = (numbers[:-1].double() + numbers[1:].double()).mul(0.5).float()
     inf = torch.tensor(torch.inf)
-    some = torch.cat([numbers, between, numbers.neg(), torch.tensor([inf, -inf, 65520.0, 3.4e38])])
-    up, down = torch.nextafter(some, inf), torch.nextafter(some, -inf)
-    x = torch.cat([some, up, down, torch.tensor([torch.nan, 1e-45, -1e-45, 1e-40])])
+    base = torch.cat([numbers, between, numbers.neg(), torch.tensor([inf, -inf, 65520.0, 3.4e38])])
+    up, down = torch.nextafter(base, inf), torch.nextafter(base, -inf)
+    x = torch.cat([base, up, down, torch.tensor([torch.nan, 1e-45, -1e-45, 1e-40])])
     x = x[: len(x) // 2 * 2]
     y = torch.empty(len(x) // 2, dtype=torch.int32)
     launch(f"narrow_{name}", x, y, n=len(y))

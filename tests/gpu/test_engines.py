@@ -227,7 +227,7 @@ def test_rows_that_are_not_contiguous(s, gpu):
 
 
 @on("triton-80", "triton-90", "emulated")
-def test_no_tokens_is_no_launch(gpu):
+def test_without_tokens_nothing_is_launched(gpu):
     backward = BACKENDS[gpu.backend].kron_matmul_backward
     for s in MIXED[:4]:
         x, a, b = draw(s, 0, torch.float16)

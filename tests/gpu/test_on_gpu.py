@@ -163,7 +163,7 @@ def test_a_nan_stays_in_its_token(machine, s):
 @machines(TRITON)
 def test_the_choice_of_a_backend(machine):
     x, a, b = machine.draw(SHAPES[2], 3, torch.float16)
-    if not machine.simulated:  # its tensors are a CPU's
+    if not machine.simulated:  # simulated tensors are on the CPU
         first = next(e for e in dispatch._order(x, a, b) if not dispatch.why_not(e, x, a, b))
         assert dispatch.choose("auto", x, (a, b)) == first
     with pytest.raises(ValueError, match="float64"):
@@ -371,7 +371,7 @@ def test_embedding_lookup_and_its_gradients(machine, dtype, rank, size):
 
 
 @only_triton
-def test_an_id_that_is_no_row_gives_nan(machine):
+def test_an_id_outside_the_table_gives_nan(machine):
     table = KroneckerEmbedding(5, 24, 8, dtype=torch.float16, device=machine.device)
     with torch.no_grad():
         out = table(torch.tensor([4, 5, -1, 0], device=machine.device))

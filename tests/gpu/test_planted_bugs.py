@@ -297,30 +297,30 @@ def test_a_bug_planted_in_a_launch_of_triton_is_found(kernel, bug, monkeypatch):
 class Changed(CudaDevice):
     """A device whose kernels get another number of tokens than the host passed."""
 
-    def __init__(self, tokens: int, more: int):
+    def __init__(self, tokens: int, extra: int):
         super().__init__(80, multiprocessors=1)
-        self.tokens, self.more = tokens, more
+        self.tokens, self.extra = tokens, extra
 
     def launch(self, name, grid, threads, shared, arguments):
         words = memoryview(bytearray(arguments)).cast("q")
         for i, word in enumerate(words):
             if word == self.tokens:
-                words[i] += self.more
+                words[i] += self.extra
         return super().launch(name, grid, threads, shared, bytes(words))
 
 
 @needs_nvcc
-@pytest.mark.parametrize("more", [1, -1])
+@pytest.mark.parametrize("extra", [1, -1])
 @pytest.mark.parametrize(
     ("call", "tokens"),
     [("mix last", 70), ("mix first", 70), ("sums", 21), ("gradients", 70), ("block", 150)],
 )
-def test_another_number_of_tokens_is_found(call, tokens, more):
+def test_another_number_of_tokens_is_found(call, tokens, extra):
     """One token too many is accessed beyond a tensor; with one too few, results are missing."""
     call = CALLS["cuda"][call]()
     with device("cuda"):
         call()
-    with Changed(tokens, more), pytest.raises(FINDINGS):
+    with Changed(tokens, extra), pytest.raises(FINDINGS):
         call()
 
 
@@ -328,7 +328,7 @@ def test_another_number_of_tokens_is_found(call, tokens, more):
 # compiler's output, the simulator nvcc's.
 
 BOTH, EMULATOR, SIMULATOR = ("emulator", "simulator"), ("emulator",), ("simulator",)
-# A bug, the call that has it, what must find it, the file, the original text and its replacement,
+# A bug, the call that has it, the tools that must find it, the file, the text and its replacement,
 # in which PLANTED is the condition.
 SOURCES = [
     (
@@ -421,7 +421,7 @@ def emulated(planted) -> emulator.Emulator:
     """The module with the planted kernels for float16."""
     first, *others = emulator.project()
     assert "-DKRON_MATH=float16" in first.flags
-    contents = digest([], sorted(planted.parent.iterdir()))  # its headers are not the usual ones
+    contents = digest([], sorted(planted.parent.iterdir()))  # its headers differ
     flags = f"{first.flags} -DKRON_PLANTED=0x{contents[:12]}"
     return emulator.load((first._replace(source=planted, flags=flags), *others))
 

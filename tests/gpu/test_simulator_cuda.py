@@ -241,8 +241,8 @@ def test_a_product_in_tf32(toy):
 
 @pytest.fixture
 def device(source):
-    def make(edit=None, **more) -> Toy:
-        return Toy(CudaDevice(80, edit, source=source, attached=False, **more))
+    def make(edit=None, **options) -> Toy:
+        return Toy(CudaDevice(80, edit, source=source, attached=False, **options))
 
     return make
 
@@ -283,7 +283,7 @@ def test_a_finding_names_the_source_line_and_leaves_as_it_was(device):
         reach(toy, shift=2)
 
 
-def test_memory_that_nobody_gave_is_not_there(device):
+def test_memory_that_was_not_passed_is_out_of_bounds(device):
     toy, y = device(), torch.zeros(32)
     hidden = torch.arange(32.0)
     with pytest.raises(RuntimeError, match="far from every tensor"):
@@ -350,7 +350,7 @@ def test_a_struct_of_another_size(device, source):
         run_ptx(kernel_ptx("reach_float32", 80, source), "reach_float32", (1,), (64,), args)
 
 
-def test_a_kernel_that_is_not_there(device):
+def test_a_missing_kernel(device):
     with pytest.raises(RuntimeError, match="the name must end in one of float16"):
         device()("reach", 1, 32, 0, "=Q", 0)
     with pytest.raises(RuntimeError, match=r"toys\.cu has no kernel other_float32"):

@@ -308,10 +308,10 @@ def test_occupancy_against_nvidias_header(tmp_path):
 def test_occupancy_against_llvm(name):
     """LLVM writes how many waves fit on a SIMD; four waves are one on each of four SIMDs."""
     assembly = compiled(name, AMD).asm["amdgcn"]
-    said = int(assembly.split("; Occupancy:")[1].split()[0])
+    listed = int(assembly.split("; Occupancy:")[1].split()[0])
     registers = static_report(compiled(name, AMD).asm, AMD, 4, 0).registers
 
-    assert occupancy(AMD, 256, registers, 0).blocks_per_sm == said
+    assert occupancy(AMD, 256, registers, 0).blocks_per_sm == listed
 
 
 def test_an_unknown_architecture_is_refused():
@@ -385,7 +385,7 @@ def test_a_budget_for_a_compiled_kernel():
 
 
 @pytest.mark.parametrize("way", ["max", "min"])
-def test_nothing_that_is_no_number_keeps_a_budget(way):
+def test_only_numbers_keep_a_budget(way):
     row = {"kernel": "k", "arch": 80, "seconds": float("nan")}
 
     assert len(check_budget([{"match": {}, way: {"seconds": 1}}], [row])) == 1

@@ -37,7 +37,7 @@ def archs(shapes):
 
 @pytest.mark.parametrize("dtype", ["float16"], indirect=True)
 def test_the_last_rows_of_more_than_32_bits_of_numbers(dtype, monkeypatch):
-    """Only the last program runs: memory that nobody touches is not really there."""
+    """Only the last program runs: untouched memory is never allocated."""
     s = KronShape(64, 1, 64, 2)
     tokens = 2**19 + 3
     x = torch.zeros(tokens, 2, dtype=dtype)
@@ -143,7 +143,7 @@ def layer_of(s: KronShape, tokens: int):
 
 
 @archs(PRESETS.values())
-def test_a_product_moves_what_it_must(s, gpu):
+def test_a_product_moves_the_minimum_of_bytes(s, gpu):
     """x and y once, the factors and the bias once for a program."""
     x, (a, b, bias) = layer_of(s, 64)
     kron_matmul(x, a, b, bias=bias, backend="triton")
@@ -154,7 +154,7 @@ def test_a_product_moves_what_it_must(s, gpu):
 
 
 @either
-def test_three_products_of_one_x_move_what_they_must(gpu):
+def test_three_products_of_one_x_move_the_minimum_of_bytes(gpu):
     s = PRESETS["21x attention"]
     x, layer = layer_of(s, 64)
     kron_qkv(x, layer, layer, layer, backend="triton")
@@ -167,7 +167,7 @@ def test_three_products_of_one_x_move_what_they_must(gpu):
 
 # The bias of the wider hidden vector is read by each of eight warps, from the L1 cache.
 @pytest.mark.parametrize(("gpu", "size"), in_turns(ARCHS, PAIRS, label=str), indirect=["gpu"])
-def test_a_feed_forward_block_moves_what_it_must(size, gpu):
+def test_a_feed_forward_block_moves_the_minimum_of_bytes(size, gpu):
     (up, down), most = PAIRS[size], {"8x": 1.1, "21x": 1.2}[size]
     x, first = layer_of(up, 64)
     kron_feed_forward(x, first, layer_of(down, 1)[1], backend="triton")

@@ -28,7 +28,7 @@ def held(kernel: str, archs=triton_budget.ARCHS) -> None:
         if entry["match"]["kernel"] == kernel and entry["match"]["arch"] in archs
     ]
     assert len(rows) == len(budget) == len(archs)
-    if not INSTALLED.startswith(triton_budget.BUDGETED):  # whose resources may differ
+    if not INSTALLED.startswith(triton_budget.BUDGETED):  # other versions' resources may differ
         none = {"spill_loads": 0, "spill_stores": 0}
         matches = [e["match"] for e in budget if e["match"]["arch"] != "gfx942"]
         budget = [{"match": match, "max": none} for match in matches]

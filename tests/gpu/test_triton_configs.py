@@ -1,4 +1,4 @@
-"""Triton's geometries, tiles and measured tables, and what it serves; without Triton or a GPU."""
+"""Triton's geometries, tiles, measured tables and refusals; without Triton or a GPU."""
 
 import json
 import sys
@@ -170,7 +170,7 @@ def test_unsupported_calls_are_refused_with_the_reason(s, dtype, reason, monkeyp
 def test_a_triton_that_compiles_wrong_code_is_refused(version, reason, monkeypatch):
     triton = version and types.SimpleNamespace(__version__=version)
     monkeypatch.setitem(sys.modules, "triton", triton)
-    monkeypatch.setattr(dispatch, "_order", lambda *_: ("triton",))  # as on a GPU
+    monkeypatch.setattr(dispatch, "_order", lambda *_: ("triton",))  # the order on a GPU
     served.why_no_triton.cache_clear()
     try:
         operands = torch.ones(1, 4), torch.ones(2, 2), torch.ones(2, 2)

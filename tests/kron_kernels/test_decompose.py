@@ -37,7 +37,7 @@ def randn(*size: int, seed: int = 0) -> torch.Tensor:
 
 
 def rearranged(w: torch.Tensor, s: KronShape) -> torch.Tensor:
-    """Van Loan's matrix: one block of W a row, so that A ⊗ B becomes an outer product."""
+    """Van Loan's matrix: one block of W per row, which makes A ⊗ B an outer product."""
     blocks = w.double().reshape(s.m1, s.m2, s.n1, s.n2).transpose(1, 2)
     return blocks.reshape(s.m1 * s.n1, s.m2 * s.n2)
 
@@ -258,7 +258,7 @@ def test_the_outputs_err_no_more_than_with_the_nearest_weights(s, samples):
         plain = squared_error(w, *nearest_kronecker(w, (s.m1, s.n1), rank), c)
         a, b = in_metric(w, (s.m1, s.n1), rank, c)
         assert a.isfinite().all() and b.isfinite().all()
-        # Up to what the alternation adds to C's diagonal, seen through the whole of W.
+        # Up to the alternation's ridge on C's diagonal, seen through the whole of W.
         slack = 2e-7 * c.diagonal().mean().item() * w.square().sum().item()
         assert squared_error(w, a, b, c) <= plain * (1 + 1e-9) + slack
         if rank == most_terms(s):
@@ -310,7 +310,7 @@ def test_weighted_low_rank_approximation_is_the_svd_of_the_weighted_matrix(
     a_shape = (1, 7) if transposed else (rows, 1)
     a, b = in_metric(w, a_shape, rank, c, max_iterations=0)
     u, s, vh = torch.linalg.svd(w @ symmetric_root(c), full_matrices=False)
-    slack = 2e-7 * s.square().sum().item()  # what is added to a C of fewer samples than columns
+    slack = 2e-7 * s.square().sum().item()  # for the ridge of a C with fewer samples than columns
     best = s[rank:].square().sum().item()
     assert squared_error(w, a, b, c) == pytest.approx(best, rel=1e-6, abs=slack)
     products = u[:, :rank] * s[:rank] @ vh[:rank]  # the outputs that the optimum has
@@ -409,7 +409,7 @@ def sum_error(w, fitted, c=None) -> float:
 
 
 def greedy(w, parts, c=None):
-    """One after another, each to what is left."""
+    """One after another, each fitted to the residual."""
     fitted = []
     for a_shape, rank in parts:
         rest = w - total(fitted) if fitted else w
@@ -422,7 +422,7 @@ def greedy(w, parts, c=None):
 def test_a_sum_starts_from_the_greedy_fit_and_every_round_lowers_the_error(case, aware):
     rows, columns, parts = SUMS[case]
     w, c = randn(rows, columns), second_moment(columns, 60) if aware else None
-    metric = decompose.shrunk(c) if aware else None  # of the error that is minimised
+    metric = decompose.shrunk(c) if aware else None  # in which the error is minimised
     errors = []
     for rounds in (0, 1, 2, 5, 20):
         fitted = decompose._nearest(w, parts, c, max_iterations=rounds, tolerance=0)
@@ -487,7 +487,7 @@ def fitted_parts(w: torch.Tensor, kind: str, **options) -> list[tuple[torch.Tens
 def test_factors_scale_with_the_weight_to_the_last_bit(half, kind, fit, seed):
     """``4 ** half`` times a weight has ``2 ** half`` times its factors, from 1e-319 to 1e307."""
     w = randn(12, 20, seed=seed).round(decimals=1)
-    if half < -500:  # of so few digits that they remain, beneath the smallest normal number
+    if half < -500:  # few enough digits to survive as subnormal numbers
         w = w.sign()
     scaled = w * 2.0**half * 2.0**half
     assert torch.equal(scaled * 2.0**-half * 2.0**-half, w)
@@ -511,7 +511,7 @@ def test_factors_scale_with_the_weight_to_the_last_bit(half, kind, fit, seed):
     ],
 )
 def test_entries_at_both_ends_of_a_dtype_have_finite_factors(dtype, end, kind, fit):
-    """What is at the other end vanishes beside the largest, as in the weight's own norm."""
+    """Entries at the other end vanish beside the largest, as in the weight's own norm."""
     limits = torch.finfo(dtype)
     signs = randn(12, 20).sign()
     w = torch.full((12, 20), limits.max, dtype=torch.float64)

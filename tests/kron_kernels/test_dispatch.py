@@ -39,7 +39,7 @@ LOW = torch.ones(3, 8, 1), torch.ones(3, 1, 12), None
 
 
 def routes(backend="auto", tokens=5, activation="gelu", needs_grad=False, layer=LAYER, up=UP):
-    """The ways of a product, of three products of one x, and of a block."""
+    """The routes of a product, of three products of one x, and of a block."""
     x = torch.ones(tokens, 12, requires_grad=needs_grad)
     operands = [x, *layer[:2], *up[:2], *DOWN[:2]]
     observed = dispatch.is_observed(operands)
@@ -225,7 +225,7 @@ def test_auto_leaves_low_rank_to_the_two_gemms_of_eager(s):
 
 def test_the_error_of_an_unknown_backend_lists_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"backend='mkl' cannot serve .* no such backend"
+        ValueError, match=r"backend='mkl' cannot serve .* it does not exist"
     ) as refusal:
         dispatch.choose("mkl", X, FACTORS)
     assert all(backend in str(refusal.value) for backend in BACKENDS)
@@ -248,7 +248,7 @@ def test_the_explanation_has_a_line_a_backend_with_its_reason(s):
         assert text == reason or (reason is None and text.startswith("ready"))
 
 
-def test_the_explanation_takes_what_kron_matmul_takes():
+def test_the_explanation_takes_the_operands_that_kron_matmul_takes():
     x, a, b = OPERANDS
     assert explain_backends(x, a[0], b[0]) == explain_backends(x, a, b)
     for factors in [(torch.ones(3, 4),), [torch.ones(70, 70)] * 3, (torch.ones(2, 3, 4),)]:
@@ -343,7 +343,7 @@ PUBLIC_FUNCTIONS = (
 )
 
 
-def test_every_public_name_has_a_docstring_that_says_what_it_does():
+def test_every_public_name_has_a_docstring():
     assert sorted(kron_kernels.__all__) == kron_kernels.__all__
     for public in kron_kernels.__all__:
         thing = getattr(kron_kernels, public)
@@ -402,7 +402,7 @@ def test_a_fresh_process_needs_only_torch():
     program = f"""
 import sys, warnings
 warnings.simplefilter("ignore")
-import torch  # with what its own import takes
+import torch  # and everything that it imports itself
 for package in {OPTIONAL!r}:
     sys.modules[package] = None  # an import of it now fails
 import kron_kernels

@@ -150,8 +150,8 @@ class Attention(nn.Module):
         ({"words": ONE}, "tied to that of decoder"),
         ({"sparse": {"a_shape": [9, 6]}}, "it has sparse, which a Kronecker embedding does not"),
         ({"normed": ONE}, "its weight is computed by a parametrization"),
-        ({"own": ONE}, "its class, Own, has a forward of its own"),
-        ({"linaer": ONE}, "factors has 'linaer', which is no layer .* nearest are linear"),
+        ({"own": ONE}, "its class, Own, has its own forward"),
+        ({"linaer": ONE}, "factors has 'linaer', which is not a layer .* nearest are linear"),
         ({"linear": {"a_shape": [5, 1]}}, r"factors\['linear'\]: weight's 12 rows are not div"),
         ({"linear": {"shape": [3, 1]}}, r"factors\['linear'\] = .* must look like"),
         (
@@ -176,7 +176,7 @@ def test_a_layer_that_cannot_be_replaced_is_refused_and_nothing_changed(factors,
 @pytest.mark.parametrize(
     ("moments", "message"),
     [
-        ({"1": torch.eye(12)}, "second_moments has '1', which is no layer .* nearest are 0"),
+        ({"1": torch.eye(12)}, "second_moments has '1', which is not a layer .* nearest are 0"),
         ({"0": torch.full((12, 12), torch.nan)}, "^0: second_moment must be real and finite"),
         ({"0": torch.eye(11)}, "^0: second_moment must be E"),
         ({"table": torch.eye(12)}, "second_moments has 'table', an nn.Embedding, .* leave it out"),
@@ -343,7 +343,7 @@ class Guarded(nn.Module):
         return x if weight is None else x.to(weight.dtype)
 
 
-def test_a_weight_read_only_if_there_is_one_is_no_obstacle():
+def test_a_weight_read_only_if_it_exists_does_not_keep_a_layer_dense():
     net, x = Guarded(), torch.randn(2, 12)
     found = obstacles(net).keys()
     assert found == {"other", "unguarded"}
@@ -364,7 +364,7 @@ def test_a_layer_whose_weight_its_owner_reads_is_refused(setting, slow):
     assert isinstance(net[0].plain, nn.Linear)
 
 
-def test_an_owner_without_readable_source_is_no_obstacle():
+def test_an_owner_without_readable_source_does_not_keep_a_layer_dense():
     scope = {"nn": nn}
     exec("class Typed(nn.Sequential):\n    def forward(self, x): return self[0].weight", scope)
     line = {
@@ -419,7 +419,7 @@ MAKE = {
     "table": lambda: KroneckerEmbedding(9, 12, 3),
     "sum": lambda: KroneckerSum(12, 8, [((2, 3), 1), ((8, 1), 1)]),
 }
-OWN = "has a forward of its own, so its dense layer is unknown; remove it, or override to_"
+OWN = "has its own forward, so its dense layer is unknown; remove it, or override to_"
 
 
 @pytest.mark.parametrize(
@@ -444,12 +444,12 @@ def test_a_layer_that_computes_something_else_is_not_made_dense(kind, change, me
     assert [*net.modules()] == before
 
 
-def test_subclasses_of_the_same_function_and_hooks_are_no_obstacle_to_a_dense_layer():
+def test_equivalent_subclasses_and_layers_with_hooks_can_be_made_dense():
     class Named(KroneckerLinear):
-        """Without a forward of its own."""
+        """Without its own forward."""
 
     class Doubled(KroneckerLinear):
-        """With a forward of its own, and the matching dense layer."""
+        """With its own forward, and the matching dense layer."""
 
         def forward(self, x):
             return 2 * super().forward(x)

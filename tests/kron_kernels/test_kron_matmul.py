@@ -153,9 +153,9 @@ def test_the_epilogue_is_activation_of_product_plus_bias_then_residual(activatio
     x, a, b = draw(s, (2, 3))
     bias = torch.randn(s.out_features, dtype=x.dtype)
     residual = torch.randn(2, 3, s.out_features, dtype=x.dtype)
-    more = {"bias": bias, "activation": activation, "residual": residual}
-    expected = reference.kron_matmul(x, a, b, **more)
-    assert_close("y", kron_matmul(x, a, b, **more), expected, terms(s))
+    epilogue = {"bias": bias, "activation": activation, "residual": residual}
+    expected = reference.kron_matmul(x, a, b, **epilogue)
+    assert_close("y", kron_matmul(x, a, b, **epilogue), expected, terms(s))
     operands = [t.requires_grad_() for t in (x, a, b, bias, residual)]
 
     def f(x, a, b, bias, residual):
@@ -170,13 +170,13 @@ def test_the_epilogue_is_activation_of_product_plus_bias_then_residual(activatio
 def test_the_epilogue_in_every_dtype(s, tokens, activation, engine):
     backend, dtype = engine
     x, a, b = draw(s, tokens, dtype)
-    more = {
+    epilogue = {
         "bias": torch.randn(s.out_features).to(dtype),
         "activation": None if dtype.is_complex else activation,
         "residual": torch.randn(tokens, s.out_features).to(dtype),
     }
-    y = kron_matmul(x, a, b, **more, backend=backend)
-    assert_close("y", y, reference.kron_matmul(x, a, b, **more), terms(s))
+    y = kron_matmul(x, a, b, **epilogue, backend=backend)
+    assert_close("y", y, reference.kron_matmul(x, a, b, **epilogue), terms(s))
 
 
 @pytest.mark.parametrize(
@@ -197,9 +197,9 @@ def test_any_number_of_factors_with_the_epilogue(tokens, sides, engine):
     factors = [(torch.randn(side) / side[1] ** 0.5).to(dtype) for side in sides]
     x, residual = torch.randn(tokens, n).to(dtype), torch.randn(tokens, m).to(dtype)
     activation = None if dtype.is_complex else "gelu"
-    more = {"bias": torch.randn(m).to(dtype), "activation": activation, "residual": residual}
-    y = kron_matmul(x, *factors, **more, backend=backend)
-    expected = reference.kron_matmul(x, *factors, **more)
+    epilogue = {"bias": torch.randn(m).to(dtype), "activation": activation, "residual": residual}
+    y = kron_matmul(x, *factors, **epilogue, backend=backend)
+    expected = reference.kron_matmul(x, *factors, **epilogue)
     # A product of four normal factors has entries of 20 RMS, whose errors are as much larger.
     assert_close("y", y, expected, sum(side[1] for side in sides), slack=8)
 
@@ -340,9 +340,9 @@ def test_autocast_casts_as_linear_does(lower):
     for x_dtype in (torch.float32, lower, torch.float64):
         with torch.autocast("cpu", lower):
             cast = x.to(x_dtype)
-            more = [t.to(torch.float64) if x_dtype == torch.float64 else t for t in (a, b, bias)]
-            y = kron_matmul(cast, *more[:2], bias=more[2])
-            dense = F.linear(cast, weight.to(more[2]), more[2])
+            wide = [t.to(torch.float64) if x_dtype == torch.float64 else t for t in (a, b, bias)]
+            y = kron_matmul(cast, *wide[:2], bias=wide[2])
+            dense = F.linear(cast, weight.to(wide[2]), wide[2])
             assert y.dtype == dense.dtype
     with torch.autocast("cpu", lower):
         loss = kron_matmul(x, a.requires_grad_(), b, bias=bias).float().square().sum()
@@ -439,7 +439,7 @@ def test_export_with_a_dynamic_number_of_tokens(s):
         (dict(residual=torch.ones(10)), r"residual must have y's shape \(2, 10\), got \(10,\)"),
         (dict(activation="swish"), "one of gelu, gelu_tanh, relu, silu, got 'swish'"),
         (dict(backend="triton"), "backend='triton' cannot serve this call: it runs on GPUs, and x"),
-        (dict(backend="mkl"), "there is no such backend; there are auto, eager"),
+        (dict(backend="mkl"), "it does not exist; the backends are auto, eager"),
     ],
     ids=lambda v: v if isinstance(v, str) else next(iter(v)),
 )
@@ -467,7 +467,7 @@ def test_many_tokens():
 
 
 def test_one_low_rank_product_does_not_take_the_others_with_it(monkeypatch):
-    """With "auto", fused calls go product by product then, each with a backend of its own."""
+    """With "auto", fused calls then run product by product, each with its own backend."""
     low = torch.randn(3, 8, 1), torch.randn(3, 1, 8), None
     full = torch.randn(4, 4), torch.randn(2, 2), torch.randn(8)
     x, chosen = torch.randn(5, 8), []

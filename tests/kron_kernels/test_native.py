@@ -56,7 +56,7 @@ def test_activations_are_torchs_at_every_size_of_their_argument(activation, isa)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
-def test_activations_of_what_is_not_finite_are_torchs(activation, isa):
+def test_activations_of_non_finite_numbers_are_torchs(activation, isa):
     x = torch.tensor([torch.inf, -torch.inf, torch.nan])
     y = kron_matmul(x[:, None], torch.ones(1, 1), activation=activation, backend="native")[:, 0]
     # In float64: torch's float32 gelu makes a NaN of infinity.

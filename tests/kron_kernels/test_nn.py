@@ -1,4 +1,4 @@
-"""Kronecker modules against the dense layers of the same function."""
+"""Kronecker modules against equivalent dense layers."""
 
 import copy
 import io
@@ -340,7 +340,7 @@ def test_a_layer_in_autocast_gives_the_lower_dtype_as_linear_does(called):
     ],
     ids=range(8),
 )
-def test_parts_that_are_no_pairs_are_refused(parts, message):
+def test_parts_that_are_not_pairs_are_refused(parts, message):
     for call in (
         lambda: KroneckerSum(12, 10, parts),
         lambda: KroneckerSum.from_linear(nn.Linear(12, 10), parts),
@@ -398,7 +398,7 @@ def test_a_block_and_its_layers_use_their_own_backends(given, monkeypatch):
     monkeypatch.setattr(kron_nn, "kron_matmul", spy(kron_nn.kron_matmul))
     torch.testing.assert_close(block(x), want)
     assert used == BACKENDS[given]
-    block.down.backend = "triton"  # which is not available here
+    block.down.backend = "triton"  # not available here
     with pytest.raises(ValueError, match="backend='triton' cannot serve"):
         block(x)
 

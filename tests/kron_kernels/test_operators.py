@@ -1,4 +1,4 @@
-"""torch.ops.kron_kernels: whatever a saved graph calls them with is checked, real or fake."""
+"""torch.ops.kron_kernels: they check all arguments of a saved graph, real or fake."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_a_wrong_argument_is_refused(operator, arguments, kind):
     if kind == "real":
         with pytest.raises(ValueError):
             operator(*arguments)
-    elif not on_meta and arguments[-1] != "nonsense":  # which a fake kernel cannot know
+    elif not on_meta and arguments[-1] != "nonsense":  # a fake kernel cannot check it
         with FakeTensorMode() as mode, pytest.raises(Exception, match=r".*(must|one|but).*"):
             operator(*fake(arguments, mode))
 
@@ -96,7 +96,7 @@ def test_right_arguments_are_taken_and_faked(operator):
 
 
 def spared(argument, value):
-    """Without what is optional; of three or six gradients the second and so on."""
+    """Without optional arguments; of three or six gradients the second and so on."""
     match str(argument.type):
         case "Optional[Tensor]":
             return None

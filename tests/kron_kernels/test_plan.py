@@ -75,7 +75,7 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
 
 
 class Clock:
-    """Replaces ``interleaved``: returns simulated times, and records what was timed."""
+    """Replaces ``interleaved``: returns simulated times, and records the calls."""
 
     def __init__(self):
         self.of, self.rest, self.surprise = milliseconds, 1.0, 1.0
@@ -301,7 +301,7 @@ def test_errors_with_calibration_are_those_of_the_layers_that_factorise_makes():
     assert better > len(candidates) / 2
 
 
-def test_calibration_changes_what_is_chosen_for_the_better():
+def test_calibration_improves_the_choice():
     layer, x = calibrated(400)
     net = nn.Sequential(layer)
     errors = []
@@ -372,7 +372,7 @@ def test_decisions_are_kept_and_the_longest_name_decides():
         weight = net.get_submodule(path).weight.detach()
         error = weight_error(weight, made.factors[path], rounds=20)
         assert by_path[path].error == pytest.approx(error, rel=1e-4)
-    # A decision brings in what is not named, and stands though it is not called.
+    # A decision adds an unnamed layer, and holds although the layer is not called.
     table = {"words": {"a_shape": [WORDS, 6], "rank": 1}, "unused": {"a_shape": [2, 2], "rank": 1}}
     made = plan(net, {"error": 0.9}, IDS, layers=table, names=["head"])
     assert made.factors["words"] == [table["words"]] and made.factors["unused"]
@@ -381,7 +381,7 @@ def test_decisions_are_kept_and_the_longest_name_decides():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ({"upp": None}, r"layers has 'upp', which is no layer .* nearest are up, "),
+        ({"upp": None}, r"layers has 'upp', which is not a layer .* nearest are up, "),
         (
             {"up": {"a_shape": [5, 2], "rank": 1}},
             r"layers\['up'\], for layer.0.up: weight's 48 rows are not divisible by .* 4 and 6",
@@ -458,7 +458,7 @@ def test_a_layer_that_is_not_called_stays_dense_with_the_reason():
 
 
 def test_a_module_without_layers_is_refused():
-    with pytest.raises(ValueError, match="no layer that could be factorised"):
+    with pytest.raises(ValueError, match="no layer that can be factorised"):
         plan(nn.Sequential(nn.ReLU()), {"error": 0.1}, torch.ones(2, 3))
 
 
@@ -492,7 +492,7 @@ def test_a_layer_in_two_places_counts_once_and_by_all_its_calls():
     assert student[0] is student[2] and isinstance(student[0], KRONECKER)
 
 
-def test_the_module_is_left_as_it_was():
+def test_the_module_is_left_unchanged():
     net = Net().train()
     net.head.eval()
     before = copy.deepcopy(net.state_dict())
@@ -515,10 +515,10 @@ def test_the_module_is_left_as_it_was():
         (
             [{"input_ids": IDS, "attention_mask": 0 * IDS}],
             ValueError,
-            "calibration gives layer.0.up no input that counts",
+            "calibration gives layer.0.up no unmasked input",
         ),
         # Only the first block is reached.
-        ([{"input_ids": IDS, "blocks": 1}], ValueError, "calibration gives layer.1.up no input"),
+        ([{"input_ids": IDS, "blocks": 1}], ValueError, "calibration gives layer.1.up no unm"),
         ([{"input_ids": IDS, "scale": 1e30}], ValueError, "the inputs of layer.0.up on calibrat"),
     ],
 )
@@ -791,7 +791,7 @@ def test_a_plan_survives_json_and_the_disk(made, tmp_path):
 def test_json_that_is_not_a_plan_is_refused(made):
     values = json.loads(made.to_json())
     for wrong in ([], {}, values | {"version": 2}, values | {"surplus": 1}):
-        with pytest.raises(ValueError, match="this is no plan of version 1"):
+        with pytest.raises(ValueError, match="this is not a plan of version 1"):
             Plan.from_json(json.dumps(wrong))
 
 
@@ -824,7 +824,7 @@ def test_a_plan_that_cannot_be_printed_is_refused(place, value, made):
     for key in path:
         inner = inner[int(key) if key.isdecimal() else key]
     inner[int(last) if last.isdecimal() else last] = value
-    with pytest.raises(ValueError, match="this is no plan: its table cannot be made of its values"):
+    with pytest.raises(ValueError, match="not a plan: its table cannot be made of its values"):
         Plan.from_json(json.dumps(values))
 
 
@@ -845,7 +845,7 @@ def test_the_table_shows_equal_layers_in_one_row_with_their_totals(made):
     assert [path for path, _ in many] == ["a.0-2,5.b"]
 
 
-def test_the_plan_is_what_factorise_makes_and_densify_undoes(made):
+def test_factorise_makes_the_plan_and_densify_undoes_it(made):
     torch.manual_seed(0)
     net = Net(4)
     student = factorise_(copy.deepcopy(net), made.factors)

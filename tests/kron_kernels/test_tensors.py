@@ -146,7 +146,7 @@ def test_a_lazily_conjugated_operand(position, backend):
 @pytest.mark.parametrize("call, name", ARGUMENTS)
 def test_an_operand_whose_storage_was_freed_is_refused(call, name, offset):
     if not native._native:
-        pytest.skip("PyTorch's own operators read what is not there")
+        pytest.skip("PyTorch's own operators read missing memory")
     function, operands = CALLS[call]
     if call == "three factors" and name in "ab":
         return  # torch itself slices no freed tensor
@@ -214,7 +214,7 @@ def test_other_than_dense_tensors_are_refused_by_name(call, name, value, message
         assert str(refusal.value).startswith(f"{layers[int(name[-1])]}: ")
 
 
-def test_the_explanation_refuses_what_kron_matmul_refuses():
+def test_the_explanation_refuses_the_operands_that_kron_matmul_refuses():
     with pytest.raises(TypeError, match=r"factor 0 must be a torch\.Tensor, got list"):
         explain_backends(MATMUL["x"], [1.0])
 

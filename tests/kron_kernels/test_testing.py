@@ -25,9 +25,9 @@ def product(x, a, b):
     return y.flatten(-2)
 
 
-def caught(*args, **more) -> str:
+def caught(*args, **options) -> str:
     with pytest.raises(AssertionError) as failure:
-        assert_close("y", *args, **more)
+        assert_close("y", *args, **options)
     return str(failure.value)
 
 
@@ -77,7 +77,7 @@ def test_nothing_and_zeros_pass():
     assert_close("y", torch.zeros(3), torch.zeros(3, dtype=torch.float64), terms=1)
 
 
-def test_a_given_scale_stands_in_for_too_few_entries():
+def test_a_given_scale_replaces_that_of_too_few_entries():
     """A sum of a hundred terms that happens to be near zero has the error of its terms."""
     x = torch.randn(100, dtype=torch.float64)
     expected = torch.zeros(1, dtype=torch.float64) + 1e-9

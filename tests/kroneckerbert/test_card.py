@@ -54,7 +54,7 @@ def facts() -> dict:
     }
 
 
-def test_metadata_are_what_the_hub_reads(student, facts, tmp_path):
+def test_the_hub_can_read_the_metadata(student, facts, tmp_path):
     model_card(student, **facts).save(tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text()
     header = yaml.safe_load(text.split("---\n")[1])

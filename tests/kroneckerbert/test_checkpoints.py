@@ -115,7 +115,7 @@ def only_a_pickle(folder):
     torch.save({"weight": print}, folder / "pytorch_model.bin")
 
 
-DAMAGE = {  # of a folder, of one with shards; then the error
+DAMAGE = {  # to a folder, to one with shards; then the error
     "cut": (cut_the_last(WEIGHTS, 999), None, OSError, f"{WEIGHTS} is damaged or cut short"),
     "empty": (write(WEIGHTS, b""), None, OSError, f"{WEIGHTS} is damaged or cut short"),
     "lfs": (
@@ -132,7 +132,7 @@ DAMAGE = {  # of a folder, of one with shards; then the error
         OSError,
         "model-00002-of-.* is damaged or cut short",
     ),
-    "cut index": (None, write(INDEX, b"{"), OSError, f"{INDEX} is damaged: it is no JSON"),
+    "cut index": (None, write(INDEX, b"{"), OSError, f"{INDEX} is damaged: it is not JSON"),
     "no map": (None, write(INDEX, b"{}"), OSError, f"{INDEX} must map tensors to files"),
     "list of shards": (
         None,
@@ -144,13 +144,13 @@ DAMAGE = {  # of a folder, of one with shards; then the error
         write("config.json", b"{"),
         None,
         OSError,
-        "config.json is damaged: it is no JSON",
+        "config.json is damaged: it is not JSON",
     ),
     "binary config": (
         write("config.json", b"\xff\xfe"),
         None,
         OSError,
-        "config.json is damaged: it is no JSON",
+        "config.json is damaged: it is not JSON",
     ),
     "null config": (
         write("config.json", b"null"),
@@ -214,7 +214,7 @@ def test_errors_with_other_causes_than_the_files_pass_unchanged(
     assert "config.json" not in str(caught.value) and str(tmp_path) not in str(caught.value)
     assert message in (None, str(caught.value))
     assert str(tmp_path) in caught.value.__notes__[0]
-    if cls is KroneckerBertModel:  # as from the stock class
+    if cls is KroneckerBertModel:  # the same error as from the stock class
         tiny_bert().save_pretrained(tmp_path)
         with pytest.raises(error) as stock:
             BertModel.from_pretrained(tmp_path, **options)
@@ -364,7 +364,7 @@ def test_a_save_killed_at_any_step_leaves_the_old_model_or_the_new_one(
                 with pytest.raises(OSError, match=r"kroneckerbert\.checkpoints\.finish\("):
                     check_whole(folder)
             seen.add("between")
-        finish(folder)  # which loses nothing, however far it was
+        finish(folder)  # loses nothing, wherever the save stopped
         try:
             assert read_as_a_loader(folder) in models.values()
         except FileNotFoundError:
@@ -445,7 +445,7 @@ def test_a_save_killed_at_any_step_leaves_the_old_model_or_the_new_one_or_says_s
         now = {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
         if now == before and (folder / ".kroneckerbert-partial").exists():
             start()
-            continue  # as before: nothing but the hidden folder has changed
+            continue  # only the hidden folder has changed
         try:
             seen.append(models.index(model_in(folder)))
         except OSError as error:
@@ -472,7 +472,7 @@ def test_a_save_killed_at_a_random_time_leaves_one_model_or_says_so(student, tmp
             model.save_pretrained(folder, max_shard_size=size)
 
     generator = random.Random(0)
-    logging.disable_progress_bar()  # whose lock a killed child would keep
+    logging.disable_progress_bar()  # a killed child would keep their lock
     for _ in range(20):
         process = multiprocessing.get_context("fork").Process(target=save_for_ever)
         process.start()

@@ -267,7 +267,7 @@ def test_recipes_are_listed_and_run(tmp_path, monkeypatch):
     assert "stage1.arguments.lr is unknown" in line
 
 
-def test_benchmark_states_threads_and_writes_what_it_prints(tmp_path, teacher, student):
+def test_benchmark_states_threads_and_writes_the_printed_numbers(tmp_path, teacher, student):
     numbers = tmp_path / "deep" / "numbers.json"
     options = ["--batch", 1, "--batch", 2, "--tokens", 8, "--threads", 1, "--seconds", 0.01]
     output = succeeds("benchmark", teacher, student, *options, "--json", numbers)
@@ -307,7 +307,7 @@ def test_errors_are_one_line_with_a_remedy(tmp_path, teacher, student, classifie
     broken.write_text("pos\tgood\nneg\n")
     for arguments, message in (
         (["compress", tmp_path / "absent", out], "absent is not a folder"),
-        (["compress", "absent", out], ""),  # transformers says what it says: offline, not cached
+        (["compress", "absent", out], ""),  # transformers' own message: offline, not cached
         (["compress", teacher, out, "--preset", "big"], "no preset is named 'big'; there are"),
         (["compress", student, out], "cannot compress a KroneckerBertModel"),
         (["compress", teacher, student], "holds a model; remove it or choose another"),

@@ -162,10 +162,10 @@ def test_the_longest_name_decides_and_none_means_dense():
     ("factors", "message"),
     [
         ({"attention.self.qurey": None}, "'attention.self.qurey'.* attention.self.query"),
-        ({"self.query_": {"a_shape": [2, 2]}}, "no layer that could be factorised"),
-        ({"uery": {"a_shape": [2, 2]}}, "no layer that could be factorised"),  # not cut at a dot
-        ({"layer.12.output.dense": None}, "no layer .* the nearest are layer"),
-        ({"pooler.dense": {"a_shape": [2, 2]}}, "no layer that could be factorised"),
+        ({"self.query_": {"a_shape": [2, 2]}}, "not a layer that can be factorised"),
+        ({"uery": {"a_shape": [2, 2]}}, "not a layer that can be factorised"),  # not cut at a dot
+        ({"layer.12.output.dense": None}, "not a layer .* the nearest are layer"),
+        ({"pooler.dense": {"a_shape": [2, 2]}}, "not a layer that can be factorised"),
         ({"intermediate.dense": 3}, r"= 3 must look like \{"),
         ({"intermediate.dense": {"rank": 3}}, "must look like"),
         ({"intermediate.dense": {"a_shape": [8, 2], "rnk": 3}}, "'rnk': 3} must look like"),
@@ -214,7 +214,7 @@ def test_an_unknown_preset_is_refused_with_the_names_that_exist():
 
 
 def test_a_misspelt_override_is_refused():
-    with pytest.raises(TypeError, match=r"'hiden_size' is no field .*'hidden_size'"):
+    with pytest.raises(TypeError, match=r"'hiden_size' is not a field .*'hidden_size'"):
         KroneckerBertConfig.preset("kronecker-bert-8", hiden_size=64)
 
 

@@ -85,7 +85,7 @@ def batches(count: int = 1) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_at_full_kronecker_rank_the_student_computes_what_its_teacher_does(cls):
+def test_at_full_kronecker_rank_the_student_equals_its_teacher(cls):
     model, batch = teacher(cls), batches()[0]
     student = compress(model, KroneckerBertConfig.from_dense(model.config, EXACT))
     assert type(student) is CLASSES[cls]
@@ -191,10 +191,10 @@ def test_decompress_gives_the_stock_class_and_the_same_outputs(cls, tmp_path):
     assert torch.equal(again(**batch)[0], dense(**batch)[0])
 
 
-def test_decompress_refuses_a_layer_with_a_forward_of_its_own():
+def test_decompress_refuses_a_layer_with_its_own_forward():
     student = compress(teacher(BertModel))
     layer = student.encoder.layer[1].attention.self.query
-    assert type(layer) is KroneckerProjection  # whose forward is of the same function
+    assert type(layer) is KroneckerProjection  # its forward computes the same
     assert type(densify_(copy.deepcopy(student)).encoder.layer[1].attention.self.query) is Linear
     forward = layer.forward
     layer.forward = lambda x: 2 * forward(x)
@@ -282,7 +282,7 @@ def pipe(model):
     return made
 
 
-WRAPPED = {  # with the remedy, and what it is in Python where it is an attribute
+WRAPPED = {  # wrapper, remedy and, for an attribute, its Python expression
     "peft": (lora, r"adapters; pass model\.merge_and_unload\(\)", "merge_and_unload()"),
     "adapter inside": (adapted, "query .*has adapters in it; merge them", None),
     "DataParallel": (torch.nn.DataParallel, "pass model.module", "module"),
@@ -295,7 +295,7 @@ WRAPPED = {  # with the remedy, and what it is in Python where it is an attribut
     "bitsandbytes": (four_bits, r"layer.1.output.dense \(Linear4bit\) is quantised", None),
     "torchao": (of_int8_tensors, r"dense.weight \(Int8Tensor\) is quantised", None),
     "class": (type, "type; it is a class; pass a model", None),
-    "configuration": (lambda m: m.config, "BertConfig; it is no model; pass a loaded one", None),
+    "configuration": (lambda m: m.config, "BertConfig; it is not a model; pass a loaded one", None),
     "student": (compress, "already; kroneckerbert.decompress", None),
 }
 
@@ -379,7 +379,7 @@ def test_second_moments_are_those_of_the_inputs_without_padding():
     model.eval()
     rows = []
     for batch in data:
-        batch.pop("labels", None)  # which the model without its head does not take
+        batch.pop("labels", None)  # the model without its head takes none
         states = model.bert(**batch, output_hidden_states=True).hidden_states
         rows.append(states[1][batch["attention_mask"].bool()])
     rows = torch.cat(rows)
@@ -392,9 +392,9 @@ def test_second_moments_of_unknown_layers_or_infinite_inputs_are_refused():
     model = teacher(BertModel)
     query = "encoder.layer.0.attention.self.query"
     for name, message in (
-        ("encoder.layer.0.attention.self.qurey", f"qurey', which is no layer .* {query}"),
-        ("embeddings.word_embeddings", "which is no layer .* nearest are"),
-        ("encoder", "which is no layer .* nearest are"),
+        ("encoder.layer.0.attention.self.qurey", f"qurey', which is not a layer .* {query}"),
+        ("embeddings.word_embeddings", "which is not a layer .* nearest are"),
+        ("encoder", "which is not a layer .* nearest are"),
     ):
         with pytest.raises(ValueError, match=message):
             second_moments(model, batches(), [name])

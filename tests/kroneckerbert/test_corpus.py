@@ -278,7 +278,7 @@ def test_an_item_depends_on_seed_and_index_alone(tmp_path, tokenizer, options):
     assert (list(again) == items) == ("pairs" not in options)
 
 
-def test_what_is_pickled_is_small_and_gives_the_same_items(tmp_path, tokenizer):
+def test_a_pickle_is_small_and_gives_the_same_items(tmp_path, tokenizer):
     corpus = make_corpus(tmp_path, tokenizer, documents(5000, 5000), pairs=True)
     assert len(pickle.dumps(corpus)) < 2000
     assert list(pickle.loads(pickle.dumps(corpus))) == list(corpus)
@@ -331,7 +331,7 @@ def test_masks_depend_on_the_batch_and_the_seed_alone(tmp_path, tokenizer, monke
     with monkeypatch.context() as patch:  # the stock collator takes it for a worker
         patch.setattr(multiprocessing.current_process(), "name", "SpawnProcess-1")
         assert same(MaskedCollator(tokenizer)(items), first)
-    turned = collate(items[::-1])["labels"].flip(0)  # as another epoch shuffles them
+    turned = collate(items[::-1])["labels"].flip(0)  # another epoch's order
     assert not torch.equal(turned, first["labels"])
 
 
@@ -344,7 +344,7 @@ def test_a_batch_always_has_something_to_predict(tmp_path, tokenizer):
     assert unknown["labels"].tolist() == [[-100] * 3]
 
 
-def test_workers_give_what_the_main_process_gives(tmp_path, tokenizer):
+def test_workers_give_the_same_items_as_the_main_process(tmp_path, tokenizer):
     corpus = make_corpus(tmp_path, tokenizer, documents(*range(2, 22)), pairs=True)
 
     def batches(**options):
@@ -476,7 +476,7 @@ def test_a_hub_out_of_reach_or_without_text_is_named(hub, monkeypatch):
         raise ConnectionError("no network")
 
     hub.load_dataset = unreachable
-    with pytest.raises(OSError, match=r"a/b is no file .* \(no network\); give a local text file"):
+    with pytest.raises(OSError, match=r"a/b is not a file .* \(no network\); give a local text"):
         next(read_corpus("a/b"))
     hub.load_dataset = lambda *args, **options: [{"title": "t", "body": "b"}]
     with pytest.raises(ValueError, match="a/b must have a column 'text', it has title, body"):

@@ -42,7 +42,7 @@ def test_lines_are_texts_whether_compressed_or_not(tmp_path, name):
         (["-1", "2e1"], [-1.0, 20.0]),
     ],
 )
-def test_labels_are_integers_floats_or_words_as_the_whole_column_is(tmp_path, column, labels):
+def test_labels_are_integers_floats_or_strings_as_the_whole_column_is(tmp_path, column, labels):
     table = read_table(file(tmp_path, f"{column[0]}\ta film\n\n{column[1]}\tbad\n"))
     assert table.labels == labels
     assert {type(label) for label in table.labels} == {type(labels[0])}
@@ -91,7 +91,7 @@ def test_a_file_without_text_or_a_damaged_one_is_refused(tmp_path):
     path = tmp_path / "cut.gz"
     for damaged in (whole[:-10], b"a film\n"):
         path.write_bytes(damaged)
-        with pytest.raises(OSError, match=r"cut.gz is no gzip file, or is cut short"):
+        with pytest.raises(OSError, match=r"cut.gz is not a gzip file, or is cut short"):
             read_lines(path)
     with pytest.raises(FileNotFoundError):
         read_lines(tmp_path / "absent")
@@ -116,7 +116,7 @@ def test_rows_are_tokenised_with_their_labels_and_truncated(tokenizer):
     assert single[1]["input_ids"] == [2, 7, 7, 7, 3]
     pair = TextDataset(tokenizer, ["a"], ["good"])
     assert pair[0] == {"input_ids": [2, 5, 3, 7, 3], "token_type_ids": [0, 0, 0, 1, 1]}
-    tokenizer.sep_token = None  # as GPT-2's, whose model would look segments up as words
+    tokenizer.sep_token = None  # like GPT-2's; its model would look segments up as words
     assert TextDataset(tokenizer, ["a"], ["good"])[0].keys() == {"input_ids"}
     for length in (0, -1, 8.0, True):
         with pytest.raises(ValueError, match=f"max_length = {length} must be an integer of at lea"):
@@ -146,4 +146,4 @@ def test_trainer_pads_masks_and_groups_rows_by_length(tmp_path, tokenizer):
         assert batch["token_type_ids"].max() == 1
         real += int(batch["attention_mask"].sum())
         padded += batch["attention_mask"].numel()
-    assert real > 0.85 * padded  # at random it is 0.7
+    assert real > 0.85 * padded  # 0.7 in random order

@@ -1,4 +1,4 @@
-"""The demo: what it refuses, interruptions, and one slow test of all of it."""
+"""The demo: refusals, interruptions, and one slow test of all of it."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def test_a_damaged_teacher_is_named_with_the_remedy_and_nothing_is_written(tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["teacher"]
 
 
-def test_an_interruption_leaves_what_was_there(tmp_path, monkeypatch, brief):
+def test_an_interruption_leaves_the_old_output(tmp_path, monkeypatch, brief):
     def interrupt(*_):
         raise KeyboardInterrupt
 

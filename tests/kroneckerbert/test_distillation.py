@@ -475,11 +475,11 @@ def padded(rows: list[dict]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForQuestionAnswering])
-def test_a_cached_teacher_teaches_what_the_teacher_itself_does(tmp_path, cls):
+def test_a_cached_teacher_teaches_like_the_teacher_itself(tmp_path, cls):
     # Wider than any length or number of layers, which no axis may be mistaken for.
     teacher, histories = bert(cls, num_hidden_layers=3), []
     data = ragged(**UNEVEN[cls]())
-    for row in data:  # of their own lengths, which the batches are padded to
+    for row in data:  # unpadded; batches are padded to the longest
         real = row["attention_mask"].bool()
         row |= {name: row[name][real] for name in ("input_ids", "attention_mask")}
     for cached in (None, tmp_path / "cache", tmp_path / "cache"):
@@ -638,7 +638,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     run.add_callback(FillDisk())
     try:
         with pytest.raises(
-            OSError, match=r"checkpoint 4 could not be saved .*checkpoint-2 is whole"
+            OSError, match=r"checkpoint 4 could not be saved .*checkpoint-2 is complete"
         ):
             run.train()
     finally:
@@ -660,7 +660,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path, 
                 student.encoder.layer[0].output.dense.bias.data[0] = math.inf
 
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 4 and where == "weights":  # by the step before it is saved
+            if state.global_step == 4 and where == "weights":  # changed by the step, before saving
                 student.encoder.layer[0].output.dense.bias.data[0] = math.nan
 
     message = "loss of step 4 is nan" if where == "loss" else "output.dense.bias is not finite"
@@ -719,7 +719,7 @@ def test_the_student_trains_in_training_mode_with_dropout_only_if_asked_for(
     assert student.encoder.layer[1].output.dropout.p == 0.1
 
 
-def test_a_head_with_a_loss_of_its_own_keeps_it(tmp_path):
+def test_a_head_with_its_own_loss_keeps_it(tmp_path):
     class Weighted(BertForTokenClassification):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)

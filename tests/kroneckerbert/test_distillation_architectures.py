@@ -38,7 +38,7 @@ MORE = {
     "deberta": DebertaConfig(**ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"]),
 }
 NAMES = (*CONFIGS, *MORE)
-HOOKED = ("mpnet", "deberta-v2", "deberta")  # which do not call the attention interface
+HOOKED = ("mpnet", "deberta-v2", "deberta")  # they do not call the attention interface
 each_architecture = pytest.mark.parametrize("name", NAMES)
 
 
@@ -98,7 +98,7 @@ ENCODERS = (*SEGMENTS, "roberta", "distilbert", "mpnet", "modernbert")
 
 def encoder(name: str) -> PreTrainedModel:
     config = copy.deepcopy(CONFIGS[name])
-    config.pad_token_id = 1  # in common
+    config.pad_token_id = 1  # the same for both
     if hasattr(config, "type_vocab_size"):
         config.type_vocab_size = 2 if name in SEGMENTS else 1
     return AutoModel.from_config(config).eval()
@@ -122,15 +122,15 @@ def padded(rows: list[dict]) -> dict[str, Tensor]:
 
 
 def pair_trainer(tmp_path, student: str, teacher: str, **options):
-    """Of text pairs, with what each of the two models is then given, and returns."""
+    """Of text pairs, with the inputs and outputs of each of the two models."""
     models = {"student": encoder(student), "teacher": encoder(teacher)}
     calls: list[tuple[str, dict, tuple[Tensor, ...]]] = []
     names = {"input_ids", "attention_mask", "token_type_ids", "teacher_row"}
-    for who, model in models.items():
+    for role, model in models.items():
 
-        def keep(_, args, kwargs, output, who=who):
+        def keep(_, args, kwargs, output, role=role):
             given = {name: value for name, value in kwargs.items() if name in names}
-            calls.append((who, given, output.hidden_states))
+            calls.append((role, given, output.hidden_states))
 
         model.register_forward_hook(keep, with_kwargs=True)
     lengths = (8, 6, 3, 7)
@@ -148,10 +148,10 @@ def pair_trainer(tmp_path, student: str, teacher: str, **options):
 
 
 def check_calls(calls, models, expected: list[str]) -> None:
-    """Each model was given what it takes, and the teacher returned what it does on its own."""
-    assert [who for who, *_ in calls] == expected
-    for who, given, states in list(calls):
-        model = models[who]
+    """Each model got its own inputs, and the teacher returned its usual outputs."""
+    assert [role for role, *_ in calls] == expected
+    for role, given, states in list(calls):
+        model = models[role]
         ids = given["input_ids"]
         own = {"input_ids": ids, "attention_mask": (ids != 1).long()}
         if model.config.model_type in SEGMENTS:
@@ -159,9 +159,9 @@ def check_calls(calls, models, expected: list[str]) -> None:
             own["token_type_ids"] = torch.tensor(
                 [row + [0] * (ids.shape[1] - len(row)) for row in rows]
             )
-        assert given.keys() == own.keys(), who
-        assert all(torch.equal(given[name], own[name]) for name in own), who
-        if who == "teacher":
+        assert given.keys() == own.keys(), role
+        assert all(torch.equal(given[name], own[name]) for name in own), role
+        if role == "teacher":
             with torch.no_grad():
                 expected_states = model(**own, output_hidden_states=True).hidden_states
             assert all(map(torch.equal, states, expected_states))
@@ -198,7 +198,7 @@ def test_so_they_do_in_training_evaluation_and_prediction_and_from_a_cache(tmp_p
 def test_all_terms_are_finite_and_the_loss_falls(name, tmp_path):
     teacher = dense(name, AutoModelForSequenceClassification)
     run = trainer(tmp_path, factorised(teacher), teacher, max_steps=8, learning_rate=1e-2)
-    run.train()  # which checks at the first step that every term moves a parameter
+    run.train()  # checks at the first step that every term moves a parameter
     logs = [log for log in run.state.log_history if "loss" in log]
     assert len(logs) == 8
     for log in logs:
@@ -216,7 +216,7 @@ def test_presets_train_too(name, tmp_path):
     assert all(math.isfinite(run.state.log_history[0][f"loss_{term}"]) for term in TERMS)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "mpnet"])  # it cannot
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mpnet"])  # not supported
 def test_activation_checkpointing_gives_the_same_gradients(name, tmp_path):
     teacher, grads = dense(name, AutoModelForSequenceClassification), []
     for checkpointing in (False, True):
@@ -329,7 +329,7 @@ def test_the_fused_inference_of_mpnet_is_among_these_tests():
 
 
 @each_architecture
-def test_their_softmax_is_what_the_stock_model_attends_by(name):
+def test_their_softmax_is_the_attention_of_the_stock_model(name):
     config = copy.deepcopy(CONFIGS[name])
     if name in ("deberta", "deberta-v2"):
         config.relative_attention = False  # positions have their own scores; the scale stays
@@ -373,7 +373,7 @@ def test_outputs_are_those_without_the_context(name):
 
 
 @each_architecture
-def test_the_attention_term_has_gradients_of_its_own(name):
+def test_the_attention_term_has_its_own_gradients(name):
     model = dense(name)
     student = factorised(model)
     weights = dict.fromkeys(TERMS, 0.0) | {"attention": 1.0}
@@ -457,7 +457,7 @@ def test_a_context_within_a_context_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", HOOKED)
-def test_what_a_failed_call_left_behind_is_forgotten(name):
+def test_the_remains_of_a_failed_call_are_forgotten(name):
     model, failing = dense(name), batch()
     want = outputs(model, batch()).attentions
     attention = next(m for m in model.modules() if type(m) in scores._PROJECTIONS)

@@ -135,7 +135,7 @@ class Killed(BaseException):
 
 @contextmanager
 def dying(after: int):
-    """Let so many changes of the file system happen, and none after them, clean-up included."""
+    """Let this many changes of the file system happen, and none after them, clean-up included."""
     done = []
 
     def or_die(call, changes=lambda *_, **__: True):
@@ -160,7 +160,7 @@ def dying(after: int):
 
 
 def steps_until_it_survives(act):
-    """Call it killed after 0, 1, 2, … changes, until it ends by itself; at each, what it did."""
+    """Kill the call after 0, 1, 2, … changes, until it ends by itself; yields its changes."""
     for after in itertools.count():
         try:
             with dying(after) as done:
@@ -205,7 +205,7 @@ def written_by_replacing_model(tmp_path):
 
 @pytest.mark.parametrize("act", [written_by_replace_folder, written_by_replacing_model])
 def test_bytes_are_on_the_disk_before_a_folder_is_renamed(act, tmp_path, monkeypatch):
-    """After a loss of power a rename may be there without what was written before it."""
+    """A power failure may keep a rename and lose what was written before it."""
     on_disk, sizes = [], {}
     monkeypatch.setattr(os, "fsync", lambda handle: on_disk.append(os.fstat(handle).st_ino))
     rename = os.rename
@@ -261,9 +261,9 @@ def test_a_file_is_synced_through_a_handle_that_may_write(tmp_path, monkeypatch)
     """Windows refuses others."""
     opened, open_ = {}, os.open
 
-    def recorded(path, flags, *more):
+    def recorded(path, flags, *options):
         opened[Path(path).name] = flags & (os.O_RDONLY | os.O_RDWR | os.O_WRONLY)
-        return open_(path, flags, *more)
+        return open_(path, flags, *options)
 
     monkeypatch.setattr(os, "open", recorded)
     (tmp_path / "file").write_text("1")
@@ -287,8 +287,8 @@ def test_a_file_is_written_through_a_link_and_to_a_pipe(tmp_path):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "it is no JSON"),
-        (b"\xff", "it is no JSON"),
+        (b"", "it is not JSON"),
+        (b"\xff", "it is not JSON"),
         (b"[" * 10**5, "it is nested too deeply"),
         (b"[]", r"it must be an object with fields, and is \[\]"),
         (b"null", "it must be an object with fields, and is None"),

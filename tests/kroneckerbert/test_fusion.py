@@ -40,21 +40,21 @@ INSIDE = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dens
 PROJECTIONS = [f"attention.self.{name}" for name in ("query", "key", "value")]
 
 
-def factorised(module: nn.Module, **more) -> nn.Module:
+def factorised(module: nn.Module, **options) -> nn.Module:
     """The module with its linear layers factorised, and fused."""
     for path, m in list(module.named_modules()):
         if type(m) is nn.Linear:
             parent, _, name = path.rpartition(".")
             shape = (m.out_features // 4, m.in_features // 4)
-            layer = KroneckerLinear(m.in_features, m.out_features, shape, 2, **more)
+            layer = KroneckerLinear(m.in_features, m.out_features, shape, 2, **options)
             nn.init.normal_(layer.bias)
             setattr(module.get_submodule(parent), name, layer)
     fusion.fuse(module)
     return module.eval()
 
 
-def bert_layer(cls: type = BertLayer, **more) -> nn.Module:
-    return factorised(cls(BertConfig(**ENCODER, attn_implementation="eager", **more), 0))
+def bert_layer(cls: type = BertLayer, **options) -> nn.Module:
+    return factorised(cls(BertConfig(**ENCODER, attn_implementation="eager", **options), 0))
 
 
 def mpnet_layer() -> nn.Module:
@@ -76,9 +76,9 @@ def calls(monkeypatch):
     seen = []
 
     def spy(name, function):
-        def counted(*args, **more):
-            seen.append((name, more.get("backend")))
-            return function(*args, **more)
+        def counted(*args, **options):
+            seen.append((name, options.get("backend")))
+            return function(*args, **options)
 
         monkeypatch.setattr(fusion, name, counted)
 
@@ -608,7 +608,7 @@ def test_a_class_derived_from_a_fused_one_is_kept(layer):
     torch.testing.assert_close(result(layer, x), expected(layer, x))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of transformers' own masks
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # from transformers' own masks
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_torch_jit_trace_records_a_student():
     student = compress(BertModel(BertConfig(**ENCODER)).eval(), "kronecker-bert-8")

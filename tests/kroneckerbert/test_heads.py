@@ -56,7 +56,7 @@ def test_a_tied_decoder_does_not_bring_the_teachers_words(tmp_path):
     torch.testing.assert_close(student.bert.embeddings.word_embeddings.weight, words)
 
 
-def test_a_student_keeps_a_head_of_its_own(tmp_path):
+def test_a_student_keeps_its_own_head(tmp_path):
     own = compress(tiny_bert(BertForSequenceClassification, num_labels=3), FACTORS)
     own.save_pretrained(tmp_path)
     teacher = tiny_bert(BertForSequenceClassification, num_labels=3)

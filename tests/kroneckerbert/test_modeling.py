@@ -455,7 +455,7 @@ def cast(state, name, dtype):
         (lambda s: s.pop("bert.embeddings.LayerNorm.weight"), r"missing: .*LayerNorm\.weight"),
         (
             lambda s: s.update({f"bert.{QUERY}.c": torch.ones(1)}),
-            rf"in surplus: bert\.{QUERY}\.c",
+            rf"unexpected: bert\.{QUERY}\.c",
         ),
         (lambda s: cast(s, f"bert.{QUERY}.a", torch.int32), rf"not of f.*{QUERY}\.a \(I32\)"),
         (lambda s: cast(s, f"bert.{QUERY}.a", torch.bool), rf"not of f.*{QUERY}\.a \(BOOL\)"),

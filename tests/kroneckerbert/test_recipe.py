@@ -1,4 +1,4 @@
-"""A recipe from end to end on tiny models: what it does, skips and resumes."""
+"""A recipe from end to end on tiny models: its steps, and those it skips or resumes."""
 
 import json
 import os
@@ -134,16 +134,16 @@ def test_every_shipped_recipe_is_valid(name, tmp_path):
 
 
 def test_shipped_learning_rates_are_those_of_table_8():
-    eight, more = (recipe.load(f"kronecker-bert-{n}").tasks for n in (8, 21))
+    eight, twenty_one = (recipe.load(f"kronecker-bert-{n}").tasks for n in (8, 21))
 
     def rates(tasks):
         return {name: tasks[name].stage2.arguments["learning_rate"] for name in GLUE}
 
     assert rates(eight) == dict.fromkeys(GLUE, 1e-4) | {"cola": 5e-5, "rte": 1e-5}
-    assert rates(more) == dict.fromkeys(GLUE, 5e-4) | {"qqp": 1e-4, "rte": 5e-5}
+    assert rates(twenty_one) == dict.fromkeys(GLUE, 5e-4) | {"qqp": 1e-4, "rte": 5e-5}
 
 
-def test_launchers_are_what_accelerate_reads():
+def test_accelerate_can_read_the_launchers():
     from accelerate.commands.config.config_args import load_config_from_file
 
     folder = Path(recipe.__file__).parent / "recipes" / "accelerate"
@@ -313,7 +313,7 @@ def test_missing_inputs_are_reported_before_any_work(sources, given, tmp_path):
     error = message(tasks={"rte": {}})
     assert "rte_train.tsv" in error and "leave out the task" in error
     assert "sst2" in message(data=None) and "--data DIR" in message(data=None)
-    assert "is no file or folder" in message(teacher="./absent/bert")
+    assert "is not a file or folder" in message(teacher="./absent/bert")
     assert "absent_package" in message(teacher="package:absent_package/model")
     assert "max_length 64 exceeds the teacher's 32" in message(
         stage2=given["stage2"] | {"max_length": 64}

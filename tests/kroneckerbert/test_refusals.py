@@ -152,7 +152,7 @@ def test_a_wrong_global_option_is_one_line_and_no_arguments_show_the_help():
 
 @pytest.fixture(scope="module")
 def damaged(place) -> dict[str, Path]:
-    """Unusable files, by what is wrong with them."""
+    """Unusable files, by their fault."""
     folder = place / "damaged"
     folder.mkdir()
     contents = {
@@ -218,7 +218,7 @@ def test_an_invalid_plan_is_named(tmp_path, changed):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan | changed))
     line = fails("compress", MODEL, tmp_path / "out", "--plan", path)
-    assert f"{path}: this is no plan" in line
+    assert f"{path}: this is not a plan" in line
 
 
 # Files that are written
@@ -422,10 +422,10 @@ def test_a_tokenizer_of_another_model_is_named_as_the_cause(place, tmp_path):
     assert "tokenizer of another model" in fails(*command)
 
 
-# What is no input
+# Unusable input
 
 
-def test_out_of_memory_says_what_to_lower(place, monkeypatch):
+def test_out_of_memory_names_the_remedy(place, monkeypatch):
     def allocate(*arguments):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 

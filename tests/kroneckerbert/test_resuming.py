@@ -60,23 +60,23 @@ def refused(again, output, match, wanted=True) -> str:
     return str(caught.value)
 
 
-def test_any_damage_to_any_file_is_found_with_the_checkpoint_that_is_whole(output, again):
+def test_any_damage_to_any_file_is_found_with_the_last_complete_checkpoint(output, again):
     files = sorted(p.relative_to(output) for p in (output / "checkpoint-4").iterdir())
     assert {*NEEDED, "model.safetensors", "config.json", CHECKSUMS} <= {f.name for f in files}
     for file in files:
         whole = (output / file).read_bytes()
         for damage in DAMAGES.values():
             (output / file).write_bytes(damage(whole))
-            message = refused(again, output, rf"{file} is damaged.*checkpoint-2 is whole")
+            message = refused(again, output, rf"{file} is damaged.*checkpoint-2 is complete")
             assert f"resume_from_checkpoint={str(output / 'checkpoint-2')!r}" in message
         if file.name != CHECKSUMS:
             (output / file).unlink()
-            refused(again, output, rf"{file} is missing.*checkpoint-2 is whole")
+            refused(again, output, rf"{file} is missing.*checkpoint-2 is complete")
             refused(again, output, rf"{file} is missing", wanted=str(output / "checkpoint-4"))
         (output / file).write_bytes(whole)
     shutil.rmtree(output / "checkpoint-2")
     (output / "checkpoint-4" / "optimizer.pt").unlink()
-    refused(again, output, "no earlier one beside it is whole")
+    refused(again, output, "no earlier one beside it is complete")
 
 
 @pytest.mark.parametrize("name", [*NEEDED, "model.safetensors", "training_args.bin"])
@@ -87,10 +87,10 @@ def test_without_checksums_bad_files_are_still_found(output, again, name):
     file = output / "checkpoint-4" / name
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    refused(again, output, rf"{name} is damaged.*checkpoint-2 is whole")
+    refused(again, output, rf"{name} is damaged.*checkpoint-2 is complete")
     if name in NEEDED:
         file.unlink()
-        refused(again, output, rf"{name} is missing.*checkpoint-2 is whole")
+        refused(again, output, rf"{name} is missing.*checkpoint-2 is complete")
 
 
 def test_a_checkpoint_without_checksums_resumes_with_a_warning(output, finished):
@@ -139,7 +139,7 @@ def test_a_missing_checkpoint_is_reported_with_the_existing_ones(output):
         run(output).train(resume_from_checkpoint="True")
 
 
-def test_a_checkpoint_of_transformers_own_trainer_is_no_older_one(output, recwarn):
+def test_a_checkpoint_of_transformers_own_trainer_is_not_an_older_one(output, recwarn):
     (output / "checkpoint-4" / CHECKSUMS).unlink()
     resuming.check(output / "checkpoint-4", [0], 1)
     assert not recwarn.list
@@ -222,7 +222,7 @@ def test_a_run_killed_while_a_checkpoint_replaces_one_of_its_name_keeps_one_of_t
     for _ in steps_until_it_survives(
         lambda: put_in_place(unfinished / place.name, place, unfinished / "replaced")
     ):
-        with pytest.raises(OSError, match=r"optimizer.pt is missing"):  # of this toy
+        with pytest.raises(OSError, match=r"optimizer.pt is missing"):  # the toy run saves none
             resuming.start(True, out, {}, [0], 1)
         assert damaged(place) is None and (place / "weights").read_text() in ("old", "new")
         start()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what is kept of a training, and that it goes on to the same result."""
+"""Ctrl-C and SIGTERM: a stopped training is kept, and continues to the same result."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def texts(tmp_path):
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Sends signals at a step of the next training; returns what the command ends with."""
+    """Sends signals at a step of the next training; returns the command's exit code and output."""
 
     def by(number: int, *arguments, step: int = 3, times: int = 1) -> tuple[int, str]:
         class Send(TrainerCallback):
@@ -53,7 +53,7 @@ def interrupted(monkeypatch):
     return by
 
 
-def test_a_stopped_distillation_goes_on_to_the_same_weights(tmp_path, teacher, texts, interrupted):
+def test_a_stopped_distillation_ends_with_the_same_weights(tmp_path, teacher, texts, interrupted):
     student, out, kept = student_of(teacher), tmp_path / "out", tmp_path / "out.training"
     options = ["--data", texts, "--epochs", 2, "--batch-size", 2, "--seed", 3]
     succeeds("distill", teacher, student, tmp_path / "whole", *options)
@@ -61,10 +61,10 @@ def test_a_stopped_distillation_goes_on_to_the_same_weights(tmp_path, teacher, t
 
     # In the first epoch of four steps, and again in the second.
     for number, step in ((signal.SIGINT, 3), (signal.SIGTERM, 6)):
-        code, told = interrupted(number, *command, step=step)
+        code, output = interrupted(number, *command, step=step)
         assert code == 128 + number
-        assert f"Stopped after step {step}; the training is kept in {kept}" in told
-        assert shlex.join(command) in told
+        assert f"Stopped after step {step}; the training is kept in {kept}" in output
+        assert shlex.join(command) in output
         names = {path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))}
         assert names == {"out.training"}
 
@@ -74,28 +74,28 @@ def test_a_stopped_distillation_goes_on_to_the_same_weights(tmp_path, teacher, t
     assert not kept.exists()
 
 
-def test_what_is_kept_is_of_the_same_arguments_and_data(tmp_path, teacher, texts, interrupted):
+def test_a_kept_training_needs_the_same_arguments_and_data(tmp_path, teacher, texts, interrupted):
     student, out, kept = student_of(teacher), tmp_path / "out", tmp_path / "out.training"
     options = ["--data", texts, "--steps", 5]
     command = ["distill", teacher, student, out]
     interrupted(signal.SIGINT, *command, *options)
-    code, told = run(*command, *options, "--learning-rate", 0.01)
-    assert code == 1 and "--learning-rate was 0.001 and is 0.01" in told and str(kept) in told
-    code, told = run(*command, *options[:2], "--steps", 6)
-    assert code == 1 and "--steps was 5 and is 6" in told
+    code, output = run(*command, *options, "--learning-rate", 0.01)
+    assert code == 1 and "--learning-rate was 0.001 and is 0.01" in output and str(kept) in output
+    code, output = run(*command, *options[:2], "--steps", 6)
+    assert code == 1 and "--steps was 5 and is 6" in output
     texts.write_text(texts.read_text() + "\ngood")
-    code, told = run(*command, *options)
-    assert code == 1 and "data was" in told
+    code, output = run(*command, *options)
+    assert code == 1 and "data was" in output
     (kept / "made_of.json").write_text("[")
-    code, told = run(*command, *options)
-    assert code == 1 and "made_of.json is damaged" in told
+    code, output = run(*command, *options)
+    assert code == 1 and "made_of.json is damaged" in output
     (kept / "made_of.json").unlink()
-    code, told = run(*command, *options)
-    assert code == 1 and f"{kept} is not an interrupted training of" in told
+    code, output = run(*command, *options)
+    assert code == 1 and f"{kept} is not an interrupted training of" in output
     assert not out.exists()
 
 
-def test_a_damaged_training_says_what_to_delete_and_what_is_deleted_begins_anew(
+def test_a_damaged_training_names_the_folder_to_delete_then_starts_over(
     tmp_path, teacher, texts, interrupted
 ):
     student, out, kept = student_of(teacher), tmp_path / "out", tmp_path / "out.training"
@@ -111,13 +111,13 @@ def test_a_damaged_training_says_what_to_delete_and_what_is_deleted_begins_anew(
     clock.write_text(whole)
     weights_file.write_bytes(b"")
     line = fails(*command)
-    assert f"{weights_file} is damaged" in line and line.endswith(f"delete {kept} to begin anew.")
+    assert f"{weights_file} is damaged" in line and line.endswith(f"delete {kept} to start over.")
     shutil.rmtree(kept / "checkpoint")
     assert "Continuing" not in succeeds(*command)
     assert out.exists() and not kept.exists()
 
 
-def test_time_goes_on_from_where_it_stopped(tmp_path, teacher, texts, interrupted):
+def test_time_continues_from_where_it_stopped(tmp_path, teacher, texts, interrupted):
     student, out = student_of(teacher), tmp_path / "out"
     command = ["distill", teacher, student, out, "--data", texts, "--minutes", 100]
     code, _ = interrupted(signal.SIGTERM, *command)
@@ -125,17 +125,17 @@ def test_time_goes_on_from_where_it_stopped(tmp_path, teacher, texts, interrupte
     clock = tmp_path / "out.training" / "clock.json"
     assert 0 < json.loads(clock.read_text())["seconds"] < 100
     clock.write_text('{"seconds": 6001}')
-    assert "last of 4" in succeeds(*command)  # after the third, one more
+    assert "last of 4" in succeeds(*command)  # one more after the third
 
 
 def test_a_second_signal_quits_at_once_and_keeps_nothing(tmp_path, teacher, texts, interrupted):
     student = student_of(teacher)
     before = set(tmp_path.iterdir())
-    code, told = interrupted(
+    code, output = interrupted(
         *(signal.SIGINT, "distill", teacher, student, tmp_path / "out", "--data", texts),
         times=2,
     )
-    assert code == 130 and "Interrupted.\n" in told
+    assert code == 130 and "Interrupted.\n" in output
     assert set(tmp_path.iterdir()) == before
 
 
@@ -164,7 +164,7 @@ def test_a_signal_at_the_last_step_or_while_saving_loses_nothing(
     ("handler", "number", "survives"),
     [
         (Stop(), signal.SIGTERM, False),
-        (Stop(), signal.SIGINT, True),  # its parent's step needs it
+        (Stop(), signal.SIGINT, True),  # the parent's step needs it
         (interrupt, signal.SIGTERM, False),
         (interrupt, signal.SIGINT, False),
     ],

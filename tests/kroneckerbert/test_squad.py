@@ -113,7 +113,7 @@ def test_a_file_that_breaks_the_format_is_refused(tmp_path, content, message):
         read_squad(write(tmp_path, content))
 
 
-def test_a_damaged_or_missing_file_is_no_format_error(tmp_path):
+def test_a_damaged_or_missing_file_is_not_a_format_error(tmp_path):
     whole = gzip.compress(json.dumps(squad(*[entry([], str(i)) for i in range(99)])).encode())
     for damaged in (whole[:-20], b"{}"):
         path = tmp_path / "cut.json.gz"
@@ -299,11 +299,11 @@ def test_every_question_needs_a_prediction():
 def test_an_oracle_answers_the_real_questions(tokenizer):
     questions = read_squad(DATA / "squad_dev_v1.1.json.gz")
     assert len(questions) == 10570
-    some = questions[::300]
-    answering = oracle(tokenizer, some, positions=384)
-    metrics = squad_metrics(predict_spans(answering, tokenizer, some, 16), some)
+    sample = questions[::300]
+    answering = oracle(tokenizer, sample, positions=384)
+    metrics = squad_metrics(predict_spans(answering, tokenizer, sample, 16), sample)
     # Letters are long: an answer of more than 30 of them cannot be given.
     short = sum(
-        len(tokenizer(q.answers[0], add_special_tokens=False)["input_ids"]) <= 30 for q in some
+        len(tokenizer(q.answers[0], add_special_tokens=False)["input_ids"]) <= 30 for q in sample
     )
-    assert metrics["exact_match"] >= 100 * short / len(some)
+    assert metrics["exact_match"] >= 100 * short / len(sample)

@@ -1,4 +1,4 @@
-"""All sources of a task's rows, what is refused, and the paper's numbers beside ours."""
+"""All sources of a task's rows, refusals, and the paper's numbers beside ours."""
 
 import builtins
 import gzip

@@ -228,7 +228,7 @@ def feed_forward_tile(
     exact: bool,
     backward: bool,
 ) -> tuple[Tile, int]:
-    """The tile, and the number of columns of y (backward: of dy) in a step.
+    """The tile, and the number of columns of y (in the backward, of dy) in a step.
 
     ``vectors`` counts a token's vectors in the first and the second product, as powers of two;
     ``sizes`` is N, K, M. The forward keeps the accumulators of both products. The backward keeps,

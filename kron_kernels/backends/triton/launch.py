@@ -59,8 +59,8 @@ def describe(x: Tensor, *factors: Tensor) -> str:
         g, prod(x.shape[:-1]), x.dtype, precision(x.dtype) == "ieee", configs.device_of(x)
     )
     mixed, product = ("B", "A") if g.inner else ("A", "B")
-    how = "on tensor cores" if g.by_dot else "in registers"
-    first, then = f"{mixed} {how}", f"{product} on tensor cores"
+    place = "on tensor cores" if g.by_dot else "in registers"
+    first, then = f"{mixed} {place}", f"{product} on tensor cores"
     if not g.mix_first:
         first, then = then, first
     return f"{first}, then {then}; {t.tokens} tokens a program, {t.warps} warps"
@@ -124,14 +124,14 @@ def _products(
     dots = tuple(layer[:2][1 - side] for layer in layers)
     biases = tuple(None if bias is None else bias.contiguous() for *_, bias in layers)
     residual = None if residual is None else residual.contiguous()
-    how = precision(x.dtype)
-    t = configs.tile(g, tokens, x.dtype, how == "ieee", configs.device_of(x), len(layers))
+    mode = precision(x.dtype)
+    t = configs.tile(g, tokens, x.dtype, mode == "ieee", configs.device_of(x), len(layers))
     grid = -(-tokens // t.tokens), -(-g.N // (t.columns * t.tiles))
     with on_device(x):
         kron_matmul_kernel[grid](
             x, mixes, dots, biases, residual, ys, tokens,
             *mixes[0].stride(), *dots[0].stride(),
-            **sizes(g), MIX_FIRST=g.mix_first, ACTIVATION=activation, PRECISION=how,
+            **sizes(g), MIX_FIRST=g.mix_first, ACTIVATION=activation, PRECISION=mode,
             BT=t.tokens, BC=t.depth, BN=t.columns, TILES=t.tiles, STAGES=t.stages,
             num_warps=t.warps,
         )  # fmt: skip
@@ -219,9 +219,9 @@ def _gradients_by_dot(
     from kron_kernels.backends.triton.backward import factor_gradients_kernel
 
     tokens = x.shape[0]
-    how = precision(x.dtype)
+    mode = precision(x.dtype)
     t, shares = configs.factor_gradient_tile(
-        g, tokens, x.dtype, how == "ieee", configs.device_of(x)
+        g, tokens, x.dtype, mode == "ieee", configs.device_of(x)
     )
     tiles = -(-g.N // t.columns) * -(-g.K // t.depth)
     wide: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
@@ -233,7 +233,7 @@ def _gradients_by_dot(
         factor_gradients_kernel[tiles, g.rank, shares](
             dy, x, mix, dot, d_mix, d_dot, tokens, -(-tokens // shares),
             *mix.stride(), *dot.stride(),
-            **constants, PRECISION=how,
+            **constants, PRECISION=mode,
             BT=t.tokens, BC=t.depth, BN=t.columns, STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
     return _summed(d_mix, mix.dtype), _summed(d_dot, dot.dtype)
@@ -352,14 +352,14 @@ def _feed_forward_constants(
     x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, activation: str, backward: bool
 ) -> tuple[dict[str, object], Tile, int]:
     (r1, h, u), (_, n, k), (r2, p, _), (_, m, _) = a1.shape, b1.shape, a2.shape, b2.shape
-    how = precision(x.dtype)
+    mode = precision(x.dtype)
     constants = {
         "R1": r1, "R2": r2, "H": h, "U": u, "P": p, "N": n, "K": k, "M": m,
-        "U_": power_of_two(u), "P_": power_of_two(p), "ACTIVATION": activation, "PRECISION": how,
+        "U_": power_of_two(u), "P_": power_of_two(p), "ACTIVATION": activation, "PRECISION": mode,
     }  # fmt: skip
     vectors = power_of_two(u), power_of_two(p)
     t, out = configs.feed_forward_tile(
-        vectors, (r1, r2), (n, k, m), x.shape[0], x.dtype.itemsize, how == "ieee", backward
+        vectors, (r1, r2), (n, k, m), x.shape[0], x.dtype.itemsize, mode == "ieee", backward
     )
     return constants, t, out
 

@@ -42,7 +42,7 @@ def _no_geometry(*sizes: int) -> str | None:
         return f"it sums up to 16 products, and the Kronecker rank is {s.rank}"
     return (
         f"both factors are large ({s.m1}x{s.n1} and {s.m2}x{s.n2}), "
-        "and two large matrix products need no kernel of ours"
+        "and two large matrix products need no special kernel"
     )
 
 
@@ -73,7 +73,7 @@ def why_no_triton() -> str | None:
         return f"Triton cannot be imported ({error}); pip install triton"
     found = getattr(triton, "__version__", None)
     if found is None:  # a folder with this name, such as one of models to be served
-        return f"what is imported as triton is no package ({triton!r}); pip install triton"
+        return f"the imported triton is not a package ({triton!r}); pip install triton"
     return _older_than(found, OLDEST)
 
 

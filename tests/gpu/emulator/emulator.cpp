@@ -136,7 +136,7 @@ void *block_key() { return keys + 8 * (block.barriers % 2); }
 void *warp_key(int warp) { return keys + 8 * (2 + 2 * warp + warps[warp].meetings % 2); }
 
 // The start of a launch happens before its blocks, and they before its end, but blocks are not ordered:
-// each has threads of its own. A thread takes 1 MB and is slow to create, so threads are reused after a
+// each has its own threads. A thread takes 1 MB and is slow to create, so threads are reused after a
 // few blocks and in the next launch. A race between a block and, for example, the fourth after it is
 // missed, but found with another order of blocks.
 uint64_t begin_key, end_key;

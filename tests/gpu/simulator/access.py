@@ -119,22 +119,22 @@ class Accesses:
             if first != last:
                 addresses = addresses.copy()  # the first part of a load may change their register
             for window in [first] if first == last else np.unique(windows).tolist():
-                part, some = mask, active
+                part, subset = mask, active
                 if first != last:
                     part = (addresses >> WINDOW_BITS == window) & mask
-                    some = addresses[part]
+                    subset = addresses[part]
                 if window == SHARED_WINDOW and space == "":
                     offsets = addresses & _OFFSET
-                    yield self._shared(instruction, offsets, some & _OFFSET, size, part, kind)
+                    yield self._shared(instruction, offsets, subset & _OFFSET, size, part, kind)
                 elif window == LOCAL_WINDOW and space == "":
                     offsets = addresses & _OFFSET
-                    yield self._local(instruction, offsets, some & _OFFSET, size, part, kind)
+                    yield self._local(instruction, offsets, subset & _OFFSET, size, part, kind)
                 elif window == PARAM_WINDOW and space == "":
                     offsets = addresses & _OFFSET
-                    yield self._param(instruction, offsets, some & _OFFSET, size, part, kind)
+                    yield self._param(instruction, offsets, subset & _OFFSET, size, part, kind)
                 else:
                     yield self._global(
-                        instruction, addresses, some, size, part, kind, window, ordered
+                        instruction, addresses, subset, size, part, kind, window, ordered
                     )
 
     # ---- global

@@ -126,12 +126,12 @@ def _start(machine, instruction: Instruction) -> Step:
         for _ in accesses.places(instruction, "shared", offsets, size, mask, "store"):
             pass
         sources = []
-        for some in np.unique(lengths[active]):
-            if some:
-                part = active & (lengths == some)
+        for count in np.unique(lengths[active]):
+            if count:
+                part = active & (lengths == count)
                 part = True if part.all() else part
                 for place in accesses.places(
-                    instruction, "global", addresses, int(some), part, "load", alignment=size
+                    instruction, "global", addresses, int(count), part, "load", alignment=size
                 ):
                     sources.append((place.memory, addresses, machine.active(place.mask)))
         group = machine.copies.committed.copy()

@@ -140,12 +140,12 @@ def _atomic(machine, instruction: Instruction) -> Step:
             values = cells.view(TYPES[type_])
             lanes = np.arange(machine.threads) if place.mask is True else np.flatnonzero(place.mask)
             before = [np.zeros(machine.threads, values.dtype) for _ in sources]
-            for some in _turns(lanes, index):
+            for turn in _turns(lanes, index):
                 for i, source in enumerate(sources):
-                    cell = index[some] + i
-                    before[i][some] = old = values[cell]
-                    swap = swapped[some] if swapped is not None else None
-                    values[cell] = combine(old, source[some], swap)
+                    cell = index[turn] + i
+                    before[i][turn] = old = values[cell]
+                    swap = swapped[turn] if swapped is not None else None
+                    values[cell] = combine(old, source[turn], swap)
             for destination, old in zip(destinations, before, strict=False):
                 assign(destination, old.view(destination.dtype), place.mask)
 

@@ -77,14 +77,14 @@ class Machine:
         where = f"PTX line {instruction.line}"
         if instruction.source:
             where += f", {instruction.source}"
-        who = ""
+        thread = ""
         if lanes.size:
             first = lanes[0]
-            who = f"; CTA {self._cta_name(first)} thread {self.thread[first]}"
-            who += f" and {lanes.size - 1} more" if lanes.size > 1 else ""
+            thread = f"; CTA {self._cta_name(first)} thread {self.thread[first]}"
+            thread += f" and {lanes.size - 1} more" if lanes.size > 1 else ""
         shown = str(instruction)
         shown = shown if len(shown) < 120 else f"{shown[:117]}..."
-        raise SimulationError(f"{self.kernel.name}: {text} ({where}: {shown}{who})")
+        raise SimulationError(f"{self.kernel.name}: {text} ({where}: {shown}{thread})")
 
     def one(self, mask: Mask, index: int) -> np.ndarray:
         """A mask with only the index-th thread of a mask."""

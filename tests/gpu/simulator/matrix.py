@@ -91,7 +91,7 @@ def _mma(machine, instruction: Instruction) -> Step:
 
     operands = machine.operands
     names = [elements(one) for one in instruction.operands]
-    registers = [[operands.read(one, "b32") for one in some] for some in names[1:3]]
+    registers = [[operands.read(one, "b32") for one in group] for group in names[1:3]]
     first = Fragment(registers[0], first_factor(len(names[1]), per_register), width, decode)
     second = Fragment(registers[1], second_factor(len(names[2]), per_register), width, decode)
     if first.table.shape[1] != inner or second.table.shape[0] != inner:

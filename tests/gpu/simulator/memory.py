@@ -1,4 +1,4 @@
-"""The address space. Every tensor's storage has a window of 64 GiB of its own, so an access beyond
+"""The address space. Every tensor's storage has its own window of 64 GiB, so an access beyond
 a storage cannot land in another one. Kernels work on the tensors' own memory, without copies.
 """
 

@@ -178,7 +178,7 @@ def _parameters(text: str) -> list[Parameter]:
 
 
 class _Body:
-    """Parses a kernel's body; nested braces are scopes with registers of their own."""
+    """Parses a kernel's body; nested braces are scopes with their own registers."""
 
     def __init__(self, kernel: Kernel, files: dict[str, str]):
         self.kernel, self.files = kernel, files

@@ -31,9 +31,9 @@ class SharedRaces:
 
     def barrier(self, present: np.ndarray) -> None:
         """The warps that are present (CTA, warp) have waited for one another, in every CTA."""
-        some = present[:, :, None]
-        common = np.where(some, self.clocks, 0).max(axis=1, keepdims=True)
-        np.copyto(self.clocks, common, where=some)
+        mask = present[:, :, None]
+        common = np.where(mask, self.clocks, 0).max(axis=1, keepdims=True)
+        np.copyto(self.clocks, common, where=mask)
         self.clocks[:, self._own, self._own] += present
 
     def cells(self, ctas: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:

@@ -62,12 +62,12 @@ class _SharedMatrix:
         cells = accesses.shared.cells(self.width).reshape(machine.ctas, -1)
         result = np.empty((len(groups), *self.size), cells.dtype)
         for descriptor in np.unique(given[:, 0]).tolist():
-            some = np.flatnonzero(given[:, 0] == descriptor)
+            rows = np.flatnonzero(given[:, 0] == descriptor)
             places = _addresses(descriptor, *self.size, self.width, self.transposed)
             if places.max() + self.width > accesses.shared.size:
                 machine.fail(self.instruction, "wgmma operand outside shared memory")
-            result[some] = cells[ctas[some][:, None, None], places // self.width]
-            machine.products.read(self.instruction, groups[some], places)
+            result[rows] = cells[ctas[rows][:, None, None], places // self.width]
+            machine.products.read(self.instruction, groups[rows], places)
         return result
 
 

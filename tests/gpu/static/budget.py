@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def write_budget(file: Path, entries: Sequence[Row]) -> None:
-    """Replace the entries that match the same rows, and keep the others; an entry a line."""
+    """Replace the entries that match the same rows, and keep the others; one entry per line."""
     old = json.loads(file.read_text()) if file.exists() else []
     new = [entry["match"] for entry in entries]
     lines = map(json.dumps, [*(e for e in old if e["match"] not in new), *entries])

@@ -28,7 +28,7 @@ from static.reading import nvidia_kernels, nvidia_tool, occupancy, run
 
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 ARCHS = tuple(CARDS)
-CODE_ROOM = 1.1  # slack on the bytes of code, whose ingredients have limits of their own
+CODE_ROOM = 1.1  # slack on the bytes of code, whose parts have their own limits
 CODE = "code"  # the case of rows that need no launch
 TOKENS = 16384  # a large batch, where launches are planned for speed rather than for occupancy
 

@@ -53,7 +53,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], object]]]:
 
         yield layer, "forward", forward
         yield layer, "dX", inputs
-        if layer != "8x attention":  # whose gradient is PyTorch's matrix product
+        if layer != "8x attention":  # its gradient is PyTorch's matrix product
             yield layer, "dA, dB", factors
 
     for size in ("8x", "21x"):
