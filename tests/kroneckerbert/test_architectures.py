@@ -333,9 +333,9 @@ OTHERS = {
         r"keep them dense with kronecker_factors\['embeddings.word_embeddings'\] = None",
     ),
     "MambaForCausalLM": (COMMON | {"state_size": 4}, "dense weight in its head; keep them dense"),
-    "T5Model": (T5, "cannot compress a T5Model; .* no encoder-decoder"),
+    "T5Model": (T5, "cannot compress a T5Model; .* not an encoder-decoder"),
     "T5EncoderModel": (T5, "must have the layers of the T5Model .* differs in decoder"),
-    "UMT5EncoderModel": (T5, "no encoder-decoder; kron_kernels.factorise_"),
+    "UMT5EncoderModel": (T5, "not an encoder-decoder; kron_kernels.factorise_"),
     "DPRQuestionEncoder": (ENCODER, "must have the layers of the DPRQuestionEncoder"),
     "FunnelModel": (
         {"vocab_size": 64, "block_sizes": [1], "d_model": 32, "n_head": 4, "d_head": 8},
