@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+from tiny import tiny_config
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertForSequenceClassification, BertModel
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum
 from kron_kernels.plan import Plan
@@ -23,15 +24,7 @@ from kroneckerbert.adapters import (  # noqa: E402
     merge_and_unload,
 )
 
-BASE = BertConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=32,
-    num_labels=3,
-)
+BASE = tiny_config(intermediate_size=128, num_labels=3)
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 

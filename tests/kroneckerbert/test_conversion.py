@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny import tiny_config
 from torch.nn import Linear
 from transformers import (
     BertConfig,
@@ -34,13 +35,8 @@ from kroneckerbert import (
 from kroneckerbert.calibration import refit
 from kroneckerbert.fusion import KroneckerProjection
 
-BASE = BertConfig(
-    vocab_size=64,
-    hidden_size=32,
+BASE = tiny_config(
     intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=32,
     initializer_range=0.1,
     id2label={0: "no", 1: "yes"},
     label2id={"no": 0, "yes": 1},
