@@ -13,7 +13,7 @@ extern "C" {
 
 // Incremented with every change of a structure, an enum or an argument. kron_abi() returns the number of
 // the library: compare the two before the first call.
-enum { KRON_ABI = 1 };
+enum { KRON_ABI = 2 };
 int64_t kron_abi(void);
 
 enum kron_dtype { KRON_FLOAT32, KRON_FLOAT64, KRON_BFLOAT16, KRON_FLOAT16 };
@@ -86,6 +86,71 @@ const char *kron_cpu_feed_forward_backward(const kron_execution *, int64_t dtype
                                            const void *dy, const void *x, const kron_product *up,
                                            const kron_product *down, void *dx, void *da_up,
                                            void *db_up, void *dbias, void *da_down, void *db_down);
+
+// --- a whole encoder on the CPU: a transformer that normalises after each block, such as BERT. All
+// numbers of an encoder and a batch are of one dtype.
+
+enum { KRON_MAX_TABLES = 3 };
+
+// y = (Σ W_part) x + bias. A part has one factor, which is a dense weight, or two; of each part rank,
+// n_factors, factors and turns are read.
+typedef struct {
+  int64_t n_parts;
+  const kron_product *parts;
+  const void *bias; // (m,) or null
+} kron_linear;
+
+typedef struct {
+  const void *weight, *bias; // (width,) each; null for 1 and for 0
+  double epsilon;
+} kron_norm;
+
+// x = norm(output(attention(query x, key x, value x)) + x), then x = norm(down(act(up x)) + x).
+typedef struct {
+  kron_linear query, key, value, output, up, down;
+  kron_norm attention_norm, output_norm;
+  int64_t activation; // enum kron_activation
+} kron_layer;
+
+// The first x is projection(norm(the sum of a row of each table)).
+typedef struct {
+  int64_t n_tables; // 1 to KRON_MAX_TABLES
+  kron_product tables[KRON_MAX_TABLES]; // (rows, width) each; read like the part of a layer
+  kron_norm norm;
+  kron_linear projection; // n_parts may be 0: no projection
+  int64_t n_layers, heads;
+  const kron_layer *layers;
+  double scale; // of the scores of attention, usually 1 / sqrt(the size of a head)
+} kron_encoder;
+
+// Padded sequences, of which only the tokens are computed. A sequence attends to its tokens; a
+// sequence's first position is computed even if it is padding. Other padding has zeros in all results.
+typedef struct {
+  int64_t sequences, length;
+  const int64_t *mask;                 // (sequences, length), 0 for padding; null: all are tokens
+  const int64_t *ids[KRON_MAX_TABLES]; // (sequences, length), rows of each table
+  const void *embeddings; // (sequences, length, width of the tables) instead of the first table; or null
+  // (heads, 2 * length - 1) or null: entry length - 1 + i - j is added to the score of query i and key j.
+  const void *distance_bias;
+  void *const *states; // n_layers + 1 results (sequences, length, width), the first x and after each
+                       // layer. All but the last may be null.
+} kron_batch;
+
+// How a call of kron_cpu_encode divides its work.
+typedef struct {
+  int64_t scratch; // bytes, allocated once
+  int64_t teams;   // that compute groups of sequences, each team without waiting for another
+  int64_t workers; // threads of a team
+  int64_t stages;  // of a layer, between which the workers of a team wait for one another
+  int64_t parts;   // of the outputs, into which a layer's products of one block of tokens are divided
+  double share;    // of the multiply-adds, of the thread that has most of them, at least 1 / threads
+} kron_division;
+
+const char *kron_cpu_encode(const kron_execution *, int64_t dtype, const kron_encoder *,
+                            const kron_batch *);
+// Without reading or writing any data but the mask.
+const char *kron_cpu_encode_division(const kron_execution *, int64_t dtype, const kron_encoder *,
+                                     const kron_batch *, kron_division *);
 
 // --- NVIDIA GPUs. All pointers are to the GPU's memory. A call only launches kernels on a stream: it
 // allocates nothing and waits for nothing, so a CUDA graph can capture it. Products have two factors, in

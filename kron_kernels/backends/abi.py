@@ -13,7 +13,7 @@ from torch import Tensor
 from kron_kernels.checks import Activation
 from kron_kernels.shapes import contraction_order
 
-ABI = 1  # KRON_ABI in csrc/kron.h
+ABI = 2  # KRON_ABI in csrc/kron.h
 
 
 def _load() -> tuple[Any, str]:
