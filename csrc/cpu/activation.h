@@ -72,7 +72,7 @@ KRON_INLINE Slope<Floats> gelu(Floats x) {
   Floats a = bits_of<Floats>(bits_of<Bits>(x) & 0x7fffffff);
   a = a < 13.2f ? a : Floats{} + 13.2f; // where a * tail is 0
   const Floats e = gauss(a), tail = normal_tail(a, e);
-  const Floats positive = 0.f > x ? Floats{} : x; // NaN stays
+  const Floats positive = 0.f > x ? x * 0.f : x; // NaN stays, and -infinity becomes it, as with torch
   return {positive - a * tail, (x > 0.f ? 1.f - tail : tail) + (x > 0.f ? a : -a) * e * 0.3989422804014327f};
 }
 KRON_INLINE Slope<Floats> gelu_tanh(Floats x) { // 0.5 x (1 + tanh u) = x / (1 + e^-2u)
