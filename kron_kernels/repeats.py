@@ -27,13 +27,13 @@ class Repeats:
 
     def __init__(self) -> None:
         self._again: dict[Key, Callable[..., Any]] = {}
-        self.get = self._again.get
+        self.get, self.clear = self._again.get, self._again.clear
 
     def add(self, key: Key, again: Callable[..., Any] | None) -> None:
         """Remember how to repeat a call, if it can be repeated."""
         if again is not None:
             if len(self._again) >= _MOST:
-                self._again.clear()
+                self.clear()
             self._again[key] = again
 
 
