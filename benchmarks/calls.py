@@ -2,8 +2,7 @@
 
 ``kron_matmul`` with two 2x2 factors and a bias, and ``KroneckerLinear`` of the same, in float32,
 without gradients. Steps are timed each by itself, so they need not add up to the call. "once more"
-is a call whose sizes are known; "for the first time" finds its route as every call did before
-there was a look-up.
+is a call whose sizes are known; "for the first time" is checked, finds its route and is remembered.
 """
 
 from __future__ import annotations
