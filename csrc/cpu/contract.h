@@ -54,7 +54,7 @@ void contract_rows(const Matrix<T> &w, Int first, const T *in, T *out, const Gri
         for (int r = 0; r < R; r++) {
           const T *p = group[r / 4];
           const T entry = r % 4 == 0 ? p[0] : r % 4 == 1 ? p[rs] : r % 4 == 2 ? p[rs2] : p[rs3];
-          const Vector<T> b = Vector<T>{} + entry;
+          const Vector<T> b = broadcast(entry);
           KRON_UNROLL
           for (int v = 0; v < NV; v++) acc[r][v] += b * x[v];
         }
