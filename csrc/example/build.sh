@@ -20,14 +20,18 @@ compile() { # OBJECT COMMAND...
   pids+=($!)
 }
 
-compile portable "${cxx[@]}" -DKRON_ISA=portable cpu/kernels.cpp
+compile_cpu() { # ISA FLAGS...
+  compile "$1_kernels" "${cxx[@]}" "-DKRON_ISA=$1" "${@:2}" cpu/kernels.cpp
+  compile "$1_encoder" "${cxx[@]}" "-DKRON_ISA=$1" "${@:2}" cpu/encoder.cpp
+}
+
+compile_cpu portable
 has_x86=()
 case $("${cxx[0]}" -dumpmachine) in
 x86_64* | amd64*)
   has_x86=(-DKRON_HAS_X86)
-  compile avx2 "${cxx[@]}" -DKRON_ISA=avx2 -mavx2 -mfma cpu/kernels.cpp
-  compile avx512 "${cxx[@]}" -DKRON_ISA=avx512 -mfma \
-    -mavx512f -mavx512bw -mavx512dq -mavx512vl cpu/kernels.cpp
+  compile_cpu avx2 -mavx2 -mfma
+  compile_cpu avx512 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl
   ;;
 esac
 compile cpu "${cxx[@]}" "${has_x86[@]}" cpu/cpu.cpp

@@ -27,11 +27,15 @@ build() {
     tsan/*) ;;
     */x86_64* | */amd64*)
       cpu=-DKRON_HAS_X86
-      echo "$widest $kernels -DKRON_ISA=avx512 $avx512 -c cpu/kernels.cpp -o $out/kernels/avx512.o"
-      echo "$wide $kernels -DKRON_ISA=avx2 -mavx2 -mfma -c cpu/kernels.cpp -o $out/kernels/avx2.o"
+      for part in kernels encoder; do
+        echo "$widest $kernels -DKRON_ISA=avx512 $avx512 -c cpu/$part.cpp -o $out/kernels/avx512_$part.o"
+        echo "$wide $kernels -DKRON_ISA=avx2 -mavx2 -mfma -c cpu/$part.cpp -o $out/kernels/avx2_$part.o"
+      done
       ;;
     esac
-    echo "$flags $kernels -DKRON_ISA=portable -c cpu/kernels.cpp -o $out/kernels/portable.o"
+    for part in kernels encoder; do
+      echo "$flags $kernels -DKRON_ISA=portable -c cpu/$part.cpp -o $out/kernels/portable_$part.o"
+    done
     for name in check check_encoder; do
       echo "$check -Wall -Wextra -I. -c ../tests/native/$name.cpp -o $out/$name.o"
     done

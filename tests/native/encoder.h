@@ -29,7 +29,6 @@ struct Linear {
   Linear(const Dtype &d, Int m, Int n, double gain, const std::vector<Shape> &shapes, Random &r)
       : m(m), n(n), bias(d, m), biased(r.below(4) > 0), whole(size_t(m * n)) {
     bias.draw(r, 0.5);
-    text = std::to_string(m) + "x" + std::to_string(n) + (biased ? " with bias" : "");
     for (const Shape &s : shapes) {
       // An entry drawn from -1 to 1 has a mean square of 1 / 3.
       const double size = gain * sqrt(pow(3, double(s.sides.size())) /
@@ -40,7 +39,6 @@ struct Linear {
       const Numbers entries = w.whole();
       for (size_t i = 0; i < whole.size(); i++) whole[i].add(entries[i], 1);
       for (const Side &side : s.sides) terms += double(s.rank * side.cols);
-      text += w.text + w.turns;
     }
     list();
   }
@@ -67,6 +65,11 @@ struct Linear {
     calls.clear();
     for (const Weight &w : parts) calls.push_back(w.call);
   }
+  std::string text() const {
+    std::string all = biased ? "with bias" : "without bias";
+    for (const Weight &w : parts) all += w.text + w.turns;
+    return all;
+  }
   kron_linear call() const { return linear_of(calls, biased ? bias.data() : nullptr); }
 
   Int m, n;
@@ -76,7 +79,6 @@ struct Linear {
   std::vector<kron_product> calls;
   Numbers whole; // (m, n)
   double terms = 2;
-  std::string text;
 };
 
 struct Norm {
@@ -168,11 +170,11 @@ struct Model {
     std::string all = std::to_string(layers.size()) + " layers of width " + std::to_string(width) +
                       ", " + std::to_string(heads) + " heads of " + std::to_string(head_size) + "; ";
     for (const Weight &t : tables) all += "table" + t.text + "; ";
-    if (projection) all += "projection " + projection->text + "; ";
+    if (projection) all += "projection " + projection->text() + "; ";
     const char *const names[ROLES] = {"query", "key", "value", "output", "up", "down"};
     for (const Layer &layer : layers) {
       for (Int i = 0; i < ROLES; i++)
-        all += names[i] + (" " + layer.linears[size_t(i)].text) + "; ";
+        all += names[i] + (" " + layer.linears[size_t(i)].text()) + "; ";
       all += ACTIVATIONS[layer.activation] + std::string("; ");
     }
     return all;
@@ -229,9 +231,18 @@ struct Batch {
     return b;
   }
   bool token(Int sequence, Int i) const {
-    return padding == NO_MASK || mask[size_t(sequence * length + i)];
+    return padding == NO_MASK || mask[size_t(sequence * length + i)] != 0;
   }
-  bool computed(Int sequence, Int i) const { return i == 0 || token(sequence, i); }
+  // Tokens, and the first position of a sequence that has any.
+  bool computed(Int sequence, Int i) const {
+    bool any = token(sequence, i);
+    for (Int j = 0; i == 0 && j < length; j++) any = any || token(sequence, j);
+    return any;
+  }
+  bool any_token() const {
+    return padding == NO_MASK ? !mask.empty()
+                              : std::any_of(mask.begin(), mask.end(), [](Int m) { return m != 0; });
+  }
   std::string text() const {
     const char *const paddings[] = {"no mask", "right", "left", "holes", "all padding", "mixed"};
     return std::to_string(sequences) + " sequences of " + std::to_string(length) + ", " +
@@ -465,6 +476,7 @@ template <class N> struct Definition {
         positions.push_back(i);
         x.push_back(embedding(s * batch.length + i));
       }
+      if (x.empty()) continue;
       if (fault == LAST_KEY_LOST && keys.size() > 1) keys.pop_back();
       write(0, s, positions, x);
       for (size_t l = 0; l < model.layers.size(); l++) {
