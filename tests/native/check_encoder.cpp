@@ -472,7 +472,7 @@ void check_presets(bool print) {
         const kron_division d = divide(preset, size, threads, 12), small = divide(preset, size, threads, 1);
         if (print) print_row(preset, size, threads, d);
         const Int tokens = size.sequences * size.length, used = d.teams * d.workers;
-        const Int most_used = tokens < 16 ? 2 : tokens < 128 ? 4 : tokens < 512 ? 16 : 64;
+        const Int most_used = tokens < 16 ? 2 : tokens < 128 ? 4 : tokens < 512 ? 8 : tokens < 1024 ? 16 : 64;
         divisions.require(used >= std::min(threads, most_used), "threads are left without work");
         divisions.require(d.share * double(used) < 1.2, "the work is divided unevenly");
         divisions.require(d.share <= last_share + 1e-9, "more threads, and a larger share");
