@@ -1,10 +1,11 @@
-// Embeddings of texts by a saved student, on the CPU, without Python and PyTorch. build.sh compiles it.
+// Embeddings of texts by a saved student, on the CPU, without Python and PyTorch. build.sh compiles
+// it.
 //
 //   encode FILE [THREADS] < IDS
 //
-// FILE was written by `kroneckerbert export STUDENT FOLDER --format native`. Each line of IDS is a text, as the
-// ids of its tokens. For each one the program prints two lines: the last hidden state of the first
-// token, and the mean over all tokens.
+// FILE was written by `kroneckerbert export STUDENT FOLDER --format native`. Each line of IDS is a
+// text, as the ids of its tokens. For each one the program prints two lines: the last hidden state of
+// the first token, and the mean over all tokens.
 #include "kron.h"
 
 #include <stdio.h>
@@ -220,7 +221,8 @@ public:
     const std::vector<std::string> activations = {"none", "gelu", "gelu_tanh", "relu", "silu"};
     for (int i = 0; has("layers." + std::to_string(i) + ".query.0"); i++) {
       const std::string at = "layers." + std::to_string(i) + ".";
-      const auto found = std::find(activations.begin(), activations.end(), file.text(at + "activation"));
+      const std::string name = file.text(at + "activation");
+      const auto found = std::find(activations.begin(), activations.end(), name);
       const kron_linear output = linear(at + "output"), down = linear(at + "down");
       layers.push_back({linear(at + "query"), linear(at + "key"), linear(at + "value"), output,
                         linear(at + "up"), down, norm(at + "attention_norm", rows_of(output)),

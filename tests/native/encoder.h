@@ -130,9 +130,9 @@ struct Layer {
     }
   }
   kron_layer call() const {
-    return {linears[QUERY].call(), linears[KEY].call(), linears[VALUE].call(), linears[OUTPUT].call(),
-            linears[UP].call(), linears[DOWN].call(), attention_norm.call(), output_norm.call(),
-            activation};
+    return {linears[QUERY].call(),  linears[KEY].call(), linears[VALUE].call(),
+            linears[OUTPUT].call(), linears[UP].call(),  linears[DOWN].call(),
+            attention_norm.call(),  output_norm.call(),  activation};
   }
   std::vector<Linear> linears; // by Role
   Norm attention_norm, output_norm;
@@ -293,6 +293,7 @@ template <class N> struct Definition {
   const Int fault = NO_FAULT;
   std::vector<std::vector<N>> states = {};
 
+  static double in_16_bits(T v) { return decode(DTYPES[3], encode(DTYPES[3], double(v))); }
   static N product(const N &p, const N &q) {
     N all;
     all.add(p, q);
@@ -369,7 +370,7 @@ template <class N> struct Definition {
         const Int place = batch.length - 1 + (fault == DISTANCES_REVERSED ? -between : between);
         s.add(N(batch.distances.get(head * (2 * batch.length - 1) + place)), N(1));
       }
-      if (fault == SCORES_IN_16_BITS) s.value = T(decode(DTYPES[3], encode(DTYPES[3], double(s.value))));
+      if (fault == SCORES_IN_16_BITS) s.value = T(in_16_bits(s.value));
       scores.push_back(s.rounded(2)), top = std::max(top, s.value);
     }
     for (const N &s : scores) total += std::exp(s.value - top);
@@ -381,7 +382,8 @@ template <class N> struct Definition {
       if constexpr (BOUNDED<N>) {
         // The derivative by a score is p_k (v_k - sum). e^x is within 2 eps, its argument is rounded.
         for (size_t j = 0; j < keys.size(); j++) {
-          const double s = double(scores[j].value), p = double(std::exp(scores[j].value - top) / total);
+          const double s = double(scores[j].value);
+          const double p = double(std::exp(scores[j].value - top) / total);
           const double slope = p * double(v[keys[j]][f].value - sum.value);
           sum.error += slope * slope * (scores[j].error + 2 * (s * s + double(top * top)) + 8);
         }
@@ -427,8 +429,8 @@ template <class N> struct Definition {
     const Int kind = layer.activation, other = fault == OTHER_GELU && kind == KRON_GELU;
     for (Row &row : hidden) {
       for (N &v : row) {
-        const Number y = activate(model.dtype, other ? Int(KRON_GELU_TANH) : kind, bounded(v)).first;
-        v = as<N>(y).rounded(1);
+        const Int chosen = other ? Int(KRON_GELU_TANH) : kind;
+        v = as<N>(activate(model.dtype, chosen, bounded(v)).first).rounded(1);
       }
     }
     add_and_normalise(every(l[DOWN], hidden), layer.output_norm);
@@ -444,8 +446,12 @@ template <class N> struct Definition {
     for (const Weight &w : model.tables) terms += double(w.shape.rank);
     for (size_t i = 0; i < x.size(); i++) {
       for (size_t t = fault == TABLE_LOST; t < model.tables.size(); t++) {
-        if (t == 0 && batch.given) x[i].add(N(batch.embeddings.get(token * Int(x.size()) + Int(i))), N(1));
-        else x[i].add(as<N>(model.entries[t][size_t(batch.ids[t][size_t(token)]) * x.size() + i]), N(1));
+        if (t == 0 && batch.given) {
+          x[i].add(N(batch.embeddings.get(token * Int(x.size()) + Int(i))), N(1));
+        } else {
+          const size_t row = size_t(batch.ids[t][size_t(token)]);
+          x[i].add(as<N>(model.entries[t][row * x.size() + i]), N(1));
+        }
       }
       x[i] = x[i].rounded(terms);
     }
@@ -457,7 +463,7 @@ template <class N> struct Definition {
     for (size_t t = 0; t < x.size(); t++) {
       for (size_t i = 0; i < x[t].size(); i++) {
         N &v = x[t][i];
-        if (fault == STATES_IN_16_BITS) v = N(decode(DTYPES[3], encode(DTYPES[3], double(v.value))));
+        if (fault == STATES_IN_16_BITS) v = N(in_16_bits(v.value));
         states[state][size_t(sequence * batch.length + positions[t]) * x[t].size() + i] = v;
       }
     }
