@@ -112,6 +112,13 @@ struct Call {
 
 // ---- checks ------------------------------------------------------------------------------------
 
+// In units of the bound of encoder.h, doubled. It takes errors for independent, but the error of a head
+// of one number reaches all features at once, and sums of them have longer tails: in 10,000 random
+// encoders the largest error was 0.9 of the bound, and all above 0.65 were of such narrow ones.
+double error_of(const Dtype &d, const Buffer &found, const Numbers &expected) {
+  return worst_error(d, found, expected) / 2;
+}
+
 Group numbers{"encoders"}, threads_agree{"threads and states"}, poisoned{"NaN and padding"};
 Group divisions{"division"}, refusals{"refusals"};
 
@@ -223,7 +230,7 @@ void check(const Recipe &recipe, double most_work, Random &r) {
     const std::vector<std::string> right = call.run(isa, 1, 4);
     for (size_t i = 0; i < expected.size(); i++) {
       doing = "state " + std::to_string(i) + "; " + doing;
-      numbers.note(worst_error(call.model.dtype, call.batch.states[i], expected[i]));
+      numbers.note(error_of(call.model.dtype, call.batch.states[i], expected[i]));
     }
     check_threads(call, isa, right, r);
     check_poison(call, isa, right, r);
@@ -345,15 +352,16 @@ void expect_refusal(Call &call, Arguments &a, const std::string &fault, int abou
 }
 
 void check_refusals(Random &r) {
-  // Every layer is a sum of terms of one shape, which each fault makes a wrong one.
   const Recipe recipe = {KRON_FLOAT32, 2, 12, 4, 3, 24, SUM, 2, 5, HOLES};
   std::unique_ptr<Call> call;
-  const auto usable = [&] { // for all faults: a stride of one row is not read
-    const auto rows = [](const Linear &l) { return l.calls[0].factors[0].rows; };
+  const auto usable = [&] { // for all faults: a stride of one row, or one factor's turn, is not read
+    const auto fits = [](const Linear &l) {
+      return l.calls[0].n_factors == 2 && l.calls[0].factors[0].rows > 1;
+    };
     const Model &m = call->model;
-    bool tall = m.tables.size() > 1 && m.projection && rows(*m.projection) > 1;
-    for (const Linear &l : m.layers[1].linears) tall = tall && rows(l) > 1;
-    return tall;
+    const std::vector<Linear> &linears = m.layers[1].linears;
+    return m.tables.size() > 1 && m.projection && fits(*m.projection) &&
+           std::all_of(linears.begin(), linears.end(), fits);
   };
   do call = std::make_unique<Call>(recipe, r);
   while (!usable());
@@ -493,12 +501,12 @@ void check_presets(bool print) {
 
 // The largest error of the definition with a fault, in the arithmetic of T, for the last state.
 template <class T>
-double error_of(const Model &model, const Batch &batch, Int fault, const Numbers &expected) {
+double error_with(Int fault, const Model &model, const Batch &batch, const Numbers &expected) {
   Definition<Plain<T>> definition{model, batch, fault};
   const std::vector<Plain<T>> &last = definition.run().back();
   Buffer found(model.dtype, Int(last.size()));
   for (size_t i = 0; i < last.size(); i++) found.set(Int(i), double(last[i].value));
-  return worst_error(model.dtype, found, expected);
+  return error_of(model.dtype, found, expected);
 }
 
 // For every dtype and depth: the right definition is within the bound, and of five encoders at least one
@@ -517,9 +525,9 @@ void self_test(Random &r) {
         Definition<Number> definition{call.model, call.batch};
         const Numbers &expected = definition.run().back();
         for (Int fault = NO_FAULT; fault < FAULTS; fault++) {
-          const auto error = dtype == KRON_FLOAT64 ? error_of<double> : error_of<float>;
+          const auto error = dtype == KRON_FLOAT64 ? error_with<double> : error_with<float>;
           double &most = seen[size_t(fault)];
-          most = std::max(most, error(call.model, call.batch, fault, expected));
+          most = std::max(most, error(fault, call.model, call.batch, expected));
         }
       }
       for (Int fault = NO_FAULT; fault < FAULTS; fault++) {
