@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kroneckerbert.conversion import decompress as decompress
     from kroneckerbert.distillation import DistillationConfig as DistillationConfig
     from kroneckerbert.distillation import DistillationTrainer as DistillationTrainer
+    from kroneckerbert.encoder_file import save_encoder as save_encoder
     from kroneckerbert.exporting import export as export
     from kroneckerbert.exporting import load_exported as load_exported
     from kroneckerbert.measure import report as report
@@ -44,6 +45,7 @@ _NAMES = {
     "configuration_kroneckerbert": ["KroneckerConfig"],
     "conversion": ["compress", "decompress"],
     "distillation": ["DistillationConfig", "DistillationTrainer"],
+    "encoder_file": ["save_encoder"],
     "exporting": ["export", "load_exported"],
     "modeling_kroneckerbert": ["KroneckerPreTrainedModel", "embed", "mean_pooling", "register"],
     "planning": ["plan"],

@@ -107,9 +107,11 @@ inline const kron_product *feed_forward_meets(const kron_layer &layer) {
   const kron_product &u = up.parts[0], &d = down.parts[0];
   if (u.n_factors != 2 || d.n_factors != 2 || u.turns[0] != 1 || d.turns[0] != 0) return nullptr;
   const bool fits = u.factors[0].rows == d.factors[0].cols && u.factors[1].rows == d.factors[1].cols;
-  const bool thin = u.factors[0].cols == 1 && u.factors[1].rows == 1;
-  const bool thin2 = d.factors[0].rows == 1 && d.factors[1].cols == 1;
-  return fits && !thin && !thin2 ? &u : nullptr;
+  const auto thin = [](const kron_product &p) { // as Part sees it: two thin matrices
+    const kron_factor &a = p.factors[0], &b = p.factors[1];
+    return (a.cols == 1 && b.rows == 1) || (a.rows == 1 && b.cols == 1);
+  };
+  return fits && !thin(u) && !thin(d) ? &u : nullptr;
 }
 
 // The steps of an encoder, and the sizes of what they need.
