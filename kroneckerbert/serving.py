@@ -377,7 +377,8 @@ class _Plan:
             raise Unserved(abi.missing)
         self.service = service
         service.check_stock()
-        self._check_root(own)
+        if _is_watched(own):
+            raise Unserved("it has a hook, or its own forward")
         self._read_config(model.config)
         self.hooks_made = RemovableHandle.next_id
         modules = architecture.modules(model)
@@ -418,9 +419,7 @@ class _Plan:
         try:
             return (
                 own["_modules"] is self.children_of[0]
-                and not any(_hooks_of(own))
-                and "forward" not in own
-                and "_compiled_call_impl" not in own
+                and not _is_watched(own)
                 and list(self.config.values()) == self.configured
                 and self._hooks_fit()
                 and list(map(len, self.attributes)) == self.sizes
@@ -511,6 +510,11 @@ def _values(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
 
 def _hook_dicts(attributes: Iterable[dict[str, Any]]) -> Iterator[dict[int, Any]]:
     return chain.from_iterable(map(_hooks_of, attributes))
+
+
+def _is_watched(own: dict[str, Any]) -> bool:
+    """Whether a call of the module with these attributes runs more than its class's forward."""
+    return any(_hooks_of(own)) or "forward" in own or "_compiled_call_impl" in own
 
 
 def _is_recorder(hook: Any) -> bool:
