@@ -204,9 +204,10 @@ def _walk(dense: type, path: str, module: Any, tree: Any) -> Iterator[nn.Module]
     _expect(path, module, tree)
     yield module
     if type(module) is KroneckerSum:
-        _expect(f"{path}.parts", module.parts, (nn.ModuleList,))
-        yield module.parts
-        for i, part in module.parts._modules.items():
+        parts = module._modules.get("parts")
+        _expect(f"{path}.parts", parts, (nn.ModuleList,))
+        yield parts
+        for i, part in parts._modules.items():
             yield from _walk(dense, f"{path}.parts.{i}", part, (KroneckerLinear,))
 
 

@@ -89,6 +89,7 @@ _LAYERS = (
     KroneckerEmbedding,
     *ACTIVATIONS,
 )
+_WITHOUT_MODE = frozenset(_LAYERS) - {nn.Dropout}  # the same in training and evaluation
 _call_module = nn.Module.__call__
 # Implementations of attention that the encoder equals. None is each file's own function.
 _ATTENTIONS = {"sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"], "eager": None}
@@ -386,6 +387,7 @@ class _Plan:
         self.modules = modules
         self.attributes = [module.__dict__ for module in modules]
         self.sizes = list(map(len, self.attributes))
+        self.moded = [m.__dict__ for m in modules if type(m) not in _WITHOUT_MODE]
         self._check_modules(model)
 
         self.children_of = [own["_modules"], *(m._modules for m in modules if m._modules)]
@@ -393,14 +395,19 @@ class _Plan:
         self.parameters_of = [m._parameters for m in modules if m._parameters]
         self.present = _values(self.parameters_of)
         self.parameters = [p for p in self.present if p is not None]
-        read = [
+        # Lists compare tensors of one entry by value.
+        self.singles_of, self.single_names, self.singles = _items(
+            (parameters, name)
+            for parameters in self.parameters_of
+            for name, p in parameters.items()
+            if p is not None and p.numel() == 1
+        )
+        self.read_of, self.read_names, self.read = _items(
             (attributes, name)
             for attributes in self.attributes
             for name in _ATTRIBUTES
             if name in attributes
-        ]
-        self.read_of, self.read_names = map(list, zip(*read, strict=True))
-        self.read = list(map(getitem, self.read_of, self.read_names))
+        )
 
         self._check_parameters()
         self.addresses = list(map(Tensor.data_ptr, self.parameters))
@@ -424,17 +431,17 @@ class _Plan:
                 and self._hooks_fit()
                 and list(map(len, self.attributes)) == self.sizes
                 and list(map(type, self.modules)) == self.types
-                and True not in map(_is_training, self.attributes)
+                and True not in map(_is_training, self.moded)
                 and _values(self.children_of) == self.children
-                and sum(map(len, self.parameters_of)) == len(self.present)
-                and all(map(is_, _chained(self.parameters_of), self.present))
+                and _values(self.parameters_of) == self.present
+                and all(map(is_, map(getitem, self.singles_of, self.single_names), self.singles))
                 and list(map(Tensor.data_ptr, self.parameters)) == self.addresses
                 and list(map(getitem, self.read_of, self.read_names)) == self.read
                 and self.service.is_stock()
                 and self._attention_fits()
             )
-        except (AttributeError, KeyError):  # something was deleted
-            return False
+        except (AttributeError, KeyError, RuntimeError):
+            return False  # something was deleted, or a tensor compared with another one
 
     def _hooks_fit(self) -> bool:
         if any(self.unhooked) or _values(self.recording) != self.recorders:
@@ -478,7 +485,7 @@ class _Plan:
                 reason = "has a hook"
             elif "forward" in own or "_compiled_call_impl" in own:
                 reason = "has its own forward"
-            elif own["training"]:
+            elif own["training"] and type(module) not in _WITHOUT_MODE:
                 reason = "is in training mode"
             if reason:
                 path = next(path for path, m in model.named_modules() if m is module)
@@ -500,12 +507,15 @@ class _Plan:
                 raise Unserved("it has parameters whose memory was freed")
 
 
-def _chained(dictionaries: Iterable[dict[str, Any]]) -> Iterator[Any]:
-    return chain.from_iterable(map(dict.values, dictionaries))
+def _values(dictionaries: Iterable[dict[Any, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, dictionaries)))
 
 
-def _values(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
-    return list(_chained(dictionaries))
+def _items(places: Iterable[tuple[dict[str, Any], str]]) -> tuple[list, list, list]:
+    """The dictionaries, keys and values of these places."""
+    found = list(places)
+    dictionaries, names = [d for d, _ in found], [name for _, name in found]
+    return dictionaries, names, list(map(getitem, dictionaries, names))
 
 
 def _hook_dicts(attributes: Iterable[dict[str, Any]]) -> Iterator[dict[int, Any]]:
