@@ -204,7 +204,7 @@ def _walk(dense: type, path: str, module: Any, tree: Any) -> Iterator[nn.Module]
     _expect(path, module, tree)
     yield module
     if type(module) is KroneckerSum:
-        parts = module._modules.get("parts")
+        parts: Any = module._modules.get("parts")
         _expect(f"{path}.parts", parts, (nn.ModuleList,))
         yield parts
         for i, part in parts._modules.items():
