@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import wraps
 from itertools import chain
 from operator import attrgetter, getitem, is_, itemgetter
@@ -227,11 +228,11 @@ def served(dense: Any) -> Callable | None:
         if torch.compiler.is_compiling():  # a compiler must not follow the rest
             return dense.forward(self, *args, **kwargs)
         given = dict(zip(names, args, strict=False))
-        if len(args) > len(given) or given.keys() & kwargs.keys():
-            return dense.forward(self, *args, **kwargs)  # which raises
-        try:
-            call = service.prepare(self, given | kwargs)
-        except Unserved:
+        call = None
+        if len(args) == len(given) and not given.keys() & kwargs.keys():
+            with suppress(Unserved):
+                call = service.prepare(self, given | kwargs)
+        if call is None:
             return dense.forward(self, *args, **kwargs)
         if not torch.autograd._profiler_enabled():
             return service.result(self, call)

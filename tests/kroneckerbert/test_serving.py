@@ -1,6 +1,7 @@
 """Base models are served in one call when nobody watches, with the stock model's numbers."""
 
 import copy
+import functools
 import gc
 import inspect
 import io
@@ -342,7 +343,8 @@ def test_an_empty_batch(shape, calls):
     model = student()
     inputs = {"input_ids": torch.zeros(shape, dtype=torch.long)}
     assert "no tokens" in serving.why_not(model, **inputs)
-    assert model(**inputs | {}).last_hidden_state.shape == (*shape, 32) if shape[1] else True
+    with pytest.raises((IndexError, RuntimeError)):  # stock models refuse them
+        model(**inputs)
     assert not calls
 
 
@@ -401,7 +403,7 @@ def test_hooks_of_the_pooler_are_called(calls):
 
 
 def test_recorders_of_transformers_do_not_stop_the_encoder(calls):
-    model = student(attn_implementation="eager")
+    model = student(_attn_implementation="eager")
     assert_served(model, calls)
     actual = assert_unserved(model, calls, "attentions", output_attentions=True)
     assert len(actual.attentions) == 2
@@ -453,7 +455,7 @@ def test_other_modules(path, module, reason, calls):
     model = student()
     assert_served(model, calls)
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    setattr(model.get_submodule(parent), name, module.eval())
     assert reason in explain(model)
     if "Bilinear" not in reason:
         model(**batch(model))
@@ -584,7 +586,9 @@ def test_compilers_tracers_and_exporters(calls):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")(**inputs)[0]
     exported = torch.export.export(model, (), inputs).module()(**inputs)[0]
-    traced = torch.jit.trace(model, tuple(inputs.values()), strict=False)(*inputs.values())
+    traced = torch.jit.trace(model, tuple(inputs.values()), strict=False, check_trace=False)(
+        *inputs.values()
+    )
     assert not calls
     for y in (compiled, exported, traced["last_hidden_state"]):
         torch.testing.assert_close(y[mask], expected[mask], rtol=1e-4, atol=1e-5)
@@ -614,6 +618,7 @@ def test_patched_classes_and_files(owner, name, calls):
     original = vars(owner)[name]
     seen = []
 
+    @functools.wraps(original)
     def patched(*args, **kwargs):
         seen.append(name)
         return original(*args, **kwargs)
@@ -696,12 +701,13 @@ def test_bad_inputs_raise(name):
             model(input_ids=bad)
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=ids.repeat(1, 8))
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=ids, position_ids=torch.full_like(ids, 40))
-    with pytest.raises((RuntimeError, ValueError)):
-        model(input_ids=ids, attention_mask=torch.ones(2, 9, dtype=torch.long))
-    with pytest.raises((RuntimeError, ValueError)):
-        model(input_ids=ids, attention_mask=torch.ones(3, 8, dtype=torch.long))
+    for shape in ((2, 9), (3, 8), (3, 10)):
+        mask = torch.ones(shape, dtype=torch.long)
+        mask[0, 0] = 0  # transformers drops a mask of ones without a look at its shape
+        with pytest.raises((IndexError, RuntimeError, ValueError)):
+            model(input_ids=ids, attention_mask=mask)
     with pytest.raises(ValueError, match="specify"):
         model(attention_mask=torch.ones(3, 9))
     with pytest.raises(TypeError):
@@ -882,10 +888,7 @@ def test_pipelines_auto_classes_and_sentence_transformers(tmp_path, calls):
     words = ["a good film", "b"]
     vectors = kroneckerbert.embed(loaded, tokenizer, words, normalize=False)
     assert len(calls) == 1
-    body = sentences.models.Transformer(str(tmp_path))
-    encoder = sentences.SentenceTransformer(
-        modules=[body, sentences.models.Pooling(32)], device="cpu"
-    )
+    encoder = sentences.SentenceTransformer(str(tmp_path), device="cpu")
     calls.clear()
     torch.testing.assert_close(torch.tensor(encoder.encode(words)), vectors, rtol=1e-4, atol=1e-5)
     assert len(calls) == 1
@@ -957,7 +960,7 @@ def test_a_backend_by_name_is_granted_or_refused_in_fused_blocks(paths, gradient
         for m in chosen:
             m.backend = "native"
         want = layer(x)
-        monkeypatch.setattr("kron_kernels.backends.native._native", None)
+        monkeypatch.setattr("kron_kernels.backends.native.why_not", lambda *_: "it is not here")
         with pytest.raises(ValueError, match="backend='native' cannot serve this call"):
             layer(x)
         for m in chosen:
