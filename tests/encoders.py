@@ -43,7 +43,7 @@ class Encoder:
     ) -> list[Tensor]:
         """See ``kron_kernels.encoder.Encoder.__call__``.
 
-        In a sequence of padding only, attention gives zeros, so that the first position is finite.
+        States are zero at padding, except for the first position of a sequence with tokens.
         """
         rows = [_rows(table, i) for table, i in zip(self.embedding.tables, ids, strict=True)]
         if embeddings is not None:
@@ -54,7 +54,7 @@ class Encoder:
         length = x.shape[1]
         is_key = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask != 0
         is_computed = is_key.clone()
-        is_computed[:, :1] = True
+        is_computed[:, :1] = is_key.any(1, keepdim=True)
         bias = None
         if distance_bias is not None:
             i = torch.arange(length)
