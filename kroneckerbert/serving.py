@@ -5,15 +5,16 @@ tensors in place, and what the plan was made from: modules, hooks, parameters an
 A plan that no longer fits is made again. Everything else is left to the stock forward, which calls
 the modules one by one and gives the same numbers.
 
-At padding the hidden states are zero, except at the first position of a sequence, which models
-read.
+At padding the hidden states are zero, where the stock forward computes something without meaning.
+Only the first position of a sequence is computed even if it is padding: poolers read it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import wraps
 from itertools import chain
 from operator import attrgetter, getitem, is_, itemgetter
@@ -286,6 +287,16 @@ def explain(model: Any, **inputs: Any) -> str:
     return f"the whole encoder in one call of the compiled kernels ({native.instruction_set()})"
 
 
+@contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Leave every call in this context to the stock forward, which computes padding as well."""
+    before = _layer_by_layer.set(True)
+    try:
+        yield
+    finally:
+        _layer_by_layer.reset(before)
+
+
 def without_plan(attributes: dict[str, Any]) -> dict[str, Any]:
     """A model's attributes to copy or save: another model must not have its plan."""
     return {name: value for name, value in attributes.items() if name != _PLAN}
@@ -294,7 +305,12 @@ def without_plan(attributes: dict[str, Any]) -> dict[str, Any]:
 # --- conditions of a call
 
 
+_layer_by_layer: ContextVar[bool] = ContextVar("layer_by_layer", default=False)
+
+
 def _check_context(model: Any) -> None:
+    if _layer_by_layer.get():
+        raise Unserved("layer_by_layer() asks for it")
     if model.__dict__["training"]:
         raise Unserved("it is in training mode; call model.eval()")
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
