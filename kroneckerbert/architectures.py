@@ -85,8 +85,8 @@ class Architecture(NamedTuple):
     distances: bool = False
     older: bool = False
 
-    def classes(self, dense: type) -> list[type]:
-        """The stock classes of the modules, ``dense``, the base model's, included."""
+    def classes(self, dense: type) -> list[Any]:
+        """``dense`` and the stock classes of its modules, None for one that is not there."""
         names = [self.encoder.capitalize(), *_names(self.embeddings), *_names(self.layer)]
         return [dense, *(_class(dense, name) for name in names)]
 
@@ -186,11 +186,11 @@ def _names(tree: Any) -> Iterator[str]:
             yield from _names(child)
 
 
-def _class(dense: type, name: str) -> type:
+def _class(dense: type, name: str) -> Any:
     """A stock class of the base model's file: ``Layer`` is ``BertLayer`` for a ``BertModel``."""
     module = sys.modules[dense.__module__]
     full = dense.__name__.removesuffix("Model") + name
-    return getattr(module, full, None) or getattr(module, name)
+    return getattr(module, full, None) or getattr(module, name, None)
 
 
 def _walk(dense: type, path: str, module: Any, tree: Any) -> Iterator[nn.Module]:

@@ -26,7 +26,6 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.output_capturing import install_output_capuring_hook
 
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, dispatch
 from kron_kernels.backends import abi, native
@@ -35,6 +34,7 @@ from kron_kernels.encoder import Encoder
 from kroneckerbert.architectures import Architecture, Inputs, Unserved, architecture_of
 from kroneckerbert.fusion import ACTIVATIONS, KroneckerProjection
 
+_RECORDERS = "transformers.utils.output_capturing"
 _PLAN = "_served_plan"  # a model's attribute
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Arguments that are followed, or ignored by every model here.
@@ -96,13 +96,6 @@ _call_module = nn.Module.__call__
 # Implementations of attention that the encoder equals. None is each file's own function.
 _ATTENTIONS = {"sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"], "eager": None}
 _MASKS = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in _ATTENTIONS}
-
-# Code of the hooks that transformers sets to record outputs.
-_RECORDERS = [
-    code
-    for code in install_output_capuring_hook.__code__.co_consts
-    if getattr(code, "co_name", None) == "output_capturing_hook"
-]
 
 _hooks_of = itemgetter(*_HOOKS)
 _is_training = itemgetter("training")
@@ -219,7 +212,7 @@ class _Call(NamedTuple):
 def served(dense: Any) -> Callable | None:
     """A forward for the Kronecker form of a stock class; None if that is never served."""
     architecture = architecture_of(dense)
-    if architecture is None:
+    if architecture is None or not all(architecture.classes(dense)):
         return None
     service = Service(dense, architecture)
     names = service.arguments
@@ -549,4 +542,5 @@ def _is_recorder(hook: Any) -> bool:
 
     A model that has once returned such outputs keeps them. In other calls they do nothing.
     """
-    return getattr(hook, "__code__", None) in _RECORDERS
+    name = getattr(hook, "__name__", None)
+    return name == "output_capturing_hook" and hook.__module__ == _RECORDERS

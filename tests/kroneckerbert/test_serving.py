@@ -10,7 +10,6 @@ import threading
 import weakref
 from contextlib import contextmanager
 
-import encoders
 import pytest
 import torch
 import watching
@@ -33,7 +32,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kroneckerbert
-from kron_kernels import KroneckerLinear, encoder
+from kron_kernels import KroneckerLinear
 from kron_kernels.testing import assert_close
 from kroneckerbert import compress, decompress, explain, fusion, serving
 from kroneckerbert.configuration_kroneckerbert import layout_of
@@ -967,16 +966,3 @@ def test_a_backend_by_name_is_granted_or_refused_in_fused_blocks(paths, gradient
             m.backend = "eager"
         torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
     assert fusion.KroneckerProjection in [type(m) for m in layer.modules()]
-
-
-def _use_stand_in():
-    """Until the compiled encoder is there."""
-    try:
-        encoder.Encoder(None, [], 1, 1.0)
-    except NotImplementedError:
-        serving.Encoder = encoders.Encoder
-    except Exception:
-        pass
-
-
-_use_stand_in()
