@@ -147,18 +147,19 @@ class Architecture(NamedTuple):
         return Parts(embedding, layers, heads, scale)
 
     def ids(self, model: Any, inputs: Inputs) -> list[Tensor | None]:
-        """The rows of each table, as the stock embeddings choose them."""
+        """The rows of each table, int64, as the stock embeddings choose them."""
         embeddings, (rows, length) = model.embeddings, inputs.shape
         positions = inputs.position_ids
         if positions is None:
             positions = self.positions(embeddings, inputs)
-        ids = [inputs.input_ids, positions.expand(rows, length)]
+        words = inputs.input_ids
+        ids = [words if words is None else words.long(), positions.long().expand(rows, length)]
         if "token_type_embeddings" in embeddings._modules:
             types = inputs.token_type_ids
             if types is None:  # zeros, unless someone has changed them
                 table = embeddings._buffers["token_type_ids"].expand(len(positions), -1)
-                types = torch.gather(table, 1, positions)
-            ids.append(types.expand(rows, length))
+                types = torch.gather(table, 1, positions.long())
+            ids.append(types.long().expand(rows, length))
         return ids
 
     def distance_bias(self, model: Any, length: int) -> Tensor | None:

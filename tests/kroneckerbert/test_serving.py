@@ -248,6 +248,7 @@ def test_other_arguments(name, calls):
         {"position_ids": positions[:1]},
         {"token_type_ids": types},
         {"token_type_ids": types[:1], "position_ids": positions},
+        {"input_ids": ids.int(), "position_ids": positions.int(), "token_type_ids": types.int()},
         {"input_ids": ids.int()},
         {"input_ids": ids[:, ::2], "attention_mask": mask[:, ::2]},
         {"input_ids": ids.t().contiguous().t()},
@@ -259,9 +260,9 @@ def test_other_arguments(name, calls):
         expected = oracle(model)(**given)
         given = {k: v for k, v in given.items() if v is not None}
         hold(actual, expected, given)
-    assert len(calls) == 9
-    hold(model(ids, mask), oracle(model)(ids, mask), inputs)  # by position
     assert len(calls) == 10
+    hold(model(ids, mask), oracle(model)(ids, mask), inputs)  # by position
+    assert len(calls) == 11
 
 
 def has_types(model) -> bool:
