@@ -157,7 +157,7 @@ class Architecture(NamedTuple):
         if "token_type_embeddings" in embeddings._modules:
             types = inputs.token_type_ids
             if types is None:  # zeros, unless someone has changed them
-                table = embeddings._buffers["token_type_ids"].expand(len(positions), -1)
+                table = _buffer(embeddings, "token_type_ids").expand(len(positions), -1)
                 types = torch.gather(table, 1, positions.long())
             ids.append(types.long().expand(rows, length))
         return ids
@@ -239,6 +239,13 @@ def _optional(path: str, module: nn.Module, name: str) -> Tensor | None:
     return None if absent else _parameter(path, module, name)
 
 
+def _buffer(embeddings: Any, name: str) -> Tensor:
+    found = embeddings._buffers.get(name)
+    if found is None:
+        raise Unserved(f"embeddings.{name} is not a buffer")
+    return found
+
+
 def _linear(path: str, module: Any) -> Linear:
     parts = list(module.parts) if type(module) is KroneckerSum else [module]
     weights: list[tuple[Tensor, ...]] = []
@@ -285,7 +292,7 @@ def _after_padding(embeddings: Any, inputs: Inputs) -> Tensor:
 
 
 def _from_zero(embeddings: Any, inputs: Inputs) -> Tensor:
-    positions, length = embeddings._buffers["position_ids"], inputs.shape[1]
+    positions, length = _buffer(embeddings, "position_ids"), inputs.shape[1]
     if length > positions.shape[1]:
         raise Unserved(f"{length} tokens are more than its {positions.shape[1]} positions")
     return positions[:, :length]

@@ -119,15 +119,12 @@ class Service:
         for cls in (*architecture.classes(dense), *_LAYERS):
             self._remember(cls, _METHODS)
         self._remember(inspect.getmodule(dense), _FUNCTIONS)
-        self.functions = [self._original(*found) for found in self._found()]
+        self.functions = list(map(self._original, self.holders, self.names))
 
     def _remember(self, holder: Any, names: Iterable[str]) -> None:
         present = [name for name in names if hasattr(holder, name)]
         self.holders += [holder] * len(present)
         self.names += present
-
-    def _found(self) -> Iterable[tuple[Any, str]]:
-        return zip(self.holders, self.names, strict=True)
 
     @staticmethod
     def _original(holder: Any, name: str) -> Any:
@@ -162,19 +159,18 @@ class Service:
         inputs = Inputs(
             *map(given.get, ("input_ids", "inputs_embeds", "position_ids", "token_type_ids"))
         )
+        _check_inputs(inputs, mask)  # before the plan: on a GPU there is none, and a try takes 1 ms
         plan = _plan_of(model, self)
-        _check_inputs(inputs, mask, plan)
+        embeddings = inputs.embeddings
+        if embeddings is not None:
+            _check_embeddings(embeddings, plan)
+        if torch.is_grad_enabled() and any(map(_requires_grad, plan.parameters)):
+            raise Unserved("a gradient may be needed; use torch.inference_mode()")
         hidden, as_tuple = _outputs(self.architecture, given, plan)
-        if torch.is_grad_enabled():
-            given_embeddings = inputs.embeddings
-            if any(map(_requires_grad, plan.parameters)) or (
-                given_embeddings is not None and given_embeddings.requires_grad
-            ):
-                raise Unserved("a gradient may be needed; use torch.inference_mode()")
         ids = self.architecture.ids(model, inputs)
         if mask is not None and mask.dtype != torch.int64:
             mask = mask.ne(0).long()
-        return _Call(plan.encoder, ids, mask, inputs.embeddings, inputs.shape[1], hidden, as_tuple)
+        return _Call(plan.encoder, ids, mask, embeddings, inputs.shape[1], hidden, as_tuple)
 
     def result(self, model: Any, call: _Call) -> Any:
         """The output of the stock forward, with the encoder's hidden states."""
@@ -320,7 +316,7 @@ def _check_context(model: Any) -> None:
         raise Unserved("__call__ of Module was replaced")
 
 
-def _check_inputs(inputs: Inputs, mask: Any, plan: _Plan) -> None:
+def _check_inputs(inputs: Inputs, mask: Any) -> None:
     ids, embeddings, positions, types = inputs
     tensors = [t for t in (*inputs, mask) if t is not None]
     if (ids is None) == (embeddings is None):
@@ -332,10 +328,6 @@ def _check_inputs(inputs: Inputs, mask: Any, plan: _Plan) -> None:
     shape = inputs.shape
     if 0 in shape:
         raise Unserved("there are no tokens")
-    if embeddings is not None and (
-        embeddings.dtype != plan.dtype or embeddings.shape[2] != plan.width
-    ):
-        raise Unserved(f"inputs_embeds must be {plan.dtype}, of width {plan.width}")
     if mask is not None and mask.shape != shape:
         raise Unserved(f"attention_mask must have shape {shape}, and has {tuple(mask.shape)}")
     for name, t in (("position_ids", positions), ("token_type_ids", types)):
@@ -343,6 +335,13 @@ def _check_inputs(inputs: Inputs, mask: Any, plan: _Plan) -> None:
             raise Unserved(f"{name} must have shape {shape}, and has {tuple(t.shape)}")
     if any(t is not None and t.dtype not in _INTEGERS for t in (ids, positions, types)):
         raise Unserved("ids must be int64 or int32")
+
+
+def _check_embeddings(embeddings: Tensor, plan: _Plan) -> None:
+    if embeddings.dtype != plan.dtype or embeddings.shape[2] != plan.width:
+        raise Unserved(f"inputs_embeds must be {plan.dtype}, of width {plan.width}")
+    if torch.is_grad_enabled() and embeddings.requires_grad:
+        raise Unserved("inputs_embeds may need a gradient; use torch.inference_mode()")
 
 
 def _outputs(
