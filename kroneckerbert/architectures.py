@@ -146,21 +146,36 @@ class Architecture(NamedTuple):
         heads, _, scale = kinds.pop()
         return Parts(embedding, layers, heads, scale)
 
-    def ids(self, model: Any, inputs: Inputs) -> list[Tensor | None]:
-        """The rows of each table, int64, as the stock embeddings choose them."""
+    def ids(
+        self, model: Any, inputs: Inputs, known: dict[int, list[Tensor]]
+    ) -> list[Tensor | None]:
+        """The rows of each table, int64, as the stock embeddings choose them.
+
+        Args:
+            model: A base model.
+            inputs: The arguments of its call.
+            known: Keeps the rows that depend on nothing but the length, which take 15 µs to 40 µs.
+                A change of the embeddings' buffers must empty it.
+        """
         embeddings, (rows, length) = model.embeddings, inputs.shape
-        positions = inputs.position_ids
-        if positions is None:
-            positions = self.positions(embeddings, inputs)
-        words = inputs.input_ids
-        ids = [words if words is None else words.long(), positions.long().expand(rows, length)]
-        if "token_type_embeddings" in embeddings._modules:
-            types = inputs.token_type_ids
-            if types is None:  # zeros, unless someone has changed them
-                table = _buffer(embeddings, "token_type_ids").expand(len(positions), -1)
-                types = torch.gather(table, 1, positions.long())
-            ids.append(types.long().expand(rows, length))
-        return ids
+        words, _, positions, types = inputs
+        if words is not None:
+            words = words.long()
+        chosen = positions is not None or types is not None or self.positions is not _from_zero
+        if chosen or length not in known:
+            if positions is None:
+                positions = self.positions(embeddings, inputs)
+            others = [positions.long()]
+            if "token_type_embeddings" in embeddings._modules:
+                if types is None:  # zeros, unless someone has changed them
+                    table = _buffer(embeddings, "token_type_ids").expand(len(positions), -1)
+                    types = torch.gather(table, 1, others[0])
+                others.append(types.long())
+            if not chosen:
+                known[length] = others
+        else:
+            others = known[length]
+        return [words, *(t if len(t) == rows else t.expand(rows, length) for t in others)]
 
     def distance_bias(self, model: Any, length: int) -> Tensor | None:
         """Added to the scores, ``(heads, 2 * length - 1)``, by query's place minus key's."""

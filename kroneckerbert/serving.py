@@ -100,6 +100,7 @@ _MASKS = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in _ATTENTIONS}
 _hooks_of = itemgetter(*_HOOKS)
 _is_training = itemgetter("training")
 _requires_grad = attrgetter("requires_grad")
+_version = attrgetter("_version")
 
 
 class Service:
@@ -167,7 +168,7 @@ class Service:
         if torch.is_grad_enabled() and any(map(_requires_grad, plan.parameters)):
             raise Unserved("a gradient may be needed; use torch.inference_mode()")
         hidden, as_tuple = _outputs(self.architecture, given, plan)
-        ids = self.architecture.ids(model, inputs)
+        ids = self.architecture.ids(model, inputs, plan.known_ids if plan.keeps_ids else {})
         if mask is not None and mask.dtype != torch.int64:
             mask = mask.ne(0).long()
         return _Call(plan.encoder, ids, mask, embeddings, inputs.shape[1], hidden, as_tuple)
@@ -419,7 +420,16 @@ class _Plan:
         )
 
         self._check_parameters()
-        self.addresses = list(map(Tensor.data_ptr, self.parameters))
+        self.buffers_of = model.embeddings._buffers
+        self.buffers = list(self.buffers_of.values())
+        self._check_buffers()
+        # Of a model that was made in inference mode, nobody knows whether they have changed.
+        self.keeps_ids = not any(b.is_inference() for b in self.buffers)
+        self.versioned = self.buffers if self.keeps_ids else []
+        self.versions = list(map(_version, self.versioned))
+        self.tensors = [*self.parameters, *self.buffers]
+        self.addresses = list(map(Tensor.data_ptr, self.tensors))
+        self.known_ids: dict[int, list[Tensor]] = {}
         parts = architecture.parts(model)
         self.width = model.embeddings.word_embeddings.embedding_dim
         try:
@@ -444,7 +454,9 @@ class _Plan:
                 and _values(self.children_of) == self.children
                 and _values(self.parameters_of) == self.present
                 and all(map(is_, map(getitem, self.singles_of, self.single_names), self.singles))
-                and list(map(Tensor.data_ptr, self.parameters)) == self.addresses
+                and list(self.buffers_of.values()) == self.buffers
+                and list(map(_version, self.versioned)) == self.versions
+                and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
                 and list(map(getitem, self.read_of, self.read_names)) == self.read
                 and self.service.is_stock()
                 and self._attention_fits()
@@ -514,6 +526,11 @@ class _Plan:
                 raise Unserved(f"it has a parameter of class {type(p).__name__}")
             if p.numel() and not p.untyped_storage().nbytes():
                 raise Unserved("it has parameters whose memory was freed")
+
+    def _check_buffers(self) -> None:
+        for b in self.buffers:
+            if not is_plain([b]) or not b.is_cpu:
+                raise Unserved("its embeddings have a buffer that is not an ordinary tensor")
 
 
 def _values(dictionaries: Iterable[dict[Any, Any]]) -> list[Any]:

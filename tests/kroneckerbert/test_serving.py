@@ -752,6 +752,42 @@ def test_changes_of_weights_count(name, calls):
     torch.testing.assert_close(actual[chosen], expected[chosen], rtol=1e-4, atol=1e-5)
 
 
+def test_changes_of_buffers_count(calls):
+    model = student(type_vocab_size=2)
+    inputs = batch(model, "ones")
+
+    def hold_stock():
+        calls.clear()
+        for _ in range(2):
+            expected = type(model).dense_class.forward(model, **inputs)[0]
+            torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 2
+
+    hold_stock()
+    model.embeddings.token_type_ids[:, 3:] = 1
+    hold_stock()
+    model.embeddings.token_type_ids.data = model.embeddings.token_type_ids.flip(1)
+    hold_stock()
+    model.embeddings.position_ids = model.embeddings.position_ids.flip(1).contiguous()
+    hold_stock()
+    del model.embeddings._buffers["position_ids"]
+    assert "position_ids is not a buffer" in serving.why_not(model, **inputs)
+
+
+def test_a_model_made_in_inference_mode(calls):
+    with torch.inference_mode():
+        model = student(type_vocab_size=2)
+        inputs = batch(model, "ones")
+        before = model(**inputs)[0]
+        model.embeddings.token_type_ids[:, 3:] = 1
+        after = model(**inputs)[0]
+        assert len(calls) == 2
+        assert not torch.allclose(before, after)
+        expected = type(model).dense_class.forward(model, **inputs)[0]
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(**inputs)[0].clone(), after.clone())
+
+
 def test_resized_and_tied_words(calls):
     cls = next(c for c in heads("bert") if c.__name__ == "BertForMaskedLM")
     for kind in ("one term", "dense"):
