@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kroneckerbert.modeling_kroneckerbert import mean_pooling as mean_pooling
     from kroneckerbert.modeling_kroneckerbert import register as register
     from kroneckerbert.planning import plan as plan
+    from kroneckerbert.serving import explain as explain
 
 _NAMES = {
     "adapters": ["load_adapter", "lora_config", "merge_and_unload"],
@@ -50,6 +51,7 @@ _NAMES = {
     "modeling_kroneckerbert": ["KroneckerPreTrainedModel", "embed", "mean_pooling", "register"],
     "planning": ["plan"],
     "measure": ["report"],
+    "serving": ["explain"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULES)
