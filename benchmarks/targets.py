@@ -49,14 +49,15 @@ def table(folder: Path) -> str:
     heads = ("ratio of medians", "must", "aim", "measured", "reached")
     body = []
     for target in targets(folder):
-        sign = "at most " * target.at_most
-        asked = (sign + _text(values, "g") for values in (target.must, target.aim) if values)
+        asked = (_text(values, ".3g", target.at_most) for values in (target.must, target.aim))
         body.append([target.what, *asked, _text(target.measured, ".2f"), target.reached])
     return lines(heads, body)
 
 
-def _text(values: tuple[float, ...] | None, form: str) -> str:
-    return " / ".join(f"{value:{form}}" for value in values or ()) or "–"
+def _text(values: tuple[float, ...] | None, form: str, at_most: bool = False) -> str:
+    if not values:
+        return "–"
+    return "at most " * at_most + " / ".join(f"{value:{form}}" for value in values)
 
 
 def _read(folder: Path, name: str) -> Results:
@@ -92,7 +93,7 @@ def _of_threads(results: Results) -> list[Target]:
     found = []
     for tokens, must, aim in ((16, 1.6, 1.8), (128, 1.75, 1.9)):
         row = rows.get(tokens)
-        measured = tuple(threads.gain(row, name, 2) for name in (SMALL, BIG)) if row else None
+        measured = tuple(threads.gain(row, name, "2") for name in (SMALL, BIG)) if row else None
         what = f"{SMALL} / {BIG}, 1 x {tokens}: two threads over one"
         found.append(Target(what, (must, must), (aim, aim), measured))
     return found

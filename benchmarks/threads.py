@@ -76,18 +76,30 @@ def turn(tokens: int, seconds: float) -> dict[str, float]:
     return {name: round(time.median, 3) for name, time in times.items()}
 
 
-def gain(row: dict[str, Any], name: str, threads: int) -> float:
+def gain(row: dict[str, Any], name: str, threads: str) -> float:
     """Times faster than with one thread."""
-    return row["ms"]["1"][name] / row["ms"][str(threads)][name]
+    return row["ms"]["1"][name] / row["ms"][threads][name]
+
+
+def columns(results: dict[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
+    """A row and its number of threads, by heading."""
+    return {
+        f"1 x {row['tokens']}, {count} thread{'s' * (count != '1')}": (row, count)
+        for row in results["rows"]
+        for count in row["ms"]
+    }
+
+
+def versus_one(row: dict[str, Any], threads: str, name: str) -> str:
+    ms = f"{row['ms'][threads][name]:.1f}"
+    return ms if threads == "1" else f"{ms} ({gain(row, name, threads):.2f})"
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    names = [*results["rows"][0]["ms"]["1"]]
     heading = "BERT_BASE by threads, median ms (times faster than with one)"
     title = f"{heading}\n{machine.title(results['machine'])}"
-    shown = machine.table(title, ("batch", "tokens", "threads", *names))
-    for row in results["rows"]:
-        for count, ms in row["ms"].items():
-            entries = (f"{ms[n]:.1f} ({gain(row, n, int(count)):.2f})" for n in names)
-            shown.add_row(str(row["batch"]), str(row["tokens"]), count, *entries)
+    places = columns(results)
+    shown = machine.table(title, ("", *places), left=("",))
+    for name in results["rows"][0]["ms"]["1"]:
+        shown.add_row(name, *(versus_one(*place, name) for place in places.values()))
     return [shown]
