@@ -129,8 +129,9 @@ def cpu_kernels(cxx):
     sets = (X86 if is_x86 else {}) | {"portable": ""}
     command = host_command(cxx)
     units = {
-        isa: [*command, *flags.split(), f"-DKRON_ISA={isa}", "csrc/cpu/kernels.cpp"]
+        f"{isa}_{part}": [*command, *flags.split(), f"-DKRON_ISA={isa}", f"csrc/cpu/{part}.cpp"]
         for isa, flags in sets.items()
+        for part in ("kernels", "encoder")
     }
     units["cpu"] = [*command, *(["-DKRON_HAS_X86"] if is_x86 else []), "csrc/cpu/cpu.cpp"]
     return Kernels(f"compiled for CPUs ({', '.join(sets)})", units, [], [])

@@ -4,6 +4,7 @@
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <stdlib.h>
 
 #include "kron.h"
 
@@ -22,6 +23,12 @@ public:
       return 0;
     }
     const int64_t value = PyLong_AsLongLong(*next++);
+    if (value == -1 && PyErr_Occurred()) failed = true;
+    return value;
+  }
+  double real() {
+    if (failed || next == end) return double(integer()); // which fails
+    const double value = PyFloat_AsDouble(*next++);
     if (value == -1 && PyErr_Occurred()) failed = true;
     return value;
   }
@@ -64,7 +71,7 @@ private:
 };
 
 // Runs a kernel without the GIL.
-template <class Kernel> PyObject *run(Arguments &arguments, Kernel kernel) {
+template <class Given, class Kernel> PyObject *run(Given &arguments, Kernel kernel) {
   if (!arguments.complete()) return nullptr;
   const char *error;
   Py_BEGIN_ALLOW_THREADS;
@@ -129,6 +136,110 @@ PyObject *feed_forward_backward(PyObject *, PyObject *const *args, Py_ssize_t co
     return kron_cpu_feed_forward_backward(&e, dtype, tokens, dy, x, &up, &down, g[0], g[1], g[2],
                                           g[3], g[4], g[5]);
   });
+}
+
+// ---- encoders: described once, in a capsule
+
+struct Encoder : kron_encoder {
+  kron_layer *all_layers;
+  kron_product *parts; // of all linear layers, one after another
+};
+void free_encoder(Encoder *e) { free(e->all_layers), free(e->parts), free(e); }
+
+class EncoderArguments : public Arguments {
+public:
+  EncoderArguments(PyObject *const *args, Py_ssize_t count, Encoder &e) : Arguments(args, count) {
+    e.heads = integer(), e.scale = real(), e.n_tables = integer(), e.n_layers = integer();
+    e.parts = next_part = static_cast<kron_product *>(calloc(size_t(count), sizeof(kron_product)));
+    parts_end = next_part + count;
+    const bool fits = 0 < e.n_layers && e.n_layers < count;
+    e.all_layers = static_cast<kron_layer *>(calloc(fits ? size_t(e.n_layers) : 1, sizeof(kron_layer)));
+    e.layers = e.all_layers;
+    if (!e.parts || !e.all_layers) return;
+    for (int64_t t = 0; t < e.n_tables && t < KRON_MAX_TABLES; t++) e.tables[t] = product();
+    e.norm = norm(), e.projection = linear();
+    for (kron_layer *l = e.all_layers; fits && l < e.all_layers + e.n_layers; l++) {
+      l->query = linear(), l->key = linear(), l->value = linear(), l->output = linear();
+      l->attention_norm = norm();
+      l->up = linear(), l->activation = integer(), l->down = linear();
+      l->output_norm = norm();
+    }
+  }
+
+private:
+  kron_norm norm() {
+    kron_norm n;
+    n.weight = pointer(), n.bias = pointer(), n.epsilon = real();
+    return n;
+  }
+  kron_linear linear() {
+    kron_linear l;
+    l.n_parts = integer(), l.bias = pointer(), l.parts = next_part;
+    for (int64_t i = 0; i < l.n_parts && next_part < parts_end; i++) *next_part++ = product();
+    return l;
+  }
+  kron_product *next_part, *parts_end;
+};
+
+const char ENCODER[] = "kron_encoder";
+void free_capsule(PyObject *capsule) {
+  free_encoder(static_cast<Encoder *>(PyCapsule_GetPointer(capsule, ENCODER)));
+}
+
+PyObject *encoder(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Encoder *e = static_cast<Encoder *>(calloc(1, sizeof(Encoder)));
+  if (!e) return PyErr_NoMemory();
+  EncoderArguments a(args, count, *e);
+  PyObject *capsule = nullptr;
+  if (!e->parts || !e->all_layers) PyErr_NoMemory();
+  else if (a.complete()) capsule = PyCapsule_New(e, ENCODER, free_capsule);
+  if (!capsule) free_encoder(e);
+  return capsule;
+}
+
+// A call of an encoder: the capsule, the execution and the batch.
+class BatchArguments : public Arguments {
+public:
+  BatchArguments(PyObject *const *args, Py_ssize_t count)
+      : Arguments(args + (count > 0), count - (count > 0)) {
+    e = count > 0 ? static_cast<Encoder *>(PyCapsule_GetPointer(args[0], ENCODER)) : nullptr;
+    if (count > 0 && !e) return; // with a Python error
+    here = execution(), dtype = integer();
+    batch.sequences = integer(), batch.length = integer();
+    batch.mask = static_cast<const int64_t *>(pointer());
+    for (const int64_t *&ids : batch.ids) ids = static_cast<const int64_t *>(pointer());
+    batch.embeddings = pointer(), batch.distance_bias = pointer();
+    if (!e) return;
+    states = static_cast<void **>(calloc(size_t(e->n_layers) + 1, sizeof(void *)));
+    for (int64_t i = 0; states && i <= e->n_layers; i++) states[i] = pointer();
+    batch.states = states;
+  }
+  ~BatchArguments() { free(states); }
+  bool complete() { return (e || !PyErr_Occurred()) && Arguments::complete(); }
+
+  Encoder *e;
+  kron_execution here = {};
+  int64_t dtype = 0;
+  kron_batch batch = {};
+
+private:
+  void **states = nullptr;
+};
+
+PyObject *encode(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  BatchArguments a(args, count);
+  return run(a, [&] { return kron_cpu_encode(&a.here, a.dtype, a.e, &a.batch); });
+}
+
+PyObject *encode_division(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  BatchArguments a(args, count);
+  kron_division d = {};
+  PyObject *done =
+      run(a, [&] { return kron_cpu_encode_division(&a.here, a.dtype, a.e, &a.batch, &d); });
+  if (!done) return nullptr;
+  Py_DECREF(done);
+  return Py_BuildValue("LLLLLd", (long long)d.scratch, (long long)d.teams, (long long)d.workers,
+                       (long long)d.stages, (long long)d.parts, d.share);
 }
 
 PyObject *isa(PyObject *, PyObject *) { return PyLong_FromLongLong(kron_cpu_isa()); }
@@ -241,6 +352,9 @@ PyMethodDef methods[] = {
     {"backward", method(backward), METH_FASTCALL, "kron_cpu_backward"},
     {"feed_forward_backward", method(feed_forward_backward), METH_FASTCALL,
      "kron_cpu_feed_forward_backward"},
+    {"encoder", method(encoder), METH_FASTCALL, "kron_encoder, in a capsule"},
+    {"encode", method(encode), METH_FASTCALL, "kron_cpu_encode"},
+    {"encode_division", method(encode_division), METH_FASTCALL, "kron_cpu_encode_division"},
     {"isa", isa, METH_NOARGS, "kron_cpu_isa"},
 #if defined(KRON_CUDA_ARCHS)
     {"cuda_why_not", method(cuda_why_not), METH_FASTCALL, "kron_cuda_why_not"},

@@ -102,4 +102,79 @@ inline const char *check_products(int64_t n_products, const kron_product *produc
   return nullptr;
 }
 
+// ---- encoders ----------------------------------------------------------------------------------
+
+// One part of a linear layer, or a table, of one or two factors.
+inline const char *check_part(const kron_product &p) {
+  if (const char *error = check_shape(&p)) return error;
+  if (p.n_factors > 2) return "a layer's part must have one or two factors";
+  for (int64_t i = 0; i < p.n_factors; i++)
+    if (!p.factors[i].data) return "a factor is null";
+  return nullptr;
+}
+// A linear layer from `columns` to `rows` features; 0 stands for any, and becomes the layer's number.
+inline const char *check_linear(const kron_linear &l, int64_t &rows, int64_t &columns) {
+  if (l.n_parts < 1 || l.n_parts > MOST_NUMBERS) return "a linear layer has no part";
+  if (!l.parts) return "a linear layer's parts are null";
+  for (const kron_product *p = l.parts; p < l.parts + l.n_parts; p++) {
+    if (const char *error = check_part(*p)) return error;
+    if (!rows) rows = rows_of(*p);
+    if (!columns) columns = columns_of(*p);
+    if (rows != rows_of(*p) || columns != columns_of(*p)) return "a linear layer's size does not fit";
+  }
+  return nullptr;
+}
+
+inline const char *check_encoder(const kron_encoder *encoder) {
+  if (!encoder) return "the encoder is null";
+  const kron_encoder &e = *encoder;
+  if (e.n_tables < 1 || e.n_tables > KRON_MAX_TABLES) return "there must be 1 to 3 tables";
+  if (e.n_layers < 1 || !e.layers) return "there must be layers";
+  if (e.heads < 1) return "there must be heads";
+  int64_t width = 0, table_width = 0, attention = 0;
+  for (int64_t t = 0; t < e.n_tables; t++) {
+    if (const char *error = check_part(e.tables[t])) return error;
+    if (table_width && table_width != columns_of(e.tables[t])) return "the tables' widths differ";
+    table_width = columns_of(e.tables[t]);
+  }
+  if (e.projection.n_parts) {
+    if (const char *error = check_linear(e.projection, width, table_width)) return error;
+  } else {
+    width = table_width;
+  }
+  for (const kron_layer *l = e.layers; l < e.layers + e.n_layers; l++) {
+    int64_t hidden = 0;
+    if (const char *error = check_linear(l->query, attention, width)) return error;
+    if (const char *error = check_linear(l->key, attention, width)) return error;
+    if (const char *error = check_linear(l->value, attention, width)) return error;
+    if (const char *error = check_linear(l->output, width, attention)) return error;
+    if (const char *error = check_linear(l->up, hidden, width)) return error;
+    if (const char *error = check_linear(l->down, width, hidden)) return error;
+    if (l->activation < KRON_NONE || l->activation > KRON_SILU) return "there is no such activation";
+  }
+  return attention % e.heads ? "the heads must divide the rows of query, key and value" : nullptr;
+}
+
+inline const char *check_batch(const kron_encoder &e, const kron_batch *batch) {
+  if (!batch) return "the batch is null";
+  const kron_batch &b = *batch;
+  if (b.sequences < 0 || b.length < 0) return "a batch's sizes must not be negative";
+  if (double(b.sequences) * double(b.length) * double(columns_of(e.layers[0].query.parts[0])) > MOST_NUMBERS)
+    return "there are more tokens than memory can hold";
+  if (!b.states || !b.states[e.n_layers]) return "the last state is null";
+  for (int64_t t = b.embeddings ? 1 : 0; t < e.n_tables; t++)
+    if (!b.ids[t] && b.sequences > 0 && b.length > 0) return "the ids of a table are null";
+  return nullptr;
+}
+// Of the positions that are computed: tokens, and a sequence's first one.
+inline const char *check_ids(const kron_encoder &e, const kron_batch &b) {
+  for (int64_t t = b.embeddings ? 1 : 0; t < e.n_tables; t++) {
+    const int64_t rows = rows_of(e.tables[t]);
+    for (int64_t i = 0; i < b.sequences * b.length; i++)
+      if ((!b.mask || b.mask[i] || i % b.length == 0) && (b.ids[t][i] < 0 || b.ids[t][i] >= rows))
+        return "an id is not a row of its table";
+  }
+  return nullptr;
+}
+
 } // namespace kron_checks

@@ -123,8 +123,8 @@ typedef struct {
   double scale; // of the scores of attention, usually 1 / sqrt(the size of a head)
 } kron_encoder;
 
-// Padded sequences, of which only the tokens are computed. A sequence attends to its tokens; a
-// sequence's first position is computed even if it is padding. Other padding has zeros in all results.
+// Padded sequences, of which only the tokens are computed. A sequence attends to its tokens. If it has
+// any, its first position is computed even if it is padding. Other padding has zeros in all results.
 typedef struct {
   int64_t sequences, length;
   const int64_t *mask;                 // (sequences, length), 0 for padding; null: all are tokens

@@ -7,7 +7,7 @@ nothing is copied, so a change of a weight's numbers counts at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,17 @@ class Embedding(NamedTuple):
     projection: Linear | None
 
 
+class Division(NamedTuple):
+    """How a call divides its work, see ``kron_division`` in ``csrc/kron.h``."""
+
+    scratch: int  # bytes
+    teams: int
+    workers: int
+    stages: int
+    parts: int
+    share: float
+
+
 class Encoder:
     """See ``__call__``. All tensors have one dtype, on the CPU, and are kept alive.
 
@@ -67,7 +78,57 @@ class Encoder:
     """
 
     def __init__(self, embedding: Embedding, layers: Sequence[Layer], heads: int, scale: float):
-        raise NotImplementedError
+        self.tensors: list[Tensor] = []
+        projection = embedding.projection
+        numbers: list[float] = [heads, float(scale), len(embedding.tables), len(layers)]
+        for table in embedding.tables:
+            numbers += self._part(table)
+        numbers += [*self._norm(embedding.norm), *self._linear(projection or Linear((), None))]
+        for layer in layers:
+            for linear in layer[:4]:  # query, key, value, output
+                numbers += self._linear(linear)
+            numbers += [*self._norm(layer.attention_norm), *self._linear(layer.up)]
+            numbers += [abi.ACTIVATIONS[layer.activation], *self._linear(layer.down)]
+            numbers += self._norm(layer.output_norm)
+        first = self.tensors[0]
+        self.dtype, self.n_layers, self.heads = first.dtype, len(layers), heads
+        self.tables = [_rows_and_width(table) for table in embedding.tables]
+        self.width = _rows(layers[0].output)
+        self._check(first)
+        self._encoder = abi.module.encoder(*numbers)
+
+    def _check(self, first: Tensor) -> None:
+        if reason := native.why_not(first):
+            raise ValueError(f"the encoder cannot serve these tensors: {reason}.")
+        for t in self.tensors:
+            if t.dtype != self.dtype or t.device != first.device:
+                raise ValueError(
+                    f"the encoder's tensors must have one dtype and device, got {self.dtype} on "
+                    f"{first.device} and {t.dtype} on {t.device}."
+                )
+
+    def _part(self, factors: tuple[Tensor, ...]) -> list[int]:
+        self.tensors += factors
+        if len(factors) == 1:
+            factors = (factors[0].unsqueeze(0),)  # (1, m, n)
+        return abi.product(factors, None, None, None, None)
+
+    def _vector(self, t: Tensor | None) -> int:
+        if t is None:
+            return 0
+        if not t.is_contiguous():
+            raise ValueError(f"biases and norms must be contiguous, got strides {t.stride()}.")
+        self.tensors.append(t)
+        return abi.address(t)
+
+    def _linear(self, linear: Linear) -> list[int]:
+        numbers = [len(linear.parts), self._vector(linear.bias)]
+        for part in linear.parts:
+            numbers += self._part(part)
+        return numbers
+
+    def _norm(self, norm: Norm) -> list[float]:
+        return [self._vector(norm.weight), self._vector(norm.bias), float(norm.epsilon)]
 
     def __call__(
         self,
@@ -79,14 +140,15 @@ class Encoder:
     ) -> list[Tensor]:
         """Hidden states ``(sequences, length, width)``: the last one, or the first and each layer's.
 
-        Only tokens are computed. At padding, states are zero; a sequence's first position is
-        computed even if it is padding, as models read it.
+        Only tokens are computed. At padding, states are zero. The first position of a sequence that
+        has tokens is computed even if it is padding, because models read it.
 
         Args:
             ids: Rows of each table, int64 ``(sequences, length)``; None for the first table if
                 ``embeddings`` are given.
             mask: int64 ``(sequences, length)``, 0 for padding; None if there is none.
-            embeddings: ``(sequences, length, width of the tables)`` instead of the first table's rows.
+            embeddings: ``(sequences, length, width of the tables)`` instead of the first table's
+                rows.
             distance_bias: ``(heads, 2 * length - 1)``: entry ``length - 1 + i - j`` is added to the
                 scaled score of query i and key j.
             all_states: Whether to return the states before and after each layer.
@@ -95,4 +157,63 @@ class Encoder:
             IndexError: If an id is not a row of its table, with both.
             ValueError: If shapes or dtypes do not fit.
         """
-        raise NotImplementedError
+        first = next(t for t in (embeddings, *ids) if t is not None)
+        # Contiguous copies live until the call is over.
+        given = [t if t is None else t.contiguous() for t in (mask, *ids, embeddings, distance_bias)]
+        states = [
+            first.new_empty(*first.shape[:2], self.width, dtype=self.dtype)
+            for _ in range(self.n_layers + 1 if all_states else 1)
+        ]
+        addresses = [0] * (self.n_layers + 1 - len(states)) + [abi.address(t) for t in states]
+        try:
+            abi.module.encode(*self._call(first.shape, given), *addresses)
+        except RuntimeError as error:
+            self._explain(ids, mask, embeddings)
+            raise ValueError(f"the encoder cannot compute this batch: {error}.") from None
+        return states
+
+    def division(self, sequences: int, length: int, mask: Tensor | None = None) -> Division:
+        """How a call with this batch would divide its work among torch's threads."""
+        ids = torch.empty(max(1, sequences), max(1, length), dtype=torch.int64)  # not read
+        given = [mask, *[ids] * len(self.tables), None, None]
+        states = [abi.address(ids)] * (self.n_layers + 1)
+        call = self._call(torch.Size((sequences, length)), given)
+        return Division(*abi.module.encode_division(*call, *states))
+
+    def _call(self, shape: torch.Size, given: Sequence[Tensor | None]) -> list[Any]:
+        """The arguments of ``csrc/binding.cpp``'s encode, without the states."""
+        mask, *ids, embeddings, distance_bias = map(abi.address, given)
+        return [
+            self._encoder,
+            *(native._isa, native._threads(), native._POOL, abi.DTYPES[self.dtype]),
+            *(shape[0], shape[1], mask, *ids, *[0] * (3 - len(ids))),
+            *(embeddings, distance_bias),
+        ]
+
+    def _explain(
+        self, ids: Sequence[Tensor | None], mask: Tensor | None, embeddings: Tensor | None
+    ) -> None:
+        """Raise with the first id that is not a row of its table, if there is one."""
+        used: Any = True
+        if mask is not None:
+            used = mask.bool()
+            used[:, 0] = True
+        for i, (table, (rows, _)) in enumerate(zip(ids, self.tables, strict=True)):
+            if table is None or (i == 0 and embeddings is not None):
+                continue
+            wrong = table[((table < 0) | (table >= rows)) & used]
+            if len(wrong):
+                raise IndexError(
+                    f"ids of table {i} must be 0 to {rows - 1}, the table's rows, got {int(wrong[0])}."
+                )
+
+
+def _rows_and_width(table: tuple[Tensor, ...]) -> tuple[int, int]:
+    if len(table) == 1:
+        return table[0].shape[0], table[0].shape[1]
+    a, b = table
+    return a.shape[1] * b.shape[1], a.shape[2] * b.shape[2]
+
+
+def _rows(linear: Linear) -> int:
+    return _rows_and_width(linear.parts[0])[0]

@@ -14,6 +14,9 @@ template <class T> struct Matrix {
   const T *data;
   Int rows, cols, row_stride, col_stride;
   Matrix transposed() const { return {data, cols, rows, col_stride, row_stride}; }
+  Matrix some_rows(Int first, Int count) const {
+    return {data + first * row_stride, count, cols, row_stride, col_stride};
+  }
 };
 
 // Memory layout of a contraction of (pre, cols, post) to (pre, rows, post). An entry is NV vectors.
@@ -54,7 +57,7 @@ void contract_rows(const Matrix<T> &w, Int first, const T *in, T *out, const Gri
         for (int r = 0; r < R; r++) {
           const T *p = group[r / 4];
           const T entry = r % 4 == 0 ? p[0] : r % 4 == 1 ? p[rs] : r % 4 == 2 ? p[rs2] : p[rs3];
-          const Vector<T> b = Vector<T>{} + entry;
+          const Vector<T> b = broadcast(entry);
           KRON_UNROLL
           for (int v = 0; v < NV; v++) acc[r][v] += b * x[v];
         }
@@ -89,28 +92,41 @@ void contract_grid(const Matrix<T> &w, const T *in, T *out, const Grid &g, bool 
   contract_last_rows<T, NV, R - 1>(w, first, in, out, g, accumulate);
 }
 
-// in (pre, w.cols, post)[tokens] to out (pre, w.rows, post)[tokens], of NV vectors of tokens. Vectors
-// that share a broadcast save loads: 105 GFLOP/s with three, 74 with one. So a block of one vector
-// takes two or three neighbours along an axis together.
+// Entries of NV vectors by any grid. Vectors that share a broadcast save loads, so a block of one vector
+// takes two or three neighbours along an axis together: 83 GFLOP/s with one, 99 with two (AVX2).
 template <class T, int NV>
-void contract(const Matrix<T> &w, const T *in, T *out, Int pre, Int post, bool accumulate = false) {
+void contract(const Matrix<T> &w, const T *in, T *out, Grid g, bool accumulate) {
   constexpr int L = LANES<T>;
   if constexpr (NV == 1) {
-    if (post % 3 == 0) return contract<T, 3>(w, in, out, pre, post / 3, accumulate);
-    if (post % 2 == 0) return contract<T, 2>(w, in, out, pre, post / 2, accumulate);
-    if (post == 1 && pre > 1) {
-      const Int in_step = w.cols * L, out_step = w.rows * L;
-      const Int threes = pre % 3 == 1 ? pre / 3 - 1 : pre / 3, twos = (pre - 3 * threes) / 2;
-      const Grid three = {threes, 1, L, 3 * in_step, 3 * out_step, L, L, in_step, out_step};
-      const Grid two = {twos, 1, L, 2 * in_step, 2 * out_step, L, L, in_step, out_step};
-      contract_grid<T, 3>(w, in, out, three, accumulate);
-      contract_grid<T, 2>(w, in + 3 * threes * in_step, out + 3 * threes * out_step, two, accumulate);
+    if (g.post % 3 == 0 || g.post % 2 == 0) { // neighbours along post are one entry of more vectors
+      const int vectors = g.post % 3 == 0 ? 3 : 2;
+      g.post /= vectors, g.width = vectors * L;
+      if (vectors == 3) contract_grid<T, 3>(w, in, out, g, accumulate);
+      else contract_grid<T, 2>(w, in, out, g, accumulate);
+      return;
+    }
+    if (g.post == 1 && g.pre > 1) {
+      const Int threes = g.pre % 3 == 1 ? g.pre / 3 - 1 : g.pre / 3, twos = (g.pre - 3 * threes) / 2;
+      const auto neighbours = [&](Int pre, Int vectors) {
+        return Grid{pre,       1,          L,        vectors * g.in_pre, vectors * g.out_pre,
+                    g.in_step, g.out_step, g.in_pre, g.out_pre};
+      };
+      const Int done = 3 * threes;
+      contract_grid<T, 3>(w, in, out, neighbours(threes, 3), accumulate);
+      contract_grid<T, 2>(w, in + done * g.in_pre, out + done * g.out_pre, neighbours(twos, 2), accumulate);
       return;
     }
   }
-  const Int width = NV * L, step = post * width;
-  const Grid g = {pre, post, width, w.cols * step, w.rows * step, step, step, L, L};
   contract_grid<T, NV>(w, in, out, g, accumulate);
+}
+
+// in (pre, w.cols, post)[tokens] to out (pre, w.rows, post)[tokens], of NV vectors of tokens.
+template <class T, int NV>
+void contract(const Matrix<T> &w, const T *in, T *out, Int pre, Int post, bool accumulate = false) {
+  constexpr int L = LANES<T>;
+  const Int width = NV * L, step = post * width;
+  contract<T, NV>(w, in, out, Grid{pre, post, width, w.cols * step, w.rows * step, step, step, L, L},
+                  accumulate);
 }
 
 // Operand of dot products: row r is `count` runs of `inner` numbers, run i at data + r * row + i * step.

@@ -28,6 +28,14 @@ const Kernels &kernels([[maybe_unused]] const kron_execution &e, int64_t dtype) 
   return kron_kernels_portable[dtype];
 }
 
+const Encode *encoders([[maybe_unused]] const kron_execution &e) {
+#if defined(KRON_HAS_X86)
+  if (e.isa == KRON_AVX512) return kron_encoders_avx512;
+  if (e.isa == KRON_AVX2) return kron_encoders_avx2;
+#endif
+  return kron_encoders_portable;
+}
+
 const char *check(const kron_execution *e, int64_t dtype) {
   if (!e) return "the execution is null";
   if (e->isa < 0 || e->isa > kron_cpu_isa())
@@ -86,4 +94,32 @@ const char *kron_cpu_feed_forward_backward(const kron_execution *e, int64_t dtyp
   if (tokens && !dy) return "x or dy is null";
   void *const gradients[] = {dx, da_up, db_up, dbias, da_down, db_down};
   return kernels(*e, dtype).feed_forward_backward(*e, tokens, dy, x, *up, *down, gradients);
+}
+
+namespace {
+
+const char *encode(const kron_execution *e, int64_t dtype, const kron_encoder *encoder,
+                   const kron_batch *batch, kron_division *division) {
+  if (const char *error = check(e, dtype)) return error;
+  if (const char *error = check_encoder(encoder)) return error;
+  if (const char *error = check_batch(*encoder, batch)) return error;
+  if (division) *division = {};
+  if (!batch->sequences || !batch->length) return nullptr;
+  if (!division)
+    if (const char *error = check_ids(*encoder, *batch)) return error;
+  return encoders(*e)[dtype](*e, *encoder, *batch, division);
+}
+
+} // namespace
+
+const char *kron_cpu_encode(const kron_execution *e, int64_t dtype, const kron_encoder *encoder,
+                            const kron_batch *batch) {
+  return encode(e, dtype, encoder, batch, nullptr);
+}
+
+const char *kron_cpu_encode_division(const kron_execution *e, int64_t dtype,
+                                     const kron_encoder *encoder, const kron_batch *batch,
+                                     kron_division *division) {
+  if (!division) return "the division is null";
+  return encode(e, dtype, encoder, batch, division);
 }

@@ -10,6 +10,7 @@
 // machine lacks.
 #include "kernels.h"
 
+#include "hidden.h"
 #include "product.h"
 
 namespace {
@@ -142,33 +143,6 @@ template <class T> bool meets(const Product<T> &up, const Product<T> &down) {
          up.factors[0].rows == down.factors[0].cols && up.factors[1].rows == down.factors[1].cols;
 }
 
-// Columns of the hidden grid, of k entries each, that the first-level cache holds at a time.
-inline Int columns_at_a_time(Int k) { return larger(1, 64 / k); }
-
-// u = A' act(A z + bias), a few columns of the hidden grid at a time, which `hidden` holds.
-// z (rank * n1, width)[tokens], u (rank' * m1', width)[tokens], A (rank, k, n1), A' (rank', m1', k).
-template <class T, int NV>
-void through_hidden(const Product<T> &up, const Product<T> &down, const T *z, T *u, T *hidden) {
-  constexpr int L = LANES<T>, TB = NV * L;
-  const Int rows = up.factors[0].rows, width = up.factors[1].rows, far = width * TB;
-  const Int z_size = up.factors[0].cols * far, u_size = down.factors[0].rows * far;
-  const T *bias = up.bias_data();
-  for (Int p = 0; p < width; p += columns_at_a_time(rows)) {
-    const Int columns = smaller(columns_at_a_time(rows), width - p), near = columns * TB;
-    for (Int k = 0; k < up.rank; k++)
-      contract_grid<T, NV>(up.matrix(0, k), z + k * z_size + p * TB, hidden,
-                           {1, columns, TB, 0, 0, far, near, L, L}, k > 0);
-    for (Int i = 0; i < rows; i++) {
-      T *h = hidden + i * near;
-      activate_rows<T, NV>(h, TB, h, TB, columns, up.activation,
-                           bias ? bias + i * width + p : nullptr);
-    }
-    for (Int k = 0; k < down.rank; k++)
-      contract_grid<T, NV>(down.matrix(0, k), hidden, u + k * u_size + p * TB,
-                           {1, columns, TB, 0, 0, near, far, L, L}, false);
-  }
-}
-
 template <class S>
 const char *feed_forward_few(Int tokens, const void *x, const Product<Compute<S>> &up,
                              const Product<Compute<S>> &down) {
@@ -219,7 +193,9 @@ const char *feed_forward(const kron_execution &e, Int tokens, const void *x,
       if (meet) {
         for (Int i = 0; i < up.rank; i++)
           contract<T, NV>(up.matrix(1, i), in, z + i * z_rows * width * TB, z_rows, 1);
-        through_hidden<T, NV>(up, down, z, u, columns);
+        const Hidden<T> grid = {up.rank, down.rank, up.matrix(0, 0), down.matrix(0, 0), up.factors[0].rank_stride,
+                                down.factors[0].rank_stride, up.activation};
+        through_hidden<NV>(grid, width, {0, width}, up.bias_data(), z, u, columns);
         for (Int i = 0; i < down.rank; i++)
           contract<T, NV>(down.matrix(1, i), u + i * u_rows * width * TB, out, u_rows, 1, i > 0);
       } else {

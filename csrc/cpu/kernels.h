@@ -18,3 +18,8 @@ struct Kernels {
 
 // One table for each instruction set, indexed by kron_dtype.
 extern const Kernels kron_kernels_portable[4], kron_kernels_avx2[4], kron_kernels_avx512[4];
+
+// kron_cpu_encode after its checks, or only the division of its work, if that is not null.
+typedef const char *(*Encode)(const kron_execution &, const kron_encoder &, const kron_batch &,
+                              kron_division *);
+extern const Encode kron_encoders_portable[4], kron_encoders_avx2[4], kron_encoders_avx512[4];

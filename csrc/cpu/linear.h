@@ -1,0 +1,179 @@
+// Linear layers in the layout (features)[tokens]: parts that are added, and the division of a part's
+// outputs among threads.
+#pragma once
+#include "block.h"
+
+namespace {
+
+// The numbers from first to end of [0, count), for one of `parts` equal parts.
+struct Range {
+  Int first, end;
+  Int size() const { return end - first; }
+};
+inline Range range_of(Int count, Int part, Int parts) {
+  const Int unit = count >= 16 * parts ? 4 : 1; // rows of a tile
+  const Int units = (count + unit - 1) / unit;
+  return {smaller(count, part * units / parts * unit), smaller(count, (part + 1) * units / parts * unit)};
+}
+
+// Runs of features: first + i * step to first + i * step + length.
+struct Runs {
+  Int count, step, first, length;
+};
+
+// How the outputs of a product of two factors are divided: by rows of the factor that is contracted
+// first; by rows of the second, each part with its own first contraction; or by rows of the second, after
+// a first contraction that all parts share.
+enum Way { BY_FIRST, BY_SECOND, SHARED };
+
+// One part of a linear layer, Σ_k F_k and G_k contracted in turn: of x (n1, n2)[tokens] along one axis
+// each; or a dense weight G; or two thin matrices, low rank.
+template <class S> class Part {
+  typedef Compute<S> T;
+
+public:
+  explicit Part(const kron_product &p) : rank(p.rank) {
+    const kron_factor &a = p.factors[0], &b = p.factors[1];
+    if (p.n_factors == 1) {
+      g = a, f = {};
+    } else if (a.cols == 1 && b.rows == 1) {
+      thin(a, b);
+    } else if (a.rows == 1 && b.cols == 1) {
+      thin(b, a);
+    } else {
+      last = p.turns[0] == 1;
+      f = last ? b : a, g = last ? a : b;
+      f_pre = last ? a.cols : 1, f_post = last ? 1 : b.cols;
+      g_pre = last ? 1 : a.rows, g_post = last ? b.rows : 1;
+    }
+  }
+
+  bool dense() const { return f.rows == 0; }
+  Int inputs() const { return dense() ? g.cols : f_pre * f.cols * f_post; }
+  Int outputs() const { return g_pre * g.rows * g_post; }
+  // Of one term.
+  Int middle() const { return f_pre * f.rows * f_post; }
+  double first_work() const { return double(rank) * double(middle()) * double(f.cols); }
+  double second_work() const { return double(rank) * double(outputs()) * double(g.cols); }
+  Int longest_row() const { return larger(f.cols, g.cols); }
+
+  // The way that repeats little work and leaves enough rows for each part.
+  Way way(Int parts) const {
+    if (dense()) return BY_SECOND;
+    if (!low_rank && (parts == 1 || f.rows >= larger(g.rows, 4 * parts))) return BY_FIRST;
+    const double repeated = double(parts - 1) * first_work();
+    return repeated > 0.1 * (first_work() + second_work()) ? SHARED : BY_SECOND;
+  }
+  Int rows(Way way) const { return way == BY_FIRST ? f.rows : g.rows; }
+  // Along which a shared first contraction is divided.
+  Int first_rows() const { return low_rank ? f.rows : last ? f_pre : f_post; }
+
+  // The outputs of one part.
+  Runs runs(Way way, Range r) const {
+    if (way == BY_FIRST && last) return {g.rows, f.rows, r.first, r.size()};
+    if (way == BY_FIRST) return {1, 0, r.first * g.rows, r.size() * g.rows};
+    if (g_pre > 1) return {g_pre, g.rows, r.first, r.size()};
+    return {1, 0, r.first * g_post, r.size() * g_post};
+  }
+
+  // A shared first contraction: in to middle (rank, middle())[tokens], for a range of first_rows().
+  template <int NV> void first(const T *in, T *middle_all, Range r, T *panel) const {
+    constexpr int L = LANES<T>, TB = NV * L;
+    const Int step = f_post * TB, in_pre = f.cols * step, out_pre = f.rows * step;
+    for (Int k = 0; k < rank; k++) {
+      T *to = middle_all + k * middle() * TB;
+      if (low_rank)
+        contract_weight<NV>(matrix(f, k).some_rows(r.first, r.size()), in, to + r.first * TB,
+                            {1, 1, TB, 0, 0, TB, TB, L, L}, false, panel);
+      else if (last)
+        contract_weight<NV>(matrix(f, k), in + r.first * in_pre, to + r.first * out_pre,
+                            {r.size(), 1, TB, in_pre, out_pre, step, step, L, L}, false, panel);
+      else
+        contract_weight<NV>(matrix(f, k), in + r.first * TB, to + r.first * TB,
+                            {1, r.size(), TB, 0, 0, step, step, L, L}, false, panel);
+    }
+  }
+
+  // The first contraction for a range of its rows, of a factor along the last axis: in to
+  // out (rank, f_pre, range)[tokens].
+  template <int NV> void some_first(const T *in, T *out, Range r, T *panel) const {
+    constexpr int L = LANES<T>, TB = NV * L;
+    const Int in_pre = f.cols * TB, out_pre = r.size() * TB;
+    for (Int k = 0; k < rank; k++)
+      contract_weight<NV>(matrix(f, k).some_rows(r.first, r.size()), in, out + k * f_pre * out_pre,
+                          {f_pre, 1, TB, in_pre, out_pre, TB, TB, L, L}, false, panel);
+  }
+
+  // The outputs of a range of rows(way), from `in`, or for SHARED from `middle`, to which other ways write
+  // a term's share of the first contraction.
+  template <int NV>
+  void apply(Way way, const T *in, T *middle_all, T *out, Range r, bool accumulate, T *panel) const {
+    constexpr int L = LANES<T>, TB = NV * L;
+    const Int f_step = f_post * TB, g_step = g_post * TB;
+    for (Int k = 0; k < rank; k++, accumulate = true) {
+      const Matrix<S> second = matrix(g, k);
+      if (way == BY_FIRST) {
+        const Grid one = {f_pre,  f_post, TB, f.cols * f_step, r.size() * f_step,
+                          f_step, f_step, L,  L};
+        contract_weight<NV>(matrix(f, k).some_rows(r.first, r.size()), in, middle_all, one, false, panel);
+        const Int in_row = g.cols * TB, out_row = g.rows * TB;
+        if (last)
+          contract_weight<NV>(second, middle_all, out + r.first * TB,
+                              {1, r.size(), TB, 0, 0, r.size() * TB, g_step, L, L}, accumulate, panel);
+        else
+          contract_weight<NV>(second, middle_all, out + r.first * out_row,
+                              {r.size(), 1, TB, in_row, out_row, TB, TB, L, L}, accumulate, panel);
+        continue;
+      }
+      const T *from = in;
+      if (way == SHARED) {
+        from = middle_all + k * middle() * TB;
+      } else if (!dense()) {
+        const Grid one = {f_pre,  f_post, TB, f.cols * f_step, f.rows * f_step,
+                          f_step, f_step, L,  L};
+        contract_weight<NV>(matrix(f, k), in, middle_all, one, false, panel);
+        from = middle_all;
+      }
+      contract_weight<NV>(second.some_rows(r.first, r.size()), from, out + r.first * g_step,
+                          {g_pre, g_post, TB, g.cols * g_step, g.rows * g_step, g_step, g_step, L, L},
+                          accumulate, panel);
+    }
+  }
+
+private:
+  void thin(const kron_factor &column, const kron_factor &row) {
+    low_rank = true;
+    f = {row.data, rank, row.cols, 0, row.rank_stride, row.col_stride};
+    g = {column.data, column.rows, rank, 0, column.row_stride, column.rank_stride};
+    rank = 1;
+  }
+  static Matrix<S> matrix(const kron_factor &f, Int k) {
+    return {static_cast<const S *>(f.data) + k * f.rank_stride, f.rows, f.cols, f.row_stride,
+            f.col_stride};
+  }
+  // Weights in 16 bits are widened a few rows at a time, to the panel.
+  template <int NV>
+  static void contract_weight(const Matrix<S> &w, const T *in, T *out, const Grid &grid,
+                              bool accumulate, T *panel) {
+    if constexpr (std::is_same_v<S, T>) {
+      contract<T, NV>(w, in, out, grid, accumulate);
+    } else {
+      for (Int first = 0; first < w.rows; first += KRON_ACCUMULATORS) {
+        const Int rows = smaller(KRON_ACCUMULATORS, w.rows - first);
+        for (Int r = 0; r < rows; r++)
+          widen_row(w.data + (first + r) * w.row_stride, w.cols, w.col_stride, panel + r * w.cols);
+        contract<T, NV>({panel, rows, w.cols, w.cols, 1}, in, out + first * grid.out_step, grid,
+                        accumulate);
+      }
+    }
+  }
+
+public:
+  Int rank;
+  kron_factor f, g; // contracted first and second
+  Int f_pre = 1, f_post = 1, g_pre = 1, g_post = 1;
+  bool last = false; // f is contracted along the last axis
+  bool low_rank = false;
+};
+
+} // namespace
