@@ -35,7 +35,7 @@ app = typer.Typer(
 HERE = machine.RESULTS / "here"
 # Modules, whose results have their names, in the order of `report`; the first four are `all`.
 MODULES = (
-    *("layers", "model", "training", "memory"),
+    *("layers", "model", "training", "memory", "threads"),
     *("eager_forms", "calls", "budgets", "starts", "distillation", "distillation_speed"),
 )
 ALL = MODULES[:4]
@@ -49,6 +49,7 @@ Teachers = Annotated[
 Data = Annotated[
     Path, typer.Option(exists=True, file_okay=False, help="Folder with the tasks' tables and text.")
 ]
+Folder = Annotated[Path, typer.Argument(help="Of results, as JSON.")]
 
 
 @app.command()
@@ -87,12 +88,37 @@ def layers(
 def model(
     batch: Annotated[list[int], number(int, "Sequences; repeatable.", 1)] = [1, 8],  # noqa: B006
     tokens: Annotated[list[int], number(int, "Of each; repeatable.", 1, 512)] = [16, 128, 512],  # noqa: B006
+    only: Annotated[list[str] | None, typer.Option(help="A part; repeatable.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder with Wikipedia, instead of the demo's text."
+        ),
+    ] = None,
     threads: Threads = 1,
     quick: Quick = False,
     to: To = HERE,
 ) -> None:
-    """BERT_BASE: dense in PyTorch, torch.compile and onnxruntime, against KroneckerBERT."""
-    measure("model", threads, quick, to, batch=batch, tokens=tokens)
+    """BERT_BASE and MiniLM: dense in several runtimes, against KroneckerBERT."""
+    from benchmarks import model as module
+
+    parts = tuple(only or module.PARTS)
+    if unknown := set(parts) - set(module.PARTS):
+        raise typer.BadParameter(f"{', '.join(unknown)}: there are {', '.join(module.PARTS)}")
+    options = {"batch": batch, "tokens": tokens, "parts": parts, "data": data}
+    measure("model", threads, quick, to, **options)
+
+
+@app.command(name="threads")
+def several_threads(
+    most: Annotated[int, number(int, "The most threads.", 1, os.cpu_count() or 1)] = min(
+        2, os.cpu_count() or 1
+    ),
+    quick: Quick = False,
+    to: To = HERE,
+) -> None:
+    """BERT_BASE, one text: with 1, 2, 4, … threads, up to the most."""
+    measure("threads", most, quick, to)
 
 
 @app.command()
@@ -103,7 +129,7 @@ def training(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
 
 @app.command()
 def memory(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
-    """Peak memory of that step."""
+    """Peak memory of that step, and of inference."""
     measure("memory", threads, quick, to)
 
 
@@ -179,15 +205,34 @@ def everything(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> Non
 
 @app.command(name="report")
 def tables_and_pictures(
-    folder: Annotated[Path, typer.Argument(help="Of results, as JSON.")] = machine.RESULTS,
+    folder: Folder = machine.RESULTS,
     pictures: Annotated[Path | None, typer.Option(help="Folder for the pictures.")] = None,
+    markdown: Annotated[
+        bool,
+        typer.Option("--markdown", help="Only tables of whole models, as the pages have them."),
+    ] = False,
 ) -> None:
     """Print the tables and draw the pictures of results; nothing is measured."""
-    if not any(folder.glob("*.json")):
-        raise FileNotFoundError(f"{folder} has no results, no .json; measure some first.")
+    _check_folder(folder)
+    if markdown:
+        from benchmarks import markdown as module
+
+        with _reading(folder):
+            print("\n".join(module.tables(folder)), end="")
+        return
     if pictures:
         writable_file(pictures / "layers.png")
     report(folder, MODULES, pictures)
+
+
+@app.command(name="targets")
+def reached(folder: Folder = machine.RESULTS) -> None:
+    """Print what the engine is to reach, and what was measured."""
+    from benchmarks import targets as module
+
+    _check_folder(folder)
+    with _reading(folder):
+        print(module.table(folder), end="")
 
 
 def measure(verb: str, threads: int, quick: bool, to: Path, **options: Any) -> None:
@@ -211,6 +256,11 @@ def report(folder: Path, verbs: Iterable[str], pictures: Path | None = None) -> 
                 console.print(table)
     for picture in plots.draw_all(folder, pictures or machine.pictures_of(folder)):
         print(picture)
+
+
+def _check_folder(folder: Path) -> None:
+    if not any(folder.glob("*.json")):
+        raise FileNotFoundError(f"{folder} has no results, no .json; measure some first.")
 
 
 def _folders(teachers: list[str]) -> dict[str, str]:

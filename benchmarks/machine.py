@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import timeit
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -170,13 +170,17 @@ def versus_dense(
     results: dict[str, Any],
     values: Callable[[dict[str, Any]], dict[str, float]],
     digits: int = 0,
+    more: Mapping[str, Sequence[str]] | None = None,
 ) -> Table:
-    """A line for each row, a column for each contender: its value, and dense's over it."""
-    names = [*values(results["rows"][0])]
+    """A line for each contender, a column for each row: its value, and dense's over it.
+
+    ``more`` are columns after these: an entry for each contender.
+    """
+    of = [values(row) for row in results["rows"]]
+    sizes = (f"{row['batch']} x {row['tokens']}" for row in results["rows"])
     heading = f"{heading} (times less than {DENSE})\n{title(results['machine'])}"
-    shown = table(heading, ("batch", "tokens", *names))
-    for row in results["rows"]:
-        of = values(row)
-        entries = (f"{of[name]:.{digits}f} ({of[DENSE] / of[name]:.1f})" for name in names)
-        shown.add_row(str(row["batch"]), str(row["tokens"]), *entries)
+    shown = table(heading, ("", *sizes, *(more or {})), left=("",))
+    for i, name in enumerate(of[0]):
+        entries = (f"{row[name]:.{digits}f} ({row[DENSE] / row[name]:.1f})" for row in of)
+        shown.add_row(name, *entries, *(column[i] for column in (more or {}).values()))
     return shown

@@ -1,126 +1,142 @@
-"""Latency of a whole BERT_BASE: dense in three runtimes, and KroneckerBERT on our kernels.
+"""Latency of whole encoders: BERT_BASE and MiniLM, dense in several runtimes, and their students.
 
-Random weights, float32 unless named int8. Contenders take turns in one process, on the same ids; a
-student is first compared with itself on PyTorch's operators, an exported model with PyTorch.
-onnxruntime and PyTorch fix their threads early: another number of threads takes another process.
+float32 unless named int8. Contenders (see ``benchmarks.contenders``) take turns in one process, on
+the same ids: random ones of one length, and a batch of real sentences of mixed length, padded to
+the longest. onnxruntime and PyTorch fix their threads early: another number of threads takes
+another process, see ``benchmarks.threads``.
 """
 
 from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig
 from transformers.utils import logging
 
-from benchmarks import machine
+from benchmarks import machine, sentences
+from benchmarks.contenders import BY_LAYERS, INT8, LOW_RANK, Call, contenders
 from benchmarks.layers import exponent
 from benchmarks.machine import DENSE
-from benchmarks.training import PRESETS, medians, on_backend, rounded
-from kron_kernels.testing import assert_close
+from benchmarks.training import PRESETS, medians, rounded
 from kron_kernels.timing import interleaved
-from kroneckerbert import KroneckerBertConfig, KroneckerBertModel, export
 
 SECONDS = 8.0  # for each batch and length, at least
+BERT, MINILM = "BERT_BASE", "MiniLM"
+RUNTIMES = ("dense torch.compile", "dense onnxruntime fp32", INT8, "dense openvino int8")
+CONTENDERS = {
+    BERT: (
+        *(DENSE, *RUNTIMES, *PRESETS),
+        *(f"{preset} {way}" for preset in PRESETS for way in (BY_LAYERS, LOW_RANK)),
+    ),
+    # The 8x student in the other runtimes, too.
+    MINILM: (
+        *(DENSE, *RUNTIMES, "8x", f"8x {BY_LAYERS}"),
+        *("8x torch.compile", "8x onnxruntime fp32", "8x onnxruntime int8"),
+    ),
+}
+# all-MiniLM-L6-v2.
+MINILM_SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+BASES = {BERT: BertConfig(), MINILM: BertConfig(**MINILM_SIZES)}
+MINILM_TOKENS = (16, 128)
+PARTS = ("sizes", "sentences", "minilm")
 
 
 def run(
-    path: Path, threads: int, effort: float, batch: Sequence[int], tokens: Sequence[int]
+    path: Path,
+    threads: int,
+    effort: float,
+    batch: Sequence[int],
+    tokens: Sequence[int],
+    parts: Sequence[str] = PARTS,
+    data: Path | None = None,
 ) -> None:
     logging.set_verbosity_error()
+    text = sentences.source(data)
+    padded = sentences.batch(text)
     with (
         machine.recording(path, threads) as record,
         tempfile.TemporaryDirectory() as folder,
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        models = contenders(Path(folder), threads)
-        for sequences in batch:
-            for length in tokens:
-                machine.progress(f"model: {sequences} x {length}")
-                ids = torch.randint(1, 30000, (sequences, length))
-                calls = {name: partial(model, ids) for name, model in models.items()}
-                with torch.inference_mode():
-                    times = interleaved(calls, effort * SECONDS, at_least=3)
-                record.add({"batch": sequences, "tokens": length, "ms": rounded(times)})
+
+        def add(of: str, models: dict[str, Call], ids: Any, mask: Any = None, **facts: Any) -> None:
+            length = f"{ids.shape[0]} x {ids.shape[1]}"
+            machine.progress(f"model: {of}, {length}")
+            calls = {name: partial(model, ids, mask) for name, model in models.items()}
+            with torch.inference_mode():
+                times = interleaved(calls, effort * SECONDS, at_least=3)
+            size = {"model": of, "batch": ids.shape[0], "tokens": ids.shape[1]}
+            record.add(size | facts | {"ms": rounded(times)})
+
+        if {"sizes", "sentences"} & {*parts}:
+            models = contenders(CONTENDERS[BERT], BASES[BERT], Path(folder, BERT), threads)
+            if "sizes" in parts:
+                for sequences in batch:
+                    for length in tokens:
+                        add(BERT, models, random_ids(sequences, length))
+            if "sentences" in parts:
+                facts = {"real_tokens": int(padded[1].sum()), "text": text.name}
+                add(BERT, models, *padded, **facts)
+            del models
+        if "minilm" in parts:
+            models = contenders(CONTENDERS[MINILM], BASES[MINILM], Path(folder, MINILM), threads)
+            for length in MINILM_TOKENS:
+                add(MINILM, models, random_ids(1, length))
 
 
-def contenders(folder: Path, threads: int) -> dict[str, Callable[[Tensor], Any]]:
-    torch.manual_seed(0)
-    dense = BertModel(BertConfig(), add_pooling_layer=False).eval()
-    students = {name: student(preset) for name, preset in PRESETS.items()}
-    torch._dynamo.config.cache_size_limit = 64
-    return {
-        DENSE: dense,
-        "dense torch.compile": torch.compile(dense, dynamic=False),
-        "dense onnxruntime fp32": session(dense, folder / "fp32", None, threads),
-        "dense onnxruntime int8": session(dense, folder / "int8", "int8-dynamic", threads),
-        **students,
-    }
+def random_ids(sequences: int, length: int) -> torch.Tensor:
+    return torch.randint(1, 30000, (sequences, length))
 
 
-def student(preset: str) -> nn.Module:
-    """The student, once it agrees with itself on PyTorch's operators."""
-    config = KroneckerBertConfig.preset(preset)
-    model = KroneckerBertModel(config, add_pooling_layer=False).eval()
-    ids = torch.randint(1, 30000, (2, 24))
-    with torch.inference_mode():
-        ours, eager = (
-            on_backend(model, backend)(ids).last_hidden_state for backend in ("auto", "eager")
-        )
-    assert_close("student", ours, eager.double(), 12 * 3072)
-    return on_backend(model, "auto")
+def rows_of(results: dict[str, Any], of: str = BERT) -> list[dict[str, Any]]:
+    """The rows of one model; the oldest results are of BERT_BASE only, and do not name it."""
+    return [row for row in results["rows"] if row.get("model", BERT) == of]
 
 
-def session(
-    model: nn.Module, folder: Path, quantize: str | None, threads: int
-) -> Callable[[Tensor], Any]:
-    """The model in onnxruntime, checked by ``export``, in the faster of two versions.
-
-    One fuses skip connections with layer norms, which is slow on some CPUs; timed at 1 x 128.
-    """
-    import onnxruntime
-
-    print(export(model, folder, quantize=quantize), flush=True)
-    file = next(folder.rglob("*.onnx"))
-    versions = {}
-    for disabled in ("", "SkipLayerNormFusion"):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Threads that spin after a run would slow the contender that follows.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if disabled:
-            options.add_session_config_entry("optimization.disable_specified_optimizers", disabled)
-        opened = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        names = {put.name for put in opened.get_inputs()}
-        versions[disabled] = partial(run_session, opened, names)
-    ids = torch.ones(1, 128, dtype=torch.long)
-    times = interleaved({name: partial(call, ids) for name, call in versions.items()}, 3.0)
-    return versions[min(times, key=lambda name: times[name].median)]
+def row_of(results: dict[str, Any], of: str, batch: int, tokens: int) -> dict[str, Any] | None:
+    """The row of random ids of this size."""
+    for row in rows_of(results, of):
+        if (row["batch"], row["tokens"]) == (batch, tokens) and not is_real(row):
+            return row
+    return None
 
 
-def run_session(session: Any, names: set[str], ids: Tensor) -> Any:
-    words = ids.numpy()
-    feeds = {"input_ids": words, "attention_mask": np.ones_like(words)}
-    feeds["token_type_ids"] = np.zeros_like(words)
-    return session.run(None, {name: feeds[name] for name in names})
+def sentences_row(results: dict[str, Any]) -> dict[str, Any] | None:
+    return next(filter(is_real, results["rows"]), None)
+
+
+def is_real(row: dict[str, Any]) -> bool:
+    """Whether a row is of real sentences."""
+    return "real_tokens" in row
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    shown = machine.versus_dense("BERT_BASE, median ms", results, medians, digits=1)
-    single = [row for row in results["rows"] if row["batch"] == 1 and row["tokens"] >= 128]
-    if len(single) > 1:
-        sizes = [row["tokens"] for row in single]
-        costs = zip(*(medians(row).values() for row in single), strict=True)
-        shown.add_section()
-        powers = (f"~ tokens^{exponent(sizes, of_one):.2f}" for of_one in costs)
-        shown.add_row("1", f"{sizes[0]} to {sizes[-1]}", *powers)
-    return [shown]
+    found = []
+    for of in CONTENDERS:
+        rows = rows_of(results, of)
+        if not rows:
+            continue
+        more = {}
+        single = [row for row in rows if row["batch"] == 1 and row["tokens"] >= 128]
+        if len(single) > 1:
+            sizes = [row["tokens"] for row in single]
+            costs = zip(*(medians(row).values() for row in single), strict=True)
+            powers = [f"~ tokens^{exponent(sizes, of_one):.2f}" for of_one in costs]
+            more = {f"1 x {sizes[0]} to {sizes[-1]}": powers}
+        only = results | {"rows": rows}
+        shown = machine.versus_dense(f"{of}, median ms", only, medians, digits=1, more=more)
+        if row := next(filter(is_real, rows), None):
+            shown.caption = (
+                f"{row['batch']} x {row['tokens']}: sentences from {row['text']}, "
+                f"{row['real_tokens']} tokens and the rest padding"
+            )
+        found.append(shown)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -17,6 +18,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from benchmarks import memory as memories
+from benchmarks import model as whole_models
 from benchmarks.layers import PRESETS, Row, exponent, rows_of, widths
 from benchmarks.machine import DENSE, read, title
 
@@ -29,8 +32,11 @@ COLORS = {
     "21x": TWENTY_ONE,
     "8x, eager": "#8db6da",
     "21x, eager": "#bd9cd4",
+    "8x by layers": "#8db6da",
+    "21x by layers": "#bd9cd4",
     DENSE: DENSE_COLOR,
 }
+PAIR = ("8x", "21x")
 Results = dict[str, Any]
 LOOKS = {
     "font.size": 9,
@@ -80,8 +86,9 @@ def speed(layer: Results, whole: Results) -> Figure:
     over_tokens(left, rows_of(layer, "tokens"))
     threads = f"{layer['machine']['threads']} thread"
     left.set_title(f"Layers: times faster than dense ({threads}, float32)")
-    cell = min(whole["rows"], key=lambda c: (c["batch"], abs(c["tokens"] - 128)))
-    bars(right, cell)
+    rows = whole_models.rows_of(whole)
+    cell = min(rows, key=lambda c: (c["batch"], abs(c["tokens"] - 128)))
+    bars(right, cell, [name for name in cell["ms"] if name in PAIR or name.startswith("dense")])
     threads = f"{whole['machine']['threads']} thread"
     right.set_title(f"BERT_BASE, {cell['batch']} x {cell['tokens']} tokens ({threads})")
     return signed(figure, layer["machine"])
@@ -104,15 +111,15 @@ def over_tokens(axes: Axes, rows: list[Row]) -> None:
     axes.legend(fontsize=8)
 
 
-def bars(axes: Axes, cell: dict[str, Any]) -> None:
-    values = {name: ms[0] for name, ms in reversed(cell["ms"].items())}
+def bars(axes: Axes, cell: dict[str, Any], names: Collection[str]) -> None:
+    values = {name: ms[0] for name, ms in reversed(cell["ms"].items()) if name in names}
     colors = [COLORS.get(name, DENSE_COLOR) for name in values]
     axes.barh(range(len(values)), [*values.values()], color=colors, height=0.66)
     for i, ms in enumerate(values.values()):
-        text = f" {ms:.0f} ms ({values[DENSE] / ms:.1f}x)"
+        text = f" {ms:.{1 if ms < 100 else 0}f} ms ({values[DENSE] / ms:.1f}x)"
         axes.text(ms, i, text, va="center", color=INK)
-    names = (f"KroneckerBERT {name}" if name in ("8x", "21x") else name for name in values)
-    axes.set_yticks(range(len(values)), [*names])
+    labels = (f"KroneckerBERT {name}" if name in PAIR else name for name in values)
+    axes.set_yticks(range(len(values)), [*labels])
     axes.set_xlim(0, max(values.values()) * 1.3)
     axes.grid(axis="y", visible=False)
     bare(axes)
@@ -253,30 +260,35 @@ def columns_of(axes: Axes, group: str, layers: dict[str, list[Row]]) -> None:
 
 
 def model(results: Results) -> Figure:
-    """A panel for each batch and number of tokens."""
+    """A panel for each model, batch and number of tokens."""
     cells = results["rows"]
     lines = math.ceil(len(cells) / 3)
-    figure, panels = plt.subplots(lines, 3, figsize=(13, 0.5 + 2.1 * lines), squeeze=False)
+    height = 0.4 + 0.24 * max(len(cell["ms"]) for cell in cells)
+    figure, panels = plt.subplots(lines, 3, figsize=(13, 0.5 + height * lines), squeeze=False)
     for cell, axes in zip(cells, panels.flat, strict=False):
-        bars(axes, cell)
-        axes.set_title(f"{cell['batch']} x {cell['tokens']} tokens")
+        bars(axes, cell, cell["ms"])
+        size = f"{cell['batch']} x {cell['tokens']} tokens"
+        if whole_models.is_real(cell):
+            size += f", {cell['real_tokens']} real"
+        axes.set_title(f"{cell.get('model', whole_models.BERT)}, {size}")
     for axes in panels.flat[len(cells) :]:
         axes.axis("off")
-    figure.suptitle(f"BERT_BASE, ms: {title(results['machine'])}", fontweight="bold")
+    figure.suptitle(f"Whole models, ms: {title(results['machine'])}", fontweight="bold")
     return figure
 
 
 def training(steps: Results, memory: Results) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
     ms = [{name: t[0] for name, t in row["ms"].items()} for row in steps["rows"]]
-    mb = [{name: m["peak"] for name, m in row["mb"].items()} for row in memory["rows"]]
-    for axes, results, cells, unit in ((left, steps, ms, "ms"), (right, memory, mb, "MB")):
+    peaks = memories.rows_of(memory, memories.TRAINING)
+    mb = [{name: m["peak"] for name, m in row["mb"].items()} for row in peaks]
+    for axes, rows, cells, unit in ((left, steps["rows"], ms, "ms"), (right, peaks, mb, "MB")):
         wide = 0.84 / len(cells[0])
         for i, name in enumerate(cells[0]):
             places = [j + (i - len(cells[0]) / 2 + 0.5) * wide for j in range(len(cells))]
             values, color = [cell[name] for cell in cells], COLORS.get(name, LIGHT)
             axes.bar(places, values, wide * 0.92, color=color, label=name)
-        ticks = [f"{row['batch']} x {row['tokens']} tokens" for row in results["rows"]]
+        ticks = [f"{row['batch']} x {row['tokens']} tokens" for row in rows]
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set(yscale="log", ylabel=unit)
         axes.grid(axis="x", visible=False)

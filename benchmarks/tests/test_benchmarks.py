@@ -176,6 +176,12 @@ def test_pictures_of_committed_results_go_to_the_documentation(tmp_path):
         ("layers --threads 1000000000", "'1000000000' must be a whole number of at least 1"),
         ("model --tokens 513", "'513' must be a whole number of at least 1 and at most 512"),
         ("model --batch x", "'x' must be a whole number"),
+        ("model --only none", "none: there are sizes, sentences, minilm"),
+        ("model --data missing", "missing"),
+        ("threads --most 0", "'0' must be a whole number of at least 1"),
+        ("threads --to list.json/x", "list.json/x"),
+        ("targets empty", "empty has no results"),
+        ("targets bad", "bad holds no results"),
         ("layers --match (", "'(' is not a regular expression"),
         ("layers --match 3x3", "no cell matches '3x3'"),
         ("layers --only none", "none: there are"),
@@ -200,7 +206,7 @@ def test_bad_options_are_refused_in_one_line_before_any_work(
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "bad", "full"):
         (tmp_path / folder).mkdir()
-    for file in ("list.json", "bad/layers.json", "full/layers.json"):
+    for file in ("list.json", "bad/layers.json", "bad/model.json", "full/layers.json"):
         (tmp_path / file).write_text("[1]")
     done = CliRunner().invoke(command.app, arguments.split())
     assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit), done.output

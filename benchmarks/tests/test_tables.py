@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from statistics import geometric_mean
 
-from benchmarks import layers, training
+from benchmarks import layers, markdown, memory, training
 from benchmarks.machine import DENSE, RESULTS, read
 
 ROOT = RESULTS.parents[1]
@@ -51,18 +51,19 @@ def test_low_rank_of_equal_size():
         assert tuple(means) in rows_after_label()
 
 
-def test_models():
-    shown = {(1, 16), (1, 128), (1, 512), (8, 128)}
-    rows = [r for r in results("model")["rows"] if (r["batch"], r["tokens"]) in shown]
-    for name in rows[0]["ms"]:
-        times = [(row["ms"][name][0], row["ms"][DENSE][0]) for row in rows]
-        entries = (f"{ms:.{1 if ms < 100 else 0}f} ({dense / ms:.1f})" for ms, dense in times)
-        assert tuple(entries) in rows_after_label()
+def test_whole_models():
+    made = markdown.tables(RESULTS)
+    assert made and all(table in PAGE for table in made), "\n".join(made)
+
+
+def training_memory(batch: int) -> dict:
+    rows = memory.rows_of(results("memory"), memory.TRAINING)
+    return next(row["mb"] for row in rows if row["batch"] == batch)
 
 
 def test_training():
     steps = results("training")["rows"]
-    peak = next(row["mb"] for row in results("memory")["rows"] if row["batch"] == 8)
+    peak = training_memory(8)
     for name in training.CONTENDERS:
         times = [(row["ms"][name][0], row["ms"][DENSE][0]) for row in steps]
         entries = [f"{ms:.0f} ms ({dense / ms:.1f})" for ms, dense in times]
@@ -72,7 +73,7 @@ def test_training():
 
 
 def test_memory_where_activations_are_most():
-    peak = next(row["mb"] for row in results("memory")["rows"] if row["batch"] == 32)
+    peak = training_memory(32)
     dense, checkpointed, eight, twenty_one = (
         peak[name]["peak"] for name in (DENSE, "dense, checkpointing", "8x", "21x")
     )

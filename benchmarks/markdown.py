@@ -1,0 +1,99 @@
+"""Tables of the documentation, made of results; a test compares them with the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import memory, model, threads
+from benchmarks.contenders import BY_LAYERS, LOW_RANK
+from benchmarks.machine import DENSE, read
+from benchmarks.training import PRESETS, medians
+
+LABELS = {
+    DENSE: "dense, eager",
+    "dense torch.compile": "dense, `torch.compile`",
+    "dense onnxruntime fp32": "dense, ONNX Runtime",
+    "dense onnxruntime int8": "dense, ONNX Runtime, int8",
+    "dense openvino int8": "dense, OpenVINO, int8",
+    **{name: f"**KroneckerBERT {name}**" for name in PRESETS},
+    **{f"{name} {BY_LAYERS}": f"{name}, layer by layer" for name in PRESETS},
+    **{f"{name} {LOW_RANK}": f"low rank of the size of {name}" for name in PRESETS},
+    "8x torch.compile": "8x, `torch.compile`",
+    "8x onnxruntime fp32": "8x, ONNX Runtime",
+    "8x onnxruntime int8": "8x, ONNX Runtime, int8",
+}
+SHOWN = ((1, 16), (1, 128), (1, 512), (8, 128))  # of BERT_BASE: batch and tokens
+
+
+def tables(folder: Path) -> list[str]:
+    """All tables for which the folder has results."""
+    made = []
+    files = {name: folder / f"{name}.json" for name in ("model", "threads", "memory")}
+    results = {name: read(file) for name, file in files.items() if file.exists()}
+    if "model" in results:
+        made += [of_model(results["model"], name) for name in model.CONTENDERS]
+    if "threads" in results:
+        made.append(of_threads(results["threads"]))
+    if "memory" in results:
+        made.append(of_memory(results["memory"]))
+    return [table for table in made if table]
+
+
+def of_model(results: dict[str, Any], of: str) -> str:
+    """Milliseconds, and times faster than dense eager."""
+    rows = model.rows_of(results, of)
+    if of == model.BERT:  # a choice, in this order
+        chosen = [model.row_of(results, of, *size) for size in SHOWN]
+        rows = [row for row in [*chosen, model.sentences_row(results)] if row]
+    if not rows:
+        return ""
+    heads = [size(row) if i else f"{size(row)} tokens" for i, row in enumerate(rows)]
+    body = [[label(name), *(versus(row, name) for row in rows)] for name in rows[0]["ms"]]
+    return lines([f"{of}: milliseconds (times faster than dense eager)", *heads], body)
+
+
+def size(row: dict[str, Any]) -> str:
+    return (
+        f"{row['batch']} sentences" if model.is_real(row) else f"{row['batch']} x {row['tokens']}"
+    )
+
+
+def versus(row: dict[str, Any], name: str) -> str:
+    ms = medians(row)
+    return f"{ms[name]:.{1 if ms[name] < 100 else 0}f} ({ms[DENSE] / ms[name]:.1f})"
+
+
+def of_threads(results: dict[str, Any]) -> str:
+    """Milliseconds, and times faster than with one thread."""
+    places = threads.columns(results)
+    body = [
+        [label(name), *(threads.versus_one(*place, name) for place in places.values())]
+        for name in results["rows"][0]["ms"]["1"]
+    ]
+    return lines(["BERT_BASE: milliseconds (times faster than with one thread)", *places], body)
+
+
+def of_memory(results: dict[str, Any]) -> str:
+    """MB, and times less than dense."""
+    rows = memory.rows_of(results, memory.INFERENCE)
+    if not rows:
+        return ""
+    body = []
+    for name in rows[0]["mb"]:
+        peaks = [(row["mb"][name]["peak"], row["mb"][DENSE]["peak"]) for row in rows]
+        weights = str(rows[0]["mb"][name]["states"])
+        body.append([label(name), weights, *(f"{mb} ({dense / mb:.1f})" for mb, dense in peaks)])
+    heads = ["peak memory in inference, MB (times less than dense)", "weights"]
+    return lines([*heads, *map(size, rows)], body)
+
+
+def label(name: str) -> str:
+    return LABELS.get(name, name)
+
+
+def lines(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown; the first row is above the line."""
+    whole = [heads, ["---"] * len(heads), *body]
+    return "".join(f"| {' | '.join(row)} |\n" for row in whole)
