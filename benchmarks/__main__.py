@@ -36,7 +36,7 @@ HERE = machine.RESULTS / "here"
 # Modules, whose results have their names, in the order of `report`; the first four are `all`.
 MODULES = (
     *("layers", "model", "training", "memory", "threads"),
-    *("eager_forms", "budgets", "starts", "distillation", "distillation_speed"),
+    *("eager_forms", "calls", "budgets", "starts", "distillation", "distillation_speed"),
 )
 ALL = MODULES[:4]
 
@@ -137,6 +137,12 @@ def memory(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
 def eager_forms(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
     """The eager backend's choice of form against every form that PyTorch offers."""
     measure("eager_forms", threads, quick, to)
+
+
+@app.command()
+def calls(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
+    """Where the time of one token's call goes, in Python."""
+    measure("calls", threads, quick, to)
 
 
 @app.command()

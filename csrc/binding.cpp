@@ -5,8 +5,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "kron.h"
+#include "tensors.h"
 
 namespace {
 
@@ -33,6 +35,15 @@ public:
     return value;
   }
   void *pointer() { return reinterpret_cast<void *>(static_cast<intptr_t>(integer())); }
+
+  // The address of a tensor that has a signature, or of one just made; null for None.
+  void *tensor() {
+    if (!failed && next != end && *next == Py_None) return next++, nullptr;
+    if (failed || next == end) return pointer(); // sets the error
+    kron_tensors::Tensor t = {};
+    failed = kron_tensors::read(*next++, &t) != 0;
+    return t.data;
+  }
 
   kron_execution execution() {
     kron_execution e;
@@ -135,6 +146,59 @@ PyObject *feed_forward_backward(PyObject *, PyObject *const *args, Py_ssize_t co
   return run(a, [&] {
     return kron_cpu_feed_forward_backward(&e, dtype, tokens, dy, x, &up, &down, g[0], g[1], g[2],
                                           g[3], g[4], g[5]);
+  });
+}
+
+// ---- calls like an earlier one
+
+// A call whose addresses are missing.
+struct Plan {
+  int64_t is_block, dtype, tokens, n_products; // a block is a feed-forward, of two products
+  kron_product products[KRON_MAX_PRODUCTS];
+};
+
+PyObject *plan(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Plan p = {};
+  p.is_block = a.integer(), p.dtype = a.integer(), p.tokens = a.integer(), p.n_products = a.integer();
+  if (p.n_products < 1 || p.n_products > KRON_MAX_PRODUCTS || (p.is_block && p.n_products != 2)) {
+    PyErr_SetString(PyExc_ValueError, "there must be 1 to 4 products, or 2 of a block");
+    return nullptr;
+  }
+  for (int64_t i = 0; i < p.n_products; i++) p.products[i] = a.product();
+  if (!a.complete()) return nullptr;
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char *>(&p), sizeof p);
+}
+
+// (plan, isa, threads, parallel_for, x, and factors, bias, residual and y of each product): tensors, or
+// None for no bias, no residual, or no y.
+PyObject *run_plan(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  char *bytes;
+  Py_ssize_t size;
+  if (!count || !kron_tensors::read) {
+    PyErr_SetString(PyExc_TypeError, "there is no plan, or set_tensors was not called");
+    return nullptr;
+  }
+  if (PyBytes_AsStringAndSize(args[0], &bytes, &size)) return nullptr;
+  Plan p;
+  if (size != sizeof p) {
+    PyErr_SetString(PyExc_TypeError, "the bytes are not those of a plan");
+    return nullptr;
+  }
+  memcpy(&p, bytes, sizeof p);
+  Arguments a(args + 1, count - 1);
+  const kron_execution e = a.execution();
+  const void *x = a.tensor();
+  for (int64_t i = 0; i < p.n_products; i++) {
+    kron_product &product = p.products[i];
+    for (int64_t f = 0; f < product.n_factors && f < KRON_MAX_FACTORS; f++)
+      product.factors[f].data = a.tensor();
+    product.bias = a.tensor(), product.residual = a.tensor(), product.y = a.tensor();
+  }
+  return run(a, [&] {
+    return p.is_block
+               ? kron_cpu_feed_forward(&e, p.dtype, p.tokens, x, &p.products[0], &p.products[1])
+               : kron_cpu_forward(&e, p.dtype, p.tokens, x, p.n_products, p.products);
   });
 }
 
@@ -356,6 +420,10 @@ PyMethodDef methods[] = {
     {"encode", method(encode), METH_FASTCALL, "kron_cpu_encode"},
     {"encode_division", method(encode_division), METH_FASTCALL, "kron_cpu_encode_division"},
     {"isa", isa, METH_NOARGS, "kron_cpu_isa"},
+    {"set_tensors", method(kron_tensors::set_tensors), METH_FASTCALL, "how to read tensors"},
+    {"signature", method(kron_tensors::signature), METH_FASTCALL, "of tensors, or None"},
+    {"plan", method(plan), METH_FASTCALL, "a call without addresses, as bytes"},
+    {"run_plan", method(run_plan), METH_FASTCALL, "kron_cpu_forward or kron_cpu_feed_forward"},
 #if defined(KRON_CUDA_ARCHS)
     {"cuda_why_not", method(cuda_why_not), METH_FASTCALL, "kron_cuda_why_not"},
     {"cuda_unserved", method(cuda_unserved), METH_FASTCALL, "kron_cuda_unserved"},

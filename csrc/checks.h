@@ -129,7 +129,7 @@ inline const char *check_encoder(const kron_encoder *encoder) {
   if (!encoder) return "the encoder is null";
   const kron_encoder &e = *encoder;
   if (e.n_tables < 1 || e.n_tables > KRON_MAX_TABLES) return "there must be 1 to 3 tables";
-  if (e.n_layers < 1 || !e.layers) return "there must be layers";
+  if (e.n_layers < 1 || e.n_layers > MOST_NUMBERS || !e.layers) return "there must be layers";
   if (e.heads < 1) return "there must be heads";
   int64_t width = 0, table_width = 0, attention = 0;
   for (int64_t t = 0; t < e.n_tables; t++) {

@@ -76,8 +76,8 @@ def check_tensor(name: str, t: Any) -> None:
         raise TypeError(f"{name} has layout {t.layout}, but must be dense; use .to_dense().")
 
 
-def layer_tensors(name: str, layer: Any) -> list[Tensor]:
-    """The tensors of ``(a, b, bias)``.
+def layer_of_three(name: str, layer: Any) -> Layer:
+    """The layer, which must be ``(a, b, bias)``.
 
     Raises:
         TypeError: If it is not three values.
@@ -88,7 +88,7 @@ def layer_tensors(name: str, layer: Any) -> list[Tensor]:
         kind = type(layer).__name__
         values = f" of {len(layer)}" if isinstance(layer, tuple | list) else ""
         raise TypeError(f"{name} must be (a, b, bias), got a {kind}{values}.") from None
-    return [a, b] if bias is None else [a, b, bias]
+    return a, b, bias
 
 
 def check_layer(

@@ -159,12 +159,21 @@ def is_observed(operands: Sequence[Tensor]) -> bool:
 
     That is a compiler, a tracer, a dispatch mode, or a tensor that is not plain memory.
     """
+    return is_watched() or not is_plain(operands)
+
+
+def is_watched() -> bool:
+    """Whether a compiler, a tracer or a dispatch mode is active."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or not is_plain(operands)
     )
+
+
+def is_active() -> bool:
+    """Whether autocast, a profiler, a transform or forward-mode differentiation is active."""
+    return torch._C._is_any_autocast_enabled() or transformed() or _profiled()
 
 
 def under_autocast(x: Tensor) -> bool:

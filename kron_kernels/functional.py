@@ -8,20 +8,24 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kron_kernels import autograd, dispatch, ops
-from kron_kernels.backends import BACKENDS, eager
+from kron_kernels.backends import BACKENDS, eager, native
 from kron_kernels.checks import (
     Activation,
     Layer,
     Shaped,
+    check_activation,
     check_layer,
     check_product,
     check_tensor,
     check_tensors,
-    layer_tensors,
+    layer_of_three,
     named,
 )
 from kron_kernels.dispatch import BackendName
+from kron_kernels.repeats import Repeats, call_key
 from kron_kernels.shapes import check_integer
+
+_matmuls, _qkvs, _blocks = Repeats(), Repeats(), Repeats()
 
 
 def kron_matmul(
@@ -66,11 +70,12 @@ def kron_matmul(
         TypeError: If an operand is not a dense tensor.
         ValueError: If shapes, dtypes or devices do not fit, or the backend cannot serve the call.
     """
-    operands = (x, *factors)
-    if bias is not None:
-        operands += (bias,)
-    if residual is not None:
-        operands += (residual,)
+    if activation is not None:
+        check_activation(activation)
+    call = call_key((x, *factors, bias, residual), activation, backend)
+    if call and (again := _matmuls.get(call)):
+        return again(x, *factors, bias, residual)
+    operands = [x, *factors, *_given(bias, residual)]
     observed = dispatch.is_observed(operands)
     if observed and not torch.compiler.is_compiling():
         check_tensors(x, factors, bias, residual)
@@ -85,25 +90,26 @@ def kron_matmul(
                 residual=residual,
                 backend=backend,
             )
-    factors = check_product(x, factors, bias, activation, residual)
+    checked = check_product(x, factors, bias, activation, residual)
     if residual is not None and residual.dtype != x.dtype:
         y = kron_matmul(x, *factors, bias=bias, activation=activation, backend=backend)
         return y + residual
-    way, backend = dispatch.route_matmul(backend, x, factors, operands, observed)
+    way, backend = dispatch.route_matmul(backend, x, checked, operands, observed)
     if way == "plain":
-        return eager.plain_matmul(x, factors, bias, activation, residual)
+        return eager.plain_matmul(x, checked, bias, activation, residual)
+    if way == "direct":
+        if call and backend == "native":
+            _matmuls.add(call, native.again_matmul(x, checked, bias, activation, residual))
+        return BACKENDS[backend].kron_matmul(x, checked, bias, activation, residual)
+    if way == "recorded":
+        with torch.profiler.record_function("kron_kernels::kron_matmul"):
+            return BACKENDS[backend].kron_matmul(x, checked, bias, activation, residual)
+    a, b = checked
     rows, last = _rows(x, residual)
     if way == "autograd":
-        a, b = factors
         y = eager.epilogue(autograd.kron_matmul(rows, a, b, bias, backend), activation, last)
-    elif way == "operator":
-        a, b = factors
-        y = ops.kron_matmul(rows, a, b, bias, activation, last, backend)
-    elif way == "recorded":
-        with torch.profiler.record_function("kron_kernels::kron_matmul"):
-            y = BACKENDS[backend].kron_matmul(rows, factors, bias, activation, last)
     else:
-        y = BACKENDS[backend].kron_matmul(rows, factors, bias, activation, last)
+        y = ops.kron_matmul(rows, a, b, bias, activation, last, backend)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -128,6 +134,10 @@ def kron_qkv(
         ValueError: As ``kron_matmul``, naming the layer.
     """
     layers = {"query": query, "key": key, "value": value}
+    call = call_key(_flat(x, layers), None, backend)
+    if call and (again := _qkvs.get(call)):
+        q, k, v = again(x, query, key, value)
+        return q, k, v
     operands, observed = _operands(x, layers)
     way = "products"
     if not dispatch.in_products(x):
@@ -138,13 +148,14 @@ def kron_qkv(
             named(name, kron_matmul, x, a, b, bias=bias, backend=backend)
             for name, (a, b, bias) in layers.items()
         ]
+    elif way == "direct":
+        if call and backend == "native":
+            _qkvs.add(call, native.again_qkv(x, checked))
+        ys = BACKENDS[backend].kron_qkv(x, checked)
     else:
         rows, _ = _rows(x)
-        if way == "operator":
-            a, b, biases = zip(*checked, strict=True)
-            ys = ops.kron_qkv(rows, a, b, biases, backend)
-        else:
-            ys = BACKENDS[backend].kron_qkv(rows, checked)
+        a, b, biases = zip(*checked, strict=True)
+        ys = ops.kron_qkv(rows, a, b, biases, backend)
         if x.ndim != 2:
             ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
     q, k, v = ys
@@ -185,7 +196,13 @@ def kron_feed_forward(
         ValueError: As ``kron_matmul``, naming the layer, or if ``down`` does not take as many
             features as ``up`` gives.
     """
-    operands, observed = _operands(x, {"up": up, "down": down}, residual)
+    if activation is not None:
+        check_activation(activation)
+    layers = {"up": up, "down": down}
+    call = call_key((*_flat(x, layers), residual), activation, backend)
+    if call and (again := _blocks.get(call)):
+        return again(x, up, down, residual)
+    operands, observed = _operands(x, layers, residual)
     way = "products"
     if not dispatch.in_products(x):
         up = check_layer("up", x, up, activation)
@@ -204,14 +221,16 @@ def kron_feed_forward(
         a, b, bias = down
         return named("down", kron_matmul, z, a, b, bias=bias, residual=residual, backend=backend)
     assert activation is not None  # without one the route is products
+    if way == "direct":
+        if call and backend == "native":
+            _blocks.add(call, native.again_feed_forward(x, up, activation, down, residual))
+        return BACKENDS[backend].kron_feed_forward(x, up, activation, down, residual)
     rows, last = _rows(x, residual)
     if way == "autograd":
         y = autograd.FeedForward.apply(rows, *up, activation, *down, backend)
         y = eager.epilogue(y, None, last)
-    elif way == "operator":
-        y = ops.kron_feed_forward(rows, *up, activation, *down, last, backend)
     else:
-        y = BACKENDS[backend].kron_feed_forward(rows, up, activation, down, last)
+        y = ops.kron_feed_forward(rows, *up, activation, *down, last, backend)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -276,15 +295,21 @@ def kron_cross_entropy(
     return total / (labels != ignore_index).sum()
 
 
+def _flat(x: Tensor, layers: dict[str, Layer]) -> list[Tensor | None]:
+    """x and ``a, b, bias`` of each layer, which must be three values."""
+    operands: list[Tensor | None] = [x]
+    for name, layer in layers.items():
+        operands += layer_of_three(name, layer)
+    return operands
+
+
 def _operands(
     x: Tensor, layers: dict[str, Layer], residual: Tensor | None = None
 ) -> tuple[list[Tensor], bool]:
     """All tensors of a fused call, which must be dense, and whether it is observed."""
-    operands = [x]
-    for name, layer in layers.items():
-        operands += layer_tensors(name, layer)
-    if residual is not None:
-        operands.append(residual)
+    operands = [x, *_given(residual)]
+    for a, b, bias in layers.values():
+        operands += a, b, *_given(bias)
     observed = dispatch.is_observed(operands)
     if observed and not torch.compiler.is_compiling():
         for name, (a, b, bias) in layers.items():
@@ -292,6 +317,10 @@ def _operands(
         if residual is not None:
             check_tensor("residual", residual)
     return operands, observed
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
 
 
 def _rows(x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

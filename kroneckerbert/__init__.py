@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kroneckerbert.conversion import decompress as decompress
     from kroneckerbert.distillation import DistillationConfig as DistillationConfig
     from kroneckerbert.distillation import DistillationTrainer as DistillationTrainer
+    from kroneckerbert.encoder_file import save_encoder as save_encoder
     from kroneckerbert.exporting import export as export
     from kroneckerbert.exporting import load_exported as load_exported
     from kroneckerbert.measure import report as report
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from kroneckerbert.modeling_kroneckerbert import mean_pooling as mean_pooling
     from kroneckerbert.modeling_kroneckerbert import register as register
     from kroneckerbert.planning import plan as plan
+    from kroneckerbert.serving import explain as explain
 
 _NAMES = {
     "adapters": ["load_adapter", "lora_config", "merge_and_unload"],
@@ -44,10 +46,12 @@ _NAMES = {
     "configuration_kroneckerbert": ["KroneckerConfig"],
     "conversion": ["compress", "decompress"],
     "distillation": ["DistillationConfig", "DistillationTrainer"],
+    "encoder_file": ["save_encoder"],
     "exporting": ["export", "load_exported"],
     "modeling_kroneckerbert": ["KroneckerPreTrainedModel", "embed", "mean_pooling", "register"],
     "planning": ["plan"],
     "measure": ["report"],
+    "serving": ["explain"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULES)

@@ -25,7 +25,7 @@ from kron_kernels.nn import readable
 
 # Activation modules of transformers: the name for kron_feed_forward, and the forward that the name
 # replaces, which may be patched.
-_ACTIVATIONS: dict[type, tuple[Activation, Callable]] = {
+ACTIVATIONS: dict[type, tuple[Activation, Callable]] = {
     GELUActivation: ("gelu", GELUActivation.forward),
     GELUTanh: ("gelu_tanh", GELUTanh.forward),
     NewGELUActivation: ("gelu_tanh", NewGELUActivation.forward),
@@ -89,6 +89,11 @@ class _Fused(nn.Module):
             self.__class__ = cls.stock
             if cls.prepare(self):
                 self.__class__ = cls
+
+
+def stock_of(cls: type) -> type:
+    """The stock class of a fused one; any other class itself."""
+    return vars(cls).get("stock", cls)
 
 
 @cache
@@ -297,7 +302,7 @@ def _fused_activation(up: Any, act: Any, down: Any) -> Activation | None:
     """The activation's name if the three modules can be computed in one call, else None."""
     if not (readable(up) and readable(down) and up.backend == down.backend):
         return None
-    known = _ACTIVATIONS.get(type(act))
+    known = ACTIVATIONS.get(type(act))
     if known is None or type(act).forward is not known[1] or not unobserved(act):
         return None
     return known[0]

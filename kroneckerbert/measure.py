@@ -25,6 +25,7 @@ from kron_kernels.timing import Timing, interleaved
 from kroneckerbert.calibration import Batch, checked_batches, layer_inputs, tokens_of
 from kroneckerbert.configuration_kroneckerbert import layout_of
 from kroneckerbert.modeling_kroneckerbert import KroneckerPreTrainedModel, positions
+from kroneckerbert.serving import explain
 
 _LAYER_SECONDS, _MODEL_SECONDS = 0.2, 5.0  # to time a kind of layer, and the model, in both forms
 
@@ -139,6 +140,7 @@ class Report:
     layers: list[LayerReport]
     totals: dict[str, dict[str, float]]  # "parameters", "flops" and "ms" of "dense", "compressed"
     setting: dict[str, Any]
+    encoder: str  # how the layers are called, see ``kroneckerbert.explain``
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -213,12 +215,14 @@ def report(
             rows.append(_row(path, shapes, count, times[key], error, errors.get(path)))
         calls = {name: partial(m, input_ids=ids) for name, m in models.items()}
         whole = interleaved(calls, _MODEL_SECONDS)
+        called = explain(model, input_ids=ids)
     totals: dict[str, dict[str, float]] = {
         "parameters": {name: parameters(m) for name, m in models.items()},
         "flops": {name: flops(m, batch, tokens) for name, m in models.items()},
         "ms": {name: whole[name].median for name in models},
     }
-    return Report(rows, totals, setting_of(model) | {"batch": batch, "tokens": tokens})
+    setting = setting_of(model) | {"batch": batch, "tokens": tokens}
+    return Report(rows, totals, setting, called)
 
 
 def _dense_layers(
@@ -295,8 +299,9 @@ def _table(report: Report) -> Table:
     """Layers that differ only in their place share a row, with their mean errors."""
     s = report.setting
     table = Table(
+        caption=f"computed {report.encoder}",
         title=f"{s['batch']} x {s['tokens']} tokens, {s['threads']} threads, {s['device']}, "
-        f"{s['dtype']}, torch {s['torch']}"
+        f"{s['dtype']}, torch {s['torch']}",
     )
     table.add_column("layers", overflow="fold")
     table.add_column("terms")

@@ -50,6 +50,7 @@ from kroneckerbert.configuration_kroneckerbert import (
 )
 from kroneckerbert.fusion import fuse
 from kroneckerbert.loading import check_loaded, naming_damage
+from kroneckerbert.serving import served, without_plan
 
 _AUTO_CLASSES = (
     AutoModel,
@@ -101,6 +102,9 @@ class KroneckerPreTrainedModel(_Base):
                 setattr(self, self.base_model_prefix, _kronecker_encoder(self.base_model, self))
             self._tie_decoder()
         super().post_init()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_plan(super().__getstate__())  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made on demand, and a new process has not made it yet.
@@ -409,6 +413,8 @@ def _kronecker_class(dense: type, config: type[KroneckerConfig]) -> type[Kroneck
             "config_class": config,  # otherwise transformers would use the annotation
             "dense_class": dense,
         }
+        if forward := served(dense):
+            namespace["forward"] = forward
         name = f"Kronecker{dense.__name__}"
         _classes[dense] = globals()[name] = type(name, (KroneckerPreTrainedModel, dense), namespace)
     return _classes[dense]

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import layers, machine, peers, plots, training
+from benchmarks import calls, layers, machine, peers, plots, training
 
 
 def invoke(*arguments: str) -> str:
@@ -43,6 +43,14 @@ def test_a_cell_is_measured_written_shown_and_compared(tmp_path, monkeypatch):
     earlier.write_text(json.dumps(results))
     output = invoke("layers", *options, "--compare", str(earlier))
     assert "DROP" in output and "1 drops" in output
+
+
+def test_the_steps_of_a_call_are_measured_and_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(calls, "SECONDS", 0.01)
+    output = invoke("calls", "--quick", "--to", str(tmp_path))
+    steps = [row["step"] for row in machine.read(tmp_path / "calls.json")["rows"]]
+    assert steps[2:4] == ["kron_matmul, once more", "kron_matmul, for the first time"]
+    assert all(step in output for step in steps)
 
 
 def test_a_drop_needs_disjoint_quartiles():

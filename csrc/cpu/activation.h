@@ -31,8 +31,8 @@ KRON_INLINE Floats exp(Floats x) {
   return x != x ? x : y;
 }
 
-// e^(-a²/2) for 0 <= a <= 16, as a power of two; 0 below 2^-126. benchmarks/fit_gelu.py found the
-// minimax coefficients here and below.
+// e^(-a²/2) for 0 <= a <= 13.2, as a power of two, of which the least is 2^-125.7. benchmarks/fit_gelu.py
+// found the minimax coefficients here and below.
 KRON_INLINE Floats gauss(Floats a) {
   const float magic = 12582912.f; // as in exp
   const Floats u = -0.72134752f * a;
@@ -44,8 +44,7 @@ KRON_INLINE Floats gauss(Floats a) {
   p = p * f + 2.40222423e-1f;
   p = p * f + 6.93146980e-1f;
   p = p * f + 1.f;
-  const Ints y = bits_of<Ints>(bits_of<Bits>(p) + (bits_of<Bits>(shifted) << 23));
-  return bits_of<Floats>(y & ~(y >> 31)); // too small an exponent has overflowed into the sign
+  return bits_of<Floats>(bits_of<Bits>(p) + (bits_of<Bits>(shifted) << 23));
 }
 
 // The normal distribution at -a: e^(-a²/2) times a quotient of polynomials. Measured over [-15, 15],
@@ -70,11 +69,11 @@ template <class V> struct Slope {
 };
 
 KRON_INLINE Slope<Floats> gelu(Floats x) {
-  const Bits size = bits_of<Bits>(x) & 0x7fffffff; // as integers floats have the same order
-  const Floats a = bits_of<Floats>(size < 0x41800000 ? size : Bits{} + 0x41800000); // at most 16
+  Floats a = bits_of<Floats>(bits_of<Bits>(x) & 0x7fffffff);
+  a = a < 13.2f ? a : Floats{} + 13.2f; // where a * tail is 0
   const Floats e = gauss(a), tail = normal_tail(a, e);
-  const Floats below = x > 0.f ? 1.f - tail : tail;
-  return {x * below, below + x * e * 0.3989422804014327f};
+  const Floats positive = 0.f > x ? x * 0.f : x; // NaN stays, and -infinity becomes it, as with torch
+  return {positive - a * tail, (x > 0.f ? 1.f - tail : tail) + (x > 0.f ? a : -a) * e * 0.3989422804014327f};
 }
 KRON_INLINE Slope<Floats> gelu_tanh(Floats x) { // 0.5 x (1 + tanh u) = x / (1 + e^-2u)
   const float c = 0.7978845608028654f;          // sqrt(2 / pi)

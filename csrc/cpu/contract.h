@@ -92,18 +92,17 @@ void contract_grid(const Matrix<T> &w, const T *in, T *out, const Grid &g, bool 
   contract_last_rows<T, NV, R - 1>(w, first, in, out, g, accumulate);
 }
 
-// Entries of NV vectors by any grid. Vectors that share a broadcast save loads, so a block of one vector
-// takes two or three neighbours along an axis together: 83 GFLOP/s with one, 99 with two (AVX2).
+// Entries of NV vectors by any grid. Vectors that share a broadcast save loads, so an entry of one vector
+// takes two or three neighbours along an axis with it: 83 GFLOP/s with one, 99 with two (AVX2).
 template <class T, int NV>
 void contract(const Matrix<T> &w, const T *in, T *out, Grid g, bool accumulate) {
   constexpr int L = LANES<T>;
   if constexpr (NV == 1) {
-    if (g.post % 3 == 0 || g.post % 2 == 0) { // neighbours along post are one entry of more vectors
-      const int vectors = g.post % 3 == 0 ? 3 : 2;
-      g.post /= vectors, g.width = vectors * L;
-      if (vectors == 3) contract_grid<T, 3>(w, in, out, g, accumulate);
-      else contract_grid<T, 2>(w, in, out, g, accumulate);
-      return;
+    const int vectors = g.post % 3 == 0 ? 3 : g.post % 2 == 0 ? 2 : 1;
+    if (vectors > 1 && g.width == L) {
+      g.post /= vectors, g.width = vectors * L, g.in_vector = g.out_vector = L;
+      if (vectors == 3) return contract_grid<T, 3>(w, in, out, g, accumulate);
+      return contract_grid<T, 2>(w, in, out, g, accumulate);
     }
     if (g.post == 1 && g.pre > 1) {
       const Int threes = g.pre % 3 == 1 ? g.pre / 3 - 1 : g.pre / 3, twos = (g.pre - 3 * threes) / 2;
@@ -113,8 +112,8 @@ void contract(const Matrix<T> &w, const T *in, T *out, Grid g, bool accumulate) 
       };
       const Int done = 3 * threes;
       contract_grid<T, 3>(w, in, out, neighbours(threes, 3), accumulate);
-      contract_grid<T, 2>(w, in + done * g.in_pre, out + done * g.out_pre, neighbours(twos, 2), accumulate);
-      return;
+      return contract_grid<T, 2>(w, in + done * g.in_pre, out + done * g.out_pre, neighbours(twos, 2),
+                                 accumulate);
     }
   }
   contract_grid<T, NV>(w, in, out, g, accumulate);

@@ -42,7 +42,8 @@ struct Group {
   Int *rows;        // of each lane, the row of the batch, or -1
 
   Int first(Int block) const { return block * vectors / blocks; }
-  Int block_of(Int vector) const { return ((vector + 1) * blocks - 1) / vectors; }
+  // Vectors between the features of keys and values: odd, so that features do not share cache sets.
+  static Int stride(Int vectors) { return vectors | 1; }
 };
 
 template <int L> Int vectors_of_lanes(Int lanes) { return (lanes + L - 1) / L; }
@@ -106,9 +107,11 @@ inline const kron_product *feed_forward_meets(const kron_layer &layer) {
   const kron_product &u = up.parts[0], &d = down.parts[0];
   if (u.n_factors != 2 || d.n_factors != 2 || u.turns[0] != 1 || d.turns[0] != 0) return nullptr;
   const bool fits = u.factors[0].rows == d.factors[0].cols && u.factors[1].rows == d.factors[1].cols;
-  const bool thin = u.factors[0].cols == 1 && u.factors[1].rows == 1;
-  const bool thin2 = d.factors[0].rows == 1 && d.factors[1].cols == 1;
-  return fits && !thin && !thin2 ? &u : nullptr;
+  const auto thin = [](const kron_product &p) { // as Part sees it: two thin matrices
+    const kron_factor &a = p.factors[0], &b = p.factors[1];
+    return (a.cols == 1 && b.rows == 1) || (a.rows == 1 && b.cols == 1);
+  };
+  return fits && !thin(u) && !thin(d) ? &u : nullptr;
 }
 
 // The steps of an encoder, and the sizes of what they need.
@@ -344,8 +347,10 @@ public:
     group.sequences = arena.take<Sequence>(count);
     group.sequence_of = arena.take<Int>(vectors);
     group.rows = arena.take<Int>(vectors * L);
-    for (Int i = 0; i < BUFFERS; i++)
-      shared[i] = plan.shared(Buffer(i)) ? arena.take<T>(plan.sizes[i] * vectors * L) : nullptr;
+    for (Int i = 0; i < BUFFERS; i++) {
+      const Int room = i == KEY || i == VALUE ? Group::stride(vectors) : vectors;
+      shared[i] = plan.shared(Buffer(i)) ? arena.take<T>(plan.sizes[i] * room * L) : nullptr;
+    }
   }
   // Room for a worker; a sequence has up to `lanes` lanes.
   static Worker<T> place_worker(Arena &arena, const Plan<S> &plan, Int nv, Int lanes, Int head) {
@@ -380,7 +385,11 @@ public:
 private:
   T *buffer(const Worker<T> &w, Buffer i, Int block) const {
     if (w.local[i]) return w.local[i];
-    return shared[i] + group.first(block) * L * plan.sizes[i];
+    return shared[i] + group.first(block) * L * (i == KEY || i == VALUE ? 1 : plan.sizes[i]);
+  }
+  // Keys and values are (features)[all lanes], of which attention reads a sequence's at once.
+  template <int NV> Int row_of(Buffer i) const {
+    return i == KEY || i == VALUE ? Group::stride(group.vectors) * L : NV * L;
   }
 
   void run_item(Worker<T> &w, Int stage, Int item) {
@@ -397,7 +406,8 @@ private:
     switch (group.first(block + 1) - group.first(block)) {
     case 1: return run_step<1>(w, s, block, part);
     case 2: return run_step<2>(w, s, block, part);
-    default: return run_step<3>(w, s, block, part);
+    default:
+      if constexpr (MAX_NV == 3) return run_step<3>(w, s, block, part);
     }
   }
 
@@ -426,20 +436,20 @@ private:
   }
 
   template <int NV> void product(Worker<T> &w, const Step &s, Int block, Int part) {
-    constexpr int TB = NV * L;
     const Part<S> p(s.linear->parts[s.part]);
     const Range range = range_of(p.rows(s.way), part, s.parts);
     if (!range.size()) return;
     T *const out = buffer(w, s.to, block);
+    const Int row = row_of<NV>(s.to);
     p.template apply<NV>(s.way, buffer(w, s.from, block),
-                         s.way == SHARED ? buffer(w, s.middle, block) : w.middle, out, range, s.adds,
-                         w.panel);
+                         s.way == SHARED ? buffer(w, s.middle, block) : w.middle, out, row, range,
+                         s.adds, w.panel);
     if (!s.ends || (!s.bias && !s.activation)) return;
     const Runs runs = p.runs(s.way, range);
     for (Int i = 0; i < runs.count; i++) {
       const Int at = i * runs.step + runs.first;
       const S *bias = s.bias ? static_cast<const S *>(s.bias) + at : nullptr;
-      activate_rows<T, NV>(out + at * TB, TB, out + at * TB, TB, runs.length, s.activation, bias);
+      activate_rows<T, NV>(out + at * row, row, out + at * row, row, runs.length, s.activation, bias);
     }
   }
 
@@ -487,7 +497,9 @@ private:
       switch (end - v) {
       case 1: attend<1>(w, group.sequences[sequence], head, size, q, NV * L, rows); break;
       case 2: attend<2>(w, group.sequences[sequence], head, size, q, NV * L, rows); break;
-      default: attend<3>(w, group.sequences[sequence], head, size, q, NV * L, rows);
+      default:
+        if constexpr (MAX_NV == 3)
+          attend<3>(w, group.sequences[sequence], head, size, q, NV * L, rows);
       }
       v = end;
     }
@@ -503,34 +515,18 @@ private:
       KRON_UNROLL
       for (int v = 0; v < NV; v++) store(w.query + f * TB + v * L, load(q + f * step + v * L) * T(e.scale));
     }
-    each_block_of_keys(sequence, head * size, [&](Int key, Int count, const T *k, const T *, Int k_step) {
-      contract_grid<T, NV>({k, count, size, 1, k_step}, w.query, w.scores + key * TB,
-                           {1, 1, TB, 0, 0, TB, TB, L, L}, false);
-    });
+    const Int row = row_of<NV>(KEY), at = head * size * row + sequence.first * L;
+    const Grid grid = {1, 1, TB, 0, 0, TB, TB, L, L};
+    contract_grid<T, NV>({shared[KEY] + at, sequence.keys, size, 1, row}, w.query, w.scores, grid, false);
     if (distances) add_distances<NV>(w, sequence, head, rows);
     Vector<T> factor[NV];
     soften<T, NV>(w.scores, sequence.keys, factor);
-    each_block_of_keys(sequence, head * size, [&](Int key, Int count, const T *, const T *v, Int v_step) {
-      contract_grid<T, NV>({v, size, count, v_step, 1}, w.scores + key * TB, w.result,
-                           {1, 1, TB, 0, 0, TB, TB, L, L}, key > 0);
-    });
+    contract_grid<T, NV>({shared[VALUE] + at, size, sequence.keys, row, 1}, w.scores, w.result, grid,
+                         false);
     for (Int f = 0; f < size; f++) {
       KRON_UNROLL
       for (int v = 0; v < NV; v++)
         store(q + f * step + v * L, load(w.result + f * TB + v * L) * factor[v]);
-    }
-  }
-
-  // Calls body(first key, count, its entry of K, of V, features' step) for each block with keys.
-  template <class Body> void each_block_of_keys(const Sequence &s, Int row, Body body) const {
-    for (Int lane = s.first * L, end = lane + s.keys, key = 0; lane < end;) {
-      const Int block = group.block_of(lane / L), start = group.first(block) * L;
-      const Int step = group.first(block + 1) * L - start;
-      const Int count = smaller(end, start + step) - lane;
-      const Int at = start * plan.sizes[KEY] + row * step + lane - start;
-      const Int v_at = start * plan.sizes[VALUE] + row * step + lane - start;
-      body(key, count, shared[KEY] + at, shared[VALUE] + v_at, step);
-      lane += count, key += count;
     }
   }
 

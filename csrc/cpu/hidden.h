@@ -28,7 +28,7 @@ void through_hidden(const Hidden<T> &h, Int width, Range range, const S *bias, c
     for (Int i = 0; i < h.rank; i++) {
       Matrix<T> a = h.a;
       a.data += i * h.a_step;
-      contract_grid<T, NV>(a, z + i * a.cols * z_row + (p - range.first) * TB, hidden,
+      contract<T, NV>(a, z + i * a.cols * z_row + (p - range.first) * TB, hidden,
                            {1, columns, TB, 0, 0, z_row, near, L, L}, i > 0);
     }
     for (Int i = 0; i < k; i++)
@@ -37,7 +37,7 @@ void through_hidden(const Hidden<T> &h, Int width, Range range, const S *bias, c
     for (Int i = 0; i < h.rank2; i++) {
       Matrix<T> a = h.a2;
       a.data += i * h.a2_step;
-      contract_grid<T, NV>(a, hidden, u + i * a.rows * u_row + p * TB,
+      contract<T, NV>(a, hidden, u + i * a.rows * u_row + p * TB,
                            {1, columns, TB, 0, 0, near, u_row, L, L}, false);
     }
   }

@@ -104,39 +104,31 @@ public:
                           {f_pre, 1, TB, in_pre, out_pre, TB, TB, L, L}, false, panel);
   }
 
-  // The outputs of a range of rows(way), from `in`, or for SHARED from `middle`, to which other ways write
-  // a term's share of the first contraction.
+  // The outputs of a range of rows(way), whose features are `row` apart, from `in`, or for SHARED from
+  // `middle`, to which other ways write a term's share of the first contraction.
   template <int NV>
-  void apply(Way way, const T *in, T *middle_all, T *out, Range r, bool accumulate, T *panel) const {
+  void apply(Way way, const T *in, T *middle_all, T *out, Int row, Range r, bool accumulate,
+             T *panel) const {
     constexpr int L = LANES<T>, TB = NV * L;
-    const Int f_step = f_post * TB, g_step = g_post * TB;
+    const Int f_step = f_post * TB, f_rows = way == BY_FIRST ? r.size() : f.rows;
+    const Grid one = {f_pre, f_post, TB, f.cols * f_step, f_rows * f_step, f_step, f_step, L, L};
+    // The second contraction's entries along its other axis, in and out; by first rows a range of them.
+    const bool by_first = way == BY_FIRST;
+    const Int entries = by_first ? r.size() : larger(g_pre, g_post);
+    const Grid two = last ? Grid{entries, 1, TB, TB, row, entries * TB, g_post * row, L, L}
+                          : Grid{entries, 1, TB, g.cols * TB, g.rows * row, TB, row, L, L};
+    const Int g_first = by_first ? 0 : r.first, g_rows = by_first ? g.rows : r.size();
+    T *const to = out + row * (!by_first ? r.first * (last ? g_post : 1) : last ? r.first : r.first * g.rows);
     for (Int k = 0; k < rank; k++, accumulate = true) {
-      const Matrix<S> second = matrix(g, k);
-      if (way == BY_FIRST) {
-        const Grid one = {f_pre,  f_post, TB, f.cols * f_step, r.size() * f_step,
-                          f_step, f_step, L,  L};
-        contract_weight<NV>(matrix(f, k).some_rows(r.first, r.size()), in, middle_all, one, false, panel);
-        const Int in_row = g.cols * TB, out_row = g.rows * TB;
-        if (last)
-          contract_weight<NV>(second, middle_all, out + r.first * TB,
-                              {1, r.size(), TB, 0, 0, r.size() * TB, g_step, L, L}, accumulate, panel);
-        else
-          contract_weight<NV>(second, middle_all, out + r.first * out_row,
-                              {r.size(), 1, TB, in_row, out_row, TB, TB, L, L}, accumulate, panel);
-        continue;
-      }
       const T *from = in;
       if (way == SHARED) {
         from = middle_all + k * middle() * TB;
       } else if (!dense()) {
-        const Grid one = {f_pre,  f_post, TB, f.cols * f_step, f.rows * f_step,
-                          f_step, f_step, L,  L};
-        contract_weight<NV>(matrix(f, k), in, middle_all, one, false, panel);
+        contract_weight<NV>(matrix(f, k).some_rows(by_first ? r.first : 0, f_rows), in, middle_all, one,
+                            false, panel);
         from = middle_all;
       }
-      contract_weight<NV>(second.some_rows(r.first, r.size()), from, out + r.first * g_step,
-                          {g_pre, g_post, TB, g.cols * g_step, g.rows * g_step, g_step, g_step, L, L},
-                          accumulate, panel);
+      contract_weight<NV>(matrix(g, k).some_rows(g_first, g_rows), from, to, two, accumulate, panel);
     }
   }
 

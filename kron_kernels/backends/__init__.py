@@ -15,8 +15,8 @@ from kron_kernels.checks import Activation, Layer
 class Backend(Protocol):
     """The functions of a backend's module.
 
-    x is ``(T, n)`` with any number T of tokens, including 0; factors are ``(r, m_i, n_i)``. All
-    may have any strides. Only ``why_not`` and ``describe`` get x ``(…, n)`` as the user gave it.
+    x is ``(…, n)`` with any number T of tokens, including 0, and ``(T, n)`` for gradients; factors
+    are ``(r, m_i, n_i)``. All may have any strides.
     """
 
     def why_not(self, x: Tensor, *factors: Tensor) -> str | None:
@@ -33,7 +33,7 @@ class Backend(Protocol):
         activation: Activation | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """``act(x Wᵀ + bias) + residual``: ``(T, m)``."""
+        """``act(x Wᵀ + bias) + residual``: ``(…, m)``."""
 
     def kron_matmul_backward(
         self, dy: Tensor, x: Tensor, a: Tensor, b: Tensor, needed: Sequence[bool]
@@ -54,7 +54,7 @@ class Backend(Protocol):
         down: Layer,
         residual: Tensor | None,
     ) -> Tensor:
-        """``down(act(up(x))) + residual``: ``(T, m)``, of any layers that it can serve."""
+        """``down(act(up(x))) + residual``: ``(…, m)``, of any layers that it can serve."""
 
     def kron_feed_forward_backward(
         self,

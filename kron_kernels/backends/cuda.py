@@ -76,7 +76,7 @@ def _unserved(rank: int, m1: int, n1: int, m2: int, n2: int) -> str | None:
 
 def describe(x: Tensor, *factors: Tensor) -> str:
     """How the kernels compute this product, in words."""
-    if prod(x.shape[:-1]) <= FEW_TOKENS:
+    if _tokens(x) <= FEW_TOKENS:
         return "a warp for each column, without tensor cores"
     if x.dtype != torch.float32:
         return "16 bits on tensor cores"
@@ -90,10 +90,10 @@ def kron_matmul(
     activation: Activation | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``act(x Wᵀ + bias) + residual`` of ``x (T, n)`` and two factors."""
+    """``act(x Wᵀ + bias) + residual`` of ``x (…, n)`` and two factors."""
     x = x.contiguous()
     a, b = factors
-    y = x.new_empty(x.shape[0], a.shape[1] * b.shape[1])  # (T, m)
+    y = x.new_empty(*x.shape[:-1], a.shape[1] * b.shape[1])  # (…, m)
     bias, residual = _contiguous(bias, residual)
     _native.cuda_forward(
         *_call(x), abi.address(x), 1, *product(factors, bias, residual, activation, y)
@@ -106,7 +106,7 @@ def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     x = x.contiguous()
     ys, arguments, kept = [], [], []
     for a, b, bias in layers:
-        ys.append(x.new_empty(x.shape[0], a.shape[1] * b.shape[1]))
+        ys.append(x.new_empty(*x.shape[:-1], a.shape[1] * b.shape[1]))
         kept += _contiguous(bias)
         arguments += product((a, b), kept[-1], None, None, ys[-1])
     _native.cuda_forward(*_call(x), abi.address(x), len(layers), *arguments)
@@ -150,12 +150,12 @@ def _fuses(device: int, dtype: int, tf32: bool, *shapes: int) -> bool:
 def kron_feed_forward(
     x: Tensor, up: Layer, activation: Activation, down: Layer, residual: Tensor | None
 ) -> Tensor:
-    """``down(act(up(x))) + residual`` of ``x (T, n)`` and two ``(a, b, bias)``."""
-    if x.shape[0] <= FEW_TOKENS or not fuses(up, down):
+    """``down(act(up(x))) + residual`` of ``x (…, n)`` and two ``(a, b, bias)``."""
+    if _tokens(x) <= FEW_TOKENS or not fuses(up, down):
         hidden = kron_matmul(x, up[:2], up[2], activation)
         return kron_matmul(hidden, down[:2], down[2], None, residual)
     x = x.contiguous()
-    y = x.new_empty(x.shape[0], down[0].shape[1] * down[1].shape[1])  # (T, m)
+    y = x.new_empty(*x.shape[:-1], down[0].shape[1] * down[1].shape[1])  # (…, m)
     up_bias, down_bias, residual = _contiguous(up[2], down[2], residual)
     _native.cuda_feed_forward(
         *_call(x),
@@ -210,4 +210,8 @@ def _tf32(dtype: torch.dtype) -> bool:
 def _call(x: Tensor) -> tuple[int, ...]:
     """The first arguments of every call, in the order of ``csrc/binding.cpp``."""
     index = x.device.index or 0
-    return index, _stream(index), _tf32(x.dtype), abi.DTYPES[x.dtype], x.shape[0]
+    return index, _stream(index), _tf32(x.dtype), abi.DTYPES[x.dtype], _tokens(x)
+
+
+def _tokens(x: Tensor) -> int:
+    return prod(x.shape[:-1])

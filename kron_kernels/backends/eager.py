@@ -186,16 +186,16 @@ def kron_matmul(
     residual: Tensor | None = None,
     form: Form | None = None,
 ) -> Tensor:
-    """``act(x Wᵀ + bias) + residual`` of ``x (T, n)`` and two factors; no autograd.
+    """``act(x Wᵀ + bias) + residual`` of ``x (…, n)`` and two factors; no autograd.
 
     The bias is added while a chunk of y is still in the cache.
     """
     a, b = factors
     s = KronShape.of(a, b)
-    y = x.new_empty(x.shape[0], s.out_features)
+    y = x.new_empty(*x.shape[:-1], s.out_features)
     contract = _CONTRACT[form or choose_form(s)]
     a, b = _compute(a), _compute(b)
-    for x_part, y_part in _chunks(s, x.contiguous(), y):
+    for x_part, y_part in _chunks(s, _rows(x.contiguous()), _rows(y)):
         if x_part.dtype == a.dtype:
             contract(x_part, a, b, s, out=y_part)
             if bias is not None:
@@ -219,7 +219,7 @@ def fuses(up: Layer, down: Layer) -> bool:
 def kron_feed_forward(
     x: Tensor, up: Layer, activation: Activation, down: Layer, residual: Tensor | None
 ) -> Tensor:
-    """``down(act(up(x))) + residual`` of ``(a, b, bias)`` each, x ``(T, n)``."""
+    """``down(act(up(x))) + residual`` of ``(a, b, bias)`` each, x ``(…, n)``."""
     hidden = kron_matmul(x, up[:2], up[2], activation)
     return kron_matmul(hidden, down[:2], down[2], None, residual)
 
@@ -244,6 +244,10 @@ def _compute(t: Tensor) -> Tensor:
     """
     narrow = t.dtype in (torch.float16, torch.bfloat16) and t.device.type == "cpu"
     return (t.float() if narrow else t).contiguous()
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.ndim == 2 else t.view(-1, t.shape[-1])
 
 
 def _chunk_tokens(s: KronShape, itemsize: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -92,11 +92,11 @@ def kron_matmul(
     activation: Activation | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``act(x Wᵀ + bias) + residual`` of ``x (T, n)`` and up to ``_MAX_FACTORS`` factors."""
+    """``act(x Wᵀ + bias) + residual`` of ``x (…, n)`` and up to ``_MAX_FACTORS`` factors."""
     if len(factors) > 2:
         return _kron_matmul_in_passes(x, factors, bias, activation, residual)
     x = x.contiguous()
-    y = x.new_empty(x.shape[0], prod([f.shape[1] for f in factors]))
+    y = x.new_empty(*x.shape[:-1], prod([f.shape[1] for f in factors]))
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     _native.forward(*_call(x), 1, *product(factors, bias, residual, activation, y))
@@ -119,11 +119,12 @@ def _kron_matmul_in_passes(
     if dtype in (torch.bfloat16, torch.float16):  # one rounding, at the end
         x, factors = x.float(), [f.float() for f in factors]
         bias, residual = (t if t is None else t.float() for t in (bias, residual))
+    *lead, _ = x.shape
     y, done, stop = x.contiguous(), 1, len(factors)
     bias, residual = (t if t is None else t.contiguous() for t in (bias, residual))
     for start in _groups(tuple([f.shape for f in factors])):
         group = factors[start:stop]
-        outer = x.shape[0] * prod([f.shape[2] for f in factors[:start]])
+        outer = prod(lead) * prod([f.shape[2] for f in factors[:start]])
         rows = prod([f.shape[1] for f in group])
         out = x.new_empty(outer, rows * done)
         epilogue = (bias, residual, activation) if start == 0 else (None, None, None)
@@ -134,7 +135,7 @@ def _kron_matmul_in_passes(
         else:
             _native.forward_along(*call, done, *product(group, *epilogue, out))
         y, done, stop = out, rows * done, start
-    return y.to(dtype)
+    return y.view(*lead, done).to(dtype)
 
 
 @lru_cache(maxsize=4096)
@@ -151,11 +152,11 @@ def _groups(shapes: tuple[torch.Size, ...]) -> list[int]:
 
 
 def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
-    """``x Wᵀ + bias`` of up to four ``(a, b, bias)``; x ``(T, n)`` is read once."""
+    """``x Wᵀ + bias`` of up to four ``(a, b, bias)``; x ``(…, n)`` is read once."""
     x = x.contiguous()
     ys, arguments, kept = [], [], []
     for a, b, bias in layers:
-        ys.append(x.new_empty(x.shape[0], a.shape[1] * b.shape[1]))
+        ys.append(x.new_empty(*x.shape[:-1], a.shape[1] * b.shape[1]))
         kept.append(bias if bias is None else bias.contiguous())
         arguments += product((a, b), kept[-1], None, None, ys[-1])
     _native.forward(*_call(x), len(layers), *arguments)
@@ -169,9 +170,9 @@ def kron_feed_forward(
     down: Layer,
     residual: Tensor | None,
 ) -> Tensor:
-    """``down(act(up(x))) + residual`` of ``(a, b, bias)`` each, x ``(T, n)``."""
+    """``down(act(up(x))) + residual`` of ``(a, b, bias)`` each, x ``(…, n)``."""
     x = x.contiguous()
-    y = x.new_empty(x.shape[0], down[0].shape[1] * down[1].shape[1])
+    y = x.new_empty(*x.shape[:-1], down[0].shape[1] * down[1].shape[1])
     up_bias, down_bias, residual = (
         t if t is None else t.contiguous() for t in (up[2], down[2], residual)
     )
@@ -181,6 +182,83 @@ def kron_feed_forward(
         *product(down[:2], down_bias, residual, None, y),
     )
     return y
+
+
+# --- repeated calls: other tensors of the same sizes, strides and dtypes
+
+
+def again_matmul(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    activation: Activation | None,
+    residual: Tensor | None,
+) -> Callable[..., Tensor] | None:
+    """``kron_matmul`` as a function of ``x, *factors, bias, residual``; None if it needs copies."""
+    if len(factors) > 2 or not _contiguous(x, bias, residual):
+        return None
+    plan = _plan(x, False, (factors, activation))
+    shape = (*x.shape[:-1], prod([f.shape[1] for f in factors]))
+
+    def again(x: Tensor, *operands: Tensor | None) -> Tensor:
+        y = x.new_empty(*shape)
+        _native.run_plan(plan, _isa, _threads(), _POOL, x, *operands, y)
+        return y
+
+    return again
+
+
+def again_qkv(x: Tensor, layers: Sequence[Layer]) -> Callable[..., list[Tensor]] | None:
+    """``kron_qkv`` as a function of x and the layers; None if it needs copies."""
+    if not _contiguous(x, *(bias for *_, bias in layers)):
+        return None
+    plan = _plan(x, False, *(((a, b), None) for a, b, _ in layers))
+    shapes = [(*x.shape[:-1], a.shape[1] * b.shape[1]) for a, b, _ in layers]
+
+    def again(x: Tensor, *layers: Layer) -> list[Tensor]:
+        ys: list[Tensor] = []
+        operands: list[Tensor | None] = []
+        for (a, b, bias), shape in zip(layers, shapes, strict=True):
+            ys.append(x.new_empty(*shape))
+            operands += a, b, bias, None, ys[-1]
+        _native.run_plan(plan, _isa, _threads(), _POOL, x, *operands)
+        return ys
+
+    return again
+
+
+def again_feed_forward(
+    x: Tensor, up: Layer, activation: Activation, down: Layer, residual: Tensor | None
+) -> Callable[..., Tensor] | None:
+    """``kron_feed_forward`` as a function of ``x, up, down, residual``; None if it needs copies."""
+    if not _contiguous(x, up[2], down[2], residual):
+        return None
+    plan = _plan(x, True, (up[:2], activation), (down[:2], None))
+    shape = (*x.shape[:-1], down[0].shape[1] * down[1].shape[1])
+
+    def again(x: Tensor, up: Layer, down: Layer, residual: Tensor | None) -> Tensor:
+        y = x.new_empty(*shape)
+        _native.run_plan(plan, _isa, _threads(), _POOL, x, *up, None, None, *down, residual, y)
+        return y
+
+    return again
+
+
+def _contiguous(*operands: Tensor | None) -> bool:
+    return all(t is None or t.is_contiguous() for t in operands)
+
+
+def _plan(
+    x: Tensor, is_block: bool, *products: tuple[Sequence[Tensor], Activation | None]
+) -> bytes:
+    """A call for ``_native.run_plan``, which reads the addresses from the tensors."""
+    arguments = [is_block, abi.DTYPES[x.dtype], prod(x.shape[:-1]), len(products)]
+    for factors, activation in products:
+        arguments += product(factors, None, None, activation, None)
+    return _native.plan(*arguments)
+
+
+# --- gradients
 
 
 def kron_matmul_backward(
@@ -240,4 +318,4 @@ def _sums(x: Tensor) -> torch.dtype:
 
 
 def _call(x: Tensor) -> tuple[int, ...]:
-    return _isa, _threads(), _POOL, abi.DTYPES[x.dtype], x.shape[0], abi.address(x)
+    return _isa, _threads(), _POOL, abi.DTYPES[x.dtype], prod(x.shape[:-1]), abi.address(x)

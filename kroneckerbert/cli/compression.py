@@ -207,8 +207,9 @@ def export(
     format: Annotated[
         str,
         choice(
-            "onnx, openvino, torch_export or aoti (compiled for this machine).",
-            ("onnx", "openvino", "torch_export", "aoti"),
+            "onnx, openvino, torch_export, aoti (compiled for this machine), or native (the "
+            "encoder without its head, for C++).",
+            ("onnx", "openvino", "torch_export", "aoti", "native"),
         ),
     ] = "onnx",
     int8: Annotated[
@@ -233,11 +234,22 @@ def export(
     ] = None,
 ) -> None:
     """Write a program that runs without this package, checked against PyTorch."""
-    from kroneckerbert.exporting import export as export_model
     from kroneckerbert.files import writable_folder
     from kroneckerbert.loading import load_tokenizer
 
     out = writable_folder(out)
+    if format == "native":
+        from kroneckerbert.encoder_file import save_encoder
+
+        if int8 or static or tolerance is not None:
+            raise typer.BadParameter(
+                "--format native has one form: leave out --int8, --static and --tolerance."
+            )
+        file = save_encoder(read_model(model), out, tokenizer=load_tokenizer(model))
+        console.print(f"Saved the encoder to {file}.", soft_wrap=True)
+        return
+    from kroneckerbert.exporting import export as export_model
+
     result = export_model(
         read_model(model),
         out,

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import kroneckerbert
+from kron_kernels.backends import abi
 from kroneckerbert.cli.sources import read_model
 
 
@@ -163,6 +164,18 @@ def test_export_writes_a_program_and_reports_its_accuracy(tmp_path, student, mon
         "quantize": "int8-dynamic",
         "tolerance": 0.1,
     }
+
+
+@pytest.mark.skipif(abi.module is None, reason=str(abi.missing))
+def test_export_for_cpp_writes_the_encoder_and_the_tokenizer(tmp_path, student, teacher):
+    out = tmp_path / "native"
+    output = succeeds("export", student, out, "--format", "native")
+    assert f"Saved the encoder to {out / 'encoder.safetensors'}" in output
+    assert {"encoder.safetensors", "tokenizer.json"} <= {path.name for path in out.iterdir()}
+    options = ["--format", "native", "--int8"]
+    assert "leave out --int8" in fails("export", student, tmp_path / "none", *options)
+    output = fails("export", teacher, tmp_path / "none", "--format", "native")
+    assert "does not compute a BertModel" in output
 
 
 def test_distilling_on_text_raises_the_similarity(tmp_path, teacher, student, texts):

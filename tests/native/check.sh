@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the kernels with check.cpp in a temporary folder and runs it. CXX is obeyed.
+# Builds the kernels with check.cpp and with check_encoder.cpp in a temporary folder and runs both. CXX is
+# obeyed.
 #   tests/native/check.sh [plain] [asan] [tsan] [arm64]      all of them without an argument
 set -euo pipefail
 cd "$(dirname "$0")/../../csrc"
@@ -13,48 +14,62 @@ kernels="-Wno-psabi -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti
 # Whether this machine has an instruction set; yes if it does not say.
 has() { [ ! -r /proc/cpuinfo ] || grep -qw "$1" /proc/cpuinfo; }
 
-# build STAGE "FLAGS" "FLAGS OF check.cpp" COMPILER...: all instruction sets (for TSan one: they share
+# build STAGE "FLAGS" "FLAGS OF THE CHECKS" COMPILER...: all instruction sets (for TSan one: they share
 # the code that divides work), compiled in parallel. Those that this machine lacks are only linked.
 build() {
   local out=$folder/$1 stage=$1 flags=$2 check=$3 cpu="" wide=$2 widest=$2
   shift 3
   has avx2 || wide=-O0
   has avx512vl || widest=-O0
-  mkdir "$out"
+  mkdir -p "$out/kernels"
   {
     case $stage/$("$@" -dumpmachine) in
     tsan/*) ;;
     */x86_64* | */amd64*)
       cpu=-DKRON_HAS_X86
-      echo "$widest $kernels -DKRON_ISA=avx512 $avx512 -c cpu/kernels.cpp -o $out/avx512.o"
-      echo "$wide $kernels -DKRON_ISA=avx2 -mavx2 -mfma -c cpu/kernels.cpp -o $out/avx2.o"
+      for part in kernels encoder; do
+        echo "$widest $kernels -DKRON_ISA=avx512 $avx512 -c cpu/$part.cpp -o $out/kernels/avx512_$part.o"
+        echo "$wide $kernels -DKRON_ISA=avx2 -mavx2 -mfma -c cpu/$part.cpp -o $out/kernels/avx2_$part.o"
+      done
       ;;
     esac
-    echo "$flags $kernels -DKRON_ISA=portable -c cpu/kernels.cpp -o $out/portable.o"
-    echo "$check -Wall -Wextra -I. -c ../tests/native/check.cpp -o $out/check.o"
-    echo "$flags $kernels $cpu -c cpu/cpu.cpp -o $out/cpu.o"
+    for part in kernels encoder; do
+      echo "$flags $kernels -DKRON_ISA=portable -c cpu/$part.cpp -o $out/kernels/portable_$part.o"
+    done
+    for name in check check_encoder; do
+      echo "$check -Wall -Wextra -I. -c ../tests/native/$name.cpp -o $out/$name.o"
+    done
+    echo "$flags $kernels $cpu -c cpu/cpu.cpp -o $out/kernels/cpu.o"
   } | sed "s/^/-std=c++17 /" | xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 "$@"
+  # check_encoder counts the kernels' allocations.
+  local wrap=-Wl,--wrap=malloc,--wrap=calloc,--wrap=aligned_alloc
   # shellcheck disable=SC2086
-  "$@" $flags "$out"/*.o -pthread -o "$out/check"
+  "$@" $flags "$out"/kernels/*.o "$out/check.o" -pthread -o "$out/check"
+  # shellcheck disable=SC2086
+  "$@" $flags "$out"/kernels/*.o "$out/check_encoder.o" $wrap -pthread -o "$out/check_encoder"
 }
 
 plain() {
   build plain "-O2" "-O2" "${host[@]}"
   "$folder/plain/check" --self-test
+  "$folder/plain/check_encoder" --self-test
   # glibc fills fresh memory with huge numbers, which show if they are read before they are written.
   MALLOC_PERTURB_=128 "$folder/plain/check"
+  MALLOC_PERTURB_=128 "$folder/plain/check_encoder"
 }
 asan() {
   # -O1 would take twice as long to compile, and UBSan in check.cpp twice as long to run.
   build asan "-Og -fsanitize=address,undefined -fno-sanitize-recover=all" "-O1 -fsanitize=address" \
     "${host[@]}"
   # By gcov these run every line of csrc/cpu, except those for failed allocations and AVX-512.
-  ASAN_OPTIONS=max_malloc_fill_size=1000000000:malloc_fill_byte=255 \
-    "$folder/asan/check" --every 7 --draws 10 --work 2e4
+  export ASAN_OPTIONS=max_malloc_fill_size=1000000000:malloc_fill_byte=255
+  "$folder/asan/check" --every 7 --draws 10 --work 2e4
+  "$folder/asan/check_encoder" --every 3 --draws 10 --work 2e5
 }
 tsan() {
   build tsan "-O1 -fsanitize=thread" "-O1 -fsanitize=thread" "${host[@]}"
   "$folder/tsan/check" --every 19 --draws 0 --work 1e5
+  "$folder/tsan/check_encoder" --every 7 --draws 3 --work 1e5
 }
 arm64() {
   if ! type aarch64-linux-gnu-g++ qemu-aarch64-static &>/dev/null; then
@@ -63,6 +78,7 @@ arm64() {
   fi
   build arm64 "-O2 -static" "-O2" aarch64-linux-gnu-g++
   qemu-aarch64-static "$folder/arm64/check" --every 3 --draws 20 --work 1e4
+  qemu-aarch64-static "$folder/arm64/check_encoder" --every 5 --draws 5 --work 1e5
 }
 
 [ $# -gt 0 ] || set -- plain asan tsan arm64

@@ -80,7 +80,7 @@ def kron_matmul(
     activation: Activation | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``act(x Wᵀ + bias) + residual`` of ``x (T, n)`` and two factors."""
+    """``act(x Wᵀ + bias) + residual`` of ``x (…, n)`` and two factors."""
     a, b = factors
     return _products(x, [(a, b, bias)], activation, residual)[0]
 
@@ -88,7 +88,7 @@ def kron_matmul(
 def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     """``x Wᵀ + bias`` of each ``(a, b, bias)``, in one launch where that moves fewer bytes.
 
-    One launch reads x ``(T, n)`` once, but its programs have room for fewer tokens and so read the
+    One launch reads x ``(…, n)`` once, but its programs have room for fewer tokens and so read the
     factors more often. In bytes moved for a token of KroneckerBERT's width: 21x 15 KB together,
     17 KB apart; 8x 61 KB together (by calculation), 37 KB apart.
     """
@@ -113,9 +113,10 @@ def _products(
     from kron_kernels.backends.triton.forward import kron_matmul_kernel
 
     x = x.contiguous()
-    tokens = x.shape[0]
+    *lead, _ = x.shape
+    tokens = prod(lead)
     s = KronShape.of(*layers[0][:2])
-    ys = tuple(x.new_empty(tokens, s.out_features) for _ in layers)
+    ys = tuple(x.new_empty(*lead, s.out_features) for _ in layers)
     if tokens == 0:
         return list(ys)
     g = _geometry(s)
@@ -268,15 +269,17 @@ def fuses(up: Layer, down: Layer) -> bool:
 def kron_feed_forward(
     x: Tensor, up: Layer, activation: Activation, down: Layer, residual: Tensor | None
 ) -> Tensor:
-    """``down(act(up(x))) + residual`` of ``x (T, n)`` and two ``(a, b, bias)``."""
+    """``down(act(up(x))) + residual`` of ``x (…, n)`` and two ``(a, b, bias)``."""
     if not fuses(up, down):
         hidden = kron_matmul(x, up[:2], up[2], activation)
         return kron_matmul(hidden, down[:2], down[2], None, residual)
     from kron_kernels.backends.triton.feed_forward import feed_forward_kernel
 
     x = x.contiguous()
-    y = x.new_empty(x.shape[0], down[0].shape[1] * down[1].shape[1])
-    if x.shape[0] == 0:
+    *lead, _ = x.shape
+    tokens = prod(lead)
+    y = x.new_empty(*lead, down[0].shape[1] * down[1].shape[1])
+    if tokens == 0:
         return y
     residual = None if residual is None else residual.contiguous()
     (a1, b1, bias1), (a2, b2, bias2) = (
@@ -284,8 +287,8 @@ def kron_feed_forward(
     )
     constants, t, out = _feed_forward_constants(x, a1, b1, a2, b2, activation, backward=False)
     with on_device(x):
-        feed_forward_kernel[-(-x.shape[0] // t.tokens),](
-            x, a1, b1, bias1, a2, b2, bias2, residual, y, x.shape[0],
+        feed_forward_kernel[-(-tokens // t.tokens),](
+            x, a1, b1, bias1, a2, b2, bias2, residual, y, tokens,
             *a1.stride(), *b1.stride(), *a2.stride(), *b2.stride(),
             **constants, BT=t.tokens, BC=t.depth, BN=t.columns, BM=out, STAGES=t.stages,
             num_warps=t.warps,
