@@ -13,7 +13,9 @@ from benchmarks import contenders, machine, markdown, memory, model, sentences, 
 from benchmarks.contenders import BY_LAYERS, INT8, LOW_RANK
 from benchmarks.machine import DENSE
 from benchmarks.training import PRESETS
+from kron_kernels.backends import native
 from kroneckerbert import KroneckerBertConfig
+from kroneckerbert.serving import why_not
 
 # The vocabulary is that of the tokenizer.
 SMALL = BertConfig(
@@ -65,6 +67,14 @@ def test_all_ways_of_a_student_compute_the_same_but_low_rank():
         )
     torch.testing.assert_close(ours, by_layers, rtol=1e-4, atol=1e-4)
     assert (ours - low_rank).abs().max() > 0.1
+
+
+@pytest.mark.skipif(bool(native.why_not(torch.ones(1))), reason="no compiled kernels")
+def test_the_engine_computes_students_but_not_by_layers():
+    with torch.inference_mode():
+        assert why_not(contenders.module("8x", SMALL)) is None
+        assert why_not(contenders.module(f"8x {LOW_RANK}", SMALL)) is None
+        assert "hook" in why_not(contenders.module(f"8x {BY_LAYERS}", SMALL))
 
 
 def test_a_student_that_differs_from_pytorchs_operators_is_not_timed():
