@@ -27,7 +27,7 @@ from benchmarks.training import PRESETS, on_backend
 from kron_kernels.factors import term_of
 from kron_kernels.testing import assert_close
 from kron_kernels.timing import interleaved
-from kroneckerbert import KroneckerBertConfig, KroneckerBertModel, export
+from kroneckerbert import KroneckerBertConfig, KroneckerBertModel, explain, export
 
 # Of ids (batch, tokens) and, of a padded batch, its mask.
 Call = Callable[[Tensor, Tensor | None], Any]
@@ -56,7 +56,10 @@ def contender(name: str, base: BertConfig, folder: Path, threads: int) -> Call:
     """Exports are written to ``folder``."""
     subject, _, way = name.partition(" ")
     if way in EAGER:
-        return partial(run_torch, module(name, base))
+        model = module(name, base)
+        with torch.inference_mode():
+            machine.progress(f"  computed {explain(model)}")
+        return partial(run_torch, model)
     model = module(f"{subject} eager", base)
     if way == "torch.compile":
         return partial(run_torch, torch.compile(model, dynamic=False))

@@ -138,7 +138,7 @@ class Encoder:
         distance_bias: Tensor | None = None,
         all_states: bool = False,
     ) -> list[Tensor]:
-        """Hidden states ``(sequences, length, width)``: the last one, or the first and each layer's.
+        """Hidden states ``(sequences, length, width)``: the last, or the first and each layer's.
 
         Only tokens are computed. At padding, states are zero. The first position of a sequence that
         has tokens is computed even if it is padding, because models read it.
@@ -159,7 +159,9 @@ class Encoder:
         """
         first = next(t for t in (embeddings, *ids) if t is not None)
         # Contiguous copies live until the call is over.
-        given = [t if t is None else t.contiguous() for t in (mask, *ids, embeddings, distance_bias)]
+        given = [
+            t if t is None else t.contiguous() for t in (mask, *ids, embeddings, distance_bias)
+        ]
         states = [
             first.new_empty(*first.shape[:2], self.width, dtype=self.dtype)
             for _ in range(self.n_layers + 1 if all_states else 1)
@@ -204,7 +206,7 @@ class Encoder:
             wrong = table[((table < 0) | (table >= rows)) & used]
             if len(wrong):
                 raise IndexError(
-                    f"ids of table {i} must be 0 to {rows - 1}, the table's rows, got {int(wrong[0])}."
+                    f"ids of table {i} must be 0 to {rows - 1}, its rows, got {int(wrong[0])}."
                 )
 
 

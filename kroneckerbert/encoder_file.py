@@ -86,8 +86,11 @@ def _contents(base: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, objec
     if (bias := architecture.distance_bias(base, positions)) is not None:
         tensors["distance_bias"] = bias.float()
 
-    metadata: dict[str, object] = {"heads": parts.heads, "scale": parts.scale}
-    metadata["positions"] = positions
+    metadata: dict[str, object] = {
+        "heads": parts.heads,
+        "scale": parts.scale,
+        "positions": positions,
+    }
     for i, layer in enumerate(parts.layers):
         metadata[f"layers.{i}.activation"] = layer.activation
     metadata |= {f"{name}.epsilon": norm.epsilon for name, norm in _norms(parts)}

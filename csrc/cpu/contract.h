@@ -74,22 +74,20 @@ void contract_rows(const Matrix<T> &w, Int first, const T *in, T *out, const Gri
   }
 }
 
+// The rows from `first` on, in tiles of R rows and then of fewer: half as many instances as one for each
+// number of rows, and half the time to compile.
 template <class T, int NV, int R>
-void contract_last_rows(const Matrix<T> &w, Int first, const T *in, T *out, const Grid &g,
-                        bool accumulate) {
-  if constexpr (R > 0) {
-    if (w.rows - first == R) contract_rows<T, NV, R>(w, first, in, out, g, accumulate);
-    else contract_last_rows<T, NV, R - 1>(w, first, in, out, g, accumulate);
-  }
+void contract_tiles(const Matrix<T> &w, Int first, const T *in, T *out, const Grid &g, bool accumulate) {
+  for (; first + R <= w.rows; first += R)
+    contract_rows<T, NV, R>(w, first, in, out, g, accumulate);
+  constexpr int FEWER = R > 16 ? 16 : R > 8 ? 8 : R > 4 ? 4 : R / 2;
+  if constexpr (FEWER > 0)
+    if (first < w.rows) contract_tiles<T, NV, FEWER>(w, first, in, out, g, accumulate);
 }
 
 template <class T, int NV>
 void contract_grid(const Matrix<T> &w, const T *in, T *out, const Grid &g, bool accumulate) {
-  constexpr int R = KRON_ACCUMULATORS / NV;
-  Int first = 0;
-  for (; first + R <= w.rows; first += R)
-    contract_rows<T, NV, R>(w, first, in, out, g, accumulate);
-  contract_last_rows<T, NV, R - 1>(w, first, in, out, g, accumulate);
+  contract_tiles<T, NV, KRON_ACCUMULATORS / NV>(w, 0, in, out, g, accumulate);
 }
 
 // Entries of NV vectors by any grid. Vectors that share a broadcast save loads, so an entry of one vector

@@ -1,6 +1,5 @@
 """The whole encoder in one call against ``tests/encoders.py`` in float64."""
 
-import math
 import random
 
 import encoders
@@ -8,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kron_kernels import encoder
 from kron_kernels.backends import abi, native
 from kron_kernels.encoder import Embedding, Encoder, Layer, Linear, Norm
 
