@@ -118,8 +118,8 @@ def compare(arguments, ids, mask=None, **given) -> None:
     expected = oracle(ids, mask, **wide, all_states=True)
     found = at_threads(lambda: Encoder(*arguments)(ids, mask, **given, all_states=True))
     assert len(found[0]) == len(expected)
-    # An element's error is a few roundings of numbers as large as the state, more in each layer: sums
-    # of independent roundings grow with the square root of their number.
+    # An element's error is a few roundings of numbers as large as the state, more in each layer:
+    # sums of independent roundings grow with the square root of their number.
     unit = torch.finfo(found[0][0].dtype).eps
     inner = torch.finfo(torch.float64 if unit < 1e-10 else torch.float32).eps
     for i, (y, want) in enumerate(zip(found[0], expected, strict=True)):
@@ -170,7 +170,7 @@ def test_random_encoders(isa, seed, dtype):
 
 
 def base_encoder(attention, up, down) -> Encoder:
-    """A layer of BERT_BASE's size with factors of these shapes, for questions about its division."""
+    """An encoder of BERT_BASE's size with factors of these shapes, to ask how it is divided."""
 
     def linear(shapes) -> Linear:
         factors = tuple(torch.zeros(1, 1, 1).expand(1, *shape) for shape in shapes)
