@@ -168,7 +168,7 @@ class Service:
         if torch.is_grad_enabled() and any(map(_requires_grad, plan.parameters)):
             raise Unserved("a gradient may be needed; use torch.inference_mode()")
         hidden, as_tuple = _outputs(self.architecture, given, plan)
-        ids = self.architecture.ids(model, inputs, plan.known_ids if plan.keeps_ids else {})
+        ids = self.architecture.ids(model, inputs, plan.known_ids if plan.keeps_ids else None)
         if mask is not None and mask.dtype != torch.int64:
             mask = mask.ne(0).long()
         return _Call(plan.encoder, ids, mask, embeddings, inputs.shape[1], hidden, as_tuple)
