@@ -426,7 +426,7 @@ class Doubled(KroneckerLinear):
         (lambda m: prune.random_unstructured(m, "a", 0.5), "hook"),
         (lambda m: parametrizations.weight_norm(m, "a"), "must be"),
         (lambda m: setattr(m, "__class__", Doubled), "is a Doubled"),
-        (lambda m: m.compile(backend="eager"), "own forward"),
+        (lambda m: m.compile(backend="eager"), "is compiled"),
     ],
     ids=["pruned", "parametrized", "subclass", "compiled"],
 )
