@@ -77,7 +77,7 @@ def _contents(base: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, objec
         """Rows of positions and types for a text of this many tokens, ``(1, length)`` each."""
         token = 1 if base.config.pad_token_id == 0 else 0
         ids = torch.full((1, length), token)
-        return architecture.ids(base, Inputs(ids, None, None, None))[1:]
+        return architecture.ids(base, Inputs(ids, None, None, None), {})[1:]
 
     # RoBERTa's first token has a later row than 0.
     positions = parts.embedding.tables[1][0].shape[-2] - int(rows(1)[0])
