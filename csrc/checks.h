@@ -161,9 +161,10 @@ inline const char *check_batch(const kron_encoder &e, const kron_batch *batch) {
   if (b.sequences < 0 || b.length < 0) return "a batch's sizes must not be negative";
   if (double(b.sequences) * double(b.length) * double(columns_of(e.layers[0].query.parts[0])) > MOST_NUMBERS)
     return "there are more tokens than memory can hold";
-  if (!b.states || !b.states[e.n_layers]) return "the last state is null";
+  const bool any = b.sequences > 0 && b.length > 0;
+  if (any && (!b.states || !b.states[e.n_layers])) return "the last state is null";
   for (int64_t t = b.embeddings ? 1 : 0; t < e.n_tables; t++)
-    if (!b.ids[t] && b.sequences > 0 && b.length > 0) return "the ids of a table are null";
+    if (any && !b.ids[t]) return "the ids of a table are null";
   return nullptr;
 }
 // Of the positions that are computed: tokens, and a sequence's first one.

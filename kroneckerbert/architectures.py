@@ -147,7 +147,7 @@ class Architecture(NamedTuple):
         return Parts(embedding, layers, heads, scale)
 
     def ids(
-        self, model: Any, inputs: Inputs, known: dict[int, list[Tensor]]
+        self, model: Any, inputs: Inputs, known: dict[int, list[Tensor]] | None = None
     ) -> list[Tensor | None]:
         """The rows of each table, int64, as the stock embeddings choose them.
 
@@ -161,6 +161,7 @@ class Architecture(NamedTuple):
         words, _, positions, types = inputs
         if words is not None:
             words = words.long()
+        known = {} if known is None else known
         chosen = positions is not None or types is not None or self.positions is not _from_zero
         if chosen or length not in known:
             if positions is None:

@@ -168,7 +168,7 @@ class Service:
         if torch.is_grad_enabled() and any(map(_requires_grad, plan.parameters)):
             raise Unserved("a gradient may be needed; use torch.inference_mode()")
         hidden, as_tuple = _outputs(self.architecture, given, plan)
-        ids = self.architecture.ids(model, inputs, plan.known_ids if plan.keeps_ids else {})
+        ids = self.architecture.ids(model, inputs, plan.known_ids if plan.keeps_ids else None)
         if mask is not None and mask.dtype != torch.int64:
             mask = mask.ne(0).long()
         return _Call(plan.encoder, ids, mask, embeddings, inputs.shape[1], hidden, as_tuple)
@@ -388,8 +388,8 @@ class _Plan:
             raise Unserved(abi.missing)
         self.service = service
         service.check_stock()
-        if _is_watched(own):
-            raise Unserved("it has a hook, or its own forward")
+        if watch := _watch(own):
+            raise Unserved(f"it {watch}")
         self._read_config(model.config)
         self.hooks_made = RemovableHandle.next_id
         modules = architecture.modules(model)
@@ -501,12 +501,8 @@ class _Plan:
         self.recording = [hooks for hooks in self.hook_dicts if hooks]
         self.recorders = _values(self.recording)
         for module, own in zip(self.modules, self.attributes, strict=True):
-            reason = None
-            if not all(map(_is_recorder, _values(_hook_dicts([own])))):
-                reason = "has a hook"
-            elif "forward" in own or "_compiled_call_impl" in own:
-                reason = "has its own forward"
-            elif own["training"] and type(module) not in _WITHOUT_MODE:
+            reason = _watch(own)
+            if own["training"] and type(module) not in _WITHOUT_MODE:
                 reason = "is in training mode"
             if reason:
                 path = next(path for path, m in model.named_modules() if m is module)
@@ -551,6 +547,15 @@ def _hook_dicts(attributes: Iterable[dict[str, Any]]) -> Iterator[dict[int, Any]
 def _is_watched(own: dict[str, Any]) -> bool:
     """Whether a call of the module with these attributes runs more than its class's forward."""
     return any(_hooks_of(own)) or "forward" in own or "_compiled_call_impl" in own
+
+
+def _watch(own: dict[str, Any]) -> str | None:
+    """What a call of the module with these attributes runs besides its class's forward."""
+    if not all(map(_is_recorder, _values(_hooks_of(own)))):
+        return "has a hook"
+    if "forward" in own:
+        return "has its own forward"
+    return "is compiled" if "_compiled_call_impl" in own else None
 
 
 def _is_recorder(hook: Any) -> bool:

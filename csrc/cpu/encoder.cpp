@@ -637,6 +637,7 @@ struct Choice {
 struct Lengths { // of the sequences that have tokens, the longest first
   Int count, *sequences, *lanes;
   Int *group_starts, groups; // for teams of one worker
+  Int *loads;                // room for a number for each team
 };
 
 template <int L> void sort_and_group(const kron_batch &b, Int threads, Lengths &s) {
@@ -682,15 +683,17 @@ Choice choose(const kron_encoder &e, const kron_batch &b, Int threads, const Len
   // Teams of one: groups in order, each to the team that has least so far.
   const Int teams = smaller(threads, s.groups);
   if (teams > 1) {
-    Int most = 0, done = 0;
-    for (Int i = 0; i < s.groups; i++) // at the worst the last group begins when all others are even
-      done += vectors_in<L>(s, s.group_starts[i], s.group_starts[i + 1]);
-    for (Int i = 0; i < s.groups; i++)
-      most = larger(most, vectors_in<L>(s, s.group_starts[i], s.group_starts[i + 1]));
-    const Int last = vectors_in<L>(s, s.group_starts[s.groups - 1], s.count);
-    const double share = fmin(1, fmax(double(most) / double(done), 1 / double(teams) + double(last) / double(done)));
-    best = {teams, 1, 1, MAX_NV, share};
-    least = share;
+    for (Int i = 0; i < teams; i++) s.loads[i] = 0;
+    Int most = 0;
+    for (Int i = 0; i < s.groups; i++) {
+      Int least_loaded = 0;
+      for (Int j = 1; j < teams; j++)
+        if (s.loads[j] < s.loads[least_loaded]) least_loaded = j;
+      s.loads[least_loaded] += vectors_in<L>(s, s.group_starts[i], s.group_starts[i + 1]);
+      most = larger(most, s.loads[least_loaded]);
+    }
+    least = double(most) / double(vectors);
+    best = {teams, 1, 1, MAX_NV, least};
   }
   for (Int workers = 2; workers <= threads; workers = workers < threads ? smaller(2 * workers, threads) : workers + 1) {
     for (Int nv = MAX_NV; nv >= 1; nv--) {
@@ -785,6 +788,7 @@ private:
     lengths.sequences = arena.template take<Int>(b.sequences);
     lengths.lanes = arena.template take<Int>(b.sequences);
     lengths.group_starts = arena.template take<Int>(b.sequences + 1);
+    lengths.loads = arena.template take<Int>(smaller(b.sequences, execution.threads));
   }
   Encoding<S> encoding(const Plan<S> &plan) const {
     const T *table = nullptr;

@@ -118,8 +118,8 @@ def compare(arguments, ids, mask=None, **given) -> None:
     expected = oracle(ids, mask, **wide, all_states=True)
     found = at_threads(lambda: Encoder(*arguments)(ids, mask, **given, all_states=True))
     assert len(found[0]) == len(expected)
-    # An element's error is a few roundings of numbers as large as the state, more in each layer: sums
-    # of independent roundings grow with the square root of their number.
+    # An element's error is a few roundings of numbers as large as the state, more in each layer:
+    # sums of independent roundings grow with the square root of their number.
     unit = torch.finfo(found[0][0].dtype).eps
     inner = torch.finfo(torch.float64 if unit < 1e-10 else torch.float32).eps
     for i, (y, want) in enumerate(zip(found[0], expected, strict=True)):
@@ -167,3 +167,130 @@ def test_random_encoders(isa, seed, dtype):
         given["embeddings"] = drawn.numbers(sequences, length, width)
         ids[0] = None
     compare(arguments, ids, mask, **given)
+
+
+def base_encoder(attention, up, down) -> Encoder:
+    """An encoder of BERT_BASE's size with factors of these shapes, to ask how it is divided."""
+
+    def linear(shapes) -> Linear:
+        factors = tuple(torch.zeros(1, 1, 1).expand(1, *shape) for shape in shapes)
+        rows = factors[0].shape[1] * factors[1].shape[1]
+        return Linear([factors], torch.zeros(rows))
+
+    norm = Norm(torch.ones(768), torch.zeros(768), 1e-12)
+    layers = [
+        Layer(*[linear(attention)] * 4, norm, linear(up), "gelu", linear(down), norm)
+        for _ in range(12)
+    ]
+    words = torch.zeros(1, 1, 1).expand(1, 30522, 48), torch.zeros(1, 1, 16)
+    return Encoder(Embedding([words], norm, None), layers, 12, 0.125)
+
+
+SHAPES = {
+    "8x": [((384, 384), (2, 2)), ((8, 2), (384, 384)), ((2, 8), (384, 384))],
+    "21x": [((384, 48), (2, 16)), ((16, 2), (192, 384)), ((2, 16), (384, 192))],
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("sequences", "length", "useful"),
+    [(1, 1, 2), (1, 16, 4), (1, 128, 8), (1, 512, 32), (32, 128, 64)],
+)
+def test_the_division_of_work(shapes, sequences, length, useful, monkeypatch):
+    """The busiest thread has a fair share, for as many threads as the work is worth."""
+    encoder = base_encoder(*shapes)
+    lanes = 64 // 4  # of the widest vectors
+    tokens = sequences * (length + lanes)
+    before = None
+    for threads in (1, 2, 4, 8, 16, 64):
+        monkeypatch.setattr(native, "_threads", lambda threads=threads: threads)
+        found = encoder.division(sequences, length)
+        assert found.teams * found.workers <= threads
+        assert found.share >= 1 / threads
+        assert found.share * min(threads, useful) <= 1.25
+        assert before is None or found.share <= before + 1e-9, "more threads have more to do"
+        before = found.share
+        # States, queries, keys, values and, in parts, what the parts share; the rest for a thread.
+        assert found.scratch <= 4 * (6 * 768 * tokens + threads * 12000 * 3 * lanes)
+        assert found.stages <= (2 if found.parts == 1 else 10)
+
+
+def test_a_thread_computes_whole_sequences_in_the_memory_of_a_few(monkeypatch):
+    encoder = base_encoder(*SHAPES["8x"])
+    monkeypatch.setattr(native, "_threads", lambda: 2)
+    small, large = encoder.division(8, 128), encoder.division(64, 128)
+    assert (small.teams, large.teams) == (2, 2)
+    assert large.scratch < 1.1 * small.scratch
+
+
+def test_an_id_that_is_no_row_is_named():
+    drawn, arguments, rows = drawn_encoder(0, torch.float32)
+    ids, _ = drawn_batch(drawn, len(arguments[0].tables), rows, 2, 5)
+    encoder = Encoder(*arguments)
+    for wrong in (rows, -1):
+        bad = [ids[0].clone(), *ids[1:]]
+        bad[0][1, 3] = wrong
+        with pytest.raises(IndexError, match=rf"table 0 must be 0 to {rows - 1}.*got {wrong}"):
+            encoder(bad)
+        # At padding nothing is looked up.
+        mask = torch.ones(2, 5, dtype=torch.int64)
+        mask[1, 3] = 0
+        encoder(bad, mask)
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(0, 5), (2, 0)])
+def test_empty_batches(sequences, length):
+    drawn, arguments, rows = drawn_encoder(1, torch.float32)
+    ids, _ = drawn_batch(drawn, len(arguments[0].tables), rows, sequences, length)
+    (y,) = Encoder(*arguments)(ids)
+    assert y.shape[:2] == (sequences, length)
+
+
+def test_padding_only_gives_zeros():
+    drawn, arguments, rows = drawn_encoder(2, torch.float32)
+    ids, _ = drawn_batch(drawn, len(arguments[0].tables), rows, 2, 5)
+    states = Encoder(*arguments)(ids, torch.zeros(2, 5, dtype=torch.int64), all_states=True)
+    assert all(not state.any() for state in states)
+
+
+def test_nan_and_infinity_stay_in_their_sequence(isa):
+    drawn, arguments, rows = drawn_encoder(3, torch.float32)
+    ids, _ = drawn_batch(drawn, len(arguments[0].tables), rows, 3, 9)
+    x = Encoder(*arguments)(ids, all_states=True)[0]
+    width = arguments[0].tables[0][0].shape[-1] * arguments[0].tables[0][1].shape[-1]
+    given = drawn.numbers(3, 9, width)
+    clean = Encoder(*arguments)([None, *ids[1:]], embeddings=given)[0]
+    for value in (torch.nan, torch.inf):
+        broken = given.clone()
+        broken[1, 4, 0] = value
+        y = Encoder(*arguments)([None, *ids[1:]], embeddings=broken)[0]
+        assert y[1].isnan().all()
+        assert torch.equal(y[[0, 2]], clean[[0, 2]])
+    assert x.isfinite().all()
+
+
+def test_weights_are_read_at_each_call():
+    drawn, arguments, rows = drawn_encoder(4, torch.float32)
+    ids, _ = drawn_batch(drawn, len(arguments[0].tables), rows, 2, 5)
+    encoder = Encoder(*arguments)
+    before = encoder(ids)[0]
+    arguments[1][0].down.parts[0][0].mul_(2)
+    after = encoder(ids)[0]
+    assert not torch.equal(before, after)
+    assert torch.equal(after, Encoder(*arguments)(ids)[0])
+
+
+def test_tensors_of_two_dtypes_are_refused():
+    _, (embedding, layers, heads, scale), _ = drawn_encoder(5, torch.float32)
+    _, (_, others, *_), _ = drawn_encoder(5, torch.float64)
+    with pytest.raises(ValueError, match="one dtype"):
+        Encoder(embedding, [*layers, *others], heads, scale)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    drawn, (embedding, layers, heads, scale), rows = drawn_encoder(6, torch.float32)
+    wrong = layers[0]._replace(up=Linear([(drawn.numbers(7, 3),)], None))
+    ids, _ = drawn_batch(drawn, len(embedding.tables), rows, 2, 5)
+    with pytest.raises(ValueError, match="size does not fit"):
+        Encoder(embedding, [wrong], heads, scale)(ids)

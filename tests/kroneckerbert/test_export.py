@@ -28,6 +28,7 @@ pytest.importorskip("transformers.exporters", reason="pip install -U 'transforme
 from kroneckerbert import exporting as deploy
 from kroneckerbert.exporting import export, load_exported
 from kroneckerbert.files import CHECKSUMS, replace_folder
+from kroneckerbert.serving import layer_by_layer
 
 load_trusted = partial(load_exported, trust_remote_code=True)
 SIZES = tiny.SIZES | {"intermediate_size": 128, "num_hidden_layers": 1}
@@ -35,6 +36,13 @@ BASE = BertConfig(**SIZES)
 HEADS = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering"]
 HEADS += ["ForTokenClassification"]
 PRECISION = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def _padding_is_computed():
+    """As in an exported program."""
+    with layer_by_layer():
+        yield
 
 
 def model_with(head: str, layers: int = 1) -> KroneckerPreTrainedModel:

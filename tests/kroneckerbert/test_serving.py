@@ -426,7 +426,7 @@ class Doubled(KroneckerLinear):
         (lambda m: prune.random_unstructured(m, "a", 0.5), "hook"),
         (lambda m: parametrizations.weight_norm(m, "a"), "must be"),
         (lambda m: setattr(m, "__class__", Doubled), "is a Doubled"),
-        (lambda m: m.compile(backend="eager"), "own forward"),
+        (lambda m: m.compile(backend="eager"), "is compiled"),
     ],
     ids=["pruned", "parametrized", "subclass", "compiled"],
 )
@@ -974,7 +974,7 @@ def test_a_layers_backend_is_obeyed(calls):
 
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("paths", ["attention.self", "intermediate output", "everything"])
-def test_a_backend_by_name_is_granted_or_refused_in_fused_blocks(paths, gradients, monkeypatch):
+def test_a_backend_by_name_is_granted_or_refused_in_fused_blocks(paths, gradients):
     model = student()
     layer, x = model.encoder.layer[0], torch.randn(2, 5, 32)
     chosen = [
@@ -996,9 +996,6 @@ def test_a_backend_by_name_is_granted_or_refused_in_fused_blocks(paths, gradient
         for m in chosen:
             m.backend = "native"
         want = layer(x)
-        monkeypatch.setattr("kron_kernels.backends.native.why_not", lambda *_: "it is not here")
-        with pytest.raises(ValueError, match="backend='native' cannot serve this call"):
-            layer(x)
         for m in chosen:
             m.backend = "eager"
         torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
