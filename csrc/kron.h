@@ -138,7 +138,7 @@ typedef struct {
 
 // How a call of kron_cpu_encode divides its work.
 typedef struct {
-  int64_t scratch; // bytes, allocated once
+  int64_t scratch; // bytes, in one allocation, besides a small one for the sequences' lengths
   int64_t teams;   // that compute groups of sequences, each team without waiting for another
   int64_t workers; // threads of a team
   int64_t stages;  // of a layer, between which the workers of a team wait for one another

@@ -626,7 +626,9 @@ private:
 
 // ---- the division of the work ------------------------------------------------------------------
 
-constexpr double STAGE = 5e4; // multiply-adds (about 1 us) that a stage costs for each other worker's sake
+// What a stage costs in multiply-adds (5e4 are about 1 us), and for each worker besides. Two cores were
+// measured; that workers add a fifth is a guess.
+constexpr double STAGE = 5e4;
 
 // Groups of sequences for teams of one worker, or all sequences for one team.
 struct Choice {
@@ -704,7 +706,7 @@ Choice choose(const kron_encoder &e, const kron_batch &b, Int threads, const Len
         if (times && parts == 1) continue;
         const Plan<S> plan(e, b, parts, 1, nullptr);
         const double share = plan.share(blocks, vectors, workers);
-        const double waiting = double(plan.stages) * STAGE * double(workers - 1) / work;
+        const double waiting = double(plan.stages) * STAGE * (1 + 0.2 * double(workers - 1)) / work;
         const double time = share * (plan.work / whole.work) * (nv == 1 ? 1.1 : 1) + waiting;
         if (time < 0.95 * least) least = time, best = {1, workers, parts, nv, share};
       }
