@@ -405,13 +405,6 @@ class _Plan:
         self.parameters_of = [m._parameters for m in modules if m._parameters]
         self.present = _values(self.parameters_of)
         self.parameters = [p for p in self.present if p is not None]
-        # Lists compare tensors of one entry by value.
-        self.singles_of, self.single_names, self.singles = _items(
-            (parameters, name)
-            for parameters in self.parameters_of
-            for name, p in parameters.items()
-            if p is not None and p.numel() == 1
-        )
         self.read_of, self.read_names, self.read = _items(
             (attributes, name)
             for attributes in self.attributes
@@ -440,7 +433,9 @@ class _Plan:
     def fits(self, own: dict[str, Any]) -> bool:
         """Whether the model with these attributes is still as it was.
 
-        Comparisons run in C: 270 parameters and 224 modules take 0.07 ms.
+        Comparisons run in C: 270 parameters and 224 modules take 0.08 ms. Lists compare by identity
+        first. Other tensors raise an error, but for those of one entry, which compare by value: if
+        that is the same, so is the result.
         """
         try:
             return (
@@ -453,7 +448,6 @@ class _Plan:
                 and True not in map(_is_training, self.moded)
                 and _values(self.children_of) == self.children
                 and _values(self.parameters_of) == self.present
-                and all(map(is_, map(getitem, self.singles_of, self.single_names), self.singles))
                 and list(self.buffers_of.values()) == self.buffers
                 and list(map(_version, self.versioned)) == self.versions
                 and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
