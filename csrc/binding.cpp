@@ -422,6 +422,7 @@ PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "kron_cpu_isa"},
     {"set_tensors", method(kron_tensors::set_tensors), METH_FASTCALL, "how to read tensors"},
     {"signature", method(kron_tensors::signature), METH_FASTCALL, "of tensors, or None"},
+    {"layouts", kron_tensors::layouts, METH_O, "of a list of tensors, or None"},
     {"plan", method(plan), METH_FASTCALL, "a call without addresses, as bytes"},
     {"run_plan", method(run_plan), METH_FASTCALL, "kron_cpu_forward or kron_cpu_feed_forward"},
 #if defined(KRON_CUDA_ARCHS)

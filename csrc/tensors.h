@@ -3,6 +3,7 @@
 #pragma once
 #include <Python.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 namespace kron_tensors {
 
@@ -70,6 +71,33 @@ inline PyObject *signature(PyObject *, PyObject *const *args, Py_ssize_t count) 
   }
   const char *bytes = reinterpret_cast<const char *>(key);
   return PyBytes_FromStringAndSize(bytes, reinterpret_cast<const char *>(next) - bytes);
+}
+
+// Addresses, sizes, strides and dtypes of a list of tensors, as bytes; None if one cannot be read.
+inline PyObject *layouts(PyObject *, PyObject *list) {
+  const Py_ssize_t count = PyList_Size(list);
+  if (count < 0) return nullptr;
+  if (!read) Py_RETURN_NONE;
+  constexpr Py_ssize_t MOST = 3 + 2 * MOST_AXES;
+  int64_t *const numbers = static_cast<int64_t *>(malloc(size_t(count * MOST + 1) * sizeof(int64_t)));
+  if (!numbers) return PyErr_NoMemory();
+  int64_t *next = numbers;
+  bool known = true;
+  for (Py_ssize_t i = 0; known && i < count; i++) {
+    Tensor t;
+    known = read(PyList_GetItem(list, i), &t) == 0 && t.ndim <= MOST_AXES && t.strides;
+    if (!known) break;
+    *next++ = reinterpret_cast<intptr_t>(t.data) + int64_t(t.byte_offset);
+    *next++ = t.device_type | int64_t(t.device_id) << 32;
+    *next++ = t.ndim | int64_t(t.code) << 8 | int64_t(t.bits) << 16 | int64_t(t.lanes) << 32;
+    for (int32_t axis = 0; axis < t.ndim; axis++) *next++ = t.shape[axis], *next++ = t.strides[axis];
+  }
+  PyErr_Clear();
+  const Py_ssize_t size = (next - numbers) * Py_ssize_t(sizeof(int64_t));
+  PyObject *found = known ? PyBytes_FromStringAndSize(reinterpret_cast<char *>(numbers), size) : nullptr;
+  free(numbers);
+  if (known) return found;
+  Py_RETURN_NONE;
 }
 
 } // namespace kron_tensors

@@ -158,6 +158,7 @@ class Encoder:
             ValueError: If shapes or dtypes do not fit.
         """
         first = next(t for t in (embeddings, *ids) if t is not None)
+        self._check_batch(first, ids, mask, embeddings, distance_bias)
         # Contiguous copies live until the call is over.
         given = [
             t if t is None else t.contiguous() for t in (mask, *ids, embeddings, distance_bias)
@@ -191,6 +192,32 @@ class Encoder:
             *(shape[0], shape[1], mask, *ids, *[0] * (3 - len(ids))),
             *(embeddings, distance_bias),
         ]
+
+    def _check_batch(
+        self,
+        first: Tensor,
+        ids: Sequence[Tensor | None],
+        mask: Tensor | None,
+        embeddings: Tensor | None,
+        distance_bias: Tensor | None,
+    ) -> None:
+        if len(ids) != len(self.tables):
+            raise ValueError(f"there must be ids for {len(self.tables)} tables, got {len(ids)}.")
+        sequences, length = first.shape[:2]
+        rows = (sequences, length)
+        wide = (sequences, length, self.tables[0][1])
+        operands: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
+            *((f"ids of table {i}", t, rows, torch.int64) for i, t in enumerate(ids)),
+            ("mask", mask, rows, torch.int64),
+            ("embeddings", embeddings, wide, self.dtype),
+            ("distance_bias", distance_bias, (self.heads, max(0, 2 * length - 1)), self.dtype),
+        ]
+        for name, t, shape, dtype in operands:
+            if t is not None and (t.shape != shape or t.dtype != dtype or not t.is_cpu):
+                raise ValueError(
+                    f"{name} must be {dtype} {shape} on the CPU, got {t.dtype} {tuple(t.shape)} on "
+                    f"{t.device}."
+                )
 
     def _explain(
         self, ids: Sequence[Tensor | None], mask: Tensor | None, embeddings: Tensor | None

@@ -421,7 +421,7 @@ class _Plan:
         self.versioned = self.buffers if self.keeps_ids else []
         self.versions = list(map(_version, self.versioned))
         self.tensors = [*self.parameters, *self.buffers]
-        self.addresses = list(map(Tensor.data_ptr, self.tensors))
+        self.layouts = abi.layouts(self.tensors)
         self.known_ids: dict[int, list[Tensor]] = {}
         parts = architecture.parts(model)
         self.width = model.embeddings.word_embeddings.embedding_dim
@@ -450,7 +450,7 @@ class _Plan:
                 and _values(self.parameters_of) == self.present
                 and list(self.buffers_of.values()) == self.buffers
                 and list(map(_version, self.versioned)) == self.versions
-                and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+                and abi.layouts(self.tensors) == self.layouts
                 and list(map(getitem, self.read_of, self.read_names)) == self.read
                 and self.service.is_stock()
                 and self._attention_fits()

@@ -294,3 +294,27 @@ def test_sizes_that_do_not_fit_are_refused():
     ids, _ = drawn_batch(drawn, len(embedding.tables), rows, 2, 5)
     with pytest.raises(ValueError, match="size does not fit"):
         Encoder(embedding, [wrong], heads, scale)(ids)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mask": torch.ones(2, 5)}, r"mask must be torch.int64 \(2, 5\).*float32"),
+        (
+            {"mask": torch.ones(2, 4, dtype=torch.int64)},
+            r"mask must be torch.int64 \(2, 5\).*\(2, 4\)",
+        ),
+        ({"embeddings": torch.ones(2, 5, 3)}, "embeddings must be torch.float32"),
+        ({"distance_bias": torch.ones(1, 3)}, "distance_bias must be torch.float32"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(given, message):
+    drawn, arguments, rows = drawn_encoder(7, torch.float32)
+    ids, _ = drawn_batch(drawn, len(arguments[0].tables), rows, 2, 5)
+    encoder = Encoder(*arguments)
+    with pytest.raises(ValueError, match=message):
+        encoder(ids, **given)
+    with pytest.raises(ValueError, match="ids of table 0 must be torch.int64"):
+        encoder([ids[0].int(), *ids[1:]])
+    with pytest.raises(ValueError, match="there must be ids for"):
+        encoder([*ids, ids[0]])
