@@ -72,6 +72,23 @@ const char *kron_cpu_forward_along(const kron_execution *, int64_t dtype, int64_
 const char *kron_cpu_feed_forward(const kron_execution *, int64_t dtype, int64_t tokens,
                                   const void *x, const kron_product *up, const kron_product *down);
 
+// How a call divides its work among threads.
+typedef struct {
+  int64_t scratch; // bytes, without factors that are widened for the call
+  int64_t teams;   // that compute groups of sequences or tokens, each team without waiting for another
+  int64_t workers; // threads of a team
+  int64_t stages;  // of a call or a layer, between which the workers of a team wait for one another
+  int64_t parts;   // of the outputs of one block of tokens
+  double share;    // of the multiply-adds, of the thread that has most of them, at least 1 / threads
+} kron_division;
+
+// The division of the calls above. No data is read: its pointers may be null.
+const char *kron_cpu_forward_division(const kron_execution *, int64_t dtype, int64_t tokens,
+                                      int64_t n_products, const kron_product *products, kron_division *);
+const char *kron_cpu_feed_forward_division(const kron_execution *, int64_t dtype, int64_t tokens,
+                                           const kron_product *up, const kron_product *down,
+                                           kron_division *);
+
 // Gradients of a product of two factors; its bias, residual and y are not read, and its activation is
 // not applied. dx (tokens, n) is in the dtype of x. da and db are contiguous, in float32, or in float64
 // for KRON_FLOAT64. Each may be null. The number of threads fixes the order of sums over tokens.
@@ -135,16 +152,6 @@ typedef struct {
   void *const *states; // n_layers + 1 results (sequences, length, width), the first x and after each
                        // layer. All but the last may be null.
 } kron_batch;
-
-// How a call of kron_cpu_encode divides its work.
-typedef struct {
-  int64_t scratch; // bytes, allocated once
-  int64_t teams;   // that compute groups of sequences, each team without waiting for another
-  int64_t workers; // threads of a team
-  int64_t stages;  // of a layer, between which the workers of a team wait for one another
-  int64_t parts;   // of the outputs, into which a layer's products of one block of tokens are divided
-  double share;    // of the multiply-adds, of the thread that has most of them, at least 1 / threads
-} kron_division;
 
 const char *kron_cpu_encode(const kron_execution *, int64_t dtype, const kron_encoder *,
                             const kron_batch *);

@@ -10,8 +10,9 @@
 // machine lacks.
 #include "kernels.h"
 
+#include "division.h"
 #include "hidden.h"
-#include "product.h"
+#include "team.h"
 
 namespace {
 
@@ -35,55 +36,71 @@ void apply_to_few(const Product<Compute<S>> &p, Int tokens, const Compute<S> *in
 }
 
 template <class S>
-const char *forward_few(Int tokens, const S *x, Int n_products, const Product<Compute<S>> *products) {
+const char *forward_few(Int tokens, const S *x, const Products<S> &products, Int out_size, Int spare_size) {
   typedef Compute<S> T;
-  Int out_size = 0, spare_size = 0;
-  for (const Product<T> *p = products; p < products + n_products; p++) {
-    out_size = larger(out_size, p->outputs());
-    spare_size = larger(spare_size, 2 * p->middle() + p->longest());
-  }
-  const Int n = products[0].inputs();
+  const Int n = products.all[0].inputs();
   T *in, *out, *spare;
   const Scratch<T> scratch(
       {{&in, n * tokens}, {&out, out_size * tokens}, {&spare, spare_size * tokens}});
   if (!scratch) return OUT_OF_MEMORY;
   widen_row(x, n * tokens, 1, in);
-  for (const Product<T> *p = products; p < products + n_products; p++)
-    apply_to_few<S>(*p, tokens, in, out, spare);
+  for (Int i = 0; i < products.count; i++) apply_to_few<S>(products.all[i], tokens, in, out, spare);
   return nullptr;
 }
 
 template <class S>
 const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_products,
-                    const kron_product *calls) {
+                    const kron_product *calls, kron_division *asked) {
   typedef Compute<S> T;
-  Product<T> products[KRON_MAX_PRODUCTS];
-  const Product<T> *const end = products + n_products;
-  Int out_size = 0, spare_size = 0;
-  double work = 0;
+  Products<S> products(n_products, calls);
   bool few = true;
-  for (Product<T> *p = products; p < end; p++) {
-    if (!p->template set<S>(calls[p - products])) return OUT_OF_MEMORY;
-    out_size = larger(out_size, p->outputs());
-    spare_size = larger(spare_size, 2 * p->middle());
-    work += double(tokens) * double(p->multiply_adds());
-    few = few && p->few(tokens);
+  for (Int i = 0; i < n_products; i++) few = few && products.all[i].few(tokens);
+  const Int units = vectors_of<T>(tokens);
+  const Division d = divide(few ? 1 : e.threads, units, double(tokens) * products.multiply_adds(),
+                            [&](Int parts) { return products.fits(parts); });
+  const Int parts = d.parts(), lanes = d.lanes<T>(), n = products.all[0].inputs();
+  Int out_size = 0, spare_size = 0;
+  for (Int i = 0; i < n_products; i++) {
+    const Product<T> &p = products.all[i];
+    out_size = larger(out_size, p.outputs());
+    spare_size = larger(spare_size, few ? 2 * p.middle() + p.longest() : products.outputs(i, parts).spare());
   }
-  if (few) return forward_few<S>(tokens, static_cast<const S *>(x), n_products, products);
-  const Int n = products[0].inputs(), units = vectors_of<T>(tokens);
-  return split(e, units, parts_of(e, units, work), [&](Int, Int first, Int last) {
-    const Int lanes = lanes_of<T>(first, last);
+  // Calls body(product, its outputs, the rows of a piece).
+  const auto each_rows = [&](Range cells, auto body) {
+    for (Int i = 0; i < n_products; i++) {
+      const Outputs<T> outputs = products.outputs(i, parts);
+      const Range rows = products.rows(i, outputs, cells, d.workers);
+      if (rows.size()) body(products.all[i], outputs, rows);
+    }
+  };
+  if (asked) {
+    const double share = largest_share(d, products.multiply_adds(), [&](Range cells) {
+      double work = 0;
+      each_rows(cells, [&](const Product<T> &, const Outputs<T> &outputs, Range rows) {
+        work += outputs.work(rows);
+      });
+      return work;
+    });
+    const Int scratch = (n + out_size + spare_size) * (few ? tokens : lanes) * Int(sizeof(T));
+    *asked = {d.workers * scratch, d.workers, 1, 1, parts, share};
+    return nullptr;
+  }
+  if (!products.widen()) return OUT_OF_MEMORY;
+  if (few) return forward_few<S>(tokens, static_cast<const S *>(x), products, out_size, spare_size);
+  return split(e, d.workers, d.workers, [&](Int worker, Int, Int) {
     T *in, *out, *spare;
     const Scratch<T> scratch(
         {{&in, n * lanes}, {&out, out_size * lanes}, {&spare, spare_size * lanes}});
     if (!scratch) return false;
-    blocks<T>(first, last, [&](auto nv, Int token) {
-      constexpr int NV = decltype(nv)::value;
-      read_block<S, NV>(x, token, tokens, n, in);
-      for (const Product<T> *p = products; p < end; p++) {
-        p->template apply<NV>(in, out, spare);
-        write_block<S, NV>(out, token, tokens, p->outputs(), *p);
-      }
+    d.each_piece(worker, [&](Int block, Range cells) {
+      d.with_block<T>(block, [&](auto nv, Int token) {
+        constexpr int NV = decltype(nv)::value;
+        read_block<S, NV>(x, token, tokens, n, in);
+        each_rows(cells, [&](const Product<T> &p, const Outputs<T> &outputs, Range rows) {
+          outputs.template apply<NV>(in, out, spare, rows);
+          write_block<S, NV>(out, token, tokens, p.outputs(), p, outputs.runs(rows));
+        });
+      });
     });
     return true;
   });
@@ -143,17 +160,20 @@ template <class T> bool meets(const Product<T> &up, const Product<T> &down) {
          up.factors[0].rows == down.factors[0].cols && up.factors[1].rows == down.factors[1].cols;
 }
 
+template <class T> Int few_spare(const Product<T> &up, const Product<T> &down) { // for a token
+  return 2 * larger(up.middle(), down.middle()) + larger(up.longest(), down.longest());
+}
+
 template <class S>
 const char *feed_forward_few(Int tokens, const void *x, const Product<Compute<S>> &up,
                              const Product<Compute<S>> &down) {
   typedef Compute<S> T;
   const Int n = up.inputs() * tokens;
-  const Int spare_size = 2 * larger(up.middle(), down.middle()) + larger(up.longest(), down.longest());
   T *in, *h, *out, *spare;
   const Scratch<T> scratch({{&in, n},
                             {&h, up.outputs() * tokens},
                             {&out, down.outputs() * tokens},
-                            {&spare, spare_size * tokens}});
+                            {&spare, few_spare(up, down) * tokens}});
   if (!scratch) return OUT_OF_MEMORY;
   widen_row(static_cast<const S *>(x), n, 1, in);
   up.apply_to_few(tokens, in, h, spare);
@@ -162,49 +182,163 @@ const char *feed_forward_few(Int tokens, const void *x, const Product<Compute<S>
   return nullptr;
 }
 
-template <class S>
-const char *feed_forward(const kron_execution &e, Int tokens, const void *x,
-                         const kron_product &up_call, const kron_product &down_call) {
+// A block's two stages: from x to what lies in between, `inner`, and from there to y. Where the products
+// meet that is u = A' act(A z + bias), otherwise the hidden vector.
+template <class S> class FeedForward {
   typedef Compute<S> T;
+
+public:
+  // Without reading data; widen() does.
+  FeedForward(const kron_product &up_call, const kron_product &down_call)
+      : up_call(up_call), down_call(down_call) {
+    up.template set_shape<S>(up_call), down.template set_shape<S>(down_call);
+    meet = meets(up, down) && !Part<T>(up).low_rank && !Part<T>(down).low_rank;
+  }
+  bool widen() { // returns false if memory ran out
+    return up.template set<S>(up_call) && down.template set<S>(down_call);
+  }
+  void divide(Int threads, Int units, double tokens) {
+    const auto divided = [&](bool cut) {
+      return ::divide(threads, units, tokens * multiply_adds(), [&](Int parts) {
+        return cut && (meet ? smaller(width(), down.factors[1].rows) >= 4 * parts
+                            : Outputs<T>(up, parts).fits() && Outputs<T>(down, parts).fits());
+      });
+    };
+    d = divided(true);
+    // All blocks' inner vectors are in memory then, and a worker waits for the others.
+    if (d.cut && d.blocks >= 2 * d.workers) d = divided(false);
+    parts = d.parts();
+  }
+
+  double multiply_adds() const { return double(up.multiply_adds() + down.multiply_adds()); } // of a token
+  Int inner() const { return meet ? Part<T>(down).middle() * down.rank : up.outputs(); }
+  // Numbers for a token in a worker's memory.
+  Int z() const { return meet ? up.rank * up.factors[0].cols * width() : 0; }
+  Int columns() const { return meet ? columns_at_a_time(up.factors[0].rows) * up.factors[0].rows : 0; }
+  Int spare() const {
+    return meet ? 0 : larger(Outputs<T>(up, parts).spare(), Outputs<T>(down, parts).spare());
+  }
+
+  template <int NV>
+  void first(const T *in, T *inner, T *z, T *columns, T *spare, Range cells) const {
+    constexpr int TB = NV * LANES<T>;
+    if (meet) {
+      const Range range = rows(width(), cells);
+      if (!range.size()) return;
+      Part<T>(up).template some_first<NV>(in, z, range, nullptr);
+      const Hidden<T> grid = {up.rank, down.rank, up.matrix(0, 0), down.matrix(0, 0), up.factors[0].rank_stride,
+                              down.factors[0].rank_stride, up.activation};
+      return through_hidden<NV>(grid, width(), range, up.bias_data(), z, inner, columns);
+    }
+    const Outputs<T> outputs(up, parts);
+    const Range range = rows(outputs.rows(), cells);
+    if (!range.size()) return;
+    outputs.template apply<NV>(in, inner, spare, range);
+    const Runs runs = outputs.runs(range);
+    for (Int i = 0, at = runs.first; i < runs.count; i++, at += runs.step)
+      activate_rows<T, NV>(inner + at * TB, TB, inner + at * TB, TB, runs.length, up.activation,
+                           up.bias ? up.bias_data() + at : nullptr);
+  }
+  // Returns the outputs.
+  template <int NV> Runs second(T *inner, T *out, T *spare, Range cells) const {
+    if (meet) {
+      const Part<T> part(down);
+      const Range range = rows(part.rows(SHARED), cells);
+      if (range.size())
+        part.template apply<NV>(SHARED, nullptr, inner, out, NV * LANES<T>, range, false, nullptr);
+      return part.runs(SHARED, range);
+    }
+    const Outputs<T> outputs(down, parts);
+    const Range range = rows(outputs.rows(), cells);
+    if (range.size()) outputs.template apply<NV>(inner, out, spare, range);
+    return outputs.runs(range);
+  }
+
+  // The multiply-adds of a token in the cells of a piece, in both stages.
+  double work(Range cells) const {
+    if (!meet) {
+      const Outputs<T> one(up, parts), two(down, parts);
+      return one.work(rows(one.rows(), cells)) + two.work(rows(two.rows(), cells));
+    }
+    const Part<T> one(up), two(down);
+    const auto share = [&](Int count) { return double(rows(count, cells).size()) / double(count); };
+    return share(width()) * (one.first_work() + one.second_work() + two.first_work()) +
+           share(two.g.rows) * two.second_work();
+  }
+
   Product<T> up, down;
-  if (!up.template set<S>(up_call) || !down.template set<S>(down_call)) return OUT_OF_MEMORY;
-  if (up.few(tokens) && down.few(tokens)) return feed_forward_few<S>(tokens, x, up, down);
-  const bool meet = meets(up, down);
-  const Int n = up.inputs(), hidden = up.outputs(), m = down.outputs();
-  const Int k = up.factors[0].rows, width = up.factors[1].rows;
-  const Int z_rows = up.factors[0].cols, u_rows = down.factors[0].rows;
-  const Int z_size = meet ? up.rank * z_rows * width : hidden;
-  const Int u_size = meet ? down.rank * u_rows * width : 2 * larger(up.middle(), down.middle());
-  const Int columns_size = meet ? columns_at_a_time(k) * k : 0;
-  const Int units = vectors_of<T>(tokens);
-  const double work = double(tokens) * double(up.multiply_adds() + down.multiply_adds());
-  return split(e, units, parts_of(e, units, work), [&](Int, Int first, Int last) {
-    const Int lanes = lanes_of<T>(first, last);
-    T *in, *out, *z, *u, *columns;
+  Division d;
+  Int parts;
+
+private:
+  Int width() const { return up.factors[1].rows; }
+  Range rows(Int count, Range cells) const {
+    const double all = double(d.workers);
+    return rows_between(count, parts, double(cells.first) / all, double(cells.end) / all);
+  }
+
+  const kron_product &up_call, &down_call;
+  bool meet;
+};
+
+template <class S>
+const char *feed_forward(const kron_execution &e, Int tokens, const void *x, const kron_product &up_call,
+                         const kron_product &down_call, kron_division *asked) {
+  typedef Compute<S> T;
+  FeedForward<S> block(up_call, down_call);
+  const bool few = block.up.few(tokens) && block.down.few(tokens);
+  block.divide(few ? 1 : e.threads, vectors_of<T>(tokens), double(tokens));
+  const Division &d = block.d;
+  const Int n = block.up.inputs(), m = block.down.outputs(), inner_size = block.inner(), lanes = d.lanes<T>();
+  const Int own_size = d.cut ? 0 : inner_size * lanes;
+  const Int shared_size = d.cut ? inner_size * d.units * LANES<T> : 0;
+  if (asked) {
+    const Int own =
+        few ? (n + block.up.outputs() + m + few_spare(block.up, block.down)) * tokens
+            : own_size + (n + m + block.z() + block.columns() + block.spare()) * lanes;
+    const double share =
+        largest_share(d, block.multiply_adds(), [&](Range cells) { return block.work(cells); });
+    *asked = {(d.workers * own + shared_size) * Int(sizeof(T)), d.cut ? 1 : d.workers,
+              d.cut ? d.workers : 1, d.cut ? 2 : 1, block.parts, share};
+    return nullptr;
+  }
+  if (!block.widen()) return OUT_OF_MEMORY;
+  if (few) return feed_forward_few<S>(tokens, x, block.up, block.down);
+  T *shared;
+  const Scratch<T> all({{&shared, shared_size}});
+  if (!all) return OUT_OF_MEMORY;
+  Team team;
+  const Int starts[] = {0, d.workers, 2 * d.workers};
+  return split(e, d.workers, d.workers, [&](Int worker, Int, Int) {
+    T *in, *out, *z, *columns, *spare, *own;
     const Scratch<T> scratch({{&in, n * lanes},
                               {&out, m * lanes},
-                              {&z, z_size * lanes},
-                              {&u, u_size * lanes},
-                              {&columns, columns_size * lanes}});
+                              {&z, block.z() * lanes},
+                              {&columns, block.columns() * lanes},
+                              {&spare, block.spare() * lanes},
+                              {&own, own_size}});
     if (!scratch) return false;
-    blocks<T>(first, last, [&](auto nv, Int token) {
-      constexpr int NV = decltype(nv)::value, TB = NV * LANES<T>;
-      read_block<S, NV>(x, token, tokens, n, in);
-      if (meet) {
-        for (Int i = 0; i < up.rank; i++)
-          contract<T, NV>(up.matrix(1, i), in, z + i * z_rows * width * TB, z_rows, 1);
-        const Hidden<T> grid = {up.rank, down.rank, up.matrix(0, 0), down.matrix(0, 0), up.factors[0].rank_stride,
-                                down.factors[0].rank_stride, up.activation};
-        through_hidden<NV>(grid, width, {0, width}, up.bias_data(), z, u, columns);
-        for (Int i = 0; i < down.rank; i++)
-          contract<T, NV>(down.matrix(1, i), u + i * u_rows * width * TB, out, u_rows, 1, i > 0);
-      } else {
-        up.template apply<NV>(in, z, u);
-        activate_rows<T, NV>(z, TB, z, TB, hidden, up.activation, up.bias_data());
-        down.template apply<NV>(z, out, u);
-      }
-      write_block<S, NV>(out, token, tokens, m, down);
-    });
+    const auto compute = [&](Int stage, Int number, Range cells) {
+      d.with_block<T>(number, [&](auto nv, Int token) {
+        constexpr int NV = decltype(nv)::value;
+        T *const inner = d.cut ? shared + token * inner_size : own;
+        if (!stage) {
+          read_block<S, NV>(x, token, tokens, n, in);
+          return block.template first<NV>(in, inner, z, columns, spare, cells);
+        }
+        const Runs runs = block.template second<NV>(inner, out, spare, cells);
+        write_block<S, NV>(out, token, tokens, m, block.down, runs);
+      });
+    };
+    if (d.cut) {
+      team.work(starts, 2, [&](Int stage, Int item) {
+        d.each_piece(item, [&](Int number, Range cells) { compute(stage, number, cells); });
+      });
+    } else {
+      d.each_piece(worker, [&](Int number, Range cells) {
+        compute(0, number, cells), compute(1, number, cells);
+      });
+    }
     return true;
   });
 }
@@ -217,12 +351,12 @@ inline kron_product without_bias(kron_product p) {
   return p;
 }
 
-// Writes a block of dx (tokens, n), if it is wanted.
+// Writes runs of features of a block of dx (tokens, n), if it is wanted.
 template <class S, int NV>
-void write_gradient(Compute<S> *block, Int token, Int tokens, Int n, void *dx) {
+void write_gradient(Compute<S> *block, Int token, Int tokens, Int n, void *dx, const Runs &runs) {
   kron_product gradient = {};
   gradient.y = dx;
-  if (dx) write_block<S, NV>(block, token, tokens, n, gradient);
+  if (dx) write_block<S, NV>(block, token, tokens, n, gradient, runs);
 }
 
 // Let F be the factor that is contracted first, along its axis, and G the other. With Z = F X and
@@ -272,7 +406,7 @@ const char *backward(const kron_execution &e, Int tokens, const void *dy, const 
                                  dg_sum + k * g_rows * g_cols, turned);
         }
       }
-      write_gradient<S, NV>(dx_out, token, tokens, n, dx);
+      write_gradient<S, NV>(dx_out, token, tokens, n, dx, {1, 0, 0, n});
     });
     return true;
   });
@@ -436,7 +570,7 @@ const char *feed_forward_backward(const kron_execution &e, Int tokens, const voi
         for (Int i = 0; i < down.rank; i++)
           sum_over_tokens<T, NV>(LAST, dy_in, m2, u + i * u_step, width, u_rows,
                                  sum + starts[DB_DOWN] + i * m2 * width, turned);
-      write_gradient<S, NV>(dx_out, token, tokens, n, gradients[DX]);
+      write_gradient<S, NV>(dx_out, token, tokens, n, gradients[DX], {1, 0, 0, n});
     });
     add_lanes<T>(da_up, da_up_size, sum + starts[DA_UP]);
     add_lanes<T>(da_down, da_down_size, sum + starts[DA_DOWN]);

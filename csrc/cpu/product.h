@@ -14,9 +14,18 @@ template <class T> struct Product : kron_product {
   Product(const Product &) = delete;
   ~Product() { free(widened); }
 
+  // The sizes and strides that set() leaves, without reading data.
+  template <class S> void set_shape(const kron_product &p) {
+    kron_product::operator=(p);
+    if constexpr (!std::is_same_v<S, T>)
+      for (Int i = 0; i < n_factors; i++) {
+        kron_factor &f = factors[i];
+        f.rank_stride = f.rows * f.cols, f.row_stride = f.cols, f.col_stride = 1;
+      }
+  }
   // Returns false if memory ran out. The bias is (outputs, tail).
   template <class S> bool set(const kron_product &p, Int tail = 1) {
-    kron_product::operator=(p);
+    set_shape<S>(p);
     if constexpr (!std::is_same_v<S, T>) {
       const Int bias_size = bias ? outputs() * tail : 0;
       Int total = bias_size;
@@ -24,13 +33,12 @@ template <class T> struct Product : kron_product {
       T *out = widened = static_cast<T *>(malloc(size_t(total) * sizeof(T)));
       if (!out) return false;
       for (Int i = 0; i < n_factors; i++) {
-        kron_factor &f = factors[i];
+        const kron_factor &f = p.factors[i];
         const S *in = static_cast<const S *>(f.data);
-        f.data = out;
+        factors[i].data = out;
         for (Int k = 0; k < rank; k++)
           for (Int r = 0; r < f.rows; r++, out += f.cols)
             widen_row(in + k * f.rank_stride + r * f.row_stride, f.cols, f.col_stride, out);
-        f.rank_stride = f.rows * f.cols, f.row_stride = f.cols, f.col_stride = 1;
       }
       if (bias) {
         widen_row(static_cast<const S *>(bias), bias_size, 1, out);
