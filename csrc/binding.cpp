@@ -333,6 +333,16 @@ PyObject *feed_forward_division(PyObject *, PyObject *const *args, Py_ssize_t co
   });
 }
 
+PyObject *backward_division(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_execution e = a.execution();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const kron_product product = a.product();
+  return division(a, [&](kron_division *d) {
+    return kron_cpu_backward_division(&e, dtype, tokens, &product, d);
+  });
+}
+
 PyObject *isa(PyObject *, PyObject *) { return PyLong_FromLongLong(kron_cpu_isa()); }
 
 #if defined(KRON_CUDA_ARCHS)
@@ -446,6 +456,7 @@ PyMethodDef methods[] = {
     {"forward_division", method(forward_division), METH_FASTCALL, "kron_cpu_forward_division"},
     {"feed_forward_division", method(feed_forward_division), METH_FASTCALL,
      "kron_cpu_feed_forward_division"},
+    {"backward_division", method(backward_division), METH_FASTCALL, "kron_cpu_backward_division"},
     {"encoder", method(encoder), METH_FASTCALL, "kron_encoder, in a capsule"},
     {"encode", method(encode), METH_FASTCALL, "kron_cpu_encode"},
     {"encode_division", method(encode_division), METH_FASTCALL, "kron_cpu_encode_division"},

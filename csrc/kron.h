@@ -95,6 +95,9 @@ const char *kron_cpu_feed_forward_division(const kron_execution *, int64_t dtype
 const char *kron_cpu_backward(const kron_execution *, int64_t dtype, int64_t tokens, const void *dy,
                               const void *x, const kron_product *product, void *dx, void *da,
                               void *db);
+// The division of such a call for all three gradients. No data is read.
+const char *kron_cpu_backward_division(const kron_execution *, int64_t dtype, int64_t tokens,
+                                       const kron_product *product, kron_division *);
 
 // Gradients of kron_cpu_feed_forward for factors that meet entry by entry. It recomputes the hidden
 // vector, entry by entry. Dtypes are those of kron_cpu_backward; dbias is the gradient of up's bias. Each

@@ -6,15 +6,16 @@
 
 namespace {
 
-// x (tokens, n) from `token` on to (n)[tokens]; lanes behind the last token are zero.
+// Some features of x (tokens, n) from `token` on to (n)[tokens]; lanes behind the last token
+// are zero.
 template <class S, int NV>
-void read_block(const void *x, Int token, Int tokens, Int n, Compute<S> *block) {
+void read_some(const void *x, Int token, Int tokens, Int n, Range some, Compute<S> *block) {
   typedef Compute<S> T;
   constexpr int L = LANES<T>;
   for (int v = 0; v < NV; v++, token += L) {
     const int present = int(larger(0, smaller(tokens - token, L)));
-    for (Int f = 0; f < n; f += L) {
-      const int width = int(smaller(L, n - f));
+    for (Int f = some.first; f < some.end; f += L) {
+      const int width = int(smaller(L, some.end - f));
       const S *p = static_cast<const S *>(x) + token * n + f;
       Vector<T> rows[L];
       if (present == L && width == L) {
@@ -32,6 +33,11 @@ void read_block(const void *x, Int token, Int tokens, Int n, Compute<S> *block) 
         if (l < width) store(out + l * NV * L, rows[l]);
     }
   }
+}
+
+template <class S, int NV>
+void read_block(const void *x, Int token, Int tokens, Int n, Compute<S> *block) {
+  read_some<S, NV>(x, token, tokens, n, {0, n}, block);
 }
 
 // Runs of features: first + i * step to first + i * step + length.

@@ -109,7 +109,19 @@ const char *kron_cpu_backward(const kron_execution *e, int64_t dtype, int64_t to
   if (const char *error = check_product(product, tokens, x, false)) return error;
   if (tokens && !dy) return "x or dy is null";
   if (product->n_factors != 2) return "gradients are for two factors";
-  return kernels(*e, dtype).backward(*e, tokens, dy, x, *product, dx, da, db);
+  return kernels(*e, dtype).backward(*e, tokens, dy, x, *product, dx, da, db, nullptr);
+}
+
+const char *kron_cpu_backward_division(const kron_execution *e, int64_t dtype, int64_t tokens,
+                                       const kron_product *product, kron_division *division) {
+  if (!division) return "the division is null";
+  if (const char *error = check(e, dtype)) return error;
+  if (const char *error = check_product_shape(product, tokens)) return error;
+  if (product->n_factors != 2) return "gradients are for two factors";
+  *division = {};
+  if (!tokens) return nullptr;
+  return kernels(*e, dtype).backward(*e, tokens, nullptr, nullptr, *product, division, division, division,
+                                     division);
 }
 
 const char *kron_cpu_feed_forward_backward(const kron_execution *e, int64_t dtype, int64_t tokens,

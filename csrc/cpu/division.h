@@ -39,11 +39,9 @@ struct Division {
   }
 };
 
-// As many workers as the work keeps busy. fits(parts) says whether a block's outputs can be divided into
+// At most `most` workers. fits(parts) says whether a block's outputs can be divided into
 // so many parts. Blocks do not depend on the number of workers where they do.
-template <class Fits> Division divide(Int threads, Int units, double multiply_adds, Fits fits) {
-  const double useful = multiply_adds / GRAIN;
-  const Int most = larger(1, useful < double(threads) ? Int(useful) : threads);
+template <class Fits> Division divide(Int most, Int units, Fits fits) {
   const Int blocks = (units + MAX_NV - 1) / MAX_NV, whole = larger(1, smaller(most, units));
   Division d = {most, blocks, units, true};
   while (d.workers > larger(1, blocks) && !fits(d.parts())) d.workers--;
@@ -85,6 +83,7 @@ public:
     const double share = double(r.size()) / double(rows()), first = part.dense() ? 0 : part.first_work();
     return share * part.second_work() + (way == BY_FIRST ? share : 1) * first;
   }
+  double all_work() const { return work({0, rows()}); }
   Runs runs(Range r) const {
     return many ? Runs{1, 0, 0, product.outputs()} : part.runs(way, r);
   }
@@ -123,10 +122,8 @@ public:
   Products(Int count, const kron_product *calls) : count(count), calls(calls) {
     for (Int i = 0; i < count; i++) {
       all[i].template set_shape<S>(calls[i]);
-      starts[i] = total;
-      total += double(all[i].multiply_adds());
+      starts[i + 1] = total += Outputs<T>(all[i], 1).all_work();
     }
-    starts[count] = total;
   }
   bool widen() { // returns false if memory ran out
     for (Int i = 0; i < count; i++)
@@ -142,7 +139,7 @@ public:
   }
   // Of a block that is divided into so many parts.
   Outputs<T> outputs(Int i, Int parts) const {
-    const double own = double(parts) * double(all[i].multiply_adds()) / total;
+    const double own = double(parts) * (starts[i + 1] - starts[i]) / total;
     return Outputs<T>(all[i], count == 1 ? parts : smaller(parts, Int(own) + 2));
   }
   // The rows of product i in some of `of` cells of a block.
@@ -158,7 +155,7 @@ public:
 
 private:
   const kron_product *const calls;
-  double starts[KRON_MAX_PRODUCTS + 1], total = 0;
+  double starts[KRON_MAX_PRODUCTS + 1] = {}, total = 0;
 };
 
 } // namespace

@@ -11,7 +11,7 @@ struct Kernels {
   const char *(*feed_forward)(const kron_execution &, int64_t tokens, const void *x,
                               const kron_product &up, const kron_product &down, kron_division *);
   const char *(*backward)(const kron_execution &, int64_t tokens, const void *dy, const void *x,
-                          const kron_product &, void *dx, void *da, void *db);
+                          const kron_product &, void *dx, void *da, void *db, kron_division *);
   const char *(*feed_forward_backward)(const kron_execution &, int64_t tokens, const void *dy,
                                        const void *x, const kron_product &up,
                                        const kron_product &down, void *const *gradients);

@@ -5,15 +5,16 @@
 
 namespace {
 
-// The numbers from first to end of [0, count), for one of `parts` equal parts.
-struct Range {
-  Int first, end;
-  Int size() const { return end - first; }
-};
+// The range of [0, count) for one of `parts` equal parts.
 inline Range range_of(Int count, Int part, Int parts) {
   const Int unit = count >= 16 * parts ? 4 : 1; // rows of a tile
   const Int units = (count + unit - 1) / unit;
   return {smaller(count, part * units / parts * unit), smaller(count, (part + 1) * units / parts * unit)};
+}
+// The size of the largest of these ranges.
+inline Int largest_range(Int count, Int parts) {
+  const Int unit = count >= 16 * parts ? 4 : 1, units = (count + unit - 1) / unit;
+  return smaller(count, (units + parts - 1) / parts * unit);
 }
 
 // How the outputs of a product of two factors are divided: by rows of the factor that is contracted

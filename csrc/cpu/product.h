@@ -211,11 +211,14 @@ private:
 constexpr int MAX_NV = KRON_ACCUMULATORS >= 24 ? 3 : 2;
 constexpr double GRAIN = 1e6; // multiply-adds (about 20 us) below which another thread costs time
 
+// The number of threads that so much work keeps busy.
+inline Int workers_of(const kron_execution &e, double multiply_adds) {
+  const double useful = multiply_adds / GRAIN;
+  return larger(1, useful < double(e.threads) ? Int(useful) : e.threads);
+}
 // The number of parts to divide `units` vectors of tokens into.
 inline Int parts_of(const kron_execution &e, Int units, double multiply_adds) {
-  const double useful = multiply_adds / GRAIN;
-  const Int most = useful < double(units) ? Int(useful) : units;
-  return larger(1, smaller(e.threads, most));
+  return larger(1, smaller(workers_of(e, multiply_adds), units));
 }
 
 // Calls body(part, first, end) for equal ranges of units, on threads. A body returns false if memory ran
