@@ -42,7 +42,7 @@ struct Division {
 // At most `most` workers. fits(parts) says whether a block's outputs can be divided into
 // so many parts. Blocks do not depend on the number of workers where they do.
 template <class Fits> Division divide(Int most, Int units, Fits fits) {
-  const Int blocks = (units + MAX_NV - 1) / MAX_NV, whole = larger(1, smaller(most, units));
+  const Int blocks = (units + MAX_NV - 1) / MAX_NV, whole = parts_of(units, most);
   Division d = {most, blocks, units, true};
   while (d.workers > larger(1, blocks) && !fits(d.parts())) d.workers--;
   if (d.workers > blocks ? d.workers >= whole && blocks > 0 : blocks % d.workers && fits(2)) return d;

@@ -53,11 +53,12 @@ const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_pr
                     const kron_product *calls, kron_division *asked) {
   typedef Compute<S> T;
   Products<S> products(n_products, calls);
-  bool few = true;
-  for (Int i = 0; i < n_products; i++) few = few && products.all[i].few(tokens);
   const Int units = vectors_of<T>(tokens);
-  const Int most = few ? 1 : workers_of(e, double(tokens) * products.multiply_adds());
-  const Division d = divide(most, units, [&](Int parts) { return products.fits(parts); });
+  const Int most = workers_of(e, double(tokens) * products.multiply_adds());
+  Division d = divide(most, units, [&](Int parts) { return products.fits(parts); });
+  bool few = true;
+  for (Int i = 0; i < n_products; i++) few = few && products.all[i].few(tokens, d.workers);
+  if (few) d = divide(1, units, [](Int) { return false; });
   const Int parts = d.parts(), lanes = d.lanes<T>(), n = products.all[0].inputs();
   Int out_size = 0, spare_size = 0;
   for (Int i = 0; i < n_products; i++) {
@@ -288,9 +289,10 @@ const char *feed_forward(const kron_execution &e, Int tokens, const void *x, con
                          const kron_product &down_call, kron_division *asked) {
   typedef Compute<S> T;
   FeedForward<S> block(up_call, down_call);
-  const bool few = block.up.few(tokens) && block.down.few(tokens);
-  const Int most = few ? 1 : workers_of(e, double(tokens) * block.multiply_adds());
-  block.divide(most, vectors_of<T>(tokens));
+  const Int units = vectors_of<T>(tokens);
+  block.divide(workers_of(e, double(tokens) * block.multiply_adds()), units);
+  const bool few = block.up.few(tokens, block.d.workers) && block.down.few(tokens, block.d.workers);
+  if (few) block.divide(1, units);
   const Division &d = block.d;
   const Int n = block.up.inputs(), m = block.down.outputs(), inner_size = block.inner(), lanes = d.lanes<T>();
   const Int own_size = d.cut ? 0 : inner_size * lanes;

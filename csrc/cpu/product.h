@@ -114,10 +114,10 @@ template <class T> struct Product : kron_product {
                        contract_numbers<T>(w, from, to, tokens * pre, post, spare + 2 * size, add);
                      });
   }
-  // Whether apply_to_few is faster. Costs are in vector multiply-adds, measured with AVX-512: ending
+  // Whether apply_to_few, on one thread, is faster than blocks of tokens on `threads`. Costs are in vector multiply-adds, measured with AVX-512: ending
   // and scattering a tile of sums costs 10 for each lane; blocks of one and two vectors of tokens take
   // 1.45 and 1.15 times as long for each vector as blocks of three.
-  bool few(Int tokens) const {
+  bool few(Int tokens, Int threads) const {
     constexpr int L = LANES<T>;
     if (tokens > 2 * L) return false;
     bool contiguous = true;
@@ -137,7 +137,7 @@ template <class T> struct Product : kron_product {
     });
     const Int units = vectors_of<T>(tokens);
     return contiguous &&
-           double(tokens) * a_token < double(units) * a_block * (units == 1 ? 1.45 : 1.15);
+           double(threads * tokens) * a_token < double(units) * a_block * (units == 1 ? 1.45 : 1.15);
   }
 
 private:
@@ -216,9 +216,14 @@ inline Int workers_of(const kron_execution &e, double multiply_adds) {
   const double useful = multiply_adds / GRAIN;
   return larger(1, useful < double(e.threads) ? Int(useful) : e.threads);
 }
-// The number of parts to divide `units` vectors of tokens into.
+// The number of parts to divide `units` vectors of tokens into: at most `most`, and no more than make the
+// largest part smaller.
+inline Int parts_of(Int units, Int most) {
+  const Int largest = larger(1, (units + most - 1) / most);
+  return larger(1, (units + largest - 1) / largest);
+}
 inline Int parts_of(const kron_execution &e, Int units, double multiply_adds) {
-  return larger(1, smaller(workers_of(e, multiply_adds), units));
+  return parts_of(units, workers_of(e, multiply_adds));
 }
 
 // Calls body(part, first, end) for equal ranges of units, on threads. A body returns false if memory ran
