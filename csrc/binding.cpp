@@ -295,15 +295,52 @@ PyObject *encode(PyObject *, PyObject *const *args, Py_ssize_t count) {
   return run(a, [&] { return kron_cpu_encode(&a.here, a.dtype, a.e, &a.batch); });
 }
 
-PyObject *encode_division(PyObject *, PyObject *const *args, Py_ssize_t count) {
-  BatchArguments a(args, count);
+// The numbers of a division, for which `ask` asks.
+template <class Given, class Ask> PyObject *division(Given &arguments, Ask ask) {
   kron_division d = {};
-  PyObject *done =
-      run(a, [&] { return kron_cpu_encode_division(&a.here, a.dtype, a.e, &a.batch, &d); });
+  PyObject *done = run(arguments, [&] { return ask(&d); });
   if (!done) return nullptr;
   Py_DECREF(done);
   return Py_BuildValue("LLLLLd", (long long)d.scratch, (long long)d.teams, (long long)d.workers,
                        (long long)d.stages, (long long)d.parts, d.share);
+}
+
+PyObject *encode_division(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  BatchArguments a(args, count);
+  return division(a, [&](kron_division *d) {
+    return kron_cpu_encode_division(&a.here, a.dtype, a.e, &a.batch, d);
+  });
+}
+
+PyObject *forward_division(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_execution e = a.execution();
+  const int64_t dtype = a.integer(), tokens = a.integer(), n_products = a.integer();
+  kron_product products[KRON_MAX_PRODUCTS];
+  for (int64_t i = 0; i < n_products && i < KRON_MAX_PRODUCTS; i++) products[i] = a.product();
+  return division(a, [&](kron_division *d) {
+    return kron_cpu_forward_division(&e, dtype, tokens, n_products, products, d);
+  });
+}
+
+PyObject *feed_forward_division(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_execution e = a.execution();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const kron_product up = a.product(), down = a.product();
+  return division(a, [&](kron_division *d) {
+    return kron_cpu_feed_forward_division(&e, dtype, tokens, &up, &down, d);
+  });
+}
+
+PyObject *backward_division(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_execution e = a.execution();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const kron_product product = a.product();
+  return division(a, [&](kron_division *d) {
+    return kron_cpu_backward_division(&e, dtype, tokens, &product, d);
+  });
 }
 
 PyObject *isa(PyObject *, PyObject *) { return PyLong_FromLongLong(kron_cpu_isa()); }
@@ -416,6 +453,10 @@ PyMethodDef methods[] = {
     {"backward", method(backward), METH_FASTCALL, "kron_cpu_backward"},
     {"feed_forward_backward", method(feed_forward_backward), METH_FASTCALL,
      "kron_cpu_feed_forward_backward"},
+    {"forward_division", method(forward_division), METH_FASTCALL, "kron_cpu_forward_division"},
+    {"feed_forward_division", method(feed_forward_division), METH_FASTCALL,
+     "kron_cpu_feed_forward_division"},
+    {"backward_division", method(backward_division), METH_FASTCALL, "kron_cpu_backward_division"},
     {"encoder", method(encoder), METH_FASTCALL, "kron_encoder, in a capsule"},
     {"encode", method(encode), METH_FASTCALL, "kron_cpu_encode"},
     {"encode_division", method(encode_division), METH_FASTCALL, "kron_cpu_encode_division"},

@@ -59,12 +59,16 @@ inline const char *check_shape(const kron_product *product) {
   return nullptr;
 }
 
-// Checks the number of tokens and, for null, the pointers; `y` says whether the product writes p.y.
-inline const char *check_operands(const kron_product &p, int64_t tokens, const void *x, bool y) {
+inline const char *check_tokens(const kron_product &p, int64_t tokens) {
   if (tokens < 0) return "the number of tokens must not be negative";
   const double m = double(rows_of(p)), n = double(columns_of(p));
   if (double(tokens) * (m > n ? m : n) > MOST_NUMBERS)
     return "there are more tokens than memory can hold";
+  return nullptr;
+}
+// Checks the number of tokens and, for null, the pointers; `y` says whether the product writes p.y.
+inline const char *check_operands(const kron_product &p, int64_t tokens, const void *x, bool y) {
+  if (const char *error = check_tokens(p, tokens)) return error;
   for (int64_t i = 0; i < p.n_factors; i++)
     if (!p.factors[i].data) return "a factor is null";
   if (tokens && !x) return "x or dy is null";
@@ -75,6 +79,10 @@ inline const char *check_operands(const kron_product &p, int64_t tokens, const v
 inline const char *check_product(const kron_product *p, int64_t tokens, const void *x, bool y) {
   if (const char *error = check_shape(p)) return error;
   return check_operands(*p, tokens, x, y);
+}
+inline const char *check_product_shape(const kron_product *p, int64_t tokens) {
+  if (const char *error = check_shape(p)) return error;
+  return check_tokens(*p, tokens);
 }
 
 // Checks two products, of which down takes the result of up.
@@ -90,16 +98,21 @@ inline const char *check_feed_forward(const kron_product *up, const kron_product
   return check_operands(*down, tokens, x, y);
 }
 
-// Checks products of the same x.
-inline const char *check_products(int64_t n_products, const kron_product *products, int64_t tokens,
-                                  const void *x) {
+// Checks products of the same x, with check(product) for each.
+template <class Check>
+const char *check_each(int64_t n_products, const kron_product *products, Check check) {
   if (n_products < 1 || n_products > KRON_MAX_PRODUCTS) return "there must be 1 to 4 products";
   if (!products) return "a product is null";
   for (const kron_product *p = products; p < products + n_products; p++) {
-    if (const char *error = check_product(p, tokens, x, true)) return error;
+    if (const char *error = check(p)) return error;
     if (columns_of(*p) != columns_of(*products)) return "products must share the columns of x";
   }
   return nullptr;
+}
+inline const char *check_products(int64_t n_products, const kron_product *products, int64_t tokens,
+                                  const void *x) {
+  return check_each(n_products, products,
+                    [=](const kron_product *p) { return check_product(p, tokens, x, true); });
 }
 
 // ---- encoders ----------------------------------------------------------------------------------

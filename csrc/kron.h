@@ -48,8 +48,8 @@ typedef int32_t (*kron_parallel_for)(int64_t begin, int64_t end, int64_t grain, 
 
 typedef struct {
   int64_t isa; // enum kron_isa, at most kron_cpu_isa()
-  // The largest number of threads, 1 to 65536. The last bits of sums over tokens and of feed-forward
-  // blocks depend on it.
+  // The largest number of threads, 1 to 65536. Last bits depend on it: of sums over tokens, of
+  // kron_cpu_feed_forward_backward, and of a few tokens, which one thread may compute in another order.
   int64_t threads;
   kron_parallel_for parallel_for;
 } kron_execution;
@@ -57,7 +57,7 @@ typedef struct {
 // The widest instruction set of this machine for which the library has kernels.
 int64_t kron_cpu_isa(void);
 
-// 1 to KRON_MAX_PRODUCTS products of the same x (tokens, n), which is read once.
+// 1 to KRON_MAX_PRODUCTS products of the same x (tokens, n), which each thread reads once.
 const char *kron_cpu_forward(const kron_execution *, int64_t dtype, int64_t tokens, const void *x,
                              int64_t n_products, const kron_product *products);
 
@@ -66,11 +66,29 @@ const char *kron_cpu_forward(const kron_execution *, int64_t dtype, int64_t toke
 const char *kron_cpu_forward_along(const kron_execution *, int64_t dtype, int64_t tokens,
                                    const void *x, int64_t tail, const kron_product *);
 
-// down(act(up x)). The hidden vector is held for one block of tokens at a time. Where the factors meet
-// entry by entry, about 64 of its entries are held at a time: up = (k x l) ⊗ B, contracted from the
+// down(act(up x)). The hidden vector is held for a block of tokens that a thread computes, or for up to
+// twice as many blocks as threads, if the outputs of blocks are divided. Where the factors meet entry by
+// entry, a thread holds about 64 of its entries at a time: up = (k x l) ⊗ B, contracted from the
 // right, and down = (l' x k) ⊗ B', contracted from the left, with as many rows of B as columns of B'.
 const char *kron_cpu_feed_forward(const kron_execution *, int64_t dtype, int64_t tokens,
                                   const void *x, const kron_product *up, const kron_product *down);
+
+// How a call divides its work among threads.
+typedef struct {
+  int64_t scratch; // bytes, without factors that are widened for the call
+  int64_t teams;   // that compute groups of sequences or tokens, each team without waiting for another
+  int64_t workers; // threads of a team
+  int64_t stages;  // of a call or a layer, between which the workers of a team wait for one another
+  int64_t parts;   // of the outputs, into which products of one block of tokens are divided
+  double share;    // of the multiply-adds, of the thread that has most of them, at least 1 / threads
+} kron_division;
+
+// The division of the calls above. No data is read: its pointers may be null.
+const char *kron_cpu_forward_division(const kron_execution *, int64_t dtype, int64_t tokens,
+                                      int64_t n_products, const kron_product *products, kron_division *);
+const char *kron_cpu_feed_forward_division(const kron_execution *, int64_t dtype, int64_t tokens,
+                                           const kron_product *up, const kron_product *down,
+                                           kron_division *);
 
 // Gradients of a product of two factors; its bias, residual and y are not read, and its activation is
 // not applied. dx (tokens, n) is in the dtype of x. da and db are contiguous, in float32, or in float64
@@ -78,6 +96,9 @@ const char *kron_cpu_feed_forward(const kron_execution *, int64_t dtype, int64_t
 const char *kron_cpu_backward(const kron_execution *, int64_t dtype, int64_t tokens, const void *dy,
                               const void *x, const kron_product *product, void *dx, void *da,
                               void *db);
+// The division of such a call for all three gradients. No data is read.
+const char *kron_cpu_backward_division(const kron_execution *, int64_t dtype, int64_t tokens,
+                                       const kron_product *product, kron_division *);
 
 // Gradients of kron_cpu_feed_forward for factors that meet entry by entry. It recomputes the hidden
 // vector, entry by entry. Dtypes are those of kron_cpu_backward; dbias is the gradient of up's bias. Each
@@ -135,16 +156,6 @@ typedef struct {
   void *const *states; // n_layers + 1 results (sequences, length, width), the first x and after each
                        // layer. All but the last may be null.
 } kron_batch;
-
-// How a call of kron_cpu_encode divides its work.
-typedef struct {
-  int64_t scratch; // bytes, in one allocation, besides a small one for the sequences' lengths
-  int64_t teams;   // that compute groups of sequences, each team without waiting for another
-  int64_t workers; // threads of a team
-  int64_t stages;  // of a layer, between which the workers of a team wait for one another
-  int64_t parts;   // of the outputs, into which a layer's products of one block of tokens are divided
-  double share;    // of the multiply-adds, of the thread that has most of them, at least 1 / threads
-} kron_division;
 
 const char *kron_cpu_encode(const kron_execution *, int64_t dtype, const kron_encoder *,
                             const kron_batch *);

@@ -6,15 +6,16 @@
 
 namespace {
 
-// x (tokens, n) from `token` on to (n)[tokens]; lanes behind the last token are zero.
+// Some features of x (tokens, n) from `token` on to (n)[tokens]; lanes behind the last token
+// are zero.
 template <class S, int NV>
-void read_block(const void *x, Int token, Int tokens, Int n, Compute<S> *block) {
+void read_some(const void *x, Int token, Int tokens, Int n, Range some, Compute<S> *block) {
   typedef Compute<S> T;
   constexpr int L = LANES<T>;
   for (int v = 0; v < NV; v++, token += L) {
     const int present = int(larger(0, smaller(tokens - token, L)));
-    for (Int f = 0; f < n; f += L) {
-      const int width = int(smaller(L, n - f));
+    for (Int f = some.first; f < some.end; f += L) {
+      const int width = int(smaller(L, some.end - f));
       const S *p = static_cast<const S *>(x) + token * n + f;
       Vector<T> rows[L];
       if (present == L && width == L) {
@@ -34,10 +35,21 @@ void read_block(const void *x, Int token, Int tokens, Int n, Compute<S> *block) 
   }
 }
 
-// act(block + bias) + residual of (m)[tokens] to y (tokens, m) from `token` on; p names these operands.
-// Its bias is in the dtype of computation.
 template <class S, int NV>
-void write_block(const Compute<S> *block, Int token, Int tokens, Int m, const kron_product &p) {
+void read_block(const void *x, Int token, Int tokens, Int n, Compute<S> *block) {
+  read_some<S, NV>(x, token, tokens, n, {0, n}, block);
+}
+
+// Runs of features: first + i * step to first + i * step + length.
+struct Runs {
+  Int count, step, first, length;
+};
+
+// act(block + bias) + residual of features `first` to `end` of (m)[tokens] to y (tokens, m) from `token`
+// on; p names these operands. Its bias is in the dtype of computation.
+template <class S, int NV>
+void write_run(const Compute<S> *block, Int token, Int tokens, Int m, const kron_product &p, Int first,
+               Int end) {
   typedef Compute<S> T;
   constexpr int L = LANES<T>;
   constexpr Int ROWS = 16; // activated at a time: of 64, the activations would not overlap the stores
@@ -46,14 +58,14 @@ void write_block(const Compute<S> *block, Int token, Int tokens, Int m, const kr
   for (int v = 0; v < NV; v++, token += L) {
     const int present = int(smaller(tokens - token, L));
     if (present <= 0) return;
-    for (Int f = 0; f < m; f += L) {
-      const int width = int(smaller(L, m - f));
+    for (Int f = first; f < end; f += L) {
+      const int width = int(smaller(L, end - f));
       const T *in = block + (f * NV + v) * L, *b = bias ? bias + f : nullptr;
       Int step = NV * L;
       if (p.activation) {
-        if (f % ROWS == 0)
-          activate_rows<T, 1>(in, step, activated, L, smaller(ROWS, m - f), p.activation, b);
-        in = activated + f % ROWS * L, step = L, b = nullptr;
+        const Int done = (f - first) % ROWS;
+        if (!done) activate_rows<T, 1>(in, step, activated, L, smaller(ROWS, end - f), p.activation, b);
+        in = activated + done * L, step = L, b = nullptr;
       }
       Vector<T> rows[L];
       KRON_UNROLL
@@ -79,6 +91,14 @@ void write_block(const Compute<S> *block, Int token, Int tokens, Int m, const kr
       }
     }
   }
+}
+
+// The same of some runs of features.
+template <class S, int NV>
+void write_block(const Compute<S> *block, Int token, Int tokens, Int m, const kron_product &p,
+                 const Runs &runs) {
+  for (Int i = 0, first = runs.first; i < runs.count; i++, first += runs.step)
+    write_run<S, NV>(block, token, tokens, m, p, first, first + runs.length);
 }
 
 // `count` numbers that are `stride` apart to contiguous ones in the dtype of computation.

@@ -9,6 +9,12 @@ KRON_INLINE Int smaller(Int a, Int b) { return a < b ? a : b; }
 KRON_INLINE Int larger(Int a, Int b) { return a > b ? a : b; }
 template <class T> KRON_INLINE Int vectors_of(Int count) { return (count + LANES<T> - 1) / LANES<T>; }
 
+// The numbers from first to end.
+struct Range {
+  Int first, end;
+  Int size() const { return end - first; }
+};
+
 // One term of a factor, (rows, cols), with any strides.
 template <class T> struct Matrix {
   const T *data;
@@ -262,19 +268,35 @@ void contract_along(Axis axis, const Matrix<T> &w, const T *in, T *out, Int othe
   contract<T, NV>(w, in, out, axis == FIRST ? 1 : other, axis == FIRST ? other : 1, accumulate);
 }
 
-// c (p_rows, q_rows) += Σ p[r, o, token] q[s, o, token] over the other axis and all tokens, for rows r
-// and s along an axis. `turned` has room for q.
+// Some rows of the result of contract_along, for some entries of the other axis.
 template <class T, int NV>
-void sum_over_tokens(Axis axis, const T *p_data, Int p_rows, const T *q_data, Int q_rows, Int other,
-                     T *c, T *turned) {
+void contract_part_along(Axis axis, const Matrix<T> &w, const T *in, T *out, Int other, Range rows,
+                         Range entries, bool accumulate) {
+  constexpr int L = LANES<T>, TB = NV * L;
+  const Int step = axis == FIRST ? other * TB : TB, in_entry = axis == FIRST ? TB : w.cols * TB;
+  const Int out_entry = axis == FIRST ? TB : w.rows * TB;
+  const Grid grid = axis == FIRST ? Grid{1, entries.size(), TB, 0, 0, step, step, L, L}
+                                  : Grid{entries.size(), 1, TB, in_entry, out_entry, TB, TB, L, L};
+  contract<T, NV>(w.some_rows(rows.first, rows.size()), in + entries.first * in_entry,
+                  out + entries.first * out_entry + rows.first * step, grid, accumulate);
+}
+
+// c (p_rows, q_rows) += Σ p[r, o, token] q[s, o, token] over the other axis and all tokens, for some
+// rows r of p and all rows s of q along an axis. `turned` has room for q.
+template <class T, int NV>
+void sum_over_tokens(Axis axis, const T *p_data, Int p_rows, Range some, const T *q_data, Int q_rows,
+                     Int other, T *c, T *turned) {
   constexpr int L = LANES<T>, TB = NV * L;
   const auto rows_along = [=](const T *data, Int rows) {
     return axis == FIRST ? Rows<T>{data, rows, other * TB, TB} : Rows<T>{data, rows, TB, rows * TB};
   };
-  const Rows<T> p = rows_along(p_data, p_rows), q = rows_along(q_data, q_rows);
+  Rows<T> p = rows_along(p_data, p_rows);
+  const Rows<T> q = rows_along(q_data, q_rows);
+  p.data += some.first * p.row, p.rows = some.size(), c += some.first * q.rows;
+  if (!p.rows) return;
   // The tree of sums that ends a dot product takes longer than a short sum itself. Then it is faster
   // to transpose q, so that its rows run along the lanes, and to contract it with p.
-  if (q.rows % L || 50 * p.rows < other * TB)
+  if (q.rows % L || 50 * p_rows < other * TB)
     return correlate<T>(p, q, other, TB, c, q.rows, 1, true);
   for (Int i = 0; i < other; i++) {
     for (Int s = 0; s < q.rows; s += L) {

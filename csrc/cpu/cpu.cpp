@@ -53,7 +53,7 @@ const char *kron_cpu_forward(const kron_execution *e, int64_t dtype, int64_t tok
   if (const char *error = check(e, dtype)) return error;
   if (const char *error = check_products(n_products, products, tokens, x)) return error;
   if (!tokens) return nullptr;
-  return kernels(*e, dtype).forward(*e, tokens, x, n_products, products);
+  return kernels(*e, dtype).forward(*e, tokens, x, n_products, products, nullptr);
 }
 
 const char *kron_cpu_forward_along(const kron_execution *e, int64_t dtype, int64_t tokens,
@@ -72,7 +72,34 @@ const char *kron_cpu_feed_forward(const kron_execution *e, int64_t dtype, int64_
   if (const char *error = check(e, dtype)) return error;
   if (const char *error = check_feed_forward(up, down, tokens, x, true)) return error;
   if (!tokens) return nullptr;
-  return kernels(*e, dtype).feed_forward(*e, tokens, x, *up, *down);
+  return kernels(*e, dtype).feed_forward(*e, tokens, x, *up, *down, nullptr);
+}
+
+const char *kron_cpu_forward_division(const kron_execution *e, int64_t dtype, int64_t tokens,
+                                      int64_t n_products, const kron_product *products,
+                                      kron_division *division) {
+  if (!division) return "the division is null";
+  if (const char *error = check(e, dtype)) return error;
+  if (const char *error = check_each(n_products, products, [=](const kron_product *p) {
+        return check_product_shape(p, tokens);
+      }))
+    return error;
+  *division = {};
+  if (!tokens) return nullptr;
+  return kernels(*e, dtype).forward(*e, tokens, nullptr, n_products, products, division);
+}
+
+const char *kron_cpu_feed_forward_division(const kron_execution *e, int64_t dtype, int64_t tokens,
+                                           const kron_product *up, const kron_product *down,
+                                           kron_division *division) {
+  if (!division) return "the division is null";
+  if (const char *error = check(e, dtype)) return error;
+  if (const char *error = check_shapes(up, down)) return error;
+  if (const char *error = check_tokens(*up, tokens)) return error;
+  if (const char *error = check_tokens(*down, tokens)) return error;
+  *division = {};
+  if (!tokens) return nullptr;
+  return kernels(*e, dtype).feed_forward(*e, tokens, nullptr, *up, *down, division);
 }
 
 const char *kron_cpu_backward(const kron_execution *e, int64_t dtype, int64_t tokens,
@@ -82,7 +109,19 @@ const char *kron_cpu_backward(const kron_execution *e, int64_t dtype, int64_t to
   if (const char *error = check_product(product, tokens, x, false)) return error;
   if (tokens && !dy) return "x or dy is null";
   if (product->n_factors != 2) return "gradients are for two factors";
-  return kernels(*e, dtype).backward(*e, tokens, dy, x, *product, dx, da, db);
+  return kernels(*e, dtype).backward(*e, tokens, dy, x, *product, dx, da, db, nullptr);
+}
+
+const char *kron_cpu_backward_division(const kron_execution *e, int64_t dtype, int64_t tokens,
+                                       const kron_product *product, kron_division *division) {
+  if (!division) return "the division is null";
+  if (const char *error = check(e, dtype)) return error;
+  if (const char *error = check_product_shape(product, tokens)) return error;
+  if (product->n_factors != 2) return "gradients are for two factors";
+  *division = {};
+  if (!tokens) return nullptr;
+  return kernels(*e, dtype).backward(*e, tokens, nullptr, nullptr, *product, division, division, division,
+                                     division);
 }
 
 const char *kron_cpu_feed_forward_backward(const kron_execution *e, int64_t dtype, int64_t tokens,

@@ -10,8 +10,9 @@
 // machine lacks.
 #include "kernels.h"
 
+#include "division.h"
 #include "hidden.h"
-#include "product.h"
+#include "team.h"
 
 namespace {
 
@@ -35,55 +36,72 @@ void apply_to_few(const Product<Compute<S>> &p, Int tokens, const Compute<S> *in
 }
 
 template <class S>
-const char *forward_few(Int tokens, const S *x, Int n_products, const Product<Compute<S>> *products) {
+const char *forward_few(Int tokens, const S *x, const Products<S> &products, Int out_size, Int spare_size) {
   typedef Compute<S> T;
-  Int out_size = 0, spare_size = 0;
-  for (const Product<T> *p = products; p < products + n_products; p++) {
-    out_size = larger(out_size, p->outputs());
-    spare_size = larger(spare_size, 2 * p->middle() + p->longest());
-  }
-  const Int n = products[0].inputs();
+  const Int n = products.all[0].inputs();
   T *in, *out, *spare;
   const Scratch<T> scratch(
       {{&in, n * tokens}, {&out, out_size * tokens}, {&spare, spare_size * tokens}});
   if (!scratch) return OUT_OF_MEMORY;
   widen_row(x, n * tokens, 1, in);
-  for (const Product<T> *p = products; p < products + n_products; p++)
-    apply_to_few<S>(*p, tokens, in, out, spare);
+  for (Int i = 0; i < products.count; i++) apply_to_few<S>(products.all[i], tokens, in, out, spare);
   return nullptr;
 }
 
 template <class S>
 const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_products,
-                    const kron_product *calls) {
+                    const kron_product *calls, kron_division *asked) {
   typedef Compute<S> T;
-  Product<T> products[KRON_MAX_PRODUCTS];
-  const Product<T> *const end = products + n_products;
-  Int out_size = 0, spare_size = 0;
-  double work = 0;
+  Products<S> products(n_products, calls);
+  const Int units = vectors_of<T>(tokens);
+  const Int most = workers_of(e, double(tokens) * products.multiply_adds());
+  Division d = divide(most, units, [&](Int parts) { return products.fits(parts); });
   bool few = true;
-  for (Product<T> *p = products; p < end; p++) {
-    if (!p->template set<S>(calls[p - products])) return OUT_OF_MEMORY;
-    out_size = larger(out_size, p->outputs());
-    spare_size = larger(spare_size, 2 * p->middle());
-    work += double(tokens) * double(p->multiply_adds());
-    few = few && p->few(tokens);
+  for (Int i = 0; i < n_products; i++) few = few && products.all[i].few(tokens, d.workers);
+  if (few) d = divide(1, units, [](Int) { return false; });
+  const Int parts = d.parts(), lanes = d.lanes<T>(), n = products.all[0].inputs();
+  Int out_size = 0, spare_size = 0;
+  for (Int i = 0; i < n_products; i++) {
+    const Product<T> &p = products.all[i];
+    out_size = larger(out_size, p.outputs());
+    spare_size = larger(spare_size, few ? 2 * p.middle() + p.longest() : products.outputs(i, parts).spare());
   }
-  if (few) return forward_few<S>(tokens, static_cast<const S *>(x), n_products, products);
-  const Int n = products[0].inputs(), units = vectors_of<T>(tokens);
-  return split(e, units, parts_of(e, units, work), [&](Int, Int first, Int last) {
-    const Int lanes = lanes_of<T>(first, last);
+  // Calls body(product, its outputs, the rows of a piece).
+  const auto each_rows = [&](Range cells, auto body) {
+    for (Int i = 0; i < n_products; i++) {
+      const Outputs<T> outputs = products.outputs(i, parts);
+      const Range rows = products.rows(i, outputs, cells, d.workers);
+      if (rows.size()) body(products.all[i], outputs, rows);
+    }
+  };
+  if (asked) {
+    const double share = largest_share(d, products.multiply_adds(), [&](Range cells) {
+      double work = 0;
+      each_rows(cells, [&](const Product<T> &, const Outputs<T> &outputs, Range rows) {
+        work += outputs.work(rows);
+      });
+      return work;
+    });
+    const Int scratch = (n + out_size + spare_size) * (few ? tokens : lanes) * Int(sizeof(T));
+    *asked = {d.workers * scratch, d.workers, 1, 1, parts, share};
+    return nullptr;
+  }
+  if (!products.widen()) return OUT_OF_MEMORY;
+  if (few) return forward_few<S>(tokens, static_cast<const S *>(x), products, out_size, spare_size);
+  return split(e, d.workers, d.workers, [&](Int worker, Int, Int) {
     T *in, *out, *spare;
     const Scratch<T> scratch(
         {{&in, n * lanes}, {&out, out_size * lanes}, {&spare, spare_size * lanes}});
     if (!scratch) return false;
-    blocks<T>(first, last, [&](auto nv, Int token) {
-      constexpr int NV = decltype(nv)::value;
-      read_block<S, NV>(x, token, tokens, n, in);
-      for (const Product<T> *p = products; p < end; p++) {
-        p->template apply<NV>(in, out, spare);
-        write_block<S, NV>(out, token, tokens, p->outputs(), *p);
-      }
+    d.each_piece(worker, [&](Int block, Range cells) {
+      d.with_block<T>(block, [&](auto nv, Int token) {
+        constexpr int NV = decltype(nv)::value;
+        read_block<S, NV>(x, token, tokens, n, in);
+        each_rows(cells, [&](const Product<T> &p, const Outputs<T> &outputs, Range rows) {
+          outputs.template apply<NV>(in, out, spare, rows);
+          write_block<S, NV>(out, token, tokens, p.outputs(), p, outputs.runs(rows));
+        });
+      });
     });
     return true;
   });
@@ -143,17 +161,20 @@ template <class T> bool meets(const Product<T> &up, const Product<T> &down) {
          up.factors[0].rows == down.factors[0].cols && up.factors[1].rows == down.factors[1].cols;
 }
 
+template <class T> Int few_spare(const Product<T> &up, const Product<T> &down) { // for a token
+  return 2 * larger(up.middle(), down.middle()) + larger(up.longest(), down.longest());
+}
+
 template <class S>
 const char *feed_forward_few(Int tokens, const void *x, const Product<Compute<S>> &up,
                              const Product<Compute<S>> &down) {
   typedef Compute<S> T;
   const Int n = up.inputs() * tokens;
-  const Int spare_size = 2 * larger(up.middle(), down.middle()) + larger(up.longest(), down.longest());
   T *in, *h, *out, *spare;
   const Scratch<T> scratch({{&in, n},
                             {&h, up.outputs() * tokens},
                             {&out, down.outputs() * tokens},
-                            {&spare, spare_size * tokens}});
+                            {&spare, few_spare(up, down) * tokens}});
   if (!scratch) return OUT_OF_MEMORY;
   widen_row(static_cast<const S *>(x), n, 1, in);
   up.apply_to_few(tokens, in, h, spare);
@@ -162,49 +183,167 @@ const char *feed_forward_few(Int tokens, const void *x, const Product<Compute<S>
   return nullptr;
 }
 
-template <class S>
-const char *feed_forward(const kron_execution &e, Int tokens, const void *x,
-                         const kron_product &up_call, const kron_product &down_call) {
+// A block's two stages: from x to what lies in between, `inner`, and from there to y. Where the products
+// meet that is u = A' act(A z + bias), otherwise the hidden vector.
+template <class S> class FeedForward {
   typedef Compute<S> T;
+
+public:
+  // Without reading data; widen() does.
+  FeedForward(const kron_product &up_call, const kron_product &down_call)
+      : up_call(up_call), down_call(down_call) {
+    up.template set_shape<S>(up_call), down.template set_shape<S>(down_call);
+    meet = meets(up, down) && !Part<T>(up).low_rank && !Part<T>(down).low_rank;
+  }
+  bool widen() { // returns false if memory ran out
+    return up.template set<S>(up_call) && down.template set<S>(down_call);
+  }
+  void divide(Int most, Int units) { // among at most so many workers
+    const auto divided = [&](bool cut) {
+      return ::divide(most, units, [&](Int parts) {
+        return cut && (meet ? smaller(width(), down.factors[1].rows) >= 4 * parts
+                            : Outputs<T>(up, parts).fits() && Outputs<T>(down, parts).fits());
+      });
+    };
+    d = divided(true);
+    // All blocks' inner vectors are in memory then, and a worker waits for the others.
+    if (d.cut && d.blocks >= 2 * d.workers) d = divided(false);
+    parts = d.parts();
+  }
+
+  double multiply_adds() const { // of a token
+    return Outputs<T>(up, 1).all_work() + Outputs<T>(down, 1).all_work();
+  }
+  Int inner() const { return meet ? Part<T>(down).middle() * down.rank : up.outputs(); }
+  // Numbers for a token in a worker's memory.
+  Int z() const { return meet ? up.rank * up.factors[0].cols * width() : 0; }
+  Int columns() const { return meet ? columns_at_a_time(up.factors[0].rows) * up.factors[0].rows : 0; }
+  Int spare() const {
+    return meet ? 0 : larger(Outputs<T>(up, parts).spare(), Outputs<T>(down, parts).spare());
+  }
+
+  template <int NV>
+  void first(const T *in, T *inner, T *z, T *columns, T *spare, Range cells) const {
+    constexpr int TB = NV * LANES<T>;
+    if (meet) {
+      const Range range = rows(width(), cells);
+      if (!range.size()) return;
+      Part<T>(up).template some_first<NV>(in, z, range, nullptr);
+      const Hidden<T> grid = {up.rank, down.rank, up.matrix(0, 0), down.matrix(0, 0), up.factors[0].rank_stride,
+                              down.factors[0].rank_stride, up.activation};
+      return through_hidden<NV>(grid, width(), range, up.bias_data(), z, inner, columns);
+    }
+    const Outputs<T> outputs(up, parts);
+    const Range range = rows(outputs.rows(), cells);
+    if (!range.size()) return;
+    outputs.template apply<NV>(in, inner, spare, range);
+    const Runs runs = outputs.runs(range);
+    for (Int i = 0, at = runs.first; i < runs.count; i++, at += runs.step)
+      activate_rows<T, NV>(inner + at * TB, TB, inner + at * TB, TB, runs.length, up.activation,
+                           up.bias ? up.bias_data() + at : nullptr);
+  }
+  // Returns the outputs.
+  template <int NV> Runs second(T *inner, T *out, T *spare, Range cells) const {
+    if (meet) {
+      const Part<T> part(down);
+      const Range range = rows(part.rows(SHARED), cells);
+      if (range.size())
+        part.template apply<NV>(SHARED, nullptr, inner, out, NV * LANES<T>, range, false, nullptr);
+      return part.runs(SHARED, range);
+    }
+    const Outputs<T> outputs(down, parts);
+    const Range range = rows(outputs.rows(), cells);
+    if (range.size()) outputs.template apply<NV>(inner, out, spare, range);
+    return outputs.runs(range);
+  }
+
+  // The multiply-adds of a token in the cells of a piece, in both stages.
+  double work(Range cells) const {
+    if (!meet) {
+      const Outputs<T> one(up, parts), two(down, parts);
+      return one.work(rows(one.rows(), cells)) + two.work(rows(two.rows(), cells));
+    }
+    const Part<T> one(up), two(down);
+    const auto share = [&](Int count) { return double(rows(count, cells).size()) / double(count); };
+    return share(width()) * (one.first_work() + one.second_work() + two.first_work()) +
+           share(two.g.rows) * two.second_work();
+  }
+
   Product<T> up, down;
-  if (!up.template set<S>(up_call) || !down.template set<S>(down_call)) return OUT_OF_MEMORY;
-  if (up.few(tokens) && down.few(tokens)) return feed_forward_few<S>(tokens, x, up, down);
-  const bool meet = meets(up, down);
-  const Int n = up.inputs(), hidden = up.outputs(), m = down.outputs();
-  const Int k = up.factors[0].rows, width = up.factors[1].rows;
-  const Int z_rows = up.factors[0].cols, u_rows = down.factors[0].rows;
-  const Int z_size = meet ? up.rank * z_rows * width : hidden;
-  const Int u_size = meet ? down.rank * u_rows * width : 2 * larger(up.middle(), down.middle());
-  const Int columns_size = meet ? columns_at_a_time(k) * k : 0;
+  Division d;
+  Int parts;
+
+private:
+  Int width() const { return up.factors[1].rows; }
+  Range rows(Int count, Range cells) const {
+    const double all = double(d.workers);
+    return rows_between(count, parts, double(cells.first) / all, double(cells.end) / all);
+  }
+
+  const kron_product &up_call, &down_call;
+  bool meet;
+};
+
+template <class S>
+const char *feed_forward(const kron_execution &e, Int tokens, const void *x, const kron_product &up_call,
+                         const kron_product &down_call, kron_division *asked) {
+  typedef Compute<S> T;
+  FeedForward<S> block(up_call, down_call);
   const Int units = vectors_of<T>(tokens);
-  const double work = double(tokens) * double(up.multiply_adds() + down.multiply_adds());
-  return split(e, units, parts_of(e, units, work), [&](Int, Int first, Int last) {
-    const Int lanes = lanes_of<T>(first, last);
-    T *in, *out, *z, *u, *columns;
+  block.divide(workers_of(e, double(tokens) * block.multiply_adds()), units);
+  const bool few = block.up.few(tokens, block.d.workers) && block.down.few(tokens, block.d.workers);
+  if (few) block.divide(1, units);
+  const Division &d = block.d;
+  const Int n = block.up.inputs(), m = block.down.outputs(), inner_size = block.inner(), lanes = d.lanes<T>();
+  const Int own_size = d.cut ? 0 : inner_size * lanes;
+  const Int shared_size = d.cut ? inner_size * d.units * LANES<T> : 0;
+  if (asked) {
+    const Int own =
+        few ? (n + block.up.outputs() + m + few_spare(block.up, block.down)) * tokens
+            : own_size + (n + m + block.z() + block.columns() + block.spare()) * lanes;
+    const double share =
+        largest_share(d, block.multiply_adds(), [&](Range cells) { return block.work(cells); });
+    *asked = {(d.workers * own + shared_size) * Int(sizeof(T)), d.cut ? 1 : d.workers,
+              d.cut ? d.workers : 1, d.cut ? 2 : 1, block.parts, share};
+    return nullptr;
+  }
+  if (!block.widen()) return OUT_OF_MEMORY;
+  if (few) return feed_forward_few<S>(tokens, x, block.up, block.down);
+  T *shared;
+  const Scratch<T> all({{&shared, shared_size}});
+  if (!all) return OUT_OF_MEMORY;
+  Team team;
+  const Int starts[] = {0, d.workers, 2 * d.workers};
+  return split(e, d.workers, d.workers, [&](Int worker, Int, Int) {
+    T *in, *out, *z, *columns, *spare, *own;
     const Scratch<T> scratch({{&in, n * lanes},
                               {&out, m * lanes},
-                              {&z, z_size * lanes},
-                              {&u, u_size * lanes},
-                              {&columns, columns_size * lanes}});
+                              {&z, block.z() * lanes},
+                              {&columns, block.columns() * lanes},
+                              {&spare, block.spare() * lanes},
+                              {&own, own_size}});
     if (!scratch) return false;
-    blocks<T>(first, last, [&](auto nv, Int token) {
-      constexpr int NV = decltype(nv)::value, TB = NV * LANES<T>;
-      read_block<S, NV>(x, token, tokens, n, in);
-      if (meet) {
-        for (Int i = 0; i < up.rank; i++)
-          contract<T, NV>(up.matrix(1, i), in, z + i * z_rows * width * TB, z_rows, 1);
-        const Hidden<T> grid = {up.rank, down.rank, up.matrix(0, 0), down.matrix(0, 0), up.factors[0].rank_stride,
-                                down.factors[0].rank_stride, up.activation};
-        through_hidden<NV>(grid, width, {0, width}, up.bias_data(), z, u, columns);
-        for (Int i = 0; i < down.rank; i++)
-          contract<T, NV>(down.matrix(1, i), u + i * u_rows * width * TB, out, u_rows, 1, i > 0);
-      } else {
-        up.template apply<NV>(in, z, u);
-        activate_rows<T, NV>(z, TB, z, TB, hidden, up.activation, up.bias_data());
-        down.template apply<NV>(z, out, u);
-      }
-      write_block<S, NV>(out, token, tokens, m, down);
-    });
+    const auto compute = [&](Int stage, Int number, Range cells) {
+      d.with_block<T>(number, [&](auto nv, Int token) {
+        constexpr int NV = decltype(nv)::value;
+        T *const inner = d.cut ? shared + token * inner_size : own;
+        if (!stage) {
+          read_block<S, NV>(x, token, tokens, n, in);
+          return block.template first<NV>(in, inner, z, columns, spare, cells);
+        }
+        const Runs runs = block.template second<NV>(inner, out, spare, cells);
+        write_block<S, NV>(out, token, tokens, m, block.down, runs);
+      });
+    };
+    if (d.cut) {
+      team.work(starts, 2, [&](Int stage, Int item) {
+        d.each_piece(item, [&](Int number, Range cells) { compute(stage, number, cells); });
+      });
+    } else {
+      d.each_piece(worker, [&](Int number, Range cells) {
+        compute(0, number, cells), compute(1, number, cells);
+      });
+    }
     return true;
   });
 }
@@ -217,69 +356,216 @@ inline kron_product without_bias(kron_product p) {
   return p;
 }
 
-// Writes a block of dx (tokens, n), if it is wanted.
+// Writes runs of features of a block of dx (tokens, n), if it is wanted.
 template <class S, int NV>
-void write_gradient(Compute<S> *block, Int token, Int tokens, Int n, void *dx) {
+void write_gradient(Compute<S> *block, Int token, Int tokens, Int n, void *dx, const Runs &runs) {
   kron_product gradient = {};
   gradient.y = dx;
-  if (dx) write_block<S, NV>(block, token, tokens, n, gradient);
+  if (dx) write_block<S, NV>(block, token, tokens, n, gradient, runs);
 }
 
 // Let F be the factor that is contracted first, along its axis, and G the other. With Z = F X and
 // V = Gᵀ dY, summed over terms: dX = Fᵀ V, dG = Σ_t dY Zᵀ, dF = Σ_t V Xᵀ.
+template <class S> class Backward {
+  typedef Compute<S> T;
+  static constexpr int L = LANES<T>;
+
+public:
+  // Without reading data; widen() does. Pointers tell only which gradients are wanted.
+  Backward(const kron_product &call, const void *dx, const void *da, const void *db)
+      : call(without_bias(call)), wants_dx(dx) {
+    product.template set_shape<S>(this->call);
+    n = product.inputs(), m = product.outputs(), middle = product.middle(), rank = product.rank;
+    f_axis = product.turns[0] ? LAST : FIRST, g_axis = f_axis == LAST ? FIRST : LAST;
+    f_rows = product.factors[f_axis].rows, f_cols = product.factors[f_axis].cols;
+    g_rows = product.factors[g_axis].rows, g_cols = product.factors[g_axis].cols;
+    wants_df = f_axis == FIRST ? da : db, wants_dg = f_axis == FIRST ? db : da;
+    const double term = double(rank) * double(middle);
+    v_work = wants_dx || wants_df ? term * double(g_rows) : 0, z_work = wants_dg ? term * double(f_cols) : 0;
+    dx_work = wants_dx ? term * double(f_cols) : 0, df_work = wants_df ? term * double(f_cols) : 0;
+    dg_work = wants_dg ? term * double(g_rows) : 0;
+  }
+  bool widen() { return product.template set<S>(call); } // returns false if memory ran out
+
+  // ---- divided by tokens
+
+  const char *by_tokens(const kron_execution &e, Int tokens, Int parts, const void *dy, const void *x,
+                        void *dx, T *df, T *dg) const {
+    const Int df_size = df ? rank * f_rows * f_cols : 0, dg_size = dg ? rank * g_rows * g_cols : 0;
+    const PartialSums<T> sums(parts, df_size + dg_size);
+    if (!sums) return OUT_OF_MEMORY;
+    const char *error = split(e, vectors_of<T>(tokens), parts, [&](Int part, Int first, Int last) {
+      const Int lanes = lanes_of<T>(first, last);
+      T *dy_in, *x_in, *z, *v, *dx_out, *turned;
+      const Scratch<T> scratch({{&dy_in, m * lanes},
+                                {&x_in, n * lanes},
+                                {&z, middle * lanes},
+                                {&v, middle * lanes},
+                                {&dx_out, dx ? n * lanes : 0},
+                                {&turned, df || dg ? larger(n, middle) * lanes : 0}});
+      if (!scratch) return false;
+      T *const df_sum = sums.of(part), *const dg_sum = df_sum + df_size;
+      blocks<T>(first, last, [&](auto nv, Int token) {
+        constexpr int NV = decltype(nv)::value;
+        read_block<S, NV>(dy, token, tokens, m, dy_in);
+        if (df || dg) read_block<S, NV>(x, token, tokens, n, x_in);
+        for (Int k = 0; k < rank; k++) {
+          const Matrix<T> f = product.matrix(f_axis, k), g = product.matrix(g_axis, k);
+          if (dx || df) contract_along<T, NV>(g_axis, g.transposed(), dy_in, v, f_rows, false);
+          if (dx) contract_along<T, NV>(f_axis, f.transposed(), v, dx_out, g_cols, k > 0);
+          if (df)
+            sum_over_tokens<T, NV>(f_axis, v, f_rows, {0, f_rows}, x_in, f_cols, g_cols,
+                                   df_sum + k * f_rows * f_cols, turned);
+          if (dg) {
+            contract_along<T, NV>(f_axis, f, x_in, z, g_cols, false);
+            sum_over_tokens<T, NV>(g_axis, dy_in, g_rows, {0, g_rows}, z, g_cols, f_rows,
+                                   dg_sum + k * g_rows * g_cols, turned);
+          }
+        }
+        write_gradient<S, NV>(dx_out, token, tokens, n, dx, {1, 0, 0, n});
+      });
+      return true;
+    });
+    const T *total = sums.total();
+    if (df) memcpy(df, total, size_t(df_size) * sizeof(T));
+    if (dg) memcpy(dg, total + df_size, size_t(dg_size) * sizeof(T));
+    return error;
+  }
+
+  // ---- divided by rows and columns of the factors, for fewer blocks of tokens than threads
+
+  // The workers of few blocks, or 0 if rows and columns do not divide the work evenly.
+  Int workers_of_few(Int most, Int blocks) const {
+    while (most > blocks && !(shortest_side() >= 4 * most && share_of_few(most) * double(most) < 1.25)) most--;
+    return most > blocks ? most : 0;
+  }
+  // At most, of the worker that has most in each stage.
+  double share_of_few(Int workers) const {
+    const auto share = [=](Int count) { return double(largest_range(count, workers)) / double(count); };
+    return (share(larger(f_rows, g_cols)) * (v_work + z_work) + share(larger(f_cols, g_cols)) * dx_work +
+            share(f_rows) * df_work + share(g_rows) * dg_work) /
+           (v_work + z_work + dx_work + df_work + dg_work);
+  }
+  Int scratch_of_few(Int units, Int workers) const { // numbers
+    return (m + n + 2 * rank * middle) * units * L + workers * (n + larger(n, middle)) * smaller(MAX_NV, units) * L;
+  }
+
+  // First all blocks are read, then V and Z are computed for all of them, then gradients. A worker adds
+  // its rows of dF and dG block after block, in the order of one thread.
+  const char *by_rows(const kron_execution &e, Int tokens, Int workers, const void *dy, const void *x,
+                      void *dx, T *df, T *dg) const {
+    const Int units = vectors_of<T>(tokens), all_lanes = units * L, lanes = smaller(MAX_NV, units) * L;
+    T *dy_all, *x_all, *v_all, *z_all;
+    const Scratch<T> shared({{&dy_all, m * all_lanes},
+                             {&x_all, n * all_lanes},
+                             {&v_all, rank * middle * all_lanes},
+                             {&z_all, rank * middle * all_lanes}});
+    if (!shared) return OUT_OF_MEMORY;
+    Team team;
+    const Int starts[] = {0, workers, 2 * workers, 3 * workers};
+    return split(e, workers, workers, [&](Int, Int, Int) {
+      T *dx_out, *turned;
+      const Scratch<T> scratch({{&dx_out, n * lanes}, {&turned, larger(n, middle) * lanes}});
+      if (!scratch) return false;
+      team.work(starts, 3, [&](Int stage, Int item) {
+        // Rows of F and columns of G for V and Z, columns of F and G for dX: the longer ones are divided.
+        const auto part = [=](Int count) { return range_of(count, item, workers); };
+        const bool by_f = f_rows >= g_cols, dx_by_f = f_cols >= g_cols;
+        const Range v_rows = by_f ? part(f_rows) : Range{0, f_rows};
+        const Range v_cols = by_f ? Range{0, g_cols} : part(g_cols);
+        const Range dx_rows = dx_by_f ? part(f_cols) : Range{0, f_cols};
+        const Range dx_cols = dx_by_f ? Range{0, g_cols} : part(g_cols);
+        if (stage == 2) {
+          for (Int k = 0; k < rank; k++) {
+            clear_rows(df, k * f_rows, part(f_rows), f_cols);
+            clear_rows(dg, k * g_rows, part(g_rows), g_cols);
+          }
+        }
+        blocks<T>(0, units, [&](auto nv, Int token) {
+          constexpr int NV = decltype(nv)::value, TB = NV * L;
+          T *const dy_in = dy_all + token * m, *const x_in = x_all + token * n;
+          if (stage == 0) {
+            read_some<S, NV>(dy, token, tokens, m, part(m), dy_in);
+            if (df || dg) read_some<S, NV>(x, token, tokens, n, part(n), x_in);
+            return;
+          }
+          for (Int k = 0; k < rank; k++) {
+            const Matrix<T> f = product.matrix(f_axis, k), g = product.matrix(g_axis, k);
+            T *const v = v_all + rank * middle * token + k * middle * TB;
+            T *const z = z_all + rank * middle * token + k * middle * TB;
+            if (stage == 1) {
+              if (dx || df)
+                contract_part_along<T, NV>(g_axis, g.transposed(), dy_in, v, f_rows, v_cols, v_rows, false);
+              if (dg) contract_part_along<T, NV>(f_axis, f, x_in, z, g_cols, v_rows, v_cols, false);
+              continue;
+            }
+            if (dx)
+              contract_part_along<T, NV>(f_axis, f.transposed(), v, dx_out, g_cols, dx_rows, dx_cols, k > 0);
+            if (df)
+              sum_over_tokens<T, NV>(f_axis, v, f_rows, part(f_rows), x_in, f_cols, g_cols,
+                                     df + k * f_rows * f_cols, turned);
+            if (dg)
+              sum_over_tokens<T, NV>(g_axis, dy_in, g_rows, part(g_rows), z, g_cols, f_rows,
+                                     dg + k * g_rows * g_cols, turned);
+          }
+          if (stage < 2) return;
+          // dX is (rows, cols) of F's and G's columns, or the other way round.
+          const bool rows_first = f_axis == FIRST, along_rows = dx_by_f == rows_first;
+          const Range r = dx_by_f ? dx_rows : dx_cols;
+          const Int inner = rows_first ? g_cols : f_cols;
+          write_gradient<S, NV>(dx_out, token, tokens, n, dx,
+                                along_rows ? Runs{1, 0, r.first * inner, r.size() * inner}
+                                           : Runs{n / inner, inner, r.first, r.size()});
+        });
+      });
+      return true;
+    });
+  }
+
+  bool f_is_first() const { return f_axis == FIRST; }
+  double multiply_adds() const { return 3.0 * double(product.multiply_adds()); } // of a token
+  Int scratch_by_tokens(Int units, Int parts) const { // numbers
+    const Int lanes = smaller(MAX_NV, (units + parts - 1) / parts) * L;
+    return parts * ((m + 2 * n + 2 * middle + larger(n, middle)) * lanes +
+                    rank * (f_rows * f_cols + g_rows * g_cols));
+  }
+
+private:
+  Int shortest_side() const { return smaller(larger(f_rows, g_cols), larger(f_cols, g_cols)); }
+  static void clear_rows(T *sums, Int before, Range rows, Int cols) {
+    if (sums) memset(sums + (before + rows.first) * cols, 0, size_t(rows.size() * cols) * sizeof(T));
+  }
+
+  const kron_product call;
+  Product<T> product;
+  const bool wants_dx;
+  bool wants_df, wants_dg;
+  Int n, m, middle, rank, f_rows, f_cols, g_rows, g_cols;
+  Axis f_axis, g_axis;
+  double v_work, z_work, dx_work, df_work, dg_work;
+};
+
 template <class S>
 const char *backward(const kron_execution &e, Int tokens, const void *dy, const void *x,
-                     const kron_product &call, void *dx, void *da, void *db) {
+                     const kron_product &call, void *dx, void *da, void *db, kron_division *asked) {
   typedef Compute<S> T;
-  Product<T> product;
-  if (!product.template set<S>(without_bias(call))) return OUT_OF_MEMORY;
-  const Int n = product.inputs(), m = product.outputs(), middle = product.middle();
-  const Axis f_axis = product.turns[0] ? LAST : FIRST, g_axis = f_axis == LAST ? FIRST : LAST;
-  const Int rank = product.rank;
-  const Int f_rows = product.factors[f_axis].rows, f_cols = product.factors[f_axis].cols;
-  const Int g_rows = product.factors[g_axis].rows, g_cols = product.factors[g_axis].cols;
-  void *const df = f_axis == FIRST ? da : db, *const dg = f_axis == FIRST ? db : da;
-  const Int df_size = df ? rank * f_rows * f_cols : 0, dg_size = dg ? rank * g_rows * g_cols : 0;
-  const Int units = vectors_of<T>(tokens);
-  const Int parts = parts_of(e, units, 3.0 * double(tokens) * double(product.multiply_adds()));
-  const PartialSums<T> sums(parts, df_size + dg_size);
-  if (!sums) return OUT_OF_MEMORY;
-  const char *error = split(e, units, parts, [&](Int part, Int first, Int last) {
-    const Int lanes = lanes_of<T>(first, last);
-    T *dy_in, *x_in, *z, *v, *dx_out, *turned;
-    const Scratch<T> scratch({{&dy_in, m * lanes},
-                              {&x_in, n * lanes},
-                              {&z, middle * lanes},
-                              {&v, middle * lanes},
-                              {&dx_out, dx ? n * lanes : 0},
-                              {&turned, df || dg ? larger(n, middle) * lanes : 0}});
-    if (!scratch) return false;
-    T *const df_sum = sums.of(part), *const dg_sum = df_sum + df_size;
-    blocks<T>(first, last, [&](auto nv, Int token) {
-      constexpr int NV = decltype(nv)::value;
-      read_block<S, NV>(dy, token, tokens, m, dy_in);
-      if (df || dg) read_block<S, NV>(x, token, tokens, n, x_in);
-      for (Int k = 0; k < rank; k++) {
-        const Matrix<T> f = product.matrix(f_axis, k), g = product.matrix(g_axis, k);
-        if (dx || df) contract_along<T, NV>(g_axis, g.transposed(), dy_in, v, f_rows, false);
-        if (dx) contract_along<T, NV>(f_axis, f.transposed(), v, dx_out, g_cols, k > 0);
-        if (df)
-          sum_over_tokens<T, NV>(f_axis, v, f_rows, x_in, f_cols, g_cols,
-                                 df_sum + k * f_rows * f_cols, turned);
-        if (dg) {
-          contract_along<T, NV>(f_axis, f, x_in, z, g_cols, false);
-          sum_over_tokens<T, NV>(g_axis, dy_in, g_rows, z, g_cols, f_rows,
-                                 dg_sum + k * g_rows * g_cols, turned);
-        }
-      }
-      write_gradient<S, NV>(dx_out, token, tokens, n, dx);
-    });
-    return true;
-  });
-  const T *total = sums.total();
-  if (df) memcpy(df, total, size_t(df_size) * sizeof(T));
-  if (dg) memcpy(dg, total + df_size, size_t(dg_size) * sizeof(T));
-  return error;
+  Backward<S> b(call, dx, da, db);
+  const Int units = vectors_of<T>(tokens), blocks = (units + MAX_NV - 1) / MAX_NV;
+  const double work = double(tokens) * b.multiply_adds();
+  const Int parts = parts_of(e, units, work), few = b.workers_of_few(workers_of(e, work), blocks);
+  const bool by_rows = units && few >= parts;
+  if (asked) {
+    if (by_rows)
+      *asked = {b.scratch_of_few(units, few) * Int(sizeof(T)), 1, few, 3, few, b.share_of_few(few)};
+    else
+      *asked = {b.scratch_by_tokens(units, parts) * Int(sizeof(T)), parts, 1, 1, 1,
+                double((units + parts - 1) / parts) / double(units)};
+    return nullptr;
+  }
+  if (!b.widen()) return OUT_OF_MEMORY;
+  T *const df = static_cast<T *>(b.f_is_first() ? da : db), *const dg = static_cast<T *>(b.f_is_first() ? db : da);
+  return by_rows ? b.by_rows(e, tokens, few, dy, x, dx, df, dg)
+                 : b.by_tokens(e, tokens, parts, dy, x, dx, df, dg);
 }
 
 // ---- feed-forward, backward --------------------------------------------------------------------
@@ -429,14 +715,14 @@ const char *feed_forward_backward(const kron_execution &e, Int tokens, const voi
         if (gradients[DX])
           contract<T, NV>(up.matrix(1, i).transposed(), dz_i, dx_out, z_rows, 1, i > 0);
         if (gradients[DB_UP])
-          sum_over_tokens<T, NV>(LAST, dz_i, width, x_in, n2, z_rows,
+          sum_over_tokens<T, NV>(LAST, dz_i, width, {0, width}, x_in, n2, z_rows,
                                  sum + starts[DB_UP] + i * width * n2, turned);
       }
       if (gradients[DB_DOWN])
         for (Int i = 0; i < down.rank; i++)
-          sum_over_tokens<T, NV>(LAST, dy_in, m2, u + i * u_step, width, u_rows,
+          sum_over_tokens<T, NV>(LAST, dy_in, m2, {0, m2}, u + i * u_step, width, u_rows,
                                  sum + starts[DB_DOWN] + i * m2 * width, turned);
-      write_gradient<S, NV>(dx_out, token, tokens, n, gradients[DX]);
+      write_gradient<S, NV>(dx_out, token, tokens, n, gradients[DX], {1, 0, 0, n});
     });
     add_lanes<T>(da_up, da_up_size, sum + starts[DA_UP]);
     add_lanes<T>(da_down, da_down_size, sum + starts[DA_DOWN]);

@@ -1,16 +1,17 @@
-// The functions of kron.h after their checks, for one dtype.
+// The functions of kron.h after their checks, for one dtype. With a division that is not null they only
+// describe it, and read no data.
 #pragma once
 #include "../kron.h"
 
 struct Kernels {
   const char *(*forward)(const kron_execution &, int64_t tokens, const void *x, int64_t n_products,
-                         const kron_product *products);
+                         const kron_product *products, kron_division *);
   const char *(*forward_along)(const kron_execution &, int64_t tokens, const void *x, int64_t tail,
                                const kron_product &);
   const char *(*feed_forward)(const kron_execution &, int64_t tokens, const void *x,
-                              const kron_product &up, const kron_product &down);
+                              const kron_product &up, const kron_product &down, kron_division *);
   const char *(*backward)(const kron_execution &, int64_t tokens, const void *dy, const void *x,
-                          const kron_product &, void *dx, void *da, void *db);
+                          const kron_product &, void *dx, void *da, void *db, kron_division *);
   const char *(*feed_forward_backward)(const kron_execution &, int64_t tokens, const void *dy,
                                        const void *x, const kron_product &up,
                                        const kron_product &down, void *const *gradients);

@@ -5,21 +5,17 @@
 
 namespace {
 
-// The numbers from first to end of [0, count), for one of `parts` equal parts.
-struct Range {
-  Int first, end;
-  Int size() const { return end - first; }
-};
+// The range of [0, count) for one of `parts` equal parts.
 inline Range range_of(Int count, Int part, Int parts) {
   const Int unit = count >= 16 * parts ? 4 : 1; // rows of a tile
   const Int units = (count + unit - 1) / unit;
   return {smaller(count, part * units / parts * unit), smaller(count, (part + 1) * units / parts * unit)};
 }
-
-// Runs of features: first + i * step to first + i * step + length.
-struct Runs {
-  Int count, step, first, length;
-};
+// The size of the largest of these ranges.
+inline Int largest_range(Int count, Int parts) {
+  const Int unit = count >= 16 * parts ? 4 : 1, units = (count + unit - 1) / unit;
+  return smaller(count, (units + parts - 1) / parts * unit);
+}
 
 // How the outputs of a product of two factors are divided: by rows of the factor that is contracted
 // first; by rows of the second, each part with its own first contraction; or by rows of the second, after
@@ -64,12 +60,18 @@ public:
     const double repeated = double(parts - 1) * first_work();
     return repeated > 0.1 * (first_work() + second_work()) ? SHARED : BY_SECOND;
   }
+  // The same without a stage that all parts share, where that is possible.
+  Way way_alone(Int parts) const {
+    const Way best = way(parts);
+    return best == SHARED && !low_rank && f.rows >= 4 * parts ? BY_FIRST : best;
+  }
   Int rows(Way way) const { return way == BY_FIRST ? f.rows : g.rows; }
   // Along which a shared first contraction is divided.
   Int first_rows() const { return low_rank ? f.rows : last ? f_pre : f_post; }
 
   // The outputs of one part.
   Runs runs(Way way, Range r) const {
+    if (r.size() == rows(way)) return {1, 0, 0, outputs()};
     if (way == BY_FIRST && last) return {g.rows, f.rows, r.first, r.size()};
     if (way == BY_FIRST) return {1, 0, r.first * g.rows, r.size() * g.rows};
     if (g_pre > 1) return {g_pre, g.rows, r.first, r.size()};

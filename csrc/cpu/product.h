@@ -14,9 +14,18 @@ template <class T> struct Product : kron_product {
   Product(const Product &) = delete;
   ~Product() { free(widened); }
 
+  // The sizes and strides that set() leaves, without reading data.
+  template <class S> void set_shape(const kron_product &p) {
+    kron_product::operator=(p);
+    if constexpr (!std::is_same_v<S, T>)
+      for (Int i = 0; i < n_factors; i++) {
+        kron_factor &f = factors[i];
+        f.rank_stride = f.rows * f.cols, f.row_stride = f.cols, f.col_stride = 1;
+      }
+  }
   // Returns false if memory ran out. The bias is (outputs, tail).
   template <class S> bool set(const kron_product &p, Int tail = 1) {
-    kron_product::operator=(p);
+    set_shape<S>(p);
     if constexpr (!std::is_same_v<S, T>) {
       const Int bias_size = bias ? outputs() * tail : 0;
       Int total = bias_size;
@@ -24,13 +33,12 @@ template <class T> struct Product : kron_product {
       T *out = widened = static_cast<T *>(malloc(size_t(total) * sizeof(T)));
       if (!out) return false;
       for (Int i = 0; i < n_factors; i++) {
-        kron_factor &f = factors[i];
+        const kron_factor &f = p.factors[i];
         const S *in = static_cast<const S *>(f.data);
-        f.data = out;
+        factors[i].data = out;
         for (Int k = 0; k < rank; k++)
           for (Int r = 0; r < f.rows; r++, out += f.cols)
             widen_row(in + k * f.rank_stride + r * f.row_stride, f.cols, f.col_stride, out);
-        f.rank_stride = f.rows * f.cols, f.row_stride = f.cols, f.col_stride = 1;
       }
       if (bias) {
         widen_row(static_cast<const S *>(bias), bias_size, 1, out);
@@ -106,10 +114,10 @@ template <class T> struct Product : kron_product {
                        contract_numbers<T>(w, from, to, tokens * pre, post, spare + 2 * size, add);
                      });
   }
-  // Whether apply_to_few is faster. Costs are in vector multiply-adds, measured with AVX-512: ending
+  // Whether apply_to_few, on one thread, is faster than blocks of tokens on `threads`. Costs are in vector multiply-adds, measured with AVX-512: ending
   // and scattering a tile of sums costs 10 for each lane; blocks of one and two vectors of tokens take
   // 1.45 and 1.15 times as long for each vector as blocks of three.
-  bool few(Int tokens) const {
+  bool few(Int tokens, Int threads) const {
     constexpr int L = LANES<T>;
     if (tokens > 2 * L) return false;
     bool contiguous = true;
@@ -129,7 +137,7 @@ template <class T> struct Product : kron_product {
     });
     const Int units = vectors_of<T>(tokens);
     return contiguous &&
-           double(tokens) * a_token < double(units) * a_block * (units == 1 ? 1.45 : 1.15);
+           double(threads * tokens) * a_token < double(units) * a_block * (units == 1 ? 1.45 : 1.15);
   }
 
 private:
@@ -203,11 +211,19 @@ private:
 constexpr int MAX_NV = KRON_ACCUMULATORS >= 24 ? 3 : 2;
 constexpr double GRAIN = 1e6; // multiply-adds (about 20 us) below which another thread costs time
 
-// The number of parts to divide `units` vectors of tokens into.
-inline Int parts_of(const kron_execution &e, Int units, double multiply_adds) {
+// The number of threads that so much work keeps busy.
+inline Int workers_of(const kron_execution &e, double multiply_adds) {
   const double useful = multiply_adds / GRAIN;
-  const Int most = useful < double(units) ? Int(useful) : units;
-  return larger(1, smaller(e.threads, most));
+  return larger(1, useful < double(e.threads) ? Int(useful) : e.threads);
+}
+// The number of parts to divide `units` vectors of tokens into: at most `most`, and no more than make the
+// largest part smaller.
+inline Int parts_of(Int units, Int most) {
+  const Int largest = larger(1, (units + most - 1) / most);
+  return larger(1, (units + largest - 1) / largest);
+}
+inline Int parts_of(const kron_execution &e, Int units, double multiply_adds) {
+  return parts_of(units, workers_of(e, multiply_adds));
 }
 
 // Calls body(part, first, end) for equal ranges of units, on threads. A body returns false if memory ran

@@ -314,7 +314,7 @@ def test_operands_that_do_not_fit_are_refused(given, message):
     encoder = Encoder(*arguments)
     with pytest.raises(ValueError, match=message):
         encoder(ids, **given)
-    with pytest.raises(ValueError, match="ids of table 0 must be torch.int64"):
+    with pytest.raises(ValueError, match=r"ids of table 0 must be torch\.int64"):
         encoder([ids[0].int(), *ids[1:]])
     with pytest.raises(ValueError, match="there must be ids for"):
         encoder([*ids, ids[0]])

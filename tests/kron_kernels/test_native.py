@@ -20,8 +20,9 @@ from kron_kernels import (
     reference,
 )
 from kron_kernels.backends import abi, native
+from kron_kernels.encoder import Division
 from kron_kernels.testing import assert_close
-from kron_kernels.testing.cases import SHAPES, draw, name
+from kron_kernels.testing.cases import PAIRS, PRESETS, SHAPES, draw, name
 
 pytestmark = pytest.mark.skipif(native._native is None, reason="the kernels are not compiled")
 
@@ -244,6 +245,138 @@ def test_results_do_not_depend_on_threads_and_repeat_exactly(two_threads):
         torch.set_num_threads(1)
         assert torch.equal(kron_matmul(x, a, b, backend="native"), two)
         torch.set_num_threads(2)
+
+
+def most_of_few(isa: str) -> int:
+    """Up to two vectors of float32 tokens may be computed in another order on one thread."""
+    return {"portable": 8, "avx2": 16, "avx512": 32}[isa]
+
+
+def at_threads(call) -> list:
+    """What a call gives with 1, 2 and 5 threads."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(call())
+        return results
+    finally:
+        torch.set_num_threads(before)
+
+
+# Enough terms that a few tokens are work for five threads, and their blocks fewer than these. The
+# outputs are divided by rows of the factor that is contracted first, or second; those of low rank
+# are not.
+FEW = [
+    KronShape(2, 2, 48, 40, 128),
+    KronShape(48, 40, 2, 2, 128),
+    KronShape(33, 17, 16, 20, 32),
+    KronShape(70, 1, 1, 90, 400),
+    KronShape(8, 9, 9, 8, 128),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 25, 40])
+@pytest.mark.parametrize("s", FEW, ids=name)
+def test_a_few_tokens_on_several_threads(s, tokens, dtype, isa):
+    x, a, b = draw(s, tokens, dtype)
+    bias = torch.randn(s.out_features).to(dtype)
+    residual = torch.randn(tokens, s.out_features).to(dtype)
+    ys = at_threads(
+        lambda: kron_matmul(
+            x, a, b, bias=bias, activation="gelu", residual=residual, backend="native"
+        )
+    )
+    expected = reference.kron_matmul(x, a, b, bias=bias, activation="gelu", residual=residual)
+    for y in ys:
+        assert_close("y", y, expected, terms(s))
+    if tokens > most_of_few(isa):
+        assert all(torch.equal(y, ys[0]) for y in ys)
+    dy = torch.randn(ys[0].shape).to(dtype)
+    grads = at_threads(lambda: native.kron_matmul_backward(dy, x, a, b, (1, 1, 1)))
+    wide = [t.double().requires_grad_() for t in (x, a, b)]
+    exact = torch.autograd.grad(reference.kron_matmul(*wide), wide, dy.double())
+    for some in grads:
+        assert torch.equal(some[0], grads[0][0])
+        for label, grad, other in zip("xab", some, exact, strict=True):
+            assert_close(label, grad, other, tokens * terms(s), slack=8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 25, 40])
+@pytest.mark.parametrize(
+    "block",
+    [
+        (KronShape(16, 2, 12, 24, 32), KronShape(2, 16, 20, 12, 32)),
+        (KronShape(24, 16, 12, 8, 32), KronShape(16, 24, 8, 12, 32)),
+        (KronShape(64, 1, 1, 48, 200), KronShape(48, 1, 1, 64, 200)),
+    ],
+    ids=["meet", "do not meet", "low rank"],
+)
+def test_a_few_tokens_of_a_feed_forward_on_several_threads(block, tokens, dtype, isa):
+    up, down = (layer(s, dtype) for s in block)
+    x = draw(block[0], tokens, dtype)[0]
+    residual = torch.randn(tokens, block[1].out_features).to(dtype)
+    ys = at_threads(lambda: kron_feed_forward(x, up, down, residual=residual, backend="native"))
+    hidden = reference.kron_matmul(x, *up[:2], bias=up[2], activation="gelu")
+    expected = reference.kron_matmul(hidden, *down[:2], bias=down[2], residual=residual)
+    for y in ys:
+        assert_close("y", y, expected, sum(map(terms, block)), slack=8)
+    if tokens > most_of_few(isa):
+        assert all(torch.equal(y, ys[0]) for y in ys)
+
+
+def test_qkv_of_a_few_tokens_on_several_threads(isa):
+    shapes = KronShape(2, 2, 48, 48, 64), KronShape(16, 12, 5, 8, 2), KronShape(24, 8, 4, 12, 50)
+    layers = [layer(s, torch.float32) for s in shapes]
+    x = torch.randn(33, 96)
+    all_ys = at_threads(lambda: kron_qkv(x, *layers, backend="native"))
+    for i, (s, (a, b, bias)) in enumerate(zip(shapes, layers, strict=True)):
+        assert_close("y", all_ys[0][i], reference.kron_matmul(x, a, b, bias=bias), terms(s))
+        assert all(torch.equal(ys[i], all_ys[0][i]) for ys in all_ys)
+
+
+THREADS = 1, 2, 4, 8, 16, 64
+
+
+def divide(kind: str, threads: int, tokens: int, *shapes: KronShape) -> Division:
+    count = [len(shapes)] if kind == "forward" else []
+    numbers = [
+        n for s in shapes for n in abi.product_of_shapes([(s.rank, *s[:2]), (s.rank, *s[2:4])])
+    ]
+    ask = getattr(abi.module, f"{kind}_division")
+    return Division(*ask(native._isa, threads, 0, 0, tokens, *count, *numbers))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 128, 512, 4096])
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        *[("forward", [s]) for s in PRESETS.values()],
+        *[("forward", [PRESETS[f"{size} attention"]] * 3) for size in PAIRS],
+        *[("feed_forward", pair) for pair in PAIRS.values()],
+        ("feed_forward", [KronShape(96, 48, 32, 16), KronShape(48, 96, 16, 32)]),
+        *[("backward", [s]) for s in PRESETS.values()],
+    ],
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(name, v)),
+)
+def test_the_division_of_work(kind, shapes, tokens, isa):
+    """No thread has much more than its part of the work, and all have some if it is enough."""
+    work = tokens * sum(s.multiply_adds(s.order) for s in shapes) * (3 if kind == "backward" else 1)
+    last = 1.0
+    for threads in THREADS:
+        d = divide(kind, threads, tokens, *shapes)
+        used = d.teams * d.workers
+        assert used == 1 or (used <= threads and used <= work / 1e6)
+        assert 1 - 1e-9 <= d.share * used <= 1.25
+        if tokens > 1:  # one token is computed in the layout of memory
+            assert used >= min(threads, int(work / 1e6), 4)
+        assert d.share <= last + 1e-9
+        last = d.share
+        assert (d.parts > 1) <= (used > 1)
+        assert d.stages == 1 or (d.teams, d.workers) == (1, used)
 
 
 def _in_child(queue, operands):

@@ -146,6 +146,24 @@ struct Call {
     return bytes;
   }
 
+  // Of kinds that can be asked, as if with all gradients; others have two threads.
+  kron_division division(Int isa, Int threads) const {
+    const kron_execution e = {isa, threads, parallel_for};
+    std::vector<kron_product> p;
+    for (const Product &product : products) p.push_back(product.call);
+    for (kron_product &product : p)
+      for (kron_factor &f : product.factors) f.data = nullptr;
+    kron_division d = {0, 2, 1, 1, 1, 0.5};
+    const Int id = dtype.id;
+    const char *error =
+        kind == FORWARD ? kron_cpu_forward_division(&e, id, tokens, Int(p.size()), p.data(), &d)
+        : kind == FEED_FORWARD ? kron_cpu_feed_forward_division(&e, id, tokens, &p[0], &p[1], &d)
+        : kind == BACKWARD     ? kron_cpu_backward_division(&e, id, tokens, &p[0], &d)
+                               : nullptr;
+    if (error) fail(std::string("the division was refused: ") + error);
+    return d;
+  }
+
   std::vector<Numbers> expected() const {
     const Numbers in_memory = exact(x);
     Numbers in(in_memory.size()); // (tokens, tail, n)
@@ -189,13 +207,20 @@ Group divided{"threads"}, poisoned{"NaN and infinity"};
 // Several threads against one, and one run against the next.
 void check_threads(Call &call, Int isa, const std::vector<Numbers> &expected) {
   const std::vector<std::string> alone = call.run(isa, 1);
-  for (Int threads : {5, 3, 2}) {
+  for (Int threads : {64, 8, 3, 2}) {
     most_ranges = 0;
     const std::vector<std::string> bytes = call.run(isa, threads);
     if (!most_ranges) return; // too little work to divide
+    const kron_division d = call.division(isa, threads);
+    divided.require(d.teams * d.workers > 1 && d.teams * d.workers <= threads, "a division without threads");
+    divided.require(d.share < 1 && d.share * double(threads) > 1 - 1e-9, "a share that cannot be");
     for (size_t i = 0; i < bytes.size(); i++) {
-      // The last bits of others may depend on the block size, for which the compiler fuses differently.
-      if (call.kind <= FORWARD_ALONG || (i == 0 && call.kind == BACKWARD))
+      // Up to two vectors of tokens may take another way on one thread. Sums over tokens depend on threads
+      // if tokens are divided. The compiler may fuse a feed-forward block's gradients differently for each
+      // size of a block.
+      const bool same_way = call.tokens > 2 * (16 << isa) / (call.dtype.id == KRON_FLOAT64 ? 8 : 4);
+      if (call.kind == FORWARD_ALONG || (call.kind <= FEED_FORWARD && same_way) ||
+          (call.kind == BACKWARD && (i == 0 || d.teams == 1)))
         divided.require(bytes[i] == alone[i], "this depends on the number of threads");
       else divided.note(worst_error(call.dtype, call.outputs[i], expected[i]));
     }
@@ -298,13 +323,14 @@ const struct {
   const char *fault;
   int functions;
   void (*plant)(Arguments &);
+  bool in_data = false; // which a call that asks for the division does not look at
 } REFUSALS[] = {
     {"rank 0", ALL, [](Arguments &a) { a.p[1].rank = 0; }},
     {"rank 2^63 - 1", ALL, [](Arguments &a) { a.p[1].rank = HUGE_SIZE; }},
     {"rank -2^63", ALL, [](Arguments &a) { a.p[1].rank = INT64_MIN; }},
     {"no factor", ALL, [](Arguments &a) { a.p[1].n_factors = 0; }},
     {"nine factors", ALL, [](Arguments &a) { a.p[1].n_factors = 9; }},
-    {"a null factor", ALL, [](Arguments &a) { a.p[1].factors[1].data = nullptr; }},
+    {"a null factor", ALL, [](Arguments &a) { a.p[1].factors[1].data = nullptr; }, true},
     {"an empty side", ALL, [](Arguments &a) { a.p[1].factors[1].cols = 0; }},
     {"a side of 2^63 - 1", ALL, [](Arguments &a) { a.p[1].factors[1].rows = HUGE_SIZE; }},
     {"sides whose product is 2^64", ALL,
@@ -324,9 +350,9 @@ const struct {
     {"a million threads", ALL, [](Arguments &a) { a.e.threads = 1000000; }},
     {"-1 tokens", ALL, [](Arguments &a) { a.tokens = -1; }},
     {"2^63 - 1 tokens", ALL, [](Arguments &a) { a.tokens = HUGE_SIZE; }},
-    {"null x", ALL, [](Arguments &a) { a.x = a.dy = nullptr; }},
-    {"null dy", BACKS + FEEDS_BACK, [](Arguments &a) { a.dy = nullptr; }},
-    {"null y", FORWARDS + FEEDS + ALONG, [](Arguments &a) { a.p[1].y = nullptr; }},
+    {"null x", ALL, [](Arguments &a) { a.x = a.dy = nullptr; }, true},
+    {"null dy", BACKS + FEEDS_BACK, [](Arguments &a) { a.dy = nullptr; }, true},
+    {"null y", FORWARDS + FEEDS + ALONG, [](Arguments &a) { a.p[1].y = nullptr; }, true},
     {"null products", FORWARDS, [](Arguments &a) { a.products = nullptr; }},
     {"no product", FORWARDS, [](Arguments &a) { a.n = 0; }},
     {"five products", FORWARDS, [](Arguments &a) { a.n = 5; }},
@@ -341,6 +367,8 @@ void check_refusals(Group &group, Random &r) {
   const Shape shape = {1, {{8, 8}, {8, 8}}};
   Call call(FEED_FORWARD_BACKWARD, DTYPES[0], 20, 1, {shape, shape}, r);
   call.set_order(1);
+  kron_division division;
+  memset(&division, 0xff, sizeof division);
   for (const auto &refusal : REFUSALS) {
     Arguments a;
     a.p[0] = call.products[0].call, a.p[1] = call.products[1].call;
@@ -358,7 +386,19 @@ void check_refusals(Group &group, Random &r) {
     refused(FEEDS, kron_cpu_feed_forward, a.x, up, down);
     refused(BACKS, kron_cpu_backward, a.dy, a.x, down, g, g, g);
     refused(FEEDS_BACK, kron_cpu_feed_forward_backward, a.dy, a.x, up, down, g, g, g, g, g, g);
+    if (refusal.in_data) continue;
+    refused(FORWARDS, kron_cpu_forward_division, a.n, a.products, &division);
+    refused(FEEDS, kron_cpu_feed_forward_division, up, down, &division);
+    refused(BACKS, kron_cpu_backward_division, down, &division);
   }
+  const kron_execution e = {0, 2, parallel_for};
+  const kron_product *p = &call.products[0].call;
+  doing = "a null division";
+  group.require(kron_cpu_forward_division(&e, 0, 20, 1, p, nullptr), "taken");
+  group.require(kron_cpu_feed_forward_division(&e, 0, 20, p, p, nullptr), "taken");
+  group.require(kron_cpu_backward_division(&e, 0, 20, p, nullptr), "taken");
+  const std::string unwritten(sizeof division, '\xff');
+  group.require(!memcmp(&division, unwritten.data(), sizeof division), "a refused call wrote");
   group.require(call.outputs[0].bytes(0, 1) == "\xff\xff\xff\xff", "a refused call wrote");
 }
 
@@ -477,6 +517,22 @@ std::vector<Case> divided_cases() {
     cases.push_back({BACKWARD, dtype, 97, {{2, {{2, 1}, {64, 96}}}}, true});
     cases.push_back({FEED_FORWARD, dtype, 97, {up, down}, true});
     cases.push_back({FEED_FORWARD_BACKWARD, dtype, 97, {up, down}, true});
+    // Fewer blocks than threads: the outputs are divided. Many terms are little work for the reference.
+    for (Int tokens : {5, 16, 23, 40}) {
+      for (const Shape &s : {Shape{32, {{2, 2}, {48, 48}}}, Shape{40, {{17, 12}, {16, 9}}}}) {
+        cases.push_back({FORWARD, dtype, tokens, {s}, true});
+        cases.push_back({BACKWARD, dtype, tokens, {s}, true});
+      }
+      cases.push_back({FORWARD, dtype, tokens, {{200, {{160, 1}, {1, 160}}}}, true});
+      cases.push_back({FORWARD, dtype, tokens, {{40, {{6, 4}, {4, 4}, {4, 6}}}}, true});
+      cases.push_back({FORWARD, dtype, tokens,
+                       {{32, {{2, 2}, {48, 48}}}, {3, {{32, 24}, {9, 4}}}, {16, {{8, 12}, {15, 8}}}}, true});
+      cases.push_back({FEED_FORWARD, dtype, tokens,
+                       {{32, {{4, 2}, {24, 48}}}, {33, {{2, 4}, {47, 24}}}}, true});
+      cases.push_back({FEED_FORWARD, dtype, tokens, {{40, {{12, 8}, {24, 7}}}, {64, {{13, 18}, {7, 16}}}}, true});
+      cases.push_back({FEED_FORWARD_BACKWARD, dtype, tokens,
+                       {{32, {{4, 2}, {24, 48}}}, {33, {{2, 4}, {47, 24}}}}, true});
+    }
   }
   return cases;
 }
