@@ -101,17 +101,18 @@ struct Step {
   double work;           // multiply-adds of a token
 };
 
-inline const kron_product *feed_forward_meets(const kron_layer &layer) {
+// Whether up and down exchange the hidden vector entry by entry, see hidden.h.
+inline bool meets(const kron_layer &layer) {
   const kron_linear &up = layer.up, &down = layer.down;
-  if (up.n_parts != 1 || down.n_parts != 1) return nullptr;
+  if (up.n_parts != 1 || down.n_parts != 1) return false;
   const kron_product &u = up.parts[0], &d = down.parts[0];
-  if (u.n_factors != 2 || d.n_factors != 2 || u.turns[0] != 1 || d.turns[0] != 0) return nullptr;
+  if (u.n_factors != 2 || d.n_factors != 2 || u.turns[0] != 1 || d.turns[0] != 0) return false;
   const bool fits = u.factors[0].rows == d.factors[0].cols && u.factors[1].rows == d.factors[1].cols;
   const auto thin = [](const kron_product &p) { // as Part sees it: two thin matrices
     const kron_factor &a = p.factors[0], &b = p.factors[1];
     return (a.cols == 1 && b.rows == 1) || (a.rows == 1 && b.cols == 1);
   };
-  return fits && !thin(u) && !thin(d) ? &u : nullptr;
+  return fits && !thin(u) && !thin(d);
 }
 
 // The steps of an encoder, and the sizes of what they need.
@@ -291,7 +292,7 @@ private:
 
   void feed_forward(const kron_layer &l) {
     const Target down = {&l.down, INNER, STATE, MIDDLE};
-    if (!feed_forward_meets(l)) {
+    if (!meets(l)) {
       const Target up = {&l.up, STATE, INNER, MIDDLE};
       products(&up, 1, l.activation, true);
       wait(false);
@@ -424,7 +425,7 @@ private:
     case MEET: return meet<NV>(w, s, block, part);
     case ATTEND: {
       const Range heads = range_of(e.heads, part, s.parts);
-      for (Int head = heads.first; head < heads.end; head++) attend_block<NV>(w, s, block, head);
+      for (Int head = heads.first; head < heads.end; head++) attend_block<NV>(w, block, head);
     }
     }
   }
@@ -483,11 +484,10 @@ private:
   // ---- attention
 
   // A head's outputs of a block's queries, in the place of the queries.
-  template <int NV> void attend_block(Worker<T> &w, const Step &s, Int block, Int head) {
+  template <int NV> void attend_block(Worker<T> &w, Int block, Int head) {
     const Int first = group.first(block);
     const Int size = plan.sizes[QUERY] / e.heads, row = head * size * NV * L;
     T *const queries = buffer(w, QUERY, block) + row;
-    (void)s;
     for (Int v = 0; v < NV;) { // the vectors of each sequence
       const Int sequence = group.sequence_of[first + v];
       Int end = v + 1;

@@ -8,19 +8,23 @@
 #include <type_traits>
 #include <utility>
 
+// KRON_ACCUMULATORS: registers for sums, which tests set to run the tiles of another machine.
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define KRON_BYTES 64
-#define KRON_ACCUMULATORS 24 // of 32 registers
+#define KRON_REGISTERS 32
 #elif defined(__AVX2__)
 #define KRON_BYTES 32
-#define KRON_ACCUMULATORS 12 // of 16
+#define KRON_REGISTERS 16
 #elif defined(__aarch64__)
 #define KRON_BYTES 16
-#define KRON_ACCUMULATORS 24 // of 32
+#define KRON_REGISTERS 32
 #else
 #define KRON_BYTES 16
-#define KRON_ACCUMULATORS 12 // of 16
+#define KRON_REGISTERS 16
+#endif
+#if !defined(KRON_ACCUMULATORS)
+#define KRON_ACCUMULATORS (KRON_REGISTERS == 32 ? 24 : 12)
 #endif
 
 #define KRON_INLINE inline __attribute__((always_inline))

@@ -90,7 +90,10 @@ def project(watched: Sequence[str] = MATH) -> list[Unit]:
     return [
         *kernels,
         *map(Unit, launches),
-        Unit(csrc / "cpu/kernels.cpp", "-O0 -DKRON_ISA=portable -Wno-ignored-attributes", False),
+        *(
+            Unit(csrc / f"cpu/{part}.cpp", "-O0 -DKRON_ISA=portable -Wno-ignored-attributes", False)
+            for part in ("kernels", "encoder")
+        ),
         Unit(csrc / "cpu/cpu.cpp", watched=False),
         Unit(csrc / "binding.cpp", f"-I{include}", False),
         EMULATOR,
