@@ -662,12 +662,12 @@ enum { DX, DA_UP, DB_UP, DBIAS, DA_DOWN, DB_DOWN, GRADIENTS };
 template <class S>
 const char *feed_forward_backward(const kron_execution &e, Int tokens, const void *dy,
                                   const void *x, const kron_product &up_call,
-                                  const kron_product &down_call, void *const *gradients) {
+                                  const kron_product &down_call, void *const *gradients,
+                                  kron_division *asked) {
   typedef Compute<S> T;
   constexpr int L = LANES<T>;
   Product<T> up, down;
-  if (!up.template set<S>(up_call) || !down.template set<S>(without_bias(down_call)))
-    return OUT_OF_MEMORY;
+  up.template set_shape<S>(up_call), down.template set_shape<S>(down_call);
   if (!meets(up, down)) return "these factors do not meet entry by entry";
   const Int k = up.factors[0].rows, width = up.factors[1].rows, n2 = up.factors[1].cols;
   const Int m2 = down.factors[1].rows, n = up.inputs(), m = down.outputs();
@@ -682,6 +682,22 @@ const char *feed_forward_backward(const kron_execution &e, Int tokens, const voi
   const Int few = smaller(workers_of(e, work), smaller(width, smaller(n2, m2)) / 4);
   const bool by_rows = few > blocks_of_all && few >= parts && units;
   if (by_rows) parts = few;
+  const Int block_size = n + m + 2 * z_size + 2 * u_size; // numbers for a token
+  if (asked) {
+    const Int lanes = smaller(MAX_NV, by_rows ? units : (units + parts - 1) / parts) * L;
+    const Int own = (n + larger(n, u_rows * width)) * lanes + small_size + k * L + da_up_size + da_down_size;
+    const Int large = up.rank * width * n2 + k * width + down.rank * m2 * width; // sums
+    const auto share = [=](Int count) { return double(largest_range(count, parts)) / double(count); };
+    if (by_rows)
+      *asked = {(parts * own + large + block_size * units * L) * Int(sizeof(T)), 1, parts, 3, parts,
+                fmax(share(width), fmax(share(n2), share(m2)))};
+    else
+      *asked = {parts * (own + large + block_size * lanes) * Int(sizeof(T)), parts, 1, 1, 1,
+                double((units + parts - 1) / parts) / double(units)};
+    return nullptr;
+  }
+  if (!up.template set<S>(up_call) || !down.template set<S>(without_bias(down_call)))
+    return OUT_OF_MEMORY;
   // The small factors' sums of each part; then each row of the others has one part.
   const Int sizes[GRADIENTS] = {0,         da_up_size,   up.rank * width * n2,
                                 k * width, da_down_size, down.rank * m2 * width};
@@ -696,7 +712,6 @@ const char *feed_forward_backward(const kron_execution &e, Int tokens, const voi
   struct Block {
     T *x, *dy, *z, *dz, *u, *du;
   };
-  const Int block_size = n + m + 2 * z_size + 2 * u_size; // numbers for a token
   const auto place = [=](T *start, Int lanes) {
     Block b;
     b.x = start, b.dy = b.x + n * lanes;
