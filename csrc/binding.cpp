@@ -323,14 +323,19 @@ PyObject *forward_division(PyObject *, PyObject *const *args, Py_ssize_t count) 
   });
 }
 
-PyObject *feed_forward_division(PyObject *, PyObject *const *args, Py_ssize_t count) {
+// Of a feed-forward block, or of its gradients.
+template <class Ask> PyObject *block_division(PyObject *const *args, Py_ssize_t count, Ask *ask) {
   Arguments a(args, count);
   const kron_execution e = a.execution();
   const int64_t dtype = a.integer(), tokens = a.integer();
   const kron_product up = a.product(), down = a.product();
-  return division(a, [&](kron_division *d) {
-    return kron_cpu_feed_forward_division(&e, dtype, tokens, &up, &down, d);
-  });
+  return division(a, [&](kron_division *d) { return ask(&e, dtype, tokens, &up, &down, d); });
+}
+PyObject *feed_forward_division(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  return block_division(args, count, kron_cpu_feed_forward_division);
+}
+PyObject *feed_forward_backward_division(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  return block_division(args, count, kron_cpu_feed_forward_backward_division);
 }
 
 PyObject *backward_division(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -456,6 +461,8 @@ PyMethodDef methods[] = {
     {"forward_division", method(forward_division), METH_FASTCALL, "kron_cpu_forward_division"},
     {"feed_forward_division", method(feed_forward_division), METH_FASTCALL,
      "kron_cpu_feed_forward_division"},
+    {"feed_forward_backward_division", method(feed_forward_backward_division), METH_FASTCALL,
+     "kron_cpu_feed_forward_backward_division"},
     {"backward_division", method(backward_division), METH_FASTCALL, "kron_cpu_backward_division"},
     {"encoder", method(encoder), METH_FASTCALL, "kron_encoder, in a capsule"},
     {"encode", method(encode), METH_FASTCALL, "kron_cpu_encode"},

@@ -107,6 +107,10 @@ const char *kron_cpu_feed_forward_backward(const kron_execution *, int64_t dtype
                                            const void *dy, const void *x, const kron_product *up,
                                            const kron_product *down, void *dx, void *da_up,
                                            void *db_up, void *dbias, void *da_down, void *db_down);
+// The division of such a call for all gradients. No data is read.
+const char *kron_cpu_feed_forward_backward_division(const kron_execution *, int64_t dtype, int64_t tokens,
+                                                    const kron_product *up, const kron_product *down,
+                                                    kron_division *);
 
 // --- a whole encoder on the CPU: a transformer that normalises after each block, such as BERT. All
 // numbers of an encoder and a batch are of one dtype.

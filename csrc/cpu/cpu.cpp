@@ -89,17 +89,39 @@ const char *kron_cpu_forward_division(const kron_execution *e, int64_t dtype, in
   return kernels(*e, dtype).forward(*e, tokens, nullptr, n_products, products, division);
 }
 
-const char *kron_cpu_feed_forward_division(const kron_execution *e, int64_t dtype, int64_t tokens,
-                                           const kron_product *up, const kron_product *down,
-                                           kron_division *division) {
+namespace {
+
+const char *check_feed_forward_division(const kron_execution *e, int64_t dtype, int64_t tokens,
+                                        const kron_product *up, const kron_product *down,
+                                        const kron_division *division) {
   if (!division) return "the division is null";
   if (const char *error = check(e, dtype)) return error;
   if (const char *error = check_shapes(up, down)) return error;
   if (const char *error = check_tokens(*up, tokens)) return error;
-  if (const char *error = check_tokens(*down, tokens)) return error;
+  return check_tokens(*down, tokens);
+}
+
+} // namespace
+
+const char *kron_cpu_feed_forward_division(const kron_execution *e, int64_t dtype, int64_t tokens,
+                                           const kron_product *up, const kron_product *down,
+                                           kron_division *division) {
+  if (const char *error = check_feed_forward_division(e, dtype, tokens, up, down, division)) return error;
   *division = {};
   if (!tokens) return nullptr;
   return kernels(*e, dtype).feed_forward(*e, tokens, nullptr, *up, *down, division);
+}
+
+const char *kron_cpu_feed_forward_backward_division(const kron_execution *e, int64_t dtype, int64_t tokens,
+                                                    const kron_product *up, const kron_product *down,
+                                                    kron_division *division) {
+  if (const char *error = check_feed_forward_division(e, dtype, tokens, up, down, division)) return error;
+  kron_division found = {};
+  const char *error = !tokens ? nullptr
+                              : kernels(*e, dtype).feed_forward_backward(*e, tokens, nullptr, nullptr, *up,
+                                                                         *down, nullptr, &found);
+  if (!error) *division = found;
+  return error;
 }
 
 const char *kron_cpu_backward(const kron_execution *e, int64_t dtype, int64_t tokens,
@@ -132,7 +154,7 @@ const char *kron_cpu_feed_forward_backward(const kron_execution *e, int64_t dtyp
   if (const char *error = check_feed_forward(up, down, tokens, x, false)) return error;
   if (tokens && !dy) return "x or dy is null";
   void *const gradients[] = {dx, da_up, db_up, dbias, da_down, db_down};
-  return kernels(*e, dtype).feed_forward_backward(*e, tokens, dy, x, *up, *down, gradients);
+  return kernels(*e, dtype).feed_forward_backward(*e, tokens, dy, x, *up, *down, gradients, nullptr);
 }
 
 namespace {

@@ -585,15 +585,16 @@ template <class T> void add_lanes(const T *lanes, Int count, T *sums) {
 
 // Entry by entry of the hidden grid, with h = A z + bias and dh = (A'ᵀ du) * act'(h): u = A' act(h),
 // dz = Aᵀ dh, and the sums over tokens dA += dh zᵀ, dA' += du act(h)ᵀ, dbias += dh (width, k). Shapes as
-// in through_hidden; an entry of dA and dA' is a vector of lanes. `hidden` holds k vectors of lanes.
+// in through_hidden, for a range of the grid's columns; an entry of dA and dA' is a vector of lanes.
+// `hidden` holds k vectors of lanes.
 template <class T, int NV>
-void back_through_hidden(const Product<T> &up, const Product<T> &down, const T *z, const T *du, T *u,
-                         T *dz, T *da, T *da2, T *dbias, T *hidden) {
+void back_through_hidden(const Product<T> &up, const Product<T> &down, Range range, const T *z, const T *du,
+                         T *u, T *dz, T *da, T *da2, T *dbias, T *hidden) {
   constexpr int L = LANES<T>, TB = NV * L;
   const kron_factor &a = up.factors[0], &a2 = down.factors[0];
   const Int width = up.factors[1].rows, step = width * TB;
   const T *bias = up.bias_data();
-  for (Int p = 0; p < width; p++) {
+  for (Int p = range.first; p < range.end; p++) {
     for (Int i = 0; i < a.rows; i++) {
       Vector<T> h[NV], dh[NV];
       KRON_UNROLL
@@ -661,79 +662,154 @@ enum { DX, DA_UP, DB_UP, DBIAS, DA_DOWN, DB_DOWN, GRADIENTS };
 template <class S>
 const char *feed_forward_backward(const kron_execution &e, Int tokens, const void *dy,
                                   const void *x, const kron_product &up_call,
-                                  const kron_product &down_call, void *const *gradients) {
+                                  const kron_product &down_call, void *const *gradients,
+                                  kron_division *asked) {
   typedef Compute<S> T;
   constexpr int L = LANES<T>;
   Product<T> up, down;
-  if (!up.template set<S>(up_call) || !down.template set<S>(without_bias(down_call)))
-    return OUT_OF_MEMORY;
+  up.template set_shape<S>(up_call), down.template set_shape<S>(down_call);
   if (!meets(up, down)) return "these factors do not meet entry by entry";
   const Int k = up.factors[0].rows, width = up.factors[1].rows, n2 = up.factors[1].cols;
   const Int m2 = down.factors[1].rows, n = up.inputs(), m = down.outputs();
   const Int z_rows = up.factors[0].cols, u_rows = down.factors[0].rows;
+  const Int z_size = up.rank * z_rows * width, u_size = down.rank * u_rows * width;
   const Int da_up_size = up.rank * k * z_rows, da_down_size = down.rank * u_rows * k;
+  const Int small_size = (da_up_size + da_down_size) * L; // sums for each lane
+  const Int units = vectors_of<T>(tokens), blocks_of_all = (units + MAX_NV - 1) / MAX_NV;
+  const double work = 3.0 * double(tokens) * double(up.multiply_adds() + down.multiply_adds());
+  // With fewer blocks than threads, columns of the hidden grid and rows of the large factors are divided.
+  Int parts = parts_of(e, units, work);
+  const Int few = smaller(workers_of(e, work), smaller(width, smaller(n2, m2)) / 4);
+  const bool by_rows = few > blocks_of_all && few >= parts && units;
+  if (by_rows) parts = few;
+  const Int block_size = n + m + 2 * z_size + 2 * u_size; // numbers for a token
+  if (asked) {
+    const Int lanes = smaller(MAX_NV, by_rows ? units : (units + parts - 1) / parts) * L;
+    const Int own = (n + larger(n, u_rows * width)) * lanes + small_size + k * L + da_up_size + da_down_size;
+    const Int large = up.rank * width * n2 + k * width + down.rank * m2 * width; // sums
+    const auto share = [=](Int count) { return double(largest_range(count, parts)) / double(count); };
+    if (by_rows)
+      *asked = {(parts * own + large + block_size * units * L) * Int(sizeof(T)), 1, parts, 3, parts,
+                fmax(share(width), fmax(share(n2), share(m2)))};
+    else
+      *asked = {parts * (own + large + block_size * lanes) * Int(sizeof(T)), parts, 1, 1, 1,
+                double((units + parts - 1) / parts) / double(units)};
+    return nullptr;
+  }
+  if (!up.template set<S>(up_call) || !down.template set<S>(without_bias(down_call)))
+    return OUT_OF_MEMORY;
+  // The small factors' sums of each part; then each row of the others has one part.
   const Int sizes[GRADIENTS] = {0,         da_up_size,   up.rank * width * n2,
                                 k * width, da_down_size, down.rank * m2 * width};
-  Int starts[GRADIENTS], sums_size = 0;
-  for (int g = 0; g < GRADIENTS; g++) starts[g] = sums_size, sums_size += sizes[g];
-  const Int units = vectors_of<T>(tokens);
-  const double work = 3.0 * double(tokens) * double(up.multiply_adds() + down.multiply_adds());
-  const Int parts = parts_of(e, units, work);
-  const PartialSums<T> sums(parts, sums_size);
-  if (!sums) return OUT_OF_MEMORY;
+  const PartialSums<T> a_sums(parts, da_up_size + da_down_size);
+  const PartialSums<T> sums(by_rows ? 1 : parts, sizes[DB_UP] + sizes[DBIAS] + sizes[DB_DOWN]);
+  if (!a_sums || !sums) return OUT_OF_MEMORY;
+  const auto db_up = [&](Int part) { return sums.of(part); };
+  const auto dbias = [&](Int part) { return sums.of(part) + sizes[DB_UP]; };
+  const auto db_down = [&](Int part) { return sums.of(part) + sizes[DB_UP] + sizes[DBIAS]; };
+
+  // What the steps below read and write: of a block of tokens.
+  struct Block {
+    T *x, *dy, *z, *dz, *u, *du;
+  };
+  const auto place = [=](T *start, Int lanes) {
+    Block b;
+    b.x = start, b.dy = b.x + n * lanes;
+    b.z = b.dy + m * lanes, b.dz = b.z + z_size * lanes;
+    b.u = b.dz + z_size * lanes, b.du = b.u + u_size * lanes;
+    return b;
+  };
+  const auto through = [&](auto nv, const Block &b, Int part, Range columns, T *small, T *hidden) {
+    constexpr int NV = decltype(nv)::value, TB = NV * L;
+    for (Int i = 0; i < up.rank; i++)
+      contract_part_along<T, NV>(LAST, up.matrix(1, i), b.x, b.z + i * z_rows * width * TB, z_rows, columns,
+                                 {0, z_rows}, false);
+    for (Int i = 0; i < down.rank; i++)
+      contract_part_along<T, NV>(LAST, down.matrix(1, i).transposed(), b.dy, b.du + i * u_rows * width * TB,
+                                 u_rows, columns, {0, u_rows}, false);
+    back_through_hidden<T, NV>(up, down, columns, b.z, b.du, b.u, b.dz, small, small + da_up_size * L,
+                               gradients[DBIAS] ? dbias(part) : nullptr, hidden);
+  };
+  const auto finish = [&](auto nv, const Block &b, Int token, Int part, Range x_cols, Range up_rows,
+                          Range down_rows, T *dx_out, T *turned) {
+    constexpr int NV = decltype(nv)::value, TB = NV * L;
+    for (Int i = 0; i < up.rank; i++) {
+      const T *dz_i = b.dz + i * z_rows * width * TB;
+      if (gradients[DX])
+        contract_part_along<T, NV>(LAST, up.matrix(1, i).transposed(), dz_i, dx_out, z_rows, x_cols,
+                                   {0, z_rows}, i > 0);
+      if (gradients[DB_UP])
+        sum_over_tokens<T, NV>(LAST, dz_i, width, up_rows, b.x, n2, z_rows, db_up(part) + i * width * n2,
+                               turned);
+    }
+    if (gradients[DB_DOWN])
+      for (Int i = 0; i < down.rank; i++)
+        sum_over_tokens<T, NV>(LAST, b.dy, m2, down_rows, b.u + i * u_rows * width * TB, width, u_rows,
+                               db_down(part) + i * m2 * width, turned);
+    const Runs runs =
+        x_cols.size() == n2 ? Runs{1, 0, 0, n} : Runs{z_rows, n2, x_cols.first, x_cols.size()};
+    write_gradient<S, NV>(dx_out, token, tokens, n, gradients[DX], runs);
+  };
+  const auto add_small = [&](const T *small, Int part) {
+    add_lanes<T>(small, da_up_size, a_sums.of(part));
+    add_lanes<T>(small + da_up_size * L, da_down_size, a_sums.of(part) + da_up_size);
+  };
+
+  T *all;
+  const Scratch<T> shared({{&all, by_rows ? block_size * units * L : 0}});
+  if (!shared) return OUT_OF_MEMORY;
+  Team team;
+  const Int stages[] = {0, parts, 2 * parts, 3 * parts};
   const char *error = split(e, units, parts, [&](Int part, Int first, Int last) {
-    const Int lanes = lanes_of<T>(first, last);
-    const Int z_size = up.rank * z_rows * width * lanes, u_size = down.rank * u_rows * width * lanes;
-    const Int small_size = (da_up_size + da_down_size) * L; // sums for each lane
-    T *dy_in, *x_in, *dx_out, *z, *dz, *u, *du, *turned, *small, *hidden;
-    const Scratch<T> scratch({{&dy_in, m * lanes},
-                              {&x_in, n * lanes},
+    const Int lanes = by_rows ? smaller(MAX_NV, units) * L : lanes_of<T>(first, last);
+    T *own, *dx_out, *turned, *small, *hidden;
+    const Scratch<T> scratch({{&own, by_rows ? 0 : block_size * lanes},
                               {&dx_out, n * lanes},
-                              {&z, z_size},
-                              {&dz, z_size},
-                              {&u, u_size},
-                              {&du, u_size},
                               {&turned, larger(n, u_rows * width) * lanes},
                               {&small, small_size},
                               {&hidden, k * L}});
     if (!scratch) return false;
-    memset(small, 0, size_t(small_size) * sizeof(T));
-    T *const da_up = small, *const da_down = small + da_up_size * L, *const sum = sums.of(part);
-    blocks<T>(first, last, [&](auto nv, Int token) {
-      constexpr int NV = decltype(nv)::value, TB = NV * L;
-      read_block<S, NV>(x, token, tokens, n, x_in);
-      read_block<S, NV>(dy, token, tokens, m, dy_in);
-      const Int z_step = z_rows * width * TB, u_step = u_rows * width * TB;
-      for (Int i = 0; i < up.rank; i++)
-        contract<T, NV>(up.matrix(1, i), x_in, z + i * z_step, z_rows, 1);
-      for (Int i = 0; i < down.rank; i++)
-        contract<T, NV>(down.matrix(1, i).transposed(), dy_in, du + i * u_step, u_rows, 1);
-      back_through_hidden<T, NV>(up, down, z, du, u, dz, da_up, da_down,
-                                 gradients[DBIAS] ? sum + starts[DBIAS] : nullptr, hidden);
-      for (Int i = 0; i < up.rank; i++) {
-        const T *dz_i = dz + i * z_step;
-        if (gradients[DX])
-          contract<T, NV>(up.matrix(1, i).transposed(), dz_i, dx_out, z_rows, 1, i > 0);
-        if (gradients[DB_UP])
-          sum_over_tokens<T, NV>(LAST, dz_i, width, {0, width}, x_in, n2, z_rows,
-                                 sum + starts[DB_UP] + i * width * n2, turned);
-      }
-      if (gradients[DB_DOWN])
-        for (Int i = 0; i < down.rank; i++)
-          sum_over_tokens<T, NV>(LAST, dy_in, m2, {0, m2}, u + i * u_step, width, u_rows,
-                                 sum + starts[DB_DOWN] + i * m2 * width, turned);
-      write_gradient<S, NV>(dx_out, token, tokens, n, gradients[DX], {1, 0, 0, n});
+    if (!by_rows) {
+      memset(small, 0, size_t(small_size) * sizeof(T));
+      blocks<T>(first, last, [&](auto nv, Int token) {
+        constexpr int NV = decltype(nv)::value;
+        const Block b = place(own, NV * L);
+        read_block<S, NV>(x, token, tokens, n, b.x);
+        read_block<S, NV>(dy, token, tokens, m, b.dy);
+        through(nv, b, part, {0, width}, small, hidden);
+        finish(nv, b, token, part, {0, n2}, {0, width}, {0, m2}, dx_out, turned);
+      });
+      add_small(small, part);
+      return true;
+    }
+    // All blocks are read, then go through the hidden grid, then give the rest.
+    team.work(stages, 3, [&](Int stage, Int item) {
+      const auto range = [=](Int count) { return range_of(count, item, parts); };
+      if (stage == 1) memset(small, 0, size_t(small_size) * sizeof(T));
+      blocks<T>(0, units, [&](auto nv, Int token) {
+        constexpr int NV = decltype(nv)::value;
+        const Block b = place(all + token * block_size, NV * L);
+        if (stage == 0) {
+          read_some<S, NV>(x, token, tokens, n, range(n), b.x);
+          read_some<S, NV>(dy, token, tokens, m, range(m), b.dy);
+        } else if (stage == 1) {
+          through(nv, b, 0, range(width), small, hidden);
+        } else {
+          finish(nv, b, token, 0, range(n2), range(width), range(m2), dx_out, turned);
+        }
+      });
+      if (stage == 1) add_small(small, item);
     });
-    add_lanes<T>(da_up, da_up_size, sum + starts[DA_UP]);
-    add_lanes<T>(da_down, da_down_size, sum + starts[DA_DOWN]);
     return true;
   });
-  const T *total = sums.total();
+  const T *a_total = a_sums.total();
+  sums.total(); // in part 0
+  const T *totals[GRADIENTS] = {nullptr, a_total, db_up(0), nullptr, a_total + da_up_size, db_down(0)};
   for (int g = DA_UP; g < GRADIENTS; g++)
-    if (gradients[g] && g != DBIAS) memcpy(gradients[g], total + starts[g], size_t(sizes[g]) * sizeof(T));
-  if (T *dbias = static_cast<T *>(gradients[DBIAS]))
+    if (gradients[g] && g != DBIAS) memcpy(gradients[g], totals[g], size_t(sizes[g]) * sizeof(T));
+  if (T *out = static_cast<T *>(gradients[DBIAS]))
     for (Int i = 0; i < k; i++)
-      for (Int p = 0; p < width; p++) dbias[i * width + p] = total[starts[DBIAS] + p * k + i];
+      for (Int p = 0; p < width; p++) out[i * width + p] = dbias(0)[p * k + i];
   return error;
 }
 

@@ -14,7 +14,8 @@ struct Kernels {
                           const kron_product &, void *dx, void *da, void *db, kron_division *);
   const char *(*feed_forward_backward)(const kron_execution &, int64_t tokens, const void *dy,
                                        const void *x, const kron_product &up,
-                                       const kron_product &down, void *const *gradients);
+                                       const kron_product &down, void *const *gradients,
+                                       kron_division *);
 };
 
 // One table for each instruction set, indexed by kron_dtype.

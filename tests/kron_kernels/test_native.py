@@ -328,6 +328,27 @@ def test_a_few_tokens_of_a_feed_forward_on_several_threads(block, tokens, dtype,
         assert all(torch.equal(y, ys[0]) for y in ys)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 25, 40])
+def test_gradients_of_a_feed_forward_of_a_few_tokens_on_several_threads(tokens, dtype, isa):
+    shapes = KronShape(16, 2, 24, 20, 16), KronShape(2, 16, 22, 24, 16)
+    up, down = (layer(s, dtype) for s in shapes)
+    assert native.fuses(up, down)
+    x = draw(shapes[0], tokens, dtype)[0]
+    dy = torch.randn(tokens, shapes[1].out_features).to(dtype)
+    given = dy, x, up, "silu", down, (True,) * 6
+    found = at_threads(lambda: native.kron_feed_forward_backward(*given))
+    wide = [t.double().requires_grad_() for t in (x, *up, *down[:2])]
+    hidden = reference.kron_matmul(*wide[:3], bias=wide[3], activation="silu")
+    exact = torch.autograd.grad(reference.kron_matmul(hidden, *wide[4:]), wide, dy.double())
+    n = tokens * sum(map(terms, shapes)) * 4
+    for grads in found:
+        for label, grad, other in zip(
+            ["x", "a1", "b1", "c1", "a2", "b2"], grads, exact, strict=True
+        ):
+            assert_close(label, grad, other, n, slack=8)
+
+
 def test_qkv_of_a_few_tokens_on_several_threads(isa):
     shapes = KronShape(2, 2, 48, 48, 64), KronShape(16, 12, 5, 8, 2), KronShape(24, 8, 4, 12, 50)
     layers = [layer(s, torch.float32) for s in shapes]
@@ -359,12 +380,13 @@ def divide(kind: str, threads: int, tokens: int, *shapes: KronShape) -> Division
         *[("feed_forward", pair) for pair in PAIRS.values()],
         ("feed_forward", [KronShape(96, 48, 32, 16), KronShape(48, 96, 16, 32)]),
         *[("backward", [s]) for s in PRESETS.values()],
+        *[("feed_forward_backward", pair) for pair in PAIRS.values()],
     ],
     ids=lambda v: v if isinstance(v, str) else "-".join(map(name, v)),
 )
 def test_the_division_of_work(kind, shapes, tokens, isa):
     """No thread has much more than its part of the work, and all have some if it is enough."""
-    work = tokens * sum(s.multiply_adds(s.order) for s in shapes) * (3 if kind == "backward" else 1)
+    work = tokens * sum(s.multiply_adds(s.order) for s in shapes) * (3 if "backward" in kind else 1)
     last = 1.0
     for threads in THREADS:
         d = divide(kind, threads, tokens, *shapes)

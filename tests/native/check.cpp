@@ -159,7 +159,9 @@ struct Call {
         kind == FORWARD ? kron_cpu_forward_division(&e, id, tokens, Int(p.size()), p.data(), &d)
         : kind == FEED_FORWARD ? kron_cpu_feed_forward_division(&e, id, tokens, &p[0], &p[1], &d)
         : kind == BACKWARD     ? kron_cpu_backward_division(&e, id, tokens, &p[0], &d)
-                               : nullptr;
+        : kind == FEED_FORWARD_BACKWARD
+            ? kron_cpu_feed_forward_backward_division(&e, id, tokens, &p[0], &p[1], &d)
+            : nullptr;
     if (error) fail(std::string("the division was refused: ") + error);
     return d;
   }
@@ -390,6 +392,7 @@ void check_refusals(Group &group, Random &r) {
     refused(FORWARDS, kron_cpu_forward_division, a.n, a.products, &division);
     refused(FEEDS, kron_cpu_feed_forward_division, up, down, &division);
     refused(BACKS, kron_cpu_backward_division, down, &division);
+    refused(FEEDS_BACK, kron_cpu_feed_forward_backward_division, up, down, &division);
   }
   const kron_execution e = {0, 2, parallel_for};
   const kron_product *p = &call.products[0].call;
@@ -397,6 +400,7 @@ void check_refusals(Group &group, Random &r) {
   group.require(kron_cpu_forward_division(&e, 0, 20, 1, p, nullptr), "taken");
   group.require(kron_cpu_feed_forward_division(&e, 0, 20, p, p, nullptr), "taken");
   group.require(kron_cpu_backward_division(&e, 0, 20, p, nullptr), "taken");
+  group.require(kron_cpu_feed_forward_backward_division(&e, 0, 20, p, p, nullptr), "taken");
   const std::string unwritten(sizeof division, '\xff');
   group.require(!memcmp(&division, unwritten.data(), sizeof division), "a refused call wrote");
   group.require(call.outputs[0].bytes(0, 1) == "\xff\xff\xff\xff", "a refused call wrote");
