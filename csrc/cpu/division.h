@@ -46,8 +46,8 @@ template <class Fits> Division divide(Int most, Int units, Fits fits) {
   const Int blocks = (units + MAX_NV - 1) / MAX_NV, whole = parts_of(units, most);
   Division d = {most, blocks, units, true};
   while (d.workers > larger(1, blocks) && !fits(d.parts())) d.workers--;
-  const bool whole_is_even = MAX_NV == 2 && whole >= d.workers && units % whole == 0;
-  if (d.workers > blocks ? d.workers >= whole && !whole_is_even : blocks % d.workers && fits(2)) return d;
+  const bool even = MAX_NV == 2 && units % whole == 0 && 8 * whole >= 7 * d.workers;
+  if (d.workers > blocks ? d.workers >= whole && !even : blocks % d.workers && fits(2)) return d;
   // Whole blocks, as many for each worker.
   return {whole, smaller(units, (blocks + whole - 1) / whole * whole), units, false};
 }
