@@ -148,8 +148,8 @@ void check_threads(Call &call, Int isa, const std::vector<std::string> &right, R
         threads_agree.require(call.batch.states[size_t(i)].intact(), "a write out of bounds");
       }
       if (pool == 0) continue; // its own threads allocate
-      // One for the order of the sequences, three numbers each, and one for all scratch.
-      const Int order = 3 * (8 * call.batch.sequences + 64);
+      // One for the order of the sequences and the teams, four numbers each, and one for all scratch.
+      const Int order = 4 * (8 * call.batch.sequences + 64);
       divisions.require(call.found_allocations <= 2, "memory is not allocated at once");
       divisions.require(call.found_allocated <= d.scratch + order, "more than the scratch");
     }
