@@ -447,6 +447,42 @@ PyObject *cuda_feed_forward_backward(PyObject *, PyObject *const *args, Py_ssize
 
 #endif
 
+// ---- whether a module is as it was
+
+// (modules, their attributes, a key, dictionaries), all lists but the key: the modules' types, the number
+// of their attributes and the attribute of this key, and the dictionaries' values, by address, as bytes.
+// 500 objects that have left the cache are read at once here, and one after another in Python.
+PyObject *identities(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  if (count != 4) {
+    PyErr_SetString(PyExc_TypeError, "identities takes three lists and a key");
+    return nullptr;
+  }
+  const Py_ssize_t modules = PyList_Size(args[0]), attributes = PyList_Size(args[1]);
+  const Py_ssize_t dictionaries = PyList_Size(args[3]);
+  if (PyErr_Occurred()) return nullptr;
+  Py_ssize_t size = modules + 2 * attributes + dictionaries;
+  for (Py_ssize_t i = 0; i < dictionaries; i++) size += PyDict_Size(PyList_GetItem(args[3], i));
+  const void **const all = static_cast<const void **>(malloc(size_t(size + 1) * sizeof(void *)));
+  if (!all) return PyErr_NoMemory();
+  const void **next = all;
+  for (Py_ssize_t i = 0; i < modules; i++) *next++ = Py_TYPE(PyList_GetItem(args[0], i));
+  for (Py_ssize_t i = 0; i < attributes; i++) {
+    PyObject *const own = PyList_GetItem(args[1], i);
+    *next++ = reinterpret_cast<const void *>(intptr_t(PyDict_Size(own)));
+    *next++ = PyDict_GetItemWithError(own, args[2]);
+  }
+  for (Py_ssize_t i = 0; i < dictionaries; i++) {
+    PyObject *const dictionary = PyList_GetItem(args[3], i), *key, *value;
+    *next++ = dictionary;
+    for (Py_ssize_t at = 0; PyDict_Next(dictionary, &at, &key, &value);) *next++ = value;
+  }
+  PyObject *found = PyBytes_FromStringAndSize(reinterpret_cast<const char *>(all),
+                                              (next - all) * Py_ssize_t(sizeof(void *)));
+  free(all);
+  if (PyErr_Occurred()) Py_CLEAR(found);
+  return found;
+}
+
 template <class F> PyCFunction method(F *f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
 }
@@ -471,6 +507,7 @@ PyMethodDef methods[] = {
     {"set_tensors", method(kron_tensors::set_tensors), METH_FASTCALL, "how to read tensors"},
     {"signature", method(kron_tensors::signature), METH_FASTCALL, "of tensors, or None"},
     {"layouts", kron_tensors::layouts, METH_O, "of a list of tensors, or None"},
+    {"identities", method(identities), METH_FASTCALL, "of modules and their children"},
     {"plan", method(plan), METH_FASTCALL, "a call without addresses, as bytes"},
     {"run_plan", method(run_plan), METH_FASTCALL, "kron_cpu_forward or kron_cpu_feed_forward"},
 #if defined(KRON_CUDA_ARCHS)

@@ -98,7 +98,6 @@ _ATTENTIONS = {"sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"], "eager": None}
 _MASKS = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in _ATTENTIONS}
 
 _hooks_of = itemgetter(*_HOOKS)
-_is_training = itemgetter("training")
 _requires_grad = attrgetter("requires_grad")
 _version = attrgetter("_version")
 
@@ -393,18 +392,16 @@ class _Plan:
         self._read_config(model.config)
         self.hooks_made = RemovableHandle.next_id
         modules = architecture.modules(model)
-        self.types = list(map(type, modules))
         self.modules = modules
         self.attributes = [module.__dict__ for module in modules]
-        self.sizes = list(map(len, self.attributes))
-        self.moded = [m.__dict__ for m in modules if type(m) not in _WITHOUT_MODE]
         self._check_modules(model)
 
-        self.children_of = [own["_modules"], *(m._modules for m in modules if m._modules)]
-        self.children = _values(self.children_of)
-        self.parameters_of = [m._parameters for m in modules if m._parameters]
-        self.present = _values(self.parameters_of)
-        self.parameters = [p for p in self.present if p is not None]
+        children_of = [own["_modules"], *(m._modules for m in modules if m._modules)]
+        parameters_of = [m._parameters for m in modules if m._parameters]
+        self.contents = [*children_of, *parameters_of]
+        self.kept = _values(self.contents)  # so that no other object gets their addresses
+        self.identities = self._identities()
+        self.parameters = [p for p in _values(parameters_of) if p is not None]
         self.read_of, self.read_names, self.read = _items(
             (attributes, name)
             for attributes in self.attributes
@@ -439,15 +436,11 @@ class _Plan:
         """
         try:
             return (
-                own["_modules"] is self.children_of[0]
+                own["_modules"] is self.contents[0]
                 and not _is_watched(own)
                 and list(self.config.values()) == self.configured
                 and self._hooks_fit()
-                and list(map(len, self.attributes)) == self.sizes
-                and list(map(type, self.modules)) == self.types
-                and True not in map(_is_training, self.moded)
-                and _values(self.children_of) == self.children
-                and _values(self.parameters_of) == self.present
+                and self._identities() == self.identities
                 and list(self.buffers_of.values()) == self.buffers
                 and list(map(_version, self.versioned)) == self.versions
                 and abi.layouts(self.tensors) == self.layouts
@@ -458,14 +451,18 @@ class _Plan:
         except (AttributeError, KeyError, RuntimeError):
             return False  # something was deleted, or a tensor compared with another one
 
+    def _identities(self) -> bytes:
+        return abi.module.identities(self.modules, self.attributes, "training", self.contents)
+
     def _hooks_fit(self) -> bool:
+        made = RemovableHandle.next_id
+        if made == self.hooks_made:
+            return True  # PyTorch has set no hook since: 900 dictionaries need not be looked at
         if any(self.unhooked) or _values(self.recording) != self.recorders:
             return False
-        made = RemovableHandle.next_id
-        if made != self.hooks_made:  # a hook was set somewhere, perhaps in a new dictionary
-            if not all(map(is_, _hook_dicts(self.attributes), self.hook_dicts)):
-                return False
-            self.hooks_made = made
+        if not all(map(is_, _hook_dicts(self.attributes), self.hook_dicts)):
+            return False  # perhaps in a new dictionary
+        self.hooks_made = made
         return True
 
     def _attention_fits(self) -> bool:
