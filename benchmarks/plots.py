@@ -91,7 +91,7 @@ def speed(layer: Results, whole: Results) -> Figure:
     bars(right, cell, [name for name in cell["ms"] if name in PAIR or name.startswith("dense")])
     threads = f"{whole['machine']['threads']} thread"
     right.set_title(f"BERT_BASE, {cell['batch']} x {cell['tokens']} tokens ({threads})")
-    return signed(figure, layer["machine"])
+    return signed(figure, layer["machine"], whole["machine"])
 
 
 def over_tokens(axes: Axes, rows: list[Row]) -> None:
@@ -372,6 +372,13 @@ def bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def signed(figure: Figure, machine: dict[str, Any]) -> Figure:
-    figure.supxlabel(title(machine), fontsize=7.5, color=DENSE_COLOR, x=0.99, ha="right")
+def signed(figure: Figure, *machines: dict[str, Any]) -> Figure:
+    """With the machines of its panels, from the left, as the figure's label."""
+    figure.supxlabel(
+        "; ".join(dict.fromkeys(map(title, machines))),
+        fontsize=7.5,
+        color=DENSE_COLOR,
+        x=0.99,
+        ha="right",
+    )
     return figure
