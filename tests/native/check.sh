@@ -66,7 +66,7 @@ asan() {
     "${host[@]}"
   export ASAN_OPTIONS=max_malloc_fill_size=1000000000:malloc_fill_byte=255
   "$folder/asan/check_encoder" --every 5 --draws 10 --work 2e5 &
-  "$folder/asan/check" --every 14 --draws 10 --work 2e4
+  "$folder/asan/check" --every 21 --draws 6 --work 2e4
   wait $!
 }
 tsan() {
