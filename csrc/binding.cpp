@@ -449,18 +449,18 @@ PyObject *cuda_feed_forward_backward(PyObject *, PyObject *const *args, Py_ssize
 
 // ---- whether a module is as it was
 
-// (modules, their attributes, a key, dictionaries), all lists but the key: the modules' types, the number
-// of their attributes and the attribute of this key, and the dictionaries' values, by address, as bytes.
-// 500 objects that have left the cache are read at once here, and one after another in Python.
+// (modules, their attributes, keys, dictionaries), all lists: the modules' types, the number of their
+// attributes and those of these keys, and the dictionaries' values, by address, as bytes. Objects that
+// have left the cache are read side by side here, and one after another in Python.
 PyObject *identities(PyObject *, PyObject *const *args, Py_ssize_t count) {
   if (count != 4) {
-    PyErr_SetString(PyExc_TypeError, "identities takes three lists and a key");
+    PyErr_SetString(PyExc_TypeError, "identities takes four lists");
     return nullptr;
   }
   const Py_ssize_t modules = PyList_Size(args[0]), attributes = PyList_Size(args[1]);
-  const Py_ssize_t dictionaries = PyList_Size(args[3]);
+  const Py_ssize_t keys = PyList_Size(args[2]), dictionaries = PyList_Size(args[3]);
   if (PyErr_Occurred()) return nullptr;
-  Py_ssize_t size = modules + 2 * attributes + dictionaries;
+  Py_ssize_t size = modules + (1 + keys) * attributes + dictionaries;
   for (Py_ssize_t i = 0; i < dictionaries; i++) size += PyDict_Size(PyList_GetItem(args[3], i));
   const void **const all = static_cast<const void **>(malloc(size_t(size + 1) * sizeof(void *)));
   if (!all) return PyErr_NoMemory();
@@ -469,7 +469,8 @@ PyObject *identities(PyObject *, PyObject *const *args, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < attributes; i++) {
     PyObject *const own = PyList_GetItem(args[1], i);
     *next++ = reinterpret_cast<const void *>(intptr_t(PyDict_Size(own)));
-    *next++ = PyDict_GetItemWithError(own, args[2]);
+    for (Py_ssize_t key = 0; key < keys; key++)
+      *next++ = PyDict_GetItemWithError(own, PyList_GetItem(args[2], key));
   }
   for (Py_ssize_t i = 0; i < dictionaries; i++) {
     PyObject *const dictionary = PyList_GetItem(args[3], i), *key, *value;

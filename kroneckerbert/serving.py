@@ -17,13 +17,12 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
 from itertools import chain
-from operator import attrgetter, getitem, is_, itemgetter
+from operator import attrgetter, getitem, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -91,6 +90,7 @@ _LAYERS = (
     KroneckerEmbedding,
     *ACTIVATIONS,
 )
+_IDENTICAL = ["training", *_HOOKS]  # attributes that must stay the same objects
 _WITHOUT_MODE = frozenset(_LAYERS) - {nn.Dropout}  # the same in training and evaluation
 _call_module = nn.Module.__call__
 # Implementations of attention that the encoder equals. None is each file's own function.
@@ -390,7 +390,6 @@ class _Plan:
         if watch := _watch(own):
             raise Unserved(f"it {watch}")
         self._read_config(model.config)
-        self.hooks_made = RemovableHandle.next_id
         modules = architecture.modules(model)
         self.modules = modules
         self.attributes = [module.__dict__ for module in modules]
@@ -398,7 +397,7 @@ class _Plan:
 
         children_of = [own["_modules"], *(m._modules for m in modules if m._modules)]
         parameters_of = [m._parameters for m in modules if m._parameters]
-        self.contents = [*children_of, *parameters_of]
+        self.contents = [*children_of, *parameters_of, *_hook_dicts(self.attributes)]
         self.kept = _values(self.contents)  # so that no other object gets their addresses
         self.identities = self._identities()
         self.parameters = [p for p in _values(parameters_of) if p is not None]
@@ -439,7 +438,6 @@ class _Plan:
                 own["_modules"] is self.contents[0]
                 and not _is_watched(own)
                 and list(self.config.values()) == self.configured
-                and self._hooks_fit()
                 and self._identities() == self.identities
                 and list(self.buffers_of.values()) == self.buffers
                 and list(map(_version, self.versioned)) == self.versions
@@ -452,18 +450,7 @@ class _Plan:
             return False  # something was deleted, or a tensor compared with another one
 
     def _identities(self) -> bytes:
-        return abi.module.identities(self.modules, self.attributes, "training", self.contents)
-
-    def _hooks_fit(self) -> bool:
-        made = RemovableHandle.next_id
-        if made == self.hooks_made:
-            return True  # PyTorch has set no hook since: 900 dictionaries need not be looked at
-        if any(self.unhooked) or _values(self.recording) != self.recorders:
-            return False
-        if not all(map(is_, _hook_dicts(self.attributes), self.hook_dicts)):
-            return False  # perhaps in a new dictionary
-        self.hooks_made = made
-        return True
+        return abi.module.identities(self.modules, self.attributes, _IDENTICAL, self.contents)
 
     def _attention_fits(self) -> bool:
         name = self.attention
@@ -487,10 +474,6 @@ class _Plan:
         self.return_dict = config.return_dict
 
     def _check_modules(self, model: Any) -> None:
-        self.hook_dicts = list(_hook_dicts(self.attributes))
-        self.unhooked = [hooks for hooks in self.hook_dicts if not hooks]
-        self.recording = [hooks for hooks in self.hook_dicts if hooks]
-        self.recorders = _values(self.recording)
         for module, own in zip(self.modules, self.attributes, strict=True):
             reason = _watch(own)
             if own["training"] and type(module) not in _WITHOUT_MODE:

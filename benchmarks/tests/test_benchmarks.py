@@ -9,20 +9,13 @@ from typer.testing import CliRunner
 from benchmarks import __main__ as command
 from benchmarks import calls, layers, machine, peers, plots, training
 
+pytestmark = pytest.mark.usefixtures("small_machine")
+
 
 def invoke(*arguments: str) -> str:
     done = CliRunner().invoke(command.app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
-
-
-@pytest.fixture(autouse=True)
-def small_machine(monkeypatch):
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(machine, "gemm_rate", lambda: 80.0)
-    monkeypatch.setattr(machine, "bandwidth", lambda: 20.0)
-    monkeypatch.setattr(machine.psutil, "cpu_percent", lambda interval: 0.0)
 
 
 def test_a_cell_is_measured_written_shown_and_compared(tmp_path, monkeypatch):

@@ -17,19 +17,12 @@ from kron_kernels.backends import native
 from kroneckerbert import KroneckerBertConfig
 from kroneckerbert.serving import why_not
 
+pytestmark = pytest.mark.usefixtures("small_machine")
+
 # The vocabulary is that of the tokenizer.
 SMALL = BertConfig(
     hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128
 )
-
-
-@pytest.fixture(autouse=True)
-def small_machine(monkeypatch):
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(machine, "gemm_rate", lambda: 80.0)
-    monkeypatch.setattr(machine, "bandwidth", lambda: 20.0)
-    monkeypatch.setattr(machine.psutil, "cpu_percent", lambda interval: 0.0)
 
 
 def entries(module: torch.nn.Module) -> int:

@@ -9,11 +9,14 @@ namespace {
 
 typedef As<int32_t, Bits> Ints;
 
-// e^x within 2 units in the last place; 0 below -87.3 (no subnormals), infinity above 88.7.
-KRON_INLINE Floats exp(Floats x) {
-  const float magic = 12582912.f; // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  Floats shifted = x * 1.44269504f + magic;
-  Floats n = shifted - magic;
+// e^x = p * 2^n, n in the low bits of `shifted`, for x whose n has a float.
+struct Power {
+  Floats p, shifted;
+};
+constexpr float MAGIC = 12582912.f; // 1.5 * 2^23: adding it rounds to an integer in the low bits
+KRON_INLINE Power power_of_e(Floats x) {
+  Floats shifted = x * 1.44269504f + MAGIC;
+  Floats n = shifted - MAGIC;
   Floats f = x - n * 0.693145752f - n * 1.42860677e-6f; // ln 2 in two parts
   Floats p = Floats{} + 1.9875691500e-4f; // Cephes' polynomial
   p = p * f + 1.3981999507e-3f;
@@ -21,23 +24,33 @@ KRON_INLINE Floats exp(Floats x) {
   p = p * f + 4.1665795894e-2f;
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.f;
+  return {p * f * f + f + 1.f, shifted};
+}
+
+// e^x within 2 units in the last place; 0 below -87.3 (no subnormals), infinity above 88.7.
+KRON_INLINE Floats exp(Floats x) {
+  const Power e = power_of_e(x);
   // Two factors of 2^(n/2), since 2^128 is not a float.
-  Bits k = bits_of<Bits>(shifted) - bits_of<uint32_t>(magic);
+  Bits k = bits_of<Bits>(e.shifted) - bits_of<uint32_t>(MAGIC);
   Bits half = bits_of<Bits>(bits_of<Ints>(k) >> 1);
-  Floats y = p * bits_of<Floats>((half + 127) << 23) * bits_of<Floats>((k - half + 127) << 23);
+  Floats y = e.p * bits_of<Floats>((half + 127) << 23) * bits_of<Floats>((k - half + 127) << 23);
   y = x < -87.33f ? Floats{} : y;
   y = x > 88.72f ? Floats{} + __builtin_inff() : y;
+  return x != x ? x : y;
+}
+// The same for x <= 0, with 2^n added to the exponent; about 1e-38 below -87.3.
+KRON_INLINE Floats exp_below_zero(Floats x) {
+  const Power e = power_of_e(x < -87.33f ? Floats{} - 87.33f : x);
+  const Floats y = bits_of<Floats>(bits_of<Bits>(e.p) + (bits_of<Bits>(e.shifted) << 23));
   return x != x ? x : y;
 }
 
 // e^(-a²/2) for 0 <= a <= 13.2, as a power of two, of which the least is 2^-125.7. benchmarks/fit_gelu.py
 // found the minimax coefficients here and below.
 KRON_INLINE Floats gauss(Floats a) {
-  const float magic = 12582912.f; // as in exp
   const Floats u = -0.72134752f * a;
-  const Floats shifted = u * a + magic;
-  const Floats f = u * a - (shifted - magic);
+  const Floats shifted = u * a + MAGIC;
+  const Floats f = u * a - (shifted - MAGIC);
   Floats p = Floats{} + 1.32647266e-3f;
   p = p * f + 9.67151295e-3f;
   p = p * f + 5.55073364e-2f;

@@ -4,22 +4,6 @@
 
 namespace {
 
-// e^x for x <= 0; 0 below -87.3.
-KRON_INLINE Floats exp_below_zero(Floats x) {
-  const float magic = 12582912.f; // as in exp
-  x = x < -87.33f ? Floats{} - 87.34f : x;
-  const Floats shifted = x * 1.44269504f + magic, n = shifted - magic;
-  const Floats f = x - n * 0.693145752f - n * 1.42860677e-6f;
-  Floats p = Floats{} + 1.9875691500e-4f;
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.f;
-  p = bits_of<Floats>(bits_of<Bits>(p) + (bits_of<Bits>(shifted) << 23));
-  return x != x ? x : p;
-}
 KRON_INLINE Vector<double> exp_below_zero(Vector<double> x) {
   for (int l = 0; l < LANES<double>; l++) x[l] = ::exp(x[l]);
   return x;

@@ -1,5 +1,8 @@
 """The backends of a CPU with the dtypes they support; native with each instruction set here."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from kron_kernels.backends import native
@@ -16,3 +19,16 @@ def backend_of(engine: str, monkeypatch) -> str:
         return engine
     monkeypatch.setattr(native, "_isa", SETS.index(engine))
     return "native"
+
+
+def at_threads(call: Callable[[], Any]) -> list:
+    """What a call gives with 1, 2 and 5 threads."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(call())
+        return results
+    finally:
+        torch.set_num_threads(before)

@@ -5,6 +5,7 @@ import random
 import encoders
 import pytest
 import torch
+from engines import at_threads
 from torch import Tensor
 
 from kron_kernels.backends import abi, native
@@ -133,23 +134,6 @@ def compare(arguments, ids, mask=None, **given) -> None:
             assert torch.equal(y, other[i]), f"state {i} depends on the number of threads"
     last = Encoder(*arguments)(ids, mask, **given)
     assert len(last) == 1 and torch.equal(last[0], found[-1][-1])
-
-
-def at_threads(call) -> list:
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(call())
-        return results
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture(params=range(native._isa + 1), ids=lambda isa: native._ISAS[isa])
-def isa(request, monkeypatch):
-    monkeypatch.setattr(native, "_isa", request.param)
 
 
 @pytest.mark.parametrize("dtype", abi.DTYPES, ids=str)

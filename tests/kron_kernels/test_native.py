@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from engines import at_threads
 
 import kron_kernels
 from kron_kernels import (
@@ -250,19 +251,6 @@ def test_results_do_not_depend_on_threads_and_repeat_exactly(two_threads):
 def most_of_few(isa: str) -> int:
     """Up to two vectors of float32 tokens may be computed in another order on one thread."""
     return {"portable": 8, "avx2": 16, "avx512": 32}[isa]
-
-
-def at_threads(call) -> list:
-    """What a call gives with 1, 2 and 5 threads."""
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(call())
-        return results
-    finally:
-        torch.set_num_threads(before)
 
 
 # Enough terms that a few tokens are work for five threads, and their blocks fewer than these. The

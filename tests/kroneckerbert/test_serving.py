@@ -195,8 +195,6 @@ def test_each_kind_of_layer(name, kind, calls):
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_each_head(name, cls, calls):
-    if "LMHead" in cls.__name__ or "CausalLM" in cls.__name__:
-        pytest.skip("decodes")
     model = student(name, cls=cls)
     inputs = batch(model)
     expected = inputs

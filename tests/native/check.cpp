@@ -544,28 +544,19 @@ std::vector<Case> divided_cases() {
 } // namespace
 
 int main(int count, char **arguments) {
-  Int seed = 1, draws = 200, every = 1;
-  double work = 1e6;
+  const Options options(count, arguments, 200, 1e6);
   Random r;
-  for (int i = 1; i < count; i++) {
-    const std::string name = arguments[i], value = i + 1 < count ? arguments[i + 1] : "0";
-    if (name == "--self-test") return self_test(r), 0;
-    else if (name == "--seed") seed = std::stoll(value), i++;
-    else if (name == "--draws") draws = std::stoll(value), i++;
-    else if (name == "--every") every = std::stoll(value), i++;
-    else if (name == "--work") work = std::stod(value), i++;
-    else return printf("no such option: %s\n", name.c_str()), 2;
-  }
-  r.bits.seed(uint64_t(seed));
+  if (options.first == "--self-test") return self_test(r), 0;
+  if (!options.first.empty()) return no_such(options.first);
+  r.bits.seed(uint64_t(options.seed));
   std::vector<Case> cases;
-  const std::vector<Case> chosen = chosen_cases(r);
-  for (size_t i = 0; i < chosen.size(); i += size_t(every)) cases.push_back(chosen[i]);
-  for (const Case &c : drawn_cases(draws, r)) cases.push_back(c);
-  for (const Case &c : divided_cases()) cases.push_back(c);
+  for (const Case &c : each(options.every, chosen_cases(r))) cases.push_back(c);
+  for (const Case &c : drawn_cases(options.draws, r)) cases.push_back(c);
+  for (const Case &c : each(options.every, divided_cases())) cases.push_back(c);
 
   Group groups[] = {{KINDS[0]}, {KINDS[1]}, {KINDS[2]}, {KINDS[3]}, {KINDS[4]}};
   Group rounding{"16-bit rounding"}, refusals{"refusals"};
-  for (const Case &c : cases) check(groups[c.kind], c, work, r);
+  for (const Case &c : cases) check(groups[c.kind], c, options.work, r);
   for (int dtype : {KRON_BFLOAT16, KRON_FLOAT16}) check_rounding(rounding, DTYPES[dtype], r);
   check_refusals(refusals, r);
   if (!divided.cases) fail("no work was divided among threads");

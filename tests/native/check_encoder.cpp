@@ -596,23 +596,14 @@ std::vector<Recipe> chosen_cases() {
 } // namespace
 
 int main(int count, char **arguments) {
-  Int seed = 1, draws = 100, every = 1;
-  double work = 1e7;
+  const Options options(count, arguments, 100, 1e7);
   Random r;
-  for (int i = 1; i < count; i++) {
-    const std::string name = arguments[i], value = i + 1 < count ? arguments[i + 1] : "0";
-    if (name == "--self-test") return self_test(r), 0;
-    else if (name == "--division") return check_presets(true), 0;
-    else if (name == "--seed") seed = std::stoll(value), i++;
-    else if (name == "--draws") draws = std::stoll(value), i++;
-    else if (name == "--every") every = std::stoll(value), i++;
-    else if (name == "--work") work = std::stod(value), i++;
-    else return printf("no such option: %s\n", name.c_str()), 2;
-  }
-  r.bits.seed(uint64_t(seed));
-  const std::vector<Recipe> chosen = chosen_cases();
-  for (size_t i = 0; i < chosen.size(); i += size_t(every)) check(chosen[i], work, r);
-  for (Int i = 0; i < draws; i++) check(drawn(i, r), work, r);
+  if (options.first == "--self-test") return self_test(r), 0;
+  if (options.first == "--division") return check_presets(true), 0;
+  if (!options.first.empty()) return no_such(options.first);
+  r.bits.seed(uint64_t(options.seed));
+  for (const Recipe &c : each(options.every, chosen_cases())) check(c, options.work, r);
+  for (Int i = 0; i < options.draws; i++) check(drawn(i, r), options.work, r);
   check_refusals(r);
   check_presets(false);
   for (const Group *g : {&numbers, &threads_agree, &poisoned, &divisions, &refusals}) g->print();

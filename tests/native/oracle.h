@@ -272,6 +272,31 @@ inline int32_t parallel_for(int64_t begin, int64_t end, int64_t, kron_range fn, 
   return 0;
 }
 
+// The options of both programs; `first` is one that only one of them has.
+struct Options {
+  Int seed = 1, draws, every = 1;
+  double work;
+  std::string first;
+  Options(int count, char **arguments, Int draws, double work) : draws(draws), work(work) {
+    for (int i = 1; i < count; i++) {
+      const std::string name = arguments[i], value = i + 1 < count ? arguments[i + 1] : "0";
+      if (name == "--seed") seed = std::stoll(value), i++;
+      else if (name == "--draws") this->draws = std::stoll(value), i++;
+      else if (name == "--every") every = std::stoll(value), i++;
+      else if (name == "--work") this->work = std::stod(value), i++;
+      else first = name;
+    }
+  }
+};
+inline int no_such(const std::string &option) { return printf("no such option: %s\n", option.c_str()), 2; }
+
+// Every n-th of some cases.
+template <class Case> std::vector<Case> each(Int n, const std::vector<Case> &cases) {
+  std::vector<Case> some;
+  for (size_t i = 0; i < cases.size(); i += size_t(n)) some.push_back(cases[i]);
+  return some;
+}
+
 const char *const ISAS[] = {"portable", "avx2", "avx512"};
 
 struct Group {
