@@ -401,6 +401,18 @@ def test_hooks_of_the_pooler_are_called(calls):
     assert len(seen) == 1
 
 
+def test_a_hook_that_no_method_registered_is_called(calls):
+    model = student()
+    inputs = batch(model)
+    assert_served(model, calls, inputs)  # now it has a plan
+    seen: list[None] = []
+    dense = model.encoder.layer[0].intermediate.dense
+    dense._forward_hooks[0] = lambda *given: seen.append(None)
+    model(**inputs)
+    assert seen and len(calls) == 1
+    assert "has a hook" in serving.why_not(model)
+
+
 def test_recorders_of_transformers_do_not_stop_the_encoder(calls):
     model = student(_attn_implementation="eager")
     assert_served(model, calls)
