@@ -26,7 +26,7 @@ def run(sanitizer, *arguments, watched=emulator.MATH):
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("sanitizer", SOME)
+@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.slow)])
 def test_some_kernels(sanitizer):
     run(sanitizer, "-k", SOME[sanitizer], watched=MATH[sanitizer])
 
