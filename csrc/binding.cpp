@@ -49,6 +49,7 @@ public:
     kron_execution e;
     e.isa = integer(), e.threads = integer();
     e.parallel_for = reinterpret_cast<kron_parallel_for>(pointer());
+    e.bytes = integer();
     return e;
   }
   kron_product product() {
@@ -60,6 +61,7 @@ public:
       f.data = pointer(), f.rows = integer(), f.cols = integer();
       f.rank_stride = integer(), f.row_stride = integer(), f.col_stride = integer();
       p.turns[i] = integer();
+      f.scale = static_cast<const float *>(pointer()), f.scale_rank_stride = integer();
     }
     return p;
   }
@@ -170,8 +172,8 @@ PyObject *plan(PyObject *, PyObject *const *args, Py_ssize_t count) {
   return PyBytes_FromStringAndSize(reinterpret_cast<const char *>(&p), sizeof p);
 }
 
-// (plan, isa, threads, parallel_for, x, and factors, bias, residual and y of each product): tensors, or
-// None for no bias, no residual, or no y.
+// (plan, isa, threads, parallel_for, bytes, x, and factors, bias, residual and y of each product): tensors, or
+// None for no bias, no residual, or no y. A factor in int8 is followed by its scale.
 PyObject *run_plan(PyObject *, PyObject *const *args, Py_ssize_t count) {
   char *bytes;
   Py_ssize_t size;
@@ -191,8 +193,10 @@ PyObject *run_plan(PyObject *, PyObject *const *args, Py_ssize_t count) {
   const void *x = a.tensor();
   for (int64_t i = 0; i < p.n_products; i++) {
     kron_product &product = p.products[i];
-    for (int64_t f = 0; f < product.n_factors && f < KRON_MAX_FACTORS; f++)
+    for (int64_t f = 0; f < product.n_factors && f < KRON_MAX_FACTORS; f++) {
       product.factors[f].data = a.tensor();
+      if (product.factors[f].scale) product.factors[f].scale = static_cast<const float *>(a.tensor());
+    }
     product.bias = a.tensor(), product.residual = a.tensor(), product.y = a.tensor();
   }
   return run(a, [&] {
@@ -350,6 +354,12 @@ PyObject *backward_division(PyObject *, PyObject *const *args, Py_ssize_t count)
 
 PyObject *isa(PyObject *, PyObject *) { return PyLong_FromLongLong(kron_cpu_isa()); }
 
+PyObject *bytes(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const int64_t set = a.integer();
+  return a.complete() ? PyLong_FromLongLong(kron_cpu_bytes(set)) : nullptr;
+}
+
 #if defined(KRON_CUDA_ARCHS)
 
 // None for nullptr, otherwise the text.
@@ -505,6 +515,7 @@ PyMethodDef methods[] = {
     {"encode", method(encode), METH_FASTCALL, "kron_cpu_encode"},
     {"encode_division", method(encode_division), METH_FASTCALL, "kron_cpu_encode_division"},
     {"isa", isa, METH_NOARGS, "kron_cpu_isa"},
+    {"bytes", method(bytes), METH_FASTCALL, "kron_cpu_bytes"},
     {"set_tensors", method(kron_tensors::set_tensors), METH_FASTCALL, "how to read tensors"},
     {"signature", method(kron_tensors::signature), METH_FASTCALL, "of tensors, or None"},
     {"layouts", kron_tensors::layouts, METH_O, "of a list of tensors, or None"},

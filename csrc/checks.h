@@ -59,6 +59,34 @@ inline const char *check_shape(const kron_product *product) {
   return nullptr;
 }
 
+constexpr const char *NO_GRADIENT = "int8 factors have no gradient";
+// So many products of two bytes fit into a sum of 32 bits.
+constexpr int64_t MOST_COLUMNS_OF_INT8 = 65536;
+
+inline bool has_int8(const kron_product &p) {
+  for (int64_t i = 0; i < p.n_factors; i++)
+    if (p.factors[i].scale) return true;
+  return false;
+}
+// Checks int8 factors of a product whose shape was checked.
+inline const char *check_int8(const kron_product &p, int64_t dtype) {
+  if (!has_int8(p)) return nullptr;
+  if (dtype == KRON_FLOAT64) return "int8 factors are not for float64";
+  if (p.n_factors > 2) return "there are int8 factors for up to two";
+  const kron_factor &a = p.factors[0], &b = p.factors[1];
+  const bool a_column = p.n_factors == 2 && a.cols == 1 && b.rows == 1;
+  const bool b_column = p.n_factors == 2 && !a_column && a.rows == 1 && b.cols == 1;
+  for (int64_t i = 0; i < p.n_factors; i++) {
+    const kron_factor &f = p.factors[i];
+    if (!f.scale) continue;
+    if (f.cols > MOST_COLUMNS_OF_INT8) return "an int8 factor has more than 65536 columns";
+    if (!(i ? b_column : a_column)) continue;
+    if (p.rank > MOST_COLUMNS_OF_INT8) return "an int8 factor has more than 65536 terms";
+    if (p.rank > 1 && f.scale_rank_stride) return "int8 columns must share their scales";
+  }
+  return nullptr;
+}
+
 inline const char *check_tokens(const kron_product &p, int64_t tokens) {
   if (tokens < 0) return "the number of tokens must not be negative";
   const double m = double(rows_of(p)), n = double(columns_of(p));
@@ -118,19 +146,20 @@ inline const char *check_products(int64_t n_products, const kron_product *produc
 // ---- encoders ----------------------------------------------------------------------------------
 
 // One part of a linear layer, or a table, of one or two factors.
-inline const char *check_part(const kron_product &p) {
+inline const char *check_part(const kron_product &p, int64_t dtype) {
   if (const char *error = check_shape(&p)) return error;
   if (p.n_factors > 2) return "a layer's part must have one or two factors";
+  if (const char *error = check_int8(p, dtype)) return error;
   for (int64_t i = 0; i < p.n_factors; i++)
     if (!p.factors[i].data) return "a factor is null";
   return nullptr;
 }
 // A linear layer from `columns` to `rows` features; 0 stands for any, and becomes the layer's number.
-inline const char *check_linear(const kron_linear &l, int64_t &rows, int64_t &columns) {
+inline const char *check_linear(const kron_linear &l, int64_t dtype, int64_t &rows, int64_t &columns) {
   if (l.n_parts < 1 || l.n_parts > MOST_NUMBERS) return "a linear layer has no part";
   if (!l.parts) return "a linear layer's parts are null";
   for (const kron_product *p = l.parts; p < l.parts + l.n_parts; p++) {
-    if (const char *error = check_part(*p)) return error;
+    if (const char *error = check_part(*p, dtype)) return error;
     if (!rows) rows = rows_of(*p);
     if (!columns) columns = columns_of(*p);
     if (rows != rows_of(*p) || columns != columns_of(*p)) return "a linear layer's size does not fit";
@@ -138,7 +167,7 @@ inline const char *check_linear(const kron_linear &l, int64_t &rows, int64_t &co
   return nullptr;
 }
 
-inline const char *check_encoder(const kron_encoder *encoder) {
+inline const char *check_encoder(const kron_encoder *encoder, int64_t dtype) {
   if (!encoder) return "the encoder is null";
   const kron_encoder &e = *encoder;
   if (e.n_tables < 1 || e.n_tables > KRON_MAX_TABLES) return "there must be 1 to 3 tables";
@@ -146,23 +175,23 @@ inline const char *check_encoder(const kron_encoder *encoder) {
   if (e.heads < 1) return "there must be heads";
   int64_t width = 0, table_width = 0, attention = 0;
   for (int64_t t = 0; t < e.n_tables; t++) {
-    if (const char *error = check_part(e.tables[t])) return error;
+    if (const char *error = check_part(e.tables[t], dtype)) return error;
     if (table_width && table_width != columns_of(e.tables[t])) return "the tables' widths differ";
     table_width = columns_of(e.tables[t]);
   }
   if (e.projection.n_parts) {
-    if (const char *error = check_linear(e.projection, width, table_width)) return error;
+    if (const char *error = check_linear(e.projection, dtype, width, table_width)) return error;
   } else {
     width = table_width;
   }
   for (const kron_layer *l = e.layers; l < e.layers + e.n_layers; l++) {
     int64_t hidden = 0;
-    if (const char *error = check_linear(l->query, attention, width)) return error;
-    if (const char *error = check_linear(l->key, attention, width)) return error;
-    if (const char *error = check_linear(l->value, attention, width)) return error;
-    if (const char *error = check_linear(l->output, width, attention)) return error;
-    if (const char *error = check_linear(l->up, hidden, width)) return error;
-    if (const char *error = check_linear(l->down, width, hidden)) return error;
+    if (const char *error = check_linear(l->query, dtype, attention, width)) return error;
+    if (const char *error = check_linear(l->key, dtype, attention, width)) return error;
+    if (const char *error = check_linear(l->value, dtype, attention, width)) return error;
+    if (const char *error = check_linear(l->output, dtype, width, attention)) return error;
+    if (const char *error = check_linear(l->up, dtype, hidden, width)) return error;
+    if (const char *error = check_linear(l->down, dtype, width, hidden)) return error;
     if (l->activation < KRON_NONE || l->activation > KRON_SILU) return "there is no such activation";
   }
   return attention % e.heads ? "the heads must divide the rows of query, key and value" : nullptr;

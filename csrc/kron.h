@@ -13,7 +13,7 @@ extern "C" {
 
 // Incremented with every change of a structure, an enum or an argument. kron_abi() returns the number of
 // the library: compare the two before the first call.
-enum { KRON_ABI = 2 };
+enum { KRON_ABI = 3 };
 int64_t kron_abi(void);
 
 enum kron_dtype { KRON_FLOAT32, KRON_FLOAT64, KRON_BFLOAT16, KRON_FLOAT16 };
@@ -23,10 +23,19 @@ enum kron_isa { KRON_PORTABLE, KRON_AVX2, KRON_AVX512 }; // on ARM, KRON_PORTABL
 enum { KRON_MAX_FACTORS = 8, KRON_MAX_PRODUCTS = 4 };
 
 // A factor (rank, rows, cols) with any strides: a transposed factor needs no copy.
+//
+// With a scale its entries are int8, and entry j of row i of term k stands for
+// data[...] * scale[k * scale_rank_stride + i]. A product contracts such a factor in integers: of each
+// vector that the factor multiplies, entries are rounded to multiples of its largest one / 127. A vector with
+// an entry that is not finite gives NaN. Terms of a column and a row each must share the columns' scales
+// (scale_rank_stride 0). The CPU functions take such factors in products and tables of up to two factors, in
+// float32 and the 16-bit dtypes, but not where gradients are computed.
 typedef struct {
   const void *data;
   int64_t rows, cols;
   int64_t rank_stride, row_stride, col_stride;
+  const float *scale; // or null
+  int64_t scale_rank_stride;
 } kron_factor;
 
 // y = act((Σ_k F_1k ⊗ F_2k ⊗ …) x + bias) + residual, in contiguous rows.
@@ -52,10 +61,14 @@ typedef struct {
   // kron_cpu_feed_forward_backward, and of a few tokens, which one thread may compute in another order.
   int64_t threads;
   kron_parallel_for parallel_for;
+  int64_t bytes; // not 0: int8 factors by an instruction that multiplies bytes, if kron_cpu_bytes(isa)
 } kron_execution;
 
 // The widest instruction set of this machine for which the library has kernels.
 int64_t kron_cpu_isa(void);
+// Whether this machine has an instruction for sums of four products of bytes, in vectors of this set: VNNI, or
+// dotprod on ARM. Otherwise bytes are widened to 16 bits, which gives the same sums.
+int64_t kron_cpu_bytes(int64_t isa);
 
 // 1 to KRON_MAX_PRODUCTS products of the same x (tokens, n), which each thread reads once.
 const char *kron_cpu_forward(const kron_execution *, int64_t dtype, int64_t tokens, const void *x,

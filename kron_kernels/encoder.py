@@ -7,6 +7,7 @@ nothing is copied, so a change of a weight's numbers counts at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,16 @@ from torch import Tensor
 
 from kron_kernels.backends import abi, native
 from kron_kernels.checks import Activation
+from kron_kernels.int8 import Factor, Int8Factor, check_int8, columns_of
+
+# (weight (m, n),), in int8 (1, m, n), or (a (r, m1, n1), b (r, m2, n2)).
+Part = tuple[Factor, ...]
 
 
 class Linear(NamedTuple):
     """``y = x (Σ_p W_p)ᵀ + bias``."""
 
-    parts: Sequence[tuple[Tensor, ...]]  # (weight (m, n),) or (a (r, m1, n1), b (r, m2, n2)) each
+    parts: Sequence[Part]
     bias: Tensor | None  # (m,)
 
 
@@ -48,7 +53,7 @@ class Layer(NamedTuple):
 class Embedding(NamedTuple):
     """``projection(norm(the sum of a row of each table))``."""
 
-    tables: Sequence[tuple[Tensor, ...]]  # one to three: (weight,) or (a (r, rows, c), b (r, 1, d))
+    tables: Sequence[Part]  # one to three: (weight,), or (a (r, rows, c), b (r, 1, d))
     norm: Norm
     projection: Linear | None
 
@@ -65,7 +70,7 @@ class Division(NamedTuple):
 
 
 class Encoder:
-    """See ``__call__``. All tensors have one dtype, on the CPU, and are kept alive.
+    """See ``__call__``. Tensors are on the CPU, of one dtype but for int8 factors, and kept alive.
 
     Args:
         embedding: Tables of which one row each is added for a token.
@@ -79,6 +84,7 @@ class Encoder:
 
     def __init__(self, embedding: Embedding, layers: Sequence[Layer], heads: int, scale: float):
         self.tensors: list[Tensor] = []
+        self.scales: list[Tensor] = []  # float32, contiguous
         projection = embedding.projection
         numbers: list[float] = [heads, float(scale), len(embedding.tables), len(layers)]
         for table in embedding.tables:
@@ -90,7 +96,7 @@ class Encoder:
             numbers += [*self._norm(layer.attention_norm), *self._linear(layer.up)]
             numbers += [abi.ACTIVATIONS[layer.activation], *self._linear(layer.down)]
             numbers += self._norm(layer.output_norm)
-        first = self.tensors[0]
+        first = next((t for t in self.tensors if t.dtype != torch.int8), self.tensors[0])
         self.dtype, self.n_layers, self.heads = first.dtype, len(layers), heads
         self.tables = [_rows_and_width(table) for table in embedding.tables]
         self.width = _rows(layers[0].output)
@@ -101,16 +107,22 @@ class Encoder:
         if reason := native.why_not(first):
             raise ValueError(f"the encoder cannot serve these tensors: {reason}.")
         for t in self.tensors:
-            if t.dtype != self.dtype or t.device != first.device:
+            if t.device != first.device or t.dtype not in (self.dtype, torch.int8):
                 raise ValueError(
                     f"the encoder's tensors must have one dtype and device, got {self.dtype} on "
                     f"{first.device} and {t.dtype} on {t.device}."
                 )
 
-    def _part(self, factors: tuple[Tensor, ...]) -> list[int]:
-        self.tensors += factors
-        if len(factors) == 1:
-            factors = (factors[0].unsqueeze(0),)  # (1, m, n)
+    def _part(self, factors: Part) -> list[int]:
+        for i, f in enumerate(factors):
+            if isinstance(f, Int8Factor):
+                check_int8(f"factor {i}", f, i == columns_of(factors))
+                self.tensors.append(f.values)
+                self.scales.append(f.scale)
+            else:
+                self.tensors.append(f)
+        if factors[0].ndim == 2:
+            factors = (factors[0].unsqueeze(0),)  # type: ignore[union-attr]
         return abi.product(factors, None, None, None, None)
 
     def _vector(self, t: Tensor | None) -> int:
@@ -188,7 +200,8 @@ class Encoder:
         mask, *ids, embeddings, distance_bias = map(abi.address, given)
         return [
             self._encoder,
-            *(native._isa, native._threads(), native._POOL, abi.DTYPES[self.dtype]),
+            *native._execution(),
+            abi.DTYPES[self.dtype],
             *(shape[0], shape[1], mask, *ids, *[0] * (3 - len(ids))),
             *(embeddings, distance_bias),
         ]
@@ -237,11 +250,8 @@ class Encoder:
                 )
 
 
-def _rows_and_width(table: tuple[Tensor, ...]) -> tuple[int, int]:
-    if len(table) == 1:
-        return table[0].shape[0], table[0].shape[1]
-    a, b = table
-    return a.shape[1] * b.shape[1], a.shape[2] * b.shape[2]
+def _rows_and_width(factors: Part) -> tuple[int, int]:
+    return prod(f.shape[-2] for f in factors), prod(f.shape[-1] for f in factors)
 
 
 def _rows(linear: Linear) -> int:

@@ -99,7 +99,7 @@ def swap_(
         shapes = shapes_of(parts, (rows, columns), is_table, f"factors[{path!r}]")
         check_ranks(shapes, f"factors[{path!r}]")
         new[layer] = make(path, layer, shapes)
-    return _replaced(module, new)
+    return replaced(module, new)
 
 
 def densify_(module: nn.Module) -> nn.Module:
@@ -133,7 +133,7 @@ def densify_(module: nn.Module) -> nn.Module:
             visit(f"{path}.{name}" if path else name, child)
 
     visit("", module)
-    return _replaced(module, dense)
+    return replaced(module, dense)
 
 
 def dense_layer(
@@ -164,7 +164,7 @@ def _as_linear(conv: nn.Linear) -> nn.Linear:
     return filled(linear, like=conv, weight=as_trainable(weight, conv.weight), bias=bias)
 
 
-def _replaced(module: nn.Module, new: Mapping[Any, nn.Module]) -> nn.Module:
+def replaced(module: nn.Module, new: Mapping[Any, nn.Module]) -> nn.Module:
     """Put ``new[layer]`` in every place of a layer."""
     for parent, name, layer in list(_children(module)):
         if layer in new:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kron_kernels import autograd, dispatch, ops
+from kron_kernels import autograd, dispatch, int8_products, ops
 from kron_kernels.backends import BACKENDS, eager, native
 from kron_kernels.checks import (
     Activation,
@@ -22,6 +22,7 @@ from kron_kernels.checks import (
     named,
 )
 from kron_kernels.dispatch import BackendName
+from kron_kernels.int8 import Int8Factor, are_floating
 from kron_kernels.repeats import Repeats, call_key
 from kron_kernels.shapes import check_integer
 
@@ -30,7 +31,7 @@ _matmuls, _qkvs, _blocks = Repeats(), Repeats(), Repeats()
 
 def kron_matmul(
     x: Tensor,
-    *factors: Tensor,
+    *factors: Tensor | Int8Factor,
     bias: Tensor | None = None,
     activation: Activation | None = None,
     residual: Tensor | None = None,
@@ -52,7 +53,7 @@ def kron_matmul(
         *factors: One or more, each ``(m_i, n_i)``, or ``(r, m_i, n_i)`` for a sum of r products
             (Kronecker rank r). Of x's dtype and device. The leading dimension is summed over; for
             a batch of factors, ``(batch, m_i, n_i)`` with a result for each, use
-            ``torch.vmap(kron_matmul)``.
+            ``torch.vmap(kron_matmul)``. One or two may be ``Int8Factor``, without gradients.
         bias: Shape ``(m,)``, ``m`` the product of the factors' rows.
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
         residual: Shape ``(…, m)``, on x's device, added last.
@@ -72,6 +73,8 @@ def kron_matmul(
     """
     if activation is not None:
         check_activation(activation)
+    if not are_floating(factors):
+        return int8_products.kron_matmul(x, factors, bias, activation, residual, backend)
     call = call_key((x, *factors, bias, residual), activation, backend)
     if call and (again := _matmuls.get(call)):
         return again(x, *factors, bias, residual)
@@ -134,6 +137,9 @@ def kron_qkv(
         ValueError: As ``kron_matmul``, naming the layer.
     """
     layers = {"query": query, "key": key, "value": value}
+    if any(map(_has_int8, layers.values())):
+        q, k, v = int8_products.kron_qkv(x, layers, backend)
+        return q, k, v
     call = call_key(_flat(x, layers), None, backend)
     if call and (again := _qkvs.get(call)):
         q, k, v = again(x, query, key, value)
@@ -199,6 +205,8 @@ def kron_feed_forward(
     if activation is not None:
         check_activation(activation)
     layers = {"up": up, "down": down}
+    if _has_int8(up) or _has_int8(down):
+        return int8_products.kron_feed_forward(x, up, down, activation, residual, backend)
     call = call_key((*_flat(x, layers), residual), activation, backend)
     if call and (again := _blocks.get(call)):
         return again(x, up, down, residual)
@@ -317,6 +325,10 @@ def _operands(
         if residual is not None:
             check_tensor("residual", residual)
     return operands, observed
+
+
+def _has_int8(layer: Layer) -> bool:
+    return isinstance(layer, tuple | list) and not are_floating(tuple(layer))
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:

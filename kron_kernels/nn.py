@@ -175,8 +175,8 @@ def readable(layer: nn.Module) -> TypeGuard[KroneckerLinear]:
     )
 
 
-def _check_forward(layer: nn.Module, method: str) -> None:
-    """Raise if ``method`` does not know the layer's ``forward``.
+def has_own_forward(layer: nn.Module, method: str) -> bool:
+    """Whether ``method`` does not know the layer's ``forward``.
 
     It may be set on the layer itself, or by a subclass that does not override ``method``.
     """
@@ -184,7 +184,11 @@ def _check_forward(layer: nn.Module, method: str) -> None:
     forward, dense = (
         next(i for i, c in enumerate(classes) if name in vars(c)) for name in ("forward", method)
     )
-    if forward < dense or "forward" in vars(layer):
+    return forward < dense or "forward" in vars(layer)
+
+
+def _check_forward(layer: nn.Module, method: str) -> None:
+    if has_own_forward(layer, method):
         raise ValueError(
             f"{type(layer).__name__} has its own forward, so its dense layer is unknown; "
             f"remove it, or override {method} in its class."

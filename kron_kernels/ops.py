@@ -9,15 +9,18 @@ implementation and fake kernel checks its arguments first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kron_kernels import dispatch
+from kron_kernels import dispatch, int8_products
 from kron_kernels.backends import BACKENDS
 from kron_kernels.backends.triton import launch
 from kron_kernels.checks import Activation, Shaped, check_product
+from kron_kernels.dispatch import BackendName
+from kron_kernels.int8 import Int8Factor
 from kron_kernels.shapes import KronShape
 
 
@@ -347,4 +350,33 @@ def _fake_embedding(ids, a, b) -> Tensor:
 
 kron_embedding = _operator(
     "kron_embedding", "(Tensor ids, Tensor a, Tensor b) -> Tensor", _embedding, _fake_embedding
+)
+
+
+# --- products with factors in int8
+
+
+def _int8_matmul(
+    x: Tensor,
+    values: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    bias: Tensor | None,
+    activation: Activation | None,
+    residual: Tensor | None,
+    backend: BackendName,
+) -> Tensor:
+    factors = [v if s is None else Int8Factor(v, s) for v, s in zip(values, scales, strict=True)]
+    return int8_products.kron_matmul(x, factors, bias, activation, residual, backend)
+
+
+def _fake_int8_matmul(x, values, scales, bias, activation, residual, backend) -> Tensor:
+    return x.new_empty(*x.shape[:-1], prod([v.shape[-2] for v in values]))
+
+
+int8_matmul = _operator(
+    "int8_matmul",
+    "(Tensor x, Tensor[] values, Tensor?[] scales, Tensor? bias, str? activation,"
+    " Tensor? residual, str backend) -> Tensor",
+    _int8_matmul,
+    _fake_int8_matmul,
 )

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from kroneckerbert.configuration_kroneckerbert import KroneckerConfig as KroneckerConfig
     from kroneckerbert.conversion import compress as compress
     from kroneckerbert.conversion import decompress as decompress
+    from kroneckerbert.conversion import dequantize as dequantize
+    from kroneckerbert.conversion import quantize as quantize
     from kroneckerbert.distillation import DistillationConfig as DistillationConfig
     from kroneckerbert.distillation import DistillationTrainer as DistillationTrainer
     from kroneckerbert.encoder_file import save_encoder as save_encoder
@@ -44,7 +46,7 @@ _NAMES = {
     "adapters": ["load_adapter", "lora_config", "merge_and_unload"],
     "calibration": ["second_moments"],
     "configuration_kroneckerbert": ["KroneckerConfig"],
-    "conversion": ["compress", "decompress"],
+    "conversion": ["compress", "decompress", "dequantize", "quantize"],
     "distillation": ["DistillationConfig", "DistillationTrainer"],
     "encoder_file": ["save_encoder"],
     "exporting": ["export", "load_exported"],

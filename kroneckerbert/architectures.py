@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +23,27 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
 
-from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum
-from kron_kernels.encoder import Embedding, Layer, Linear, Norm
+from kron_kernels import (
+    KroneckerEmbedding,
+    KroneckerLinear,
+    KroneckerSum,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedSum,
+)
+from kron_kernels.encoder import Embedding, Layer, Linear, Norm, Part
 from kroneckerbert.fusion import ACTIVATIONS, KroneckerProjection, stock_of
 
 # What stands at the leaves of the trees below.
-_LINEAR = (nn.Linear, KroneckerLinear, KroneckerProjection, KroneckerSum)
-_TABLE = (nn.Embedding, KroneckerEmbedding)
+_LINEAR = (
+    nn.Linear,
+    KroneckerLinear,
+    KroneckerProjection,
+    KroneckerSum,
+    QuantizedLinear,
+    QuantizedSum,
+)
+_TABLE = (nn.Embedding, KroneckerEmbedding, QuantizedEmbedding)
 _NORM = (nn.LayerNorm,)
 _DROPOUT = (nn.Dropout,)
 _ACTIVATION = tuple(ACTIVATIONS)
@@ -220,12 +235,13 @@ def _walk(dense: type, path: str, module: Any, tree: Any) -> Iterator[nn.Module]
         return
     _expect(path, module, tree)
     yield module
-    if type(module) is KroneckerSum:
+    if type(module) in (KroneckerSum, QuantizedSum):
         parts: Any = module._modules.get("parts")
         _expect(f"{path}.parts", parts, (nn.ModuleList,))
         yield parts
+        kind = KroneckerLinear if type(module) is KroneckerSum else QuantizedLinear
         for i, part in parts._modules.items():
-            yield from _walk(dense, f"{path}.parts.{i}", part, (KroneckerLinear,))
+            yield from _walk(dense, f"{path}.parts.{i}", part, (kind,))
 
 
 def _expect(path: str, module: Any, classes: tuple[type, ...]) -> None:
@@ -263,28 +279,34 @@ def _buffer(embeddings: Any, name: str) -> Tensor:
 
 
 def _linear(path: str, module: Any) -> Linear:
-    parts = list(module.parts) if type(module) is KroneckerSum else [module]
-    weights: list[tuple[Tensor, ...]] = []
+    parts = list(module.parts) if type(module) in (KroneckerSum, QuantizedSum) else [module]
+    weights: list[Part] = []
     for part in parts:
         if part is not module and part._parameters.get("bias") is not None:
             raise Unserved(f"{path} has a bias in one of its parts")
         if (backend := getattr(part, "backend", "auto")) not in ("auto", "native"):
             raise Unserved(f"{path} asks for backend={backend!r}")
-        names = ("weight",) if type(part) is nn.Linear else ("a", "b")
-        weights.append(tuple(_parameter(path, part, name) for name in names))
+        weights.append(_factors(path, part))
     return Linear(weights, _optional(path, module, "bias"))
 
 
+def _factors(path: str, module: Any) -> Part:
+    """The factors of a product or a table."""
+    if type(module) in (QuantizedLinear, QuantizedEmbedding):
+        return module.factors
+    if type(module) in (nn.Linear, nn.Embedding):
+        return (_parameter(path, module, "weight"),)
+    return tuple(_parameter(path, module, name) for name in ("a", "b"))
+
+
 def _rows(linear: Linear) -> int:
-    part = linear.parts[0]
-    return part[0].shape[-2] * (part[1].shape[-2] if len(part) == 2 else 1)
+    return prod(f.shape[-2] for f in linear.parts[0])
 
 
-def _table(path: str, module: Any) -> tuple[Tensor, ...]:
+def _table(path: str, module: Any) -> Part:
     if getattr(module, "max_norm", None) is not None:
         raise Unserved(f"{path} has max_norm")
-    names = ("weight",) if type(module) is nn.Embedding else ("a", "b")
-    return tuple(_parameter(path, module, name) for name in names)
+    return _factors(path, module)
 
 
 def _norm(path: str, module: Any) -> Norm:

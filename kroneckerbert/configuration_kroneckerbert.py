@@ -28,7 +28,7 @@ from kroneckerbert import model_type
 from kroneckerbert.presets import preset_factors
 
 _OF_THE_FILE = ("model_type", "transformers_version", "architectures", "_name_or_path", "auto_map")
-_OURS = ("kronecker_factors", "kronecker_plan")
+_OURS = ("kronecker_factors", "kronecker_plan", "kronecker_int8")
 _NO_STRUCTURE = (*_OF_THE_FILE, *_OURS, "id2label", "label2id", "dtype")
 
 # Every subclass has a dense configuration class among its bases, which provides the other fields.
@@ -58,6 +58,9 @@ class KroneckerConfig(_Base):
 
         kronecker_plan: The plan that chose the factors, if any, see ``plan``.
 
+        kronecker_int8: Paths, in the model without its head, of the layers whose large factors are
+            int8, see ``kroneckerbert.quantize``.
+
     Raises:
         ValueError: If an entry is malformed, fits no module or does not divide its weight. This is
             checked here, and again when a model is built.
@@ -66,6 +69,7 @@ class KroneckerConfig(_Base):
     dense_class: type[PreTrainedConfig]  # the configuration that this one extends
     kronecker_factors: dict[str, Any]
     kronecker_plan: dict[str, Any] | None
+    kronecker_int8: list[str]
 
     def __post_init__(self, **kwargs: Any):
         found = kwargs.get("model_type", self.model_type)
@@ -263,15 +267,17 @@ def kronecker_config(dense_class: type[PreTrainedConfig]) -> type[KroneckerConfi
     """The class ``Kronecker<X>Config`` that adds our fields to ``<X>Config``."""
     if dense_class in _classes:
         return _classes[dense_class]
-    namespace = {
+    namespace: dict[str, Any] = {
         "__module__": __name__,
-        "__doc__": f"``{dense_class.__name__}`` and two fields, see ``KroneckerConfig``.",
+        "__doc__": f"``{dense_class.__name__}`` and three fields, see ``KroneckerConfig``.",
         "__annotations__": {
             "kronecker_factors": dict[str, Any],
             "kronecker_plan": dict[str, Any] | None,
+            "kronecker_int8": list[str],
         },
         "kronecker_factors": field(default_factory=dict),
         "kronecker_plan": None,
+        "kronecker_int8": field(default_factory=list),
         "model_type": model_type(dense_class.model_type),
         "dense_class": dense_class,
     }

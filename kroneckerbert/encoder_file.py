@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kron_kernels.encoder import Layer, Linear, Norm
+from kron_kernels import Int8Factor
+from kron_kernels.encoder import Layer, Linear, Norm, Part
 from kron_kernels.modules import evaluating
 from kroneckerbert.architectures import Inputs, Parts, architecture_of
 from kroneckerbert.files import replace_folder, write_checksums
@@ -33,9 +34,9 @@ def save_encoder(
 ) -> Path:
     """Write a compressed model's encoder, without its head, for the C++ program ``encode``.
 
-    Tensors are written in float32. A file has what depends on the architecture as well: for each
-    place in a text the rows of the other tables (``ids.1``, ``ids.2``), and MPNet's bias of the
-    scores.
+    Tensors are written in float32, but for those in int8. A file has what depends on the
+    architecture as well: for each place in a text the rows of the other tables (``ids.1``,
+    ``ids.2``), and MPNet's bias of the scores.
 
     Args:
         model: A compressed model that the compiled encoder serves, on the CPU.
@@ -71,7 +72,7 @@ def _contents(base: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, objec
     architecture = architecture_of(type(base).dense_class)  # type: ignore[attr-defined]
     assert architecture is not None  # it is served
     parts = architecture.parts(base)
-    tensors = {name: t.float() for name, t in _tensors(parts)}
+    tensors = {n: t if t.dtype == torch.int8 else t.float() for n, t in _tensors(parts)}
 
     def rows(length: int) -> list[Any]:
         """Rows of positions and types for a text of this many tokens, ``(1, length)`` each."""
@@ -129,6 +130,9 @@ def _tensors(parts: Parts) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{field}", t
 
 
-def _factors(name: str, part: tuple[Tensor, ...]) -> Iterator[tuple[str, Tensor]]:
-    for field, t in zip(("weight",) if len(part) == 1 else ("a", "b"), part, strict=True):
-        yield f"{name}.{field}", t
+def _factors(name: str, part: Part) -> Iterator[tuple[str, Tensor]]:
+    for field, f in zip(("weight",) if len(part) == 1 else ("a", "b"), part, strict=True):
+        if isinstance(f, Int8Factor):
+            yield f"{name}.{field}_scale", f.scale
+        values = f.values if isinstance(f, Int8Factor) else f
+        yield f"{name}.{field}", values.flatten(0, -2) if field == "weight" else values

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, KronShape
-from kron_kernels.factors import random_layer, term_of
+from kron_kernels import (
+    KroneckerEmbedding,
+    KroneckerLinear,
+    KroneckerSum,
+    KronShape,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedSum,
+)
+from kron_kernels.factors import no_such_layer, random_layer, term_of
 from kron_kernels.modules import evaluating
+from kron_kernels.quantization import quantizable, quantized
 from kron_kernels.readers import reader
 from kron_kernels.shapes import check_integer
 from kroneckerbert.checkpoints import LOADER, check_whole, replacing_model, write_loader
@@ -94,6 +103,8 @@ class KroneckerPreTrainedModel(_Base):
         if self.base_model is self:
             for path, shapes in self.config.kronecker_shapes().items():
                 _replace(self, path, shapes)
+            if self.config.kronecker_int8:
+                _quantize(self)
             fuse(self)
         else:
             # transformers lets the nearest PreTrainedModel initialise a module: a dense encoder
@@ -145,6 +156,22 @@ class KroneckerPreTrainedModel(_Base):
         if isinstance(module, KroneckerLinear | KroneckerSum | KroneckerEmbedding):
             # By torch.nn.init, which transformers guards: loaded tensors are left alone.
             module.reset_parameters(self.config.initializer_range)
+        elif isinstance(module, QuantizedLinear | QuantizedSum | QuantizedEmbedding):
+            module.reset_parameters()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode, see ``nn.Module.train``.
+
+        Raises:
+            ValueError: If the model has int8 weights, which cannot be trained.
+        """
+        if mode and self.config.kronecker_int8:
+            raise ValueError(
+                f"this {type(self).__name__} has int8 weights, which cannot be trained; train "
+                "kroneckerbert.dequantize(model), or the model that it was made of, and quantise "
+                "the result."
+            )
+        return super().train(mode)
 
     def save_pretrained(
         self,
@@ -363,7 +390,7 @@ def is_tied(config: PreTrainedConfig) -> bool:
 
 
 def kronecker_class(
-    model: PreTrainedModel, to: Literal["compress", "plan"] = "compress"
+    model: PreTrainedModel, to: Literal["compress", "plan", "quantise"] = "compress"
 ) -> type[KroneckerPreTrainedModel]:
     """The class of the Kronecker form of a dense model; ``to`` is the caller's verb, for the error.
 
@@ -438,6 +465,16 @@ def _replace(model: nn.Module, path: str, shapes: Sequence[KronShape]) -> None:
     parent, _, child = path.rpartition(".")
     dense: Any = model.get_submodule(path)
     setattr(model.get_submodule(parent), child, random_layer(dense, shapes))
+
+
+def _quantize(model: KroneckerPreTrainedModel) -> None:
+    """Put int8 layers in the places that the configuration names."""
+    layers = quantizable(model)
+    for path in model.config.kronecker_int8:
+        if path not in layers:
+            raise ValueError(f"kronecker_int8 has {path!r}, {no_such_layer(path, layers)}")
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantized(layers[path]))
 
 
 def positions(model: PreTrainedModel) -> int:

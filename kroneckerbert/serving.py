@@ -26,7 +26,15 @@ from torch.nn.modules import module as torch_module
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, dispatch
+from kron_kernels import (
+    KroneckerEmbedding,
+    KroneckerLinear,
+    KroneckerSum,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedSum,
+    dispatch,
+)
 from kron_kernels.backends import abi, native
 from kron_kernels.checks import is_plain
 from kron_kernels.encoder import Encoder
@@ -79,6 +87,7 @@ _FUNCTIONS = (
     "create_position_ids_from_input_ids",
     "ALL_ATTENTION_FUNCTIONS",
 )
+_QUANTIZED = (QuantizedLinear, QuantizedEmbedding)
 _LAYERS = (
     nn.Linear,
     nn.Embedding,
@@ -88,6 +97,8 @@ _LAYERS = (
     KroneckerProjection,
     KroneckerSum,
     KroneckerEmbedding,
+    *_QUANTIZED,
+    QuantizedSum,
     *ACTIVATIONS,
 )
 _IDENTICAL = ["training", *_HOOKS]  # attributes that must stay the same objects
@@ -397,10 +408,12 @@ class _Plan:
 
         children_of = [own["_modules"], *(m._modules for m in modules if m._modules)]
         parameters_of = [m._parameters for m in modules if m._parameters]
-        self.contents = [*children_of, *parameters_of, *_hook_dicts(self.attributes)]
+        scales_of = [m._buffers for m in modules if type(m) in _QUANTIZED]
+        self.contents = [*children_of, *parameters_of, *scales_of, *_hook_dicts(self.attributes)]
         self.kept = _values(self.contents)  # so that no other object gets their addresses
         self.identities = self._identities()
         self.parameters = [p for p in _values(parameters_of) if p is not None]
+        self.scales = [b for b in _values(scales_of) if b is not None]
         self.read_of, self.read_names, self.read = _items(
             (attributes, name)
             for attributes in self.attributes
@@ -416,7 +429,7 @@ class _Plan:
         self.keeps_ids = not any(b.is_inference() for b in self.buffers)
         self.versioned = self.buffers if self.keeps_ids else []
         self.versions = list(map(_version, self.versioned))
-        self.tensors = [*self.parameters, *self.buffers]
+        self.tensors = [*self.parameters, *self.scales, *self.buffers]
         self.layouts = abi.layouts(self.tensors)
         self.known_ids: dict[int, list[Tensor]] = {}
         parts = architecture.parts(model)
@@ -483,14 +496,13 @@ class _Plan:
                 raise Unserved(f"{path} {reason}")
 
     def _check_parameters(self) -> None:
-        first = self.parameters[0]
-        self.dtype = first.dtype
+        self.dtype = next(p.dtype for p in self.parameters if p.is_floating_point())
         if self.dtype not in abi.DTYPES:
             raise Unserved(f"its parameters are {self.dtype}")
         for p in self.parameters:
             if not p.is_cpu:
                 raise Unserved(f"it runs on CPUs, and has parameters on {p.device}")
-            if p.dtype != self.dtype:
+            if p.dtype not in (self.dtype, torch.int8):
                 raise Unserved(f"it has parameters of {self.dtype} and {p.dtype}")
             if not is_plain([p]):
                 raise Unserved(f"it has a parameter of class {type(p).__name__}")

@@ -1,6 +1,14 @@
 // The CPU functions of kron.h: they check a call and pass it to the kernels of its instruction set.
+#if defined(KRON_HAS_X86)
+#include <cpuid.h>
+#endif
+
 #include "../checks.h"
 #include "kernels.h"
+
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 
 using namespace kron_checks;
 
@@ -13,6 +21,33 @@ int64_t kron_cpu_isa(void) {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return KRON_AVX2;
 #endif
   return KRON_PORTABLE;
+}
+
+#if defined(KRON_HAS_X86)
+namespace {
+// CPUID's leaf 7: VNNI in vectors of 512 bits, and AVX-VNNI. The compilers' names for them are younger.
+bool has_vnni(int64_t isa) {
+  unsigned int a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, isa == KRON_AVX512 ? 0 : 1, &a, &b, &c, &d)) return false;
+  return isa == KRON_AVX512 ? c >> 11 & 1 : a >> 4 & 1;
+}
+} // namespace
+#endif
+
+int64_t kron_cpu_bytes(int64_t isa) {
+  if (isa < 0 || isa > kron_cpu_isa()) return 0;
+#if defined(KRON_EMULATE_BYTES)
+  return 1;
+#elif defined(KRON_HAS_X86)
+  static const bool found[] = {false, has_vnni(KRON_AVX2), has_vnni(KRON_AVX512)};
+  return found[isa];
+#elif defined(__APPLE__) && defined(__aarch64__)
+  return 1; // all Macs with ARM
+#elif defined(__linux__) && defined(__aarch64__)
+  return getauxval(AT_HWCAP) >> 20 & 1; // ASIMDDP
+#else
+  return 0;
+#endif
 }
 
 namespace {
@@ -44,6 +79,19 @@ const char *check(const kron_execution *e, int64_t dtype) {
   return dtype < KRON_FLOAT32 || dtype > KRON_FLOAT16 ? "there is no such dtype" : nullptr;
 }
 
+// The call with an instruction for bytes only where this machine has one.
+kron_execution on_this_machine(const kron_execution &e) {
+  kron_execution here = e;
+  here.bytes = e.bytes && kron_cpu_bytes(e.isa);
+  return here;
+}
+
+const char *check_scales(int64_t n_products, const kron_product *products, int64_t dtype) {
+  for (const kron_product *p = products; p < products + n_products; p++)
+    if (const char *error = check_int8(*p, dtype)) return error;
+  return nullptr;
+}
+
 } // namespace
 
 int64_t kron_abi(void) { return KRON_ABI; }
@@ -52,8 +100,9 @@ const char *kron_cpu_forward(const kron_execution *e, int64_t dtype, int64_t tok
                              int64_t n_products, const kron_product *products) {
   if (const char *error = check(e, dtype)) return error;
   if (const char *error = check_products(n_products, products, tokens, x)) return error;
+  if (const char *error = check_scales(n_products, products, dtype)) return error;
   if (!tokens) return nullptr;
-  return kernels(*e, dtype).forward(*e, tokens, x, n_products, products, nullptr);
+  return kernels(*e, dtype).forward(on_this_machine(*e), tokens, x, n_products, products, nullptr);
 }
 
 const char *kron_cpu_forward_along(const kron_execution *e, int64_t dtype, int64_t tokens,
@@ -63,6 +112,7 @@ const char *kron_cpu_forward_along(const kron_execution *e, int64_t dtype, int64
   if (tail < 1) return "the tail must be at least 1";
   if (double(tokens) * double(tail) > MOST_NUMBERS) return "the tail is larger than memory can be";
   if (const char *error = check_operands(*product, tokens * tail, x, true)) return error;
+  if (has_int8(*product)) return "an axis in the middle takes no int8 factors";
   if (!tokens) return nullptr;
   return kernels(*e, dtype).forward_along(*e, tokens, x, tail, *product);
 }
@@ -71,8 +121,10 @@ const char *kron_cpu_feed_forward(const kron_execution *e, int64_t dtype, int64_
                                   const void *x, const kron_product *up, const kron_product *down) {
   if (const char *error = check(e, dtype)) return error;
   if (const char *error = check_feed_forward(up, down, tokens, x, true)) return error;
+  if (const char *error = check_int8(*up, dtype)) return error;
+  if (const char *error = check_int8(*down, dtype)) return error;
   if (!tokens) return nullptr;
-  return kernels(*e, dtype).feed_forward(*e, tokens, x, *up, *down, nullptr);
+  return kernels(*e, dtype).feed_forward(on_this_machine(*e), tokens, x, *up, *down, nullptr);
 }
 
 const char *kron_cpu_forward_division(const kron_execution *e, int64_t dtype, int64_t tokens,
@@ -84,6 +136,7 @@ const char *kron_cpu_forward_division(const kron_execution *e, int64_t dtype, in
         return check_product_shape(p, tokens);
       }))
     return error;
+  if (const char *error = check_scales(n_products, products, dtype)) return error;
   *division = {};
   if (!tokens) return nullptr;
   return kernels(*e, dtype).forward(*e, tokens, nullptr, n_products, products, division);
@@ -107,6 +160,8 @@ const char *kron_cpu_feed_forward_division(const kron_execution *e, int64_t dtyp
                                            const kron_product *up, const kron_product *down,
                                            kron_division *division) {
   if (const char *error = check_feed_forward_division(e, dtype, tokens, up, down, division)) return error;
+  if (const char *error = check_int8(*up, dtype)) return error;
+  if (const char *error = check_int8(*down, dtype)) return error;
   *division = {};
   if (!tokens) return nullptr;
   return kernels(*e, dtype).feed_forward(*e, tokens, nullptr, *up, *down, division);
@@ -116,6 +171,7 @@ const char *kron_cpu_feed_forward_backward_division(const kron_execution *e, int
                                                     const kron_product *up, const kron_product *down,
                                                     kron_division *division) {
   if (const char *error = check_feed_forward_division(e, dtype, tokens, up, down, division)) return error;
+  if (has_int8(*up) || has_int8(*down)) return NO_GRADIENT;
   kron_division found = {};
   const char *error = !tokens ? nullptr
                               : kernels(*e, dtype).feed_forward_backward(*e, tokens, nullptr, nullptr, *up,
@@ -131,6 +187,7 @@ const char *kron_cpu_backward(const kron_execution *e, int64_t dtype, int64_t to
   if (const char *error = check_product(product, tokens, x, false)) return error;
   if (tokens && !dy) return "x or dy is null";
   if (product->n_factors != 2) return "gradients are for two factors";
+  if (has_int8(*product)) return NO_GRADIENT;
   return kernels(*e, dtype).backward(*e, tokens, dy, x, *product, dx, da, db, nullptr);
 }
 
@@ -140,6 +197,7 @@ const char *kron_cpu_backward_division(const kron_execution *e, int64_t dtype, i
   if (const char *error = check(e, dtype)) return error;
   if (const char *error = check_product_shape(product, tokens)) return error;
   if (product->n_factors != 2) return "gradients are for two factors";
+  if (has_int8(*product)) return NO_GRADIENT;
   *division = {};
   if (!tokens) return nullptr;
   return kernels(*e, dtype).backward(*e, tokens, nullptr, nullptr, *product, division, division, division,
@@ -153,6 +211,7 @@ const char *kron_cpu_feed_forward_backward(const kron_execution *e, int64_t dtyp
   if (const char *error = check(e, dtype)) return error;
   if (const char *error = check_feed_forward(up, down, tokens, x, false)) return error;
   if (tokens && !dy) return "x or dy is null";
+  if (has_int8(*up) || has_int8(*down)) return NO_GRADIENT;
   void *const gradients[] = {dx, da_up, db_up, dbias, da_down, db_down};
   return kernels(*e, dtype).feed_forward_backward(*e, tokens, dy, x, *up, *down, gradients, nullptr);
 }
@@ -162,13 +221,13 @@ namespace {
 const char *encode(const kron_execution *e, int64_t dtype, const kron_encoder *encoder,
                    const kron_batch *batch, kron_division *division) {
   if (const char *error = check(e, dtype)) return error;
-  if (const char *error = check_encoder(encoder)) return error;
+  if (const char *error = check_encoder(encoder, dtype)) return error;
   if (const char *error = check_batch(*encoder, batch)) return error;
   if (division) *division = {};
   if (!batch->sequences || !batch->length) return nullptr;
   if (!division)
     if (const char *error = check_ids(*encoder, *batch)) return error;
-  return encoders(*e)[dtype](*e, *encoder, *batch, division);
+  return encoders(*e)[dtype](on_this_machine(*e), *encoder, *batch, division);
 }
 
 } // namespace

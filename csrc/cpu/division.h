@@ -89,10 +89,13 @@ public:
   Runs runs(Range r) const {
     return many ? Runs{1, 0, 0, product.outputs()} : part.runs(way, r);
   }
+  void add_sizes(SpaceSizes &sizes) const {
+    if (!many) sizes.include(part);
+  }
   // in (n)[tokens] to the outputs of a range of rows in out (m)[tokens].
-  template <int NV> void apply(const T *in, T *out, T *spare, Range r) const {
+  template <int NV> void apply(const T *in, T *out, T *spare, const Space<T> &space, Range r) const {
     if (many) return product.template apply<NV>(in, out, spare);
-    part.template apply<NV>(way, in, spare, out, NV * LANES<T>, r, false, nullptr);
+    part.template apply<NV>(way, in, spare, out, NV * LANES<T>, r, false, space);
   }
 
 private:

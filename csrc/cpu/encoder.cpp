@@ -112,7 +112,7 @@ inline bool meets(const kron_layer &layer) {
     const kron_factor &a = p.factors[0], &b = p.factors[1];
     return (a.cols == 1 && b.rows == 1) || (a.rows == 1 && b.cols == 1);
   };
-  return fits && !thin(u) && !thin(d);
+  return fits && !thin(u) && !thin(d) && !u.factors[0].scale && !d.factors[0].scale;
 }
 
 // The steps of an encoder, and the sizes of what they need.
@@ -158,7 +158,8 @@ public:
   Step *const steps;
   Int count = 0;
   Int sizes[BUFFERS] = {}, embedded = 0;
-  Int local_middle = 0, z = 0, columns = 0, panel = 0;
+  Int local_middle = 0, z = 0, columns = 0;
+  SpaceSizes space;
   Int stages = 0;
   double work = 0; // multiply-adds of a token
 
@@ -233,7 +234,7 @@ private:
         if (wave >= t->linear->n_parts) continue;
         const Part<S> part(t->linear->parts[wave]);
         const Way way = part.way(parts);
-        panel = larger(panel, KRON_ACCUMULATORS * part.longest_row());
+        space.include(part);
         if (way != SHARED) {
           if (!part.dense()) local_middle = larger(local_middle, part.middle());
           continue;
@@ -306,7 +307,8 @@ private:
     s.parts = parts_of_rows(width);
     s.work = first.first_work() + first.second_work() + second.first_work();
     const Int a_sizes = first.rank * k * first.g.cols + second.rank * second.f.rows * k;
-    panel = larger(panel, larger(a_sizes, KRON_ACCUMULATORS * larger(first.f.cols, second.g.cols)));
+    space.include(first), space.include(second);
+    space.panel = larger(space.panel, std::is_same_v<S, T> ? 0 : a_sizes);
     z = larger(z, first.rank * first.f_pre * width);
     columns = larger(columns, columns_at_a_time(k) * k);
     size(INNER, second.rank * second.middle());
@@ -331,7 +333,8 @@ private:
 
 // Scratch memory of one worker.
 template <class T> struct Worker {
-  T *middle, *z, *columns, *panel, *scores, *query, *result, *embedded;
+  T *middle, *z, *columns, *scores, *query, *result, *embedded;
+  Space<T> space;
   T *local[BUFFERS]; // or null, for shared buffers
 };
 
@@ -354,13 +357,15 @@ public:
     }
   }
   // Room for a worker; a sequence has up to `lanes` lanes.
-  static Worker<T> place_worker(Arena &arena, const Plan<S> &plan, Int nv, Int lanes, Int head) {
+  static Worker<T> place_worker(Arena &arena, const Plan<S> &plan, Int nv, Int lanes, Int head,
+                                bool bytes) {
     const Int tb = nv * L;
     Worker<T> w;
     w.middle = arena.take<T>(plan.local_middle * tb);
     w.z = arena.take<T>(plan.z * tb);
     w.columns = arena.take<T>(plan.columns * tb);
-    w.panel = arena.take<T>(std::is_same_v<S, T> ? 0 : plan.panel);
+    w.space = {arena.take<T>(plan.space.panel), arena.take<T>(plan.space.words * tb),
+               arena.take<T>(plan.space.units * tb), bytes};
     w.scores = arena.take<T>(lanes * tb);
     w.query = arena.take<T>(head * tb);
     w.result = arena.take<T>(head * tb);
@@ -419,7 +424,7 @@ private:
     case FIRST_PRODUCT: {
       const Part<S> p(s.linear->parts[s.part]);
       return p.template first<NV>(buffer(w, s.from, block), buffer(w, s.to, block),
-                                  range_of(p.first_rows(), part, s.parts), w.panel);
+                                  range_of(p.first_rows(), part, s.parts), w.space);
     }
     case PRODUCT: return product<NV>(w, s, block, part);
     case MEET: return meet<NV>(w, s, block, part);
@@ -444,7 +449,7 @@ private:
     const Int row = row_of<NV>(s.to);
     p.template apply<NV>(s.way, buffer(w, s.from, block),
                          s.way == SHARED ? buffer(w, s.middle, block) : w.middle, out, row, range,
-                         s.adds, w.panel);
+                         s.adds, w.space);
     if (!s.ends || (!s.bias && !s.activation)) return;
     const Runs runs = p.runs(s.way, range);
     for (Int i = 0; i < runs.count; i++) {
@@ -458,9 +463,9 @@ private:
     const Part<S> up(s.layer->up.parts[0]), down(s.layer->down.parts[0]);
     const Int width = up.f.rows;
     const Range range = range_of(width, part, s.parts);
-    up.template some_first<NV>(buffer(w, s.from, block), w.z, range, w.panel);
-    const Hidden<T> hidden = {up.rank,   down.rank,        small(up.g, up.rank, w.panel),
-                              small(down.f, down.rank, w.panel + up.rank * up.g.rows * up.g.cols),
+    up.template some_first<NV>(buffer(w, s.from, block), w.z, range, w.space);
+    const Hidden<T> hidden = {up.rank,   down.rank,        small(up.g, up.rank, w.space.panel),
+                              small(down.f, down.rank, w.space.panel + up.rank * up.g.rows * up.g.cols),
                               step_of(up.g), step_of(down.f), s.activation};
     through_hidden<NV>(hidden, width, range, static_cast<const S *>(s.layer->up.bias), w.z,
                        buffer(w, s.to, block), w.columns);
@@ -574,23 +579,50 @@ private:
     const kron_factor &a = table.factors[0], &b = table.factors[1];
     const Int b_rows = table.n_factors == 2 ? b.rows : 1, b_cols = table.n_factors == 2 ? b.cols : 1;
     for (Int k = 0; k < table.rank; k++) {
-      const S *left = static_cast<const S *>(a.data) + k * a.rank_stride + id / b_rows * a.row_stride;
+      const TableRow left(a, k, id / b_rows);
       if (table.n_factors == 1) {
-        add_row(left, a.col_stride, a.cols, T(1), row);
+        left.add(a.cols, T(1), row);
         continue;
       }
-      const S *right = static_cast<const S *>(b.data) + k * b.rank_stride + id % b_rows * b.row_stride;
-      for (Int i = 0; i < a.cols; i++)
-        add_row(right, b.col_stride, b_cols, scalar(left[i * a.col_stride]), row + i * b_cols);
+      const TableRow right(b, k, id % b_rows);
+      for (Int i = 0; i < a.cols; i++) right.add(b_cols, left.entry(i), row + i * b_cols);
     }
   }
+  // A row of a term of a table's factor.
+  struct TableRow {
+    TableRow(const kron_factor &f, Int k, Int row)
+        : data(static_cast<const char *>(f.data) +
+               (k * f.rank_stride + row * f.row_stride) * Int(f.scale ? 1 : sizeof(S))),
+          stride(f.col_stride), is_int8(f.scale), scale(f.scale ? T(f.scale[k * f.scale_rank_stride + row]) : T(1)) {}
+    T entry(Int i) const {
+      if (is_int8) return T(reinterpret_cast<const int8_t *>(data)[i * stride]) * scale;
+      return scalar(reinterpret_cast<const S *>(data)[i * stride]);
+    }
+    // out += factor * the row, of `count` entries.
+    void add(Int count, T factor, T *out) const {
+      if (is_int8) add_row(reinterpret_cast<const int8_t *>(data), stride, count, factor * scale, out);
+      else add_row(reinterpret_cast<const S *>(data), stride, count, factor, out);
+    }
+    const char *data;
+    Int stride;
+    bool is_int8;
+    T scale;
+  };
   // out += factor * in, of `count` numbers that are `stride` apart.
-  static void add_row(const S *in, Int stride, Int count, T factor, T *out) {
+  template <class N> static void add_row(const N *in, Int stride, Int count, T factor, T *out) {
     Int i = 0;
     if (stride == 1)
-      for (; i + L <= count; i += L) store(out + i, load(out + i) + fetch(in + i) * factor);
-    for (; i < count; i++) out[i] += scalar(in[i * stride]) * factor;
+      for (; i + L <= count; i += L) store(out + i, load(out + i) + widened(in + i) * factor);
+    for (; i < count; i++) out[i] += number(in[i * stride]) * factor;
   }
+  static KRON_INLINE Vector<T> widened(const S *p) { return fetch(p); }
+  static KRON_INLINE Vector<T> widened(const int8_t *p) {
+    typename VectorOf<int8_t, L>::type bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, Vector<T>);
+  }
+  static T number(S s) { return scalar(s); }
+  static T number(int8_t n) { return T(n); }
 
   template <int NV> void normalise_vector(Worker<T> &w, const Step &s, Int block, Int v) {
     constexpr int TB = NV * L;
@@ -808,7 +840,8 @@ private:
   }
   void place_worker(Arena &arena, Worker<T> &worker, const Plan<S> &plan) {
     const Int nv = smaller(choice.nv, most_vectors);
-    worker = Encoding<S>::place_worker(arena, plan, nv, most_lanes, plan.sizes[QUERY] / e.heads);
+    worker = Encoding<S>::place_worker(arena, plan, nv, most_lanes, plan.sizes[QUERY] / e.heads,
+                                       execution.bytes);
   }
   void place(Arena &arena, const Plan<S> &plan) {
     arena.template take<Step>(n_steps);

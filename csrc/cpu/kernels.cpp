@@ -61,8 +61,10 @@ const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_pr
   if (few) d = divide(1, units, [](Int) { return false; });
   const Int parts = d.parts(), lanes = d.lanes<T>(), n = products.all[0].inputs();
   Int out_size = 0, spare_size = 0;
+  SpaceSizes sizes;
   for (Int i = 0; i < n_products; i++) {
     const Product<T> &p = products.all[i];
+    products.outputs(i, parts).add_sizes(sizes);
     out_size = larger(out_size, p.outputs());
     spare_size = larger(spare_size, few ? 2 * p.middle() + p.longest() : products.outputs(i, parts).spare());
   }
@@ -82,7 +84,8 @@ const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_pr
       });
       return work;
     });
-    const Int scratch = (n + out_size + spare_size) * (few ? tokens : lanes) * Int(sizeof(T));
+    const Int own = (n + out_size + spare_size) * (few ? tokens : lanes) + sizes.numbers(lanes);
+    const Int scratch = own * Int(sizeof(T));
     *asked = {d.workers * scratch, d.workers, 1, 1, parts, share};
     return nullptr;
   }
@@ -90,15 +93,21 @@ const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_pr
   if (few) return forward_few<S>(tokens, static_cast<const S *>(x), products, out_size, spare_size);
   return split(e, d.workers, d.workers, [&](Int worker, Int, Int) {
     T *in, *out, *spare;
-    const Scratch<T> scratch(
-        {{&in, n * lanes}, {&out, out_size * lanes}, {&spare, spare_size * lanes}});
+    Space<T> space;
+    space.bytes = e.bytes;
+    const Scratch<T> scratch({{&in, n * lanes},
+                              {&out, out_size * lanes},
+                              {&spare, spare_size * lanes},
+                              {&space.panel, sizes.panel},
+                              {&space.words, sizes.words * lanes},
+                              {&space.units, sizes.units * lanes}});
     if (!scratch) return false;
     d.each_piece(worker, [&](Int block, Range cells) {
       d.with_block<T>(block, [&](auto nv, Int token) {
         constexpr int NV = decltype(nv)::value;
         read_block<S, NV>(x, token, tokens, n, in);
         each_rows(cells, [&](const Product<T> &p, const Outputs<T> &outputs, Range rows) {
-          outputs.template apply<NV>(in, out, spare, rows);
+          outputs.template apply<NV>(in, out, spare, space, rows);
           write_block<S, NV>(out, token, tokens, p.outputs(), p, outputs.runs(rows));
         });
       });
@@ -158,7 +167,8 @@ const char *forward_along(const kron_execution &e, Int tokens, const void *x, In
 // left, can exchange their hidden grid (k, width) entry by entry.
 template <class T> bool meets(const Product<T> &up, const Product<T> &down) {
   return up.n_factors == 2 && down.n_factors == 2 && up.turns[0] == 1 && down.turns[0] == 0 &&
-         up.factors[0].rows == down.factors[0].cols && up.factors[1].rows == down.factors[1].cols;
+         up.factors[0].rows == down.factors[0].cols && up.factors[1].rows == down.factors[1].cols &&
+         !up.factors[0].scale && !down.factors[0].scale;
 }
 
 template <class T> Int few_spare(const Product<T> &up, const Product<T> &down) { // for a token
@@ -218,17 +228,22 @@ public:
   // Numbers for a token in a worker's memory.
   Int z() const { return meet ? up.rank * up.factors[0].cols * width() : 0; }
   Int columns() const { return meet ? columns_at_a_time(up.factors[0].rows) * up.factors[0].rows : 0; }
+  SpaceSizes sizes() const {
+    SpaceSizes all;
+    all.include(Part<T>(up)), all.include(Part<T>(down));
+    return all;
+  }
   Int spare() const {
     return meet ? 0 : larger(Outputs<T>(up, parts).spare(), Outputs<T>(down, parts).spare());
   }
 
   template <int NV>
-  void first(const T *in, T *inner, T *z, T *columns, T *spare, Range cells) const {
+  void first(const T *in, T *inner, T *z, T *columns, T *spare, const Space<T> &space, Range cells) const {
     constexpr int TB = NV * LANES<T>;
     if (meet) {
       const Range range = rows(width(), cells);
       if (!range.size()) return;
-      Part<T>(up).template some_first<NV>(in, z, range, nullptr);
+      Part<T>(up).template some_first<NV>(in, z, range, space);
       const Hidden<T> grid = {up.rank, down.rank, up.matrix(0, 0), down.matrix(0, 0), up.factors[0].rank_stride,
                               down.factors[0].rank_stride, up.activation};
       return through_hidden<NV>(grid, width(), range, up.bias_data(), z, inner, columns);
@@ -236,24 +251,25 @@ public:
     const Outputs<T> outputs(up, parts);
     const Range range = rows(outputs.rows(), cells);
     if (!range.size()) return;
-    outputs.template apply<NV>(in, inner, spare, range);
+    outputs.template apply<NV>(in, inner, spare, space, range);
     const Runs runs = outputs.runs(range);
     for (Int i = 0, at = runs.first; i < runs.count; i++, at += runs.step)
       activate_rows<T, NV>(inner + at * TB, TB, inner + at * TB, TB, runs.length, up.activation,
                            up.bias ? up.bias_data() + at : nullptr);
   }
   // Returns the outputs.
-  template <int NV> Runs second(T *inner, T *out, T *spare, Range cells) const {
+  template <int NV>
+  Runs second(T *inner, T *out, T *spare, const Space<T> &space, Range cells) const {
     if (meet) {
       const Part<T> part(down);
       const Range range = rows(part.rows(SHARED), cells);
       if (range.size())
-        part.template apply<NV>(SHARED, nullptr, inner, out, NV * LANES<T>, range, false, nullptr);
+        part.template apply<NV>(SHARED, nullptr, inner, out, NV * LANES<T>, range, false, space);
       return part.runs(SHARED, range);
     }
     const Outputs<T> outputs(down, parts);
     const Range range = rows(outputs.rows(), cells);
-    if (range.size()) outputs.template apply<NV>(inner, out, spare, range);
+    if (range.size()) outputs.template apply<NV>(inner, out, spare, space, range);
     return outputs.runs(range);
   }
 
@@ -295,12 +311,13 @@ const char *feed_forward(const kron_execution &e, Int tokens, const void *x, con
   if (few) block.divide(1, units);
   const Division &d = block.d;
   const Int n = block.up.inputs(), m = block.down.outputs(), inner_size = block.inner(), lanes = d.lanes<T>();
+  const SpaceSizes sizes = block.sizes();
   const Int own_size = d.cut ? 0 : inner_size * lanes;
   const Int shared_size = d.cut ? inner_size * d.units * LANES<T> : 0;
   if (asked) {
     const Int own =
         few ? (n + block.up.outputs() + m + few_spare(block.up, block.down)) * tokens
-            : own_size + (n + m + block.z() + block.columns() + block.spare()) * lanes;
+            : own_size + (n + m + block.z() + block.columns() + block.spare()) * lanes + sizes.numbers(lanes);
     const double share =
         largest_share(d, block.multiply_adds(), [&](Range cells) { return block.work(cells); });
     *asked = {(d.workers * own + shared_size) * Int(sizeof(T)), d.cut ? 1 : d.workers,
@@ -316,12 +333,17 @@ const char *feed_forward(const kron_execution &e, Int tokens, const void *x, con
   const Int starts[] = {0, d.workers, 2 * d.workers};
   return split(e, d.workers, d.workers, [&](Int worker, Int, Int) {
     T *in, *out, *z, *columns, *spare, *own;
+    Space<T> space;
+    space.bytes = e.bytes;
     const Scratch<T> scratch({{&in, n * lanes},
                               {&out, m * lanes},
                               {&z, block.z() * lanes},
                               {&columns, block.columns() * lanes},
                               {&spare, block.spare() * lanes},
-                              {&own, own_size}});
+                              {&own, own_size},
+                              {&space.panel, sizes.panel},
+                              {&space.words, sizes.words * lanes},
+                              {&space.units, sizes.units * lanes}});
     if (!scratch) return false;
     const auto compute = [&](Int stage, Int number, Range cells) {
       d.with_block<T>(number, [&](auto nv, Int token) {
@@ -329,9 +351,9 @@ const char *feed_forward(const kron_execution &e, Int tokens, const void *x, con
         T *const inner = d.cut ? shared + token * inner_size : own;
         if (!stage) {
           read_block<S, NV>(x, token, tokens, n, in);
-          return block.template first<NV>(in, inner, z, columns, spare, cells);
+          return block.template first<NV>(in, inner, z, columns, spare, space, cells);
         }
-        const Runs runs = block.template second<NV>(inner, out, spare, cells);
+        const Runs runs = block.template second<NV>(inner, out, spare, space, cells);
         write_block<S, NV>(out, token, tokens, m, block.down, runs);
       });
     };

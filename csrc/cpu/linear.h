@@ -2,6 +2,7 @@
 // outputs among threads.
 #pragma once
 #include "block.h"
+#include "int8.h"
 
 namespace {
 
@@ -21,6 +22,23 @@ inline Int largest_range(Int count, Int parts) {
 // first; by rows of the second, each part with its own first contraction; or by rows of the second, after
 // a first contraction that all parts share.
 enum Way { BY_FIRST, BY_SECOND, SHARED };
+
+template <class S> class Part;
+
+// A worker's memory for weights and features that are not in the type of computation.
+template <class T> struct Space {
+  T *panel, *words, *units; // KRON_ACCUMULATORS rows of a weight; rounded features, and their units
+  bool bytes;               // whether to multiply bytes
+  explicit operator Space8() const {
+    return {reinterpret_cast<int32_t *>(panel), reinterpret_cast<int32_t *>(words), units};
+  }
+};
+// Its sizes: in numbers, of words and units for each token.
+struct SpaceSizes {
+  Int panel = 0, words = 0, units = 0;
+  Int numbers(Int tokens) const { return panel + (words + units) * tokens; }
+  template <class S> void include(const Part<S> &part);
+};
 
 // One part of a linear layer, Σ_k F_k and G_k contracted in turn: of x (n1, n2)[tokens] along one axis
 // each; or a dense weight G; or two thin matrices, low rank.
@@ -49,9 +67,12 @@ public:
   Int outputs() const { return g_pre * g.rows * g_post; }
   // Of one term.
   Int middle() const { return f_pre * f.rows * f_post; }
-  double first_work() const { return double(rank) * double(middle()) * double(f.cols); }
-  double second_work() const { return double(rank) * double(outputs()) * double(g.cols); }
+  double first_work() const { return double(rank) * double(middle()) * double(f.cols) * price(f); }
+  double second_work() const { return double(rank) * double(outputs()) * double(g.cols) * price(g); }
   Int longest_row() const { return larger(f.cols, g.cols); }
+  // How many vectors of a token each factor multiplies.
+  Int first_slices() const { return f_pre * f_post; }
+  Int second_slices() const { return dense() || low_rank ? 1 : last ? f.rows : f_pre * f.rows; }
 
   // The way that repeats little work and leaves enough rows for each part.
   Way way(Int parts) const {
@@ -79,38 +100,38 @@ public:
   }
 
   // A shared first contraction: in to middle (rank, middle())[tokens], for a range of first_rows().
-  template <int NV> void first(const T *in, T *middle_all, Range r, T *panel) const {
+  template <int NV> void first(const T *in, T *middle_all, Range r, const Space<T> &space) const {
     constexpr int L = LANES<T>, TB = NV * L;
     const Int step = f_post * TB, in_pre = f.cols * step, out_pre = f.rows * step;
     for (Int k = 0; k < rank; k++) {
       T *to = middle_all + k * middle() * TB;
       if (low_rank)
-        contract_weight<NV>(matrix(f, k).some_rows(r.first, r.size()), in, to + r.first * TB,
-                            {1, 1, TB, 0, 0, TB, TB, L, L}, false, panel);
+        contract_weight<NV>(weight(f, k).some_rows(r.first, r.size()), in, to + r.first * TB,
+                            {1, 1, TB, 0, 0, TB, TB, L, L}, false, space);
       else if (last)
-        contract_weight<NV>(matrix(f, k), in + r.first * in_pre, to + r.first * out_pre,
-                            {r.size(), 1, TB, in_pre, out_pre, step, step, L, L}, false, panel);
+        contract_weight<NV>(weight(f, k), in + r.first * in_pre, to + r.first * out_pre,
+                            {r.size(), 1, TB, in_pre, out_pre, step, step, L, L}, false, space);
       else
-        contract_weight<NV>(matrix(f, k), in + r.first * TB, to + r.first * TB,
-                            {1, r.size(), TB, 0, 0, step, step, L, L}, false, panel);
+        contract_weight<NV>(weight(f, k), in + r.first * TB, to + r.first * TB,
+                            {1, r.size(), TB, 0, 0, step, step, L, L}, false, space);
     }
   }
 
   // The first contraction for a range of its rows, of a factor along the last axis: in to
   // out (rank, f_pre, range)[tokens].
-  template <int NV> void some_first(const T *in, T *out, Range r, T *panel) const {
+  template <int NV> void some_first(const T *in, T *out, Range r, const Space<T> &space) const {
     constexpr int L = LANES<T>, TB = NV * L;
     const Int in_pre = f.cols * TB, out_pre = r.size() * TB;
     for (Int k = 0; k < rank; k++)
-      contract_weight<NV>(matrix(f, k).some_rows(r.first, r.size()), in, out + k * f_pre * out_pre,
-                          {f_pre, 1, TB, in_pre, out_pre, TB, TB, L, L}, false, panel);
+      contract_weight<NV>(weight(f, k).some_rows(r.first, r.size()), in, out + k * f_pre * out_pre,
+                          {f_pre, 1, TB, in_pre, out_pre, TB, TB, L, L}, false, space);
   }
 
   // The outputs of a range of rows(way), whose features are `row` apart, from `in`, or for SHARED from
   // `middle`, to which other ways write a term's share of the first contraction.
   template <int NV>
   void apply(Way way, const T *in, T *middle_all, T *out, Int row, Range r, bool accumulate,
-             T *panel) const {
+             const Space<T> &space) const {
     constexpr int L = LANES<T>, TB = NV * L;
     const Int f_step = f_post * TB, f_rows = way == BY_FIRST ? r.size() : f.rows;
     const Grid one = {f_pre, f_post, TB, f.cols * f_step, f_rows * f_step, f_step, f_step, L, L};
@@ -126,37 +147,65 @@ public:
       if (way == SHARED) {
         from = middle_all + k * middle() * TB;
       } else if (!dense()) {
-        contract_weight<NV>(matrix(f, k).some_rows(by_first ? r.first : 0, f_rows), in, middle_all, one,
-                            false, panel);
+        contract_weight<NV>(weight(f, k).some_rows(by_first ? r.first : 0, f_rows), in, middle_all, one,
+                            false, space);
         from = middle_all;
       }
-      contract_weight<NV>(matrix(g, k).some_rows(g_first, g_rows), from, to, two, accumulate, panel);
+      contract_weight<NV>(weight(g, k).some_rows(g_first, g_rows), from, to, two, accumulate, space);
     }
   }
 
 private:
+  // What a multiply-add costs. In int8 it takes a half to a quarter of the time, besides the rounding.
+  static double price(const kron_factor &f) { return f.scale ? 0.4 : 1; }
+
   void thin(const kron_factor &column, const kron_factor &row) {
     low_rank = true;
-    f = {row.data, rank, row.cols, 0, row.rank_stride, row.col_stride};
-    g = {column.data, column.rows, rank, 0, column.row_stride, column.rank_stride};
+    f = {row.data, rank, row.cols, 0, row.rank_stride, row.col_stride, row.scale, 0};
+    g = {column.data, column.rows, rank, 0, column.row_stride, column.rank_stride, column.scale, 0};
+    f_scale_step = row.scale_rank_stride;
     rank = 1;
   }
-  static Matrix<S> matrix(const kron_factor &f, Int k) {
-    return {static_cast<const S *>(f.data) + k * f.rank_stride, f.rows, f.cols, f.row_stride,
-            f.col_stride};
+
+  // Some rows of a term of a factor, and the scales of int8 ones.
+  struct Weight {
+    const void *data;
+    Int rows, cols, row_stride, col_stride;
+    const float *scale;
+    Int scale_step;
+    Weight some_rows(Int first, Int count) const {
+      const Int bytes = first * row_stride * (scale ? 1 : Int(sizeof(S)));
+      return {static_cast<const char *>(data) + bytes, count, cols, row_stride, col_stride,
+              scale ? scale + first * scale_step : nullptr, scale_step};
+    }
+    Matrix<S> matrix() const { return {static_cast<const S *>(data), rows, cols, row_stride, col_stride}; }
+    Matrix8 matrix8() const {
+      return {static_cast<const int8_t *>(data), rows, cols, row_stride, col_stride, scale, scale_step};
+    }
+  };
+  Weight weight(const kron_factor &x, Int k) const {
+    const Int bytes = k * x.rank_stride * (x.scale ? 1 : Int(sizeof(S)));
+    return {static_cast<const char *>(x.data) + bytes, x.rows, x.cols, x.row_stride, x.col_stride,
+            x.scale ? x.scale + k * x.scale_rank_stride : nullptr, &x == &f ? f_scale_step : 1};
   }
   // Weights in 16 bits are widened a few rows at a time, to the panel.
   template <int NV>
-  static void contract_weight(const Matrix<S> &w, const T *in, T *out, const Grid &grid,
-                              bool accumulate, T *panel) {
+  static void contract_weight(const Weight &w, const T *in, T *out, const Grid &grid, bool accumulate,
+                              const Space<T> &space) {
+    if constexpr (sizeof(T) == 4) {
+      if (w.scale && space.bytes && KRON_BYTE_PRODUCTS)
+        return contract8<Quads>(w.matrix8(), NV, in, out, grid, accumulate, Space8(space));
+      if (w.scale) return contract8<Pairs>(w.matrix8(), NV, in, out, grid, accumulate, Space8(space));
+    }
+    const Matrix<S> all = w.matrix();
     if constexpr (std::is_same_v<S, T>) {
-      contract<T, NV>(w, in, out, grid, accumulate);
+      contract<T, NV>(all, in, out, grid, accumulate);
     } else {
-      for (Int first = 0; first < w.rows; first += KRON_ACCUMULATORS) {
-        const Int rows = smaller(KRON_ACCUMULATORS, w.rows - first);
+      for (Int first = 0; first < all.rows; first += KRON_ACCUMULATORS) {
+        const Int rows = smaller(KRON_ACCUMULATORS, all.rows - first);
         for (Int r = 0; r < rows; r++)
-          widen_row(w.data + (first + r) * w.row_stride, w.cols, w.col_stride, panel + r * w.cols);
-        contract<T, NV>({panel, rows, w.cols, w.cols, 1}, in, out + first * grid.out_step, grid,
+          widen_row(all.data + (first + r) * all.row_stride, all.cols, all.col_stride, space.panel + r * all.cols);
+        contract<T, NV>({space.panel, rows, all.cols, all.cols, 1}, in, out + first * grid.out_step, grid,
                         accumulate);
       }
     }
@@ -168,6 +217,19 @@ public:
   Int f_pre = 1, f_post = 1, g_pre = 1, g_post = 1;
   bool last = false; // f is contracted along the last axis
   bool low_rank = false;
+
+private:
+  Int f_scale_step = 1;
 };
+
+template <class S> void SpaceSizes::include(const Part<S> &part) {
+  const bool narrow = !std::is_same_v<S, Compute<S>>;
+  if (narrow || part.f.scale || part.g.scale) panel = larger(panel, KRON_ACCUMULATORS * (part.longest_row() + 1));
+  const auto rounds = [&](const kron_factor &x, Int slices) {
+    if (!x.scale) return;
+    words = larger(words, slices * ((x.cols + 1) / 2)), units = larger(units, slices);
+  };
+  rounds(part.f, part.first_slices()), rounds(part.g, part.second_slices());
+}
 
 } // namespace

@@ -8,7 +8,8 @@ namespace {
 
 const char *const OUT_OF_MEMORY = "out of memory for a block of tokens";
 
-// A product with its factors and bias in the dtype of computation: 16-bit ones are widened for each call.
+// A product with its factors and bias in the dtype of computation, but for int8 factors: 16-bit ones are
+// widened for each call.
 template <class T> struct Product : kron_product {
   Product() {}
   Product(const Product &) = delete;
@@ -20,7 +21,7 @@ template <class T> struct Product : kron_product {
     if constexpr (!std::is_same_v<S, T>)
       for (Int i = 0; i < n_factors; i++) {
         kron_factor &f = factors[i];
-        f.rank_stride = f.rows * f.cols, f.row_stride = f.cols, f.col_stride = 1;
+        if (!f.scale) f.rank_stride = f.rows * f.cols, f.row_stride = f.cols, f.col_stride = 1;
       }
   }
   // Returns false if memory ran out. The bias is (outputs, tail).
@@ -29,11 +30,13 @@ template <class T> struct Product : kron_product {
     if constexpr (!std::is_same_v<S, T>) {
       const Int bias_size = bias ? outputs() * tail : 0;
       Int total = bias_size;
-      for (Int i = 0; i < n_factors; i++) total += rank * factors[i].rows * factors[i].cols;
+      for (Int i = 0; i < n_factors; i++)
+        if (!factors[i].scale) total += rank * factors[i].rows * factors[i].cols;
       T *out = widened = static_cast<T *>(malloc(size_t(total) * sizeof(T)));
       if (!out) return false;
       for (Int i = 0; i < n_factors; i++) {
         const kron_factor &f = p.factors[i];
+        if (f.scale) continue; // int8, which is multiplied as it is
         const S *in = static_cast<const S *>(f.data);
         factors[i].data = out;
         for (Int k = 0; k < rank; k++)
@@ -126,7 +129,7 @@ template <class T> struct Product : kron_product {
       const kron_factor &f = factors[i];
       const double entries = double(pre * f.cols * post);
       const double multiply_adds = double(rank) * entries * double(f.rows);
-      contiguous = contiguous && f.col_stride == 1;
+      contiguous = contiguous && f.col_stride == 1 && !f.scale;
       a_block += multiply_adds;
       if (post > 1 && post % L == 0) {
         a_token += 1.3 * multiply_adds / L;

@@ -126,6 +126,9 @@ public:
     return found->second;
   }
   // The `count` numbers of a tensor; for `optional`, null if there is none.
+  const int8_t *bytes(const std::string &name, int64_t count) const {
+    return reinterpret_cast<const int8_t *>(checked(name, "I8", count));
+  }
   const float *floats(const std::string &name, int64_t count) const {
     return reinterpret_cast<const float *>(checked(name, "F32", count));
   }
@@ -149,8 +152,9 @@ private:
       if (key == "dtype") t.dtype = json.string();
       else (key == "shape" ? t.shape : t.offsets) = json.integers();
     });
-    if (t.dtype != "F32" && t.dtype != "I64") fail(name + " is of dtype " + t.dtype);
-    const int64_t whole = int64_t(data.size()), bytes = t.dtype == "F32" ? 4 : 8;
+    const bool known = t.dtype == "F32" || t.dtype == "I64" || t.dtype == "I8";
+    if (!known) fail(name + " is of dtype " + t.dtype);
+    const int64_t whole = int64_t(data.size()), bytes = t.dtype == "F32" ? 4 : t.dtype == "I8" ? 1 : 8;
     int64_t size = bytes;
     for (int64_t side : t.shape) {
       if (side > whole || size > whole) fail(name + " is larger than the file");
@@ -178,7 +182,12 @@ kron_factor factor(const File &file, const std::string &name, size_t dimensions)
   const Tensor &t = file[name]; // (rows, cols) or (rank, rows, cols)
   if (t.shape.size() != dimensions) fail(name + " has another number of dimensions");
   const int64_t rows = t.shape[dimensions - 2], cols = t.shape[dimensions - 1];
-  return {file.floats(name, t.count()), rows, cols, rows * cols, cols, 1};
+  if (!file.has(name + "_scale")) return {file.floats(name, t.count()), rows, cols, rows * cols, cols, 1, nullptr, 0};
+  // int8: a scale for each row of each term, or of all terms together.
+  const bool shared = file[name + "_scale"].count() == rows;
+  const int64_t scales = shared ? rows : t.count() / cols;
+  return {file.bytes(name, t.count()), rows, cols, rows * cols, cols, 1,
+          file.floats(name + "_scale", scales), shared ? 0 : rows};
 }
 
 // A weight is dense, NAME.weight, or a sum of products of NAME.a and NAME.b.
@@ -268,7 +277,7 @@ public:
         distances.insert(distances.end(), all + h * row, all + h * row + 2 * length - 1);
       batch.distance_bias = distances.data();
     }
-    const kron_execution all = {kron_cpu_isa(), threads, parallel_for};
+    const kron_execution all = {kron_cpu_isa(), threads, parallel_for, 1};
     if (const char *error = kron_cpu_encode(&all, KRON_FLOAT32, &encoder, &batch)) fail(error);
     return last;
   }

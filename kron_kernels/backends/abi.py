@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kron_kernels.checks import Activation
+from kron_kernels.int8 import Factor, Int8Factor
 from kron_kernels.shapes import contraction_order
 
-ABI = 2  # KRON_ABI in csrc/kron.h
+ABI = 3  # KRON_ABI in csrc/kron.h
 
 
 def _load() -> tuple[Any, str]:
@@ -80,7 +81,7 @@ def layouts(tensors: list[Tensor]) -> Any:
 
 
 def product(
-    factors: Sequence[Tensor],
+    factors: Sequence[Factor],
     bias: Tensor | None,
     residual: Tensor | None,
     activation: Activation | None,
@@ -99,7 +100,12 @@ def product(
     turns = _turns(shapes)
     for i, f in enumerate(factors):
         _, rows, cols = shapes[i]
-        arguments += (address(f), rows, cols, *f.stride(), turns[i])
+        if isinstance(f, Int8Factor):
+            values, scale = f
+            step = scale.stride(0) if len(scale) > 1 else 0
+            arguments += (address(values), rows, cols, *f.stride(), turns[i], address(scale), step)
+        else:
+            arguments += (address(f), rows, cols, *f.stride(), turns[i], 0, 0)
     return arguments
 
 
@@ -108,7 +114,7 @@ def product_of_shapes(shapes: Sequence[tuple[int, int, int]]) -> list[int]:
     arguments = [shapes[0][0], len(shapes), 0, 0, 0, 0]
     turns = _turns(tuple(shapes))
     for i, (_, rows, cols) in enumerate(shapes):
-        arguments += (0, rows, cols, rows * cols, cols, 1, turns[i])
+        arguments += (0, rows, cols, rows * cols, cols, 1, turns[i], 0, 0)
     return arguments
 
 

@@ -20,7 +20,9 @@ from torch import Tensor
 from kron_kernels.backends import abi
 from kron_kernels.backends.abi import product
 from kron_kernels.backends.gradients import new_gradients, returned
-from kron_kernels.checks import Activation, Layer
+from kron_kernels.checks import Activation
+from kron_kernels.checks import Layer as FloatingLayer
+from kron_kernels.int8 import Factor, Layer
 from kron_kernels.shapes import KronShape
 
 _native = abi.module
@@ -28,7 +30,9 @@ _ISAS = ("portable", "avx2", "avx512")
 _MAX_FACTORS = 8
 _GROUPED = 4096  # features of a group of several factors; a block of tokens of them is 200 KB
 
-_isa = _native.isa() if _native else 0  # tests lower it to run the code of other machines
+# Tests lower them to run the code of other machines.
+_isa = _native.isa() if _native else 0
+_bytes = 1  # whether to multiply int8 factors by an instruction for bytes, where there is one
 
 
 def _thread_pool() -> int:
@@ -87,7 +91,7 @@ def why_not(x: Tensor, *factors: Tensor) -> str | None:
 
 def kron_matmul(
     x: Tensor,
-    factors: Sequence[Tensor],
+    factors: Sequence[Factor],
     bias: Tensor | None = None,
     activation: Activation | None = None,
     residual: Tensor | None = None,
@@ -105,7 +109,7 @@ def kron_matmul(
 
 def _kron_matmul_in_passes(
     x: Tensor,
-    factors: Sequence[Tensor],
+    factors: Sequence[Any],
     bias: Tensor | None,
     activation: Activation | None,
     residual: Tensor | None,
@@ -128,8 +132,8 @@ def _kron_matmul_in_passes(
         rows = prod([f.shape[1] for f in group])
         out = x.new_empty(outer, rows * done)
         epilogue = (bias, residual, activation) if start == 0 else (None, None, None)
-        isa, threads, pool, code, _, address = _call(y)
-        call = isa, threads, pool, code, outer, address
+        *execution, code, _, address = _call(y)
+        call = *execution, code, outer, address
         if done == 1:
             _native.forward(*call, 1, *product(group, *epilogue, out))
         else:
@@ -189,12 +193,15 @@ def kron_feed_forward(
 
 def again_matmul(
     x: Tensor,
-    factors: Sequence[Tensor],
+    factors: Sequence[Factor],
     bias: Tensor | None,
     activation: Activation | None,
     residual: Tensor | None,
 ) -> Callable[..., Tensor] | None:
-    """``kron_matmul`` as a function of ``x, *factors, bias, residual``; None if it needs copies."""
+    """``kron_matmul`` as a function of its operands; None if it needs copies.
+
+    These are x, the factors, each int8 one as its values and scale, bias and residual.
+    """
     if len(factors) > 2 or not _contiguous(x, bias, residual):
         return None
     plan = _plan(x, False, (factors, activation))
@@ -202,26 +209,26 @@ def again_matmul(
 
     def again(x: Tensor, *operands: Tensor | None) -> Tensor:
         y = x.new_empty(*shape)
-        _native.run_plan(plan, _isa, _threads(), _POOL, x, *operands, y)
+        _native.run_plan(plan, *_execution(), x, *operands, y)
         return y
 
     return again
 
 
-def again_qkv(x: Tensor, layers: Sequence[Layer]) -> Callable[..., list[Tensor]] | None:
+def again_qkv(x: Tensor, layers: Sequence[FloatingLayer]) -> Callable[..., list[Tensor]] | None:
     """``kron_qkv`` as a function of x and the layers; None if it needs copies."""
     if not _contiguous(x, *(bias for *_, bias in layers)):
         return None
     plan = _plan(x, False, *(((a, b), None) for a, b, _ in layers))
     shapes = [(*x.shape[:-1], a.shape[1] * b.shape[1]) for a, b, _ in layers]
 
-    def again(x: Tensor, *layers: Layer) -> list[Tensor]:
+    def again(x: Tensor, *layers: FloatingLayer) -> list[Tensor]:
         ys: list[Tensor] = []
         operands: list[Tensor | None] = []
         for (a, b, bias), shape in zip(layers, shapes, strict=True):
             ys.append(x.new_empty(*shape))
             operands += a, b, bias, None, ys[-1]
-        _native.run_plan(plan, _isa, _threads(), _POOL, x, *operands)
+        _native.run_plan(plan, *_execution(), x, *operands)
         return ys
 
     return again
@@ -238,7 +245,7 @@ def again_feed_forward(
 
     def again(x: Tensor, up: Layer, down: Layer, residual: Tensor | None) -> Tensor:
         y = x.new_empty(*shape)
-        _native.run_plan(plan, _isa, _threads(), _POOL, x, *up, None, None, *down, residual, y)
+        _native.run_plan(plan, *_execution(), x, *up, None, None, *down, residual, y)
         return y
 
     return again
@@ -249,7 +256,7 @@ def _contiguous(*operands: Tensor | None) -> bool:
 
 
 def _plan(
-    x: Tensor, is_block: bool, *products: tuple[Sequence[Tensor], Activation | None]
+    x: Tensor, is_block: bool, *products: tuple[Sequence[Factor], Activation | None]
 ) -> bytes:
     """A call for ``_native.run_plan``, which reads the addresses from the tensors."""
     arguments = [is_block, abi.DTYPES[x.dtype], prod(x.shape[:-1]), len(products)]
@@ -267,16 +274,16 @@ def kron_matmul_backward(
     """Gradients of x, a and b, an empty tensor for one that is not needed."""
     dy, x = dy.contiguous(), x.contiguous()
     grads = new_gradients((x, a, b), needed, _sums(x))
-    isa, threads, pool, dtype, tokens, address = _call(x)
+    *call, address = _call(x)
     _native.backward(
-        *(isa, threads, pool, dtype, tokens, abi.address(dy), address),
+        *(*call, abi.address(dy), address),
         *product((a, b), None, None, None, None),
         *map(abi.address, grads),
     )
     return returned(grads, x)
 
 
-def fuses(up: Layer, down: Layer) -> bool:
+def fuses(up: FloatingLayer, down: FloatingLayer) -> bool:
     """Whether the layers can exchange the hidden vector entry by entry.
 
     They can if both read it as the same grid, up computes it entry by entry and down reads it so.
@@ -293,18 +300,18 @@ def fuses(up: Layer, down: Layer) -> bool:
 def kron_feed_forward_backward(
     dy: Tensor,
     x: Tensor,
-    up: Layer,
+    up: FloatingLayer,
     activation: Activation,
-    down: Layer,
+    down: FloatingLayer,
     needed: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of x, up's a, b and bias, down's a and b; empty where not needed."""
     dy, x = dy.contiguous(), x.contiguous()
     bias = None if up[2] is None else up[2].contiguous()
     grads = new_gradients((x, *up[:2], bias, *down[:2]), needed, _sums(x))
-    isa, threads, pool, dtype, tokens, address = _call(x)
+    *call, address = _call(x)
     _native.feed_forward_backward(
-        *(isa, threads, pool, dtype, tokens, abi.address(dy), address),
+        *(*call, abi.address(dy), address),
         *product(up[:2], bias, None, activation, None),
         *product(down[:2], None, None, None, None),
         *map(abi.address, grads),
@@ -318,4 +325,9 @@ def _sums(x: Tensor) -> torch.dtype:
 
 
 def _call(x: Tensor) -> tuple[int, ...]:
-    return _isa, _threads(), _POOL, abi.DTYPES[x.dtype], prod(x.shape[:-1]), abi.address(x)
+    return *_execution(), abi.DTYPES[x.dtype], prod(x.shape[:-1]), abi.address(x)
+
+
+def _execution() -> tuple[int, int, int, int]:
+    """A ``kron_execution`` of ``csrc/kron.h``."""
+    return _isa, _threads(), _POOL, _bytes
