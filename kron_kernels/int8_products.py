@@ -54,7 +54,10 @@ def kron_matmul(
     rows = x.reshape(-1, x.shape[-1])
     if x.dtype in (torch.bfloat16, torch.float16):
         rows = rows.float()
-    with torch.autocast(x.device.type, enabled=False):  # its dtypes do not hold the sums
+    if dispatch.under_autocast(x):  # its dtypes do not hold the sums
+        with torch.autocast(x.device.type, enabled=False):
+            y = product(rows, factors)
+    else:
         y = product(rows, factors)
     y = y.view(*x.shape[:-1], y.shape[-1])
     if bias is not None:

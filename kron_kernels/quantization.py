@@ -18,7 +18,7 @@ from kron_kernels.modules import obstacles
 from kron_kernels.nn import KroneckerEmbedding, KroneckerLinear, KroneckerSum, has_own_forward
 
 # The layers of Kronecker products, and the method that knows their forward.
-_DENSIFIED = {
+_DENSIFIED: dict[type[nn.Module], str] = {
     KroneckerLinear: "to_linear",
     KroneckerSum: "to_linear",
     KroneckerEmbedding: "to_embedding",
@@ -305,6 +305,12 @@ def quantized(layer: Any) -> QuantizedLinear | QuantizedSum | QuantizedEmbedding
     if isinstance(layer, nn.Embedding | KroneckerEmbedding):
         return QuantizedEmbedding.of(layer)
     return QuantizedSum.of(layer) if isinstance(layer, KroneckerSum) else QuantizedLinear.of(layer)
+
+
+def densified(layer: Any) -> Tensor:
+    """The weight ``(m, n)`` of a floating-point layer."""
+    by = next((by for k, by in _DENSIFIED.items() if isinstance(layer, k)), None)
+    return layer.weight if by is None else getattr(layer, by)().weight
 
 
 def quantizable(module: nn.Module, keep: Iterable[str] = ()) -> dict[str, Any]:
