@@ -159,6 +159,17 @@ class KroneckerPreTrainedModel(_Base):
         elif isinstance(module, QuantizedLinear | QuantizedSum | QuantizedEmbedding):
             module.reset_parameters()
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters, with int8 weights, see ``transformers.PreTrainedModel``."""
+        known = super().num_parameters(only_trainable, exclude_embeddings)
+        if only_trainable:
+            return known
+        kinds = QuantizedLinear | (QuantizedLinear if exclude_embeddings else QuantizedEmbedding)
+        layers = (m for m in self.modules() if isinstance(m, kinds))
+        return known + sum(
+            b.numel() for m in layers for b in m.buffers(recurse=False) if b.dtype == torch.int8
+        )
+
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode, see ``nn.Module.train``.
 
