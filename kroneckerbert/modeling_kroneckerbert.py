@@ -299,9 +299,14 @@ class KroneckerPreTrainedModel(_Base):
             The word embeddings.
 
         Raises:
-            ValueError: If a size is not a positive integer, or leaves no row for the padding. The
-                model is then unchanged.
+            ValueError: If a size is not a positive integer, or leaves no row for the padding, or
+                the model has int8 weights. The model is then unchanged.
         """
+        if self.config.kronecker_int8:
+            raise ValueError(
+                f"this {type(self).__name__} has int8 weights, whose vocabulary cannot be resized; "
+                "resize kroneckerbert.dequantize(model), and quantise the result."
+            )
         table = self.get_input_embeddings()
         if new_num_tokens is not None:
             new_num_tokens = check_integer("new_num_tokens", new_num_tokens)
