@@ -26,6 +26,10 @@ from kroneckerbert.loading import load
 from kroneckerbert.measure import model_bytes
 
 TEACHER, PAIRS = "teacher", "sentences"
+TITLES = {
+    PAIRS: "STS-B, untrained",
+    **{"sst2": "SST-2", "stsb": "STS-B", "trec": "TREC", "mrpc": "MRPC", "cola": "CoLA"},
+}
 METRICS = {PAIRS: "spearman"} | {name: task.metric for name, task in TASKS.items()}
 
 
