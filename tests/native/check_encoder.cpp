@@ -8,36 +8,10 @@
 // the multiply-adds of a case's reference by using fewer and shorter sequences. --self-test computes in
 // float32 or float64, which must be accepted, and with mistakes, which must not be. --division prints
 // how the presets' work is divided.
+#include "allocations.h"
 #include "encoder.h"
 
-#include <atomic>
-
 using namespace oracle;
-
-// The linker redirects the kernels' calls to these (--wrap), and new calls malloc.
-namespace {
-std::atomic<Int> allocations, allocated; // their number and bytes
-Int allowed = INT64_MAX;               // the next ones fail
-bool count(size_t size) {
-  allocated += Int(size);
-  return ++allocations <= allowed;
-}
-} // namespace
-extern "C" {
-void *__real_malloc(size_t);
-void *__real_calloc(size_t, size_t);
-void *__real_aligned_alloc(size_t, size_t);
-void *__wrap_malloc(size_t size) { return count(size) ? __real_malloc(size) : nullptr; }
-void *__wrap_calloc(size_t n, size_t size) {
-  return count(n * size) ? __real_calloc(n, size) : nullptr;
-}
-void *__wrap_aligned_alloc(size_t alignment, size_t size) {
-  return count(size) ? __real_aligned_alloc(alignment, size) : nullptr;
-}
-}
-void *operator new(size_t size) { return malloc(size); }
-void operator delete(void *p) noexcept { free(p); }
-void operator delete(void *p, size_t) noexcept { free(p); }
 
 namespace {
 
@@ -74,7 +48,7 @@ struct Call {
             " threads, " + POOLS[pool].name + ", states " + std::to_string(wanted) + "; " +
             batch.text() + "; " + model.text();
     for (Buffer &b : batch.states) b.reset();
-    const kron_execution e = {isa, threads, POOLS[pool].pool};
+    const kron_execution e = {isa, threads, POOLS[pool].pool, 0};
     if (const char *error = encode(e, wanted)) fail(std::string("refused: ") + error);
     return bytes();
   }
@@ -97,7 +71,7 @@ struct Call {
     std::vector<void *> states;
     const kron_encoder encoder = model.call();
     const kron_batch b = batch.call(states, -1);
-    const kron_execution e = {isa, threads, parallel_for};
+    const kron_execution e = {isa, threads, parallel_for, 0};
     kron_division found;
     memset(&found, 0xff, sizeof found);
     if (const char *error = kron_cpu_encode_division(&e, model.dtype.id, &encoder, &b, &found))
@@ -203,7 +177,7 @@ void check_ids(Call &call, Int isa, const std::vector<std::string> &right, Rando
     id = bad[r.below(4)];
     for (Buffer &state : b.states) state.reset();
     const std::vector<std::string> untouched = call.bytes();
-    const kron_execution e = {isa, 2, parallel_for};
+    const kron_execution e = {isa, 2, parallel_for, 0};
     refusals.require(call.encode(e), "an id out of range is taken");
     refusals.require(call.bytes() == untouched, "a refused call wrote");
     id = good;
@@ -248,7 +222,7 @@ struct Arguments {
     encoder.layers = layers.data();
   }
   Arguments(const Arguments &) = delete;
-  kron_execution e = {0, 2, parallel_for}, *execution = &e;
+  kron_execution e = {0, 2, parallel_for, 0}, *execution = &e;
   Int dtype;
   kron_encoder encoder, *p = &encoder;
   std::vector<kron_layer> layers;
@@ -392,11 +366,11 @@ void check_refusals(Random &r) {
   Arguments a(*call);
   refusals.require(kron_cpu_encode_division(&a.e, a.dtype, a.p, a.b, nullptr), "a null division");
 
-  const kron_execution broken = {0, 64, failing};
+  const kron_execution broken = {0, 64, failing, 0};
   Recipe large = {KRON_FLOAT32, 1, 96, 4, 24, 384, DENSE, 4, 70, NO_MASK};
   Call divided(large, r);
   refusals.require(divided.encode(broken), "a pool that fails goes unnoticed");
-  const kron_execution here = {0, 1, nullptr};
+  const kron_execution here = {0, 1, nullptr, 0};
   refusals.require(!divided.encode(here), "refused");
   for (Int most = divided.found_allocations - 1; most >= 0; most--)
     refusals.require(divided.encode(here, -1, most), "missing memory goes unnoticed");
@@ -409,8 +383,8 @@ const void *const NOWHERE = reinterpret_cast<const void *>(64);
 kron_product term(Int a_rows, Int a_cols, Int b_rows, Int b_cols) {
   kron_product p = {};
   p.rank = 1, p.n_factors = 2;
-  p.factors[0] = {NOWHERE, a_rows, a_cols, a_rows * a_cols, a_cols, 1};
-  p.factors[1] = {NOWHERE, b_rows, b_cols, b_rows * b_cols, b_cols, 1};
+  p.factors[0] = {NOWHERE, a_rows, a_cols, a_rows * a_cols, a_cols, 1, nullptr, 0};
+  p.factors[1] = {NOWHERE, b_rows, b_cols, b_rows * b_cols, b_cols, 1, nullptr, 0};
   const double right = double(b_rows * a_cols * (b_cols + a_rows)); // multiply-adds, B first
   const double left = double(a_rows * b_cols * (a_cols + b_rows));
   p.turns[0] = right <= left, p.turns[1] = !p.turns[0];
@@ -419,7 +393,7 @@ kron_product term(Int a_rows, Int a_cols, Int b_rows, Int b_cols) {
 kron_product dense(Int rows, Int cols) {
   kron_product p = {};
   p.rank = p.n_factors = 1;
-  p.factors[0] = {NOWHERE, rows, cols, rows * cols, cols, 1};
+  p.factors[0] = {NOWHERE, rows, cols, rows * cols, cols, 1, nullptr, 0};
   return p;
 }
 
@@ -453,7 +427,7 @@ kron_division divide(const Preset &preset, Size size, Int threads, Int layers) {
   const Int *const ids = static_cast<const Int *>(NOWHERE);
   const kron_batch batch = {size.sequences, size.length, nullptr, {ids, ids, ids},
                             nullptr, nullptr, states.data()};
-  const kron_execution e = {kron_cpu_isa(), threads, parallel_for};
+  const kron_execution e = {kron_cpu_isa(), threads, parallel_for, 0};
   kron_division found;
   if (const char *error = kron_cpu_encode_division(&e, KRON_FLOAT32, &encoder, &batch, &found))
     fail(error);
