@@ -98,8 +98,8 @@ struct Product : Weight {
 };
 
 struct Call {
-  Call(const Case &c, Random &r)
-      : c(c), dtype(DTYPES[c.dtype]), x(dtype, c.tokens * c.shapes[0].product(&Side::cols)) {
+  Call(const Case &chosen, Random &r)
+      : c(chosen), dtype(DTYPES[c.dtype]), x(dtype, c.tokens * c.shapes[0].product(&Side::cols)) {
     for (size_t i = 0; i < c.shapes.size(); i++) products.push_back(std::make_unique<Product>(c, Int(i), r));
     for (size_t i = c.block; i < products.size(); i++) outputs.emplace_back(dtype, products[i]->residual.size);
   }
@@ -181,7 +181,7 @@ struct Call {
     return all;
   }
 
-  const Case &c;
+  const Case c;
   const Dtype &dtype;
   Buffer x;
   std::vector<std::unique_ptr<Product>> products;
@@ -248,7 +248,8 @@ bool are(const Buffer &found, const std::vector<Float> &expected) {
     const auto stored = [&](double w) {
       return found.dtype->bytes == 2 ? decode(*found.dtype, encode(*found.dtype, w)) : w;
     };
-    if (isnan(e.value) ? !isnan(v) : !(v >= stored(e.value - e.slack) && v <= stored(e.value + e.slack))) return false;
+    const bool fits = v >= stored(e.value - e.slack) && v <= stored(e.value + e.slack);
+    if (isnan(e.value) ? !isnan(v) : !fits) return false;
   }
   return true;
 }
@@ -323,8 +324,10 @@ void check_division(Call &call) {
 
 Int tokens_of(const Case &c, double most_work) {
   double work = 0;
-  for (const Shape &s : c.shapes)
-    work += double(s.rank * s.product(&Side::rows) * s.sides.back().cols + s.rank * s.product(&Side::cols) * s.sides[0].rows);
+  for (const Shape &s : c.shapes) {
+    const Int m = s.product(&Side::rows), n = s.product(&Side::cols);
+    work += double(s.rank * (m * s.sides.back().cols + n * s.sides[0].rows));
+  }
   return std::max<Int>(1, std::min(c.tokens, Int(most_work / work)));
 }
 
@@ -343,6 +346,103 @@ void check(Case c, double most_work, Random &r) {
     call.x.set(place, good);
   }
   check_division(call);
+}
+
+// ---- refusals ----------------------------------------------------------------------------------
+
+enum { FORWARDS = 1, FEEDS = 2, ALONG = 4, BACKS = 8, FEEDS_BACK = 16, ALL = 31 };
+const struct {
+  const char *fault;
+  int functions;
+  void (*plant)(kron_product *, Int &); // up and down (64, 64) of 8x8 ⊗ int8 8x8; the dtype
+  const char *error;
+} REFUSALS[] = {
+    {"float64", FORWARDS + FEEDS, [](kron_product *, Int &dtype) { dtype = KRON_FLOAT64; },
+     "int8 factors are not for float64"},
+    {"three factors", FORWARDS + FEEDS,
+     [](kron_product *p, Int &) {
+       p[1].n_factors = 3, p[1].factors[2] = {p[1].factors[0].data, 1, 1, 1, 1, 1, nullptr, 0};
+       p[1].turns[2] = 2;
+     },
+     "there are int8 factors for up to two"},
+    {"65537 columns", FORWARDS + FEEDS,
+     [](kron_product *p, Int &) {
+       p[0].factors[1].rows = p[0].factors[1].cols = p[1].factors[1].cols = 65537;
+     },
+     "an int8 factor has more than 65536 columns"},
+    {"65537 columns in down", FEEDS,
+     [](kron_product *p, Int &) { p[1].factors[1].cols = p[0].factors[1].rows = 65537; },
+     "an int8 factor has more than 65536 columns"},
+    {"65537 terms of a column", FORWARDS + FEEDS,
+     [](kron_product *p, Int &) {
+       for (int i = 0; i < 2; i++) p[i].rank = 65537, p[i].factors[0].rows = 1, p[i].factors[1].cols = 1;
+     },
+     "an int8 factor has more than 65536 terms"},
+    {"columns with their own scales", FORWARDS + FEEDS,
+     [](kron_product *p, Int &) {
+       for (int i = 0; i < 2; i++) {
+         p[i].rank = 2, p[i].factors[0].rows = 1, p[i].factors[1].cols = 1;
+         p[i].factors[1].scale_rank_stride = 8;
+       }
+     },
+     "int8 columns must share their scales"},
+    {"first columns with their own scales", FORWARDS + FEEDS,
+     [](kron_product *p, Int &) {
+       for (int i = 0; i < 2; i++) {
+         std::swap(p[i].factors[0], p[i].factors[1]);
+         p[i].rank = 2, p[i].factors[0].cols = 1, p[i].factors[1].rows = 1;
+         p[i].factors[0].scale_rank_stride = 8;
+       }
+     },
+     "int8 columns must share their scales"},
+    {"an axis in the middle", ALONG, [](kron_product *, Int &) {}, "an axis in the middle takes no int8 factors"},
+    {"gradients", BACKS + FEEDS_BACK, [](kron_product *, Int &) {}, "int8 factors have no gradient"},
+    {"gradients of a block whose up is int8", FEEDS_BACK,
+     [](kron_product *p, Int &) { p[1].factors[1].scale = nullptr; }, "int8 factors have no gradient"},
+    {"gradients of a block whose down is int8", FEEDS_BACK,
+     [](kron_product *p, Int &) { p[0].factors[1].scale = nullptr; }, "int8 factors have no gradient"},
+};
+
+void check_refusals(Group &group, Random &r) {
+  const Shape shape = {1, {{8, 8}, {8, 8}}};
+  Call call({KRON_FLOAT32, 20, {shape, shape}, false, 2 | 2 << 2, FULL, HALVES, KRON_NONE}, r);
+  call.products[0]->set_order(1, r);
+  const kron_execution e = {0, 2, parallel_for, 1};
+  void *const y = call.outputs[0].data();
+  kron_division division;
+  memset(&division, 0xff, sizeof division);
+  for (const auto &refusal : REFUSALS) {
+    kron_product p[] = {call.products[0]->call, call.products[1]->call}, *const up = p, *const down = p + 1;
+    Int dtype = KRON_FLOAT32;
+    for (kron_product &product : p) product.y = y;
+    refusal.plant(p, dtype);
+    doing = refusal.fault;
+    const auto refused = [&](int function, auto call_it, auto... arguments) {
+      if (!(refusal.functions & function)) return;
+      const char *error = call_it(&e, dtype, 20, arguments...);
+      if (!error || strcmp(error, refusal.error)) doing += std::string(": ") + (error ? error : "no error");
+      group.require(error && !strcmp(error, refusal.error), "not refused in these words");
+    };
+    const void *const x = call.x.data();
+    refused(FORWARDS, kron_cpu_forward, x, 2, p);
+    refused(FORWARDS, kron_cpu_forward_division, 2, p, &division);
+    refused(FEEDS, kron_cpu_feed_forward, x, up, down);
+    refused(FEEDS, kron_cpu_feed_forward_division, up, down, &division);
+    refused(ALONG, kron_cpu_forward_along, x, 5, down);
+    refused(BACKS, kron_cpu_backward, x, x, down, y, y, y);
+    refused(BACKS, kron_cpu_backward_division, down, &division);
+    refused(FEEDS_BACK, kron_cpu_feed_forward_backward, x, x, up, down, y, y, y, y, y, y);
+    refused(FEEDS_BACK, kron_cpu_feed_forward_backward_division, up, down, &division);
+  }
+  const std::string unwritten(sizeof division, '\xff');
+  group.require(!memcmp(&division, unwritten.data(), sizeof division), "a refused call wrote");
+  const Buffer &b = call.outputs[0];
+  group.require(b.bytes(0, b.size) == std::string(size_t(4 * b.size), '\xff'), "a refused call wrote");
+  // A single column may have any stride of its scales.
+  kron_product p = call.products[0]->call;
+  p.factors[0].rows = p.factors[1].cols = 1, p.factors[1].scale_rank_stride = 8, p.y = y;
+  doing = "a single column";
+  group.require(!kron_cpu_forward(&e, KRON_FLOAT32, 1, call.x.data(), 1, &p), "refused");
 }
 
 // ---- the self-test -----------------------------------------------------------------------------
@@ -410,8 +510,8 @@ void add_extremes(std::vector<Case> &cases) {
   for (Int cols : {1, 2, 3, 4, 5, 8, 64, 65, 384, 4099})
     for (Int values : {FULL, ALL_127, ALL_MINUS_128, ROWS_OF_ZEROS})
       for (Int inputs = REALS; inputs < INPUTS; inputs++, i++)
-        cases.push_back({inputs == TINY ? DTYPE_IDS[i % 2] : DTYPE_IDS[i % 3], 9, {{1, {{7, cols}}}}, false, 1, values,
-                         inputs, NO_ACTIVATION});
+        cases.push_back({DTYPE_IDS[i % (inputs == TINY ? 2 : 3)], 9, {{1, {{7, cols}}}}, false, 1, values, inputs,
+                         NO_ACTIVATION});
   for (Int values : {ALL_127, ALL_MINUS_128})
     cases.push_back({KRON_FLOAT32, 3, {{1, {{2, 65536}}}}, false, 1, values, ALL_LARGEST, NO_ACTIVATION});
 }
@@ -470,12 +570,13 @@ void add_divided(std::vector<Case> &cases) {
       {{3, {{16, 2}, {96, 64}}}, {1, {{2, 16}, {64, 96}}}}, {{1, {{700, 300}}}, {1, {{100, 700}}}},
   };
   Int i = 0;
-  for (const auto &shapes : all)
-    for (Int tokens : {5, 16, 70}) {
+  for (Int tokens : {70, 16, 5}) {
+    for (const auto &shapes : all) {
       const bool block = shapes.size() == 2;
       const Int int8 = shapes[0].sides.size() == 1 || i % 2 ? 1 | 1 << 2 : 2 | 2 << 2;
       cases.push_back({DTYPE_IDS[i++ % 3], tokens, shapes, block, int8, FULL, HALVES, NO_ACTIVATION});
     }
+  }
 }
 std::vector<Case> chosen_cases() {
   std::vector<Case> cases;
@@ -506,7 +607,10 @@ int main(int count, char **arguments) {
   std::vector<Case> divided;
   add_divided(divided);
   most_ranges = 0;
-  for (const Case &c : each(options.every, divided)) check(c, 20 * options.work, r);
+  for (const Case &c : each(options.every, divided)) check(c, std::max(20 * options.work, 6e6), r);
   if (!most_ranges) fail("no work was divided among threads");
-  for (const Group *g : {&integers, &last_bits, &exact_products, &same_bits, &poison, &divisions}) g->print();
+  Group refusals{"refusals"};
+  check_refusals(refusals, r);
+  for (const Group *g : {&integers, &last_bits, &exact_products, &same_bits, &poison, &divisions, &refusals})
+    g->print();
 }

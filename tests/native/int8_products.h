@@ -146,8 +146,10 @@ struct InFloat {
     const bool finite = largest < INFINITY, used = finite && largest >= (fault == TINY_NOT_ZERO ? 0x1p-126 : LEAST);
     const double safe = used ? largest : 1, inverse = narrow(127 / safe);
     double unit = finite ? used ? narrow(safe / 127) : 0. : NAN;
-    if (fault == OTHER_VECTORS_UNIT || (fault == NAN_TO_NEIGHBOUR && isnan(unit_before))) std::swap(unit, unit_before);
-    else unit_before = unit;
+    const bool wrong = fault == OTHER_VECTORS_UNIT || (fault == NAN_TO_NEIGHBOUR && isnan(unit_before));
+    const double own = unit;
+    if (wrong) unit = unit_before;
+    unit_before = own;
     std::vector<Int> q;
     for (const Float &v : x) q.push_back(used ? rounded(v.value, inverse) : 0);
     std::vector<Float> y;
