@@ -467,7 +467,7 @@ void self_test(const std::vector<Case> &cases, Random &r) {
       doing = call.text();
       const auto right = call.expected<Float>(InFloat());
       const auto real = call.expected<Real8>(Bounded());
-      for (Int fault = RIGHT; fault < INT8_FAULTS; fault++) {
+      for (Int fault = NO_MISTAKE; fault < INT8_FAULTS; fault++) {
         InFloat arithmetic;
         arithmetic.fault = fault;
         const auto planted = call.expected<Float>(arithmetic);
@@ -477,12 +477,12 @@ void self_test(const std::vector<Case> &cases, Random &r) {
           differs = differs || !are(call.outputs[i], right[i]);
           too_far = too_far || (!poisoned && error_of(call.outputs[i], real[i]) > 1);
         }
-        if (fault == RIGHT && (differs || too_far)) fail("the right numbers are rejected");
+        if (fault == NO_MISTAKE && (differs || too_far)) fail("the right numbers are rejected");
         found[fault] += differs, beyond[fault] += too_far;
       }
     }
   }
-  for (Int fault = RIGHT + 1; fault < INT8_FAULTS; fault++) {
+  for (Int fault = NO_MISTAKE + 1; fault < INT8_FAULTS; fault++) {
     doing = FAULTS[fault];
     if (!found[fault]) fail("a mistake passes");
     printf("%-36s found in %4lld cases, beyond the bound of exact products in %4lld\n", FAULTS[fault],

@@ -108,13 +108,13 @@ struct Float {
 
 // Mistakes of kernels, for the self-test.
 enum Int8Fault {
-  RIGHT, ROW_SUMS_LOST, SATURATED, ENTRIES_OF_128_CLAMPED, ROUNDED_DOWN, HALVES_ROUNDED_AWAY, ROUNDED_ONCE,
+  NO_MISTAKE, ROW_SUMS_LOST, SATURATED, ENTRIES_OF_128_CLAMPED, ROUNDED_DOWN, HALVES_ROUNDED_AWAY, ROUNDED_ONCE,
   TAIL_NOT_ZERO, NEXT_ROWS_SCALE, OTHER_VECTORS_UNIT, NAN_TO_NEIGHBOUR, TINY_NOT_ZERO, SUMMED_IN_FLOAT, INT8_FAULTS
 };
 
 // Of each operation the float32 result, of sums of int8 products the integer.
 struct InFloat {
-  Int fault = RIGHT;
+  Int fault = NO_MISTAKE;
   mutable double unit_before = 1; // of the vector before this one
 
   static double narrow(double v) { return double(float(v)); } // of one operation in double: rounded once
@@ -139,7 +139,7 @@ struct InFloat {
   std::vector<Float> in_integers(const Matrix &m, const std::vector<Float> &x) const {
     double largest = 0;
     for (const Float &v : x) {
-      if (v.slack != 0 && fault == RIGHT) fail("this case does not determine what is rounded to integers");
+      if (v.slack != 0 && fault == NO_MISTAKE) fail("this case does not determine what is rounded to integers");
       largest = fabs(v.value) > largest ? fabs(v.value) : largest;
       if (isnan(v.value)) largest = NAN;
     }
