@@ -322,9 +322,11 @@ template <class N> struct Rounding {
       const double scale = m.scales[size_t(fault == FIRST_ROWS_SCALE ? 0 : r)];
       sum = N(integer * v.unit * T(scale));
       if constexpr (BOUNDED<N>) {
-        // All integers at once depend on the error of the unit; rounding adds four eps.
+        // All integers at once depend on the error of the unit; rounding adds four eps. Rows share what is away,
+        // and later sums of them take errors for independent: so twice as much (in 3000 random encoders, 0.94 of
+        // the bound without that).
         const double unit = MARGIN * epsilon(dtype), value = double(sum.value);
-        sum.error = pow(away * scale / unit, 2) + value * value * (pow(v.error / unit, 2) + 4);
+        sum.error = pow(2 * away * scale / unit, 2) + value * value * (pow(v.error / unit, 2) + 4);
       }
     }
     return y;

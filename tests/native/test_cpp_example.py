@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SIZES, tiny_bert
 from transformers import AutoModel, ElectraConfig, MPNetConfig, RobertaConfig
 
 from kron_kernels.backends import abi
 from kron_kernels.testing import assert_close
-from kroneckerbert import compress, decompress, save_encoder
+from kroneckerbert import compress, decompress, dequantize, quantize, save_encoder
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "csrc" / "example"
 CXX = os.environ.get("CXX", "c++")
@@ -107,6 +108,80 @@ def test_the_embeddings_of_a_saved_student_are_pythons(programs, tmp_path, name)
     # The number of threads does not change a bit.
     again = embeddings(programs / "encode", tmp_path / "out" / "encoder.safetensors", 3)
     torch.testing.assert_close(again, found, rtol=0, atol=0)
+
+
+def int8_student():
+    """Tables, dense layers, Kronecker products and low rank: a large factor of each in int8."""
+    factors = {
+        "word_embeddings": {"a_shape": [64, 32], "rank": 2},
+        "self.query": {"a_shape": [2, 2], "rank": 2},
+        "self.key": {"a_shape": [64, 1], "rank": 32},
+        "intermediate.dense": {"a_shape": [2, 2]},
+        "output.dense": [{"a_shape": [2, 4]}, {"a_shape": [64, 1], "rank": 16}],
+    }
+    model = compress(tiny_bert(hidden_size=64, intermediate_size=128), factors).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return quantize(model)
+
+
+@written_by_python
+@torch.no_grad()
+def test_the_embeddings_of_an_int8_student_are_pythons(programs, tmp_path):
+    model = int8_student()
+    file = save_encoder(model, tmp_path / "out")
+    in_int8 = {name for name, t in load_file(file).items() if t.dtype == torch.int8}
+    assert {
+        f"{at}.{factor}"
+        for at in ("tables.0", "layers.1.query.0", "layers.1.up.0", "layers.1.down.0")
+        for factor in ("a", "b")
+    } & in_int8
+    assert {"layers.0.key.0.a", "layers.0.key.0.b", "layers.0.value.0.weight"} <= in_int8
+
+    found = torch.stack(embeddings(programs / "encode", file))
+    expected, unrounded = [], []
+    for states_of, rows in ((model, expected), (dequantize(model), unrounded)):
+        for ids in TEXTS:
+            states = states_of(torch.tensor([ids])).last_hidden_state[0]
+            rows += [states[0], states.mean(0)]
+    # The arithmetic is the same, but a compiler may fuse sums in another way. An error of float32 carries one in
+    # some 20,000 numbers past a half, which then changes by a unit. Of n numbers, all of which are rounded by up to
+    # half a unit, k such ones make up sqrt(12 k / n) of int8's error: about a fortieth.
+    noise = (torch.stack(unrounded) - torch.stack(expected)).norm()
+    assert (found - torch.stack(expected)).norm() < 0.1 * noise
+    again = torch.stack(embeddings(programs / "encode", file, 3))
+    torch.testing.assert_close(again, found, rtol=0, atol=0)
+
+
+@written_by_python
+def test_a_wrong_scale_is_refused_in_words(programs, tmp_path):
+    file = save_encoder(int8_student(), tmp_path / "out")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+
+    def refused(name: str, change) -> str:
+        tensors = load_file(file)
+        change(tensors, name)
+        bad = tmp_path / "bad.safetensors"
+        save_file(tensors, bad, metadata)
+        command = [programs / "encode", bad]
+        done = subprocess.run(command, input="2 7 3\n", capture_output=True, text=True)
+        assert done.returncode == 1 and not done.stdout
+        return done.stderr
+
+    dense, scale = "layers.1.value.0.weight", "layers.1.value.0.weight_scale"
+    error = refused(scale, lambda tensors, name: tensors.pop(name))
+    assert f"{dense} is in int8, but the file has no {scale}" in error
+    error = refused(scale, lambda tensors, name: tensors.update({name: tensors[name][1:].clone()}))
+    assert f"{scale} must have 64 numbers of dtype F32" in error
+    error = refused(scale, lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}))
+    assert f"{scale} must have 64 numbers of dtype F32" in error
+    error = refused(dense, lambda tensors, name: tensors.update({name: tensors[name].float()}))
+    assert f"the file has {scale}, but {dense} is not in int8" in error
+    columns = "layers.1.key.0.a_scale"  # of 32 terms, which share them
+    error = refused(columns, lambda t, name: t.update({name: t[name].repeat(32, 1, 1)}))
+    assert "columns must share their scales" in error
 
 
 @written_by_python
