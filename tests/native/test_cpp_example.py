@@ -132,12 +132,8 @@ def test_the_embeddings_of_an_int8_student_are_pythons(programs, tmp_path):
     model = int8_student()
     file = save_encoder(model, tmp_path / "out")
     in_int8 = {name for name, t in load_file(file).items() if t.dtype == torch.int8}
-    assert {
-        f"{at}.{factor}"
-        for at in ("tables.0", "layers.1.query.0", "layers.1.up.0", "layers.1.down.0")
-        for factor in ("a", "b")
-    } & in_int8
-    assert {"layers.0.key.0.a", "layers.0.key.0.b", "layers.0.value.0.weight"} <= in_int8
+    factors = "query.0.b", "key.0.a", "key.0.b", "value.0.weight", "up.0.b", "down.1.a", "down.1.b"
+    assert {"tables.0.a", *(f"layers.1.{factor}" for factor in factors)} <= in_int8
 
     found = torch.stack(embeddings(programs / "encode", file))
     expected, unrounded = [], []
@@ -145,9 +141,10 @@ def test_the_embeddings_of_an_int8_student_are_pythons(programs, tmp_path):
         for ids in TEXTS:
             states = states_of(torch.tensor([ids])).last_hidden_state[0]
             rows += [states[0], states.mean(0)]
-    # The arithmetic is the same, but a compiler may fuse sums in another way. An error of float32 carries one in
-    # some 20,000 numbers past a half, which then changes by a unit. Of n numbers, all of which are rounded by up to
-    # half a unit, k such ones make up sqrt(12 k / n) of int8's error: about a fortieth.
+    # The arithmetic is the same, but a compiler may fuse sums in another way. An error of float32
+    # carries one in some 20,000 numbers past a half, which then changes by a unit. Of n numbers,
+    # all rounded by up to half a unit, k such ones make up sqrt(12 k / n) of int8's error: about a
+    # fortieth.
     noise = (torch.stack(unrounded) - torch.stack(expected)).norm()
     assert (found - torch.stack(expected)).norm() < 0.1 * noise
     again = torch.stack(embeddings(programs / "encode", file, 3))
@@ -159,29 +156,27 @@ def test_a_wrong_scale_is_refused_in_words(programs, tmp_path):
     file = save_encoder(int8_student(), tmp_path / "out")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
+    tensors = load_file(file)
 
-    def refused(name: str, change) -> str:
-        tensors = load_file(file)
-        change(tensors, name)
+    def refused(name: str, changed: torch.Tensor | None) -> str:
+        new = tensors | {name: changed}
         bad = tmp_path / "bad.safetensors"
-        save_file(tensors, bad, metadata)
+        save_file({name: t for name, t in new.items() if t is not None}, bad, metadata)
         command = [programs / "encode", bad]
         done = subprocess.run(command, input="2 7 3\n", capture_output=True, text=True)
         assert done.returncode == 1 and not done.stdout
         return done.stderr
 
-    dense, scale = "layers.1.value.0.weight", "layers.1.value.0.weight_scale"
-    error = refused(scale, lambda tensors, name: tensors.pop(name))
-    assert f"{dense} is in int8, but the file has no {scale}" in error
-    error = refused(scale, lambda tensors, name: tensors.update({name: tensors[name][1:].clone()}))
-    assert f"{scale} must have 64 numbers of dtype F32" in error
-    error = refused(scale, lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}))
-    assert f"{scale} must have 64 numbers of dtype F32" in error
-    error = refused(dense, lambda tensors, name: tensors.update({name: tensors[name].float()}))
-    assert f"the file has {scale}, but {dense} is not in int8" in error
-    columns = "layers.1.key.0.a_scale"  # of 32 terms, which share them
-    error = refused(columns, lambda t, name: t.update({name: t[name].repeat(32, 1, 1)}))
-    assert "columns must share their scales" in error
+    dense = "layers.1.value.0.weight"
+    scale = f"{dense}_scale"
+    assert f"{dense} is in int8, but the file has no {scale}" in refused(scale, None)
+    wrong = f"{scale} must have 64 numbers of dtype F32"
+    assert wrong in refused(scale, tensors[scale][1:].clone())
+    assert wrong in refused(scale, tensors[scale].to(torch.int8))
+    assert f"{scale}, but {dense} is not in int8" in refused(dense, tensors[dense].float())
+    columns = "layers.1.key.0.a_scale"  # 32 terms share them
+    own = tensors[columns].repeat(32, 1, 1)
+    assert "columns must share their scales" in refused(columns, own)
 
 
 @written_by_python
