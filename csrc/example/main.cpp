@@ -65,7 +65,7 @@ bool report(const char *where, const char *error, double largest) {
 bool on_cpu(const Floats &x, const Floats &a, const Floats &b, const Floats &bias) {
   Floats y(TOKENS * M, NAN);
   if (kron_abi() != KRON_ABI) return puts("CPU: the library was built for another kron.h"), false;
-  const kron_execution here = {kron_cpu_isa(), 1, nullptr, 0}; // the calling thread
+  const kron_execution here = {kron_cpu_isa(), 1, nullptr, 0, 0}; // the calling thread
   const kron_product product = layer(a.data(), b.data(), bias.data(), y.data());
   const char *error = kron_cpu_forward(&here, KRON_FLOAT32, TOKENS, x.data(), 1, &product);
   return report("CPU", error, largest_error(y, x, a, b, bias));

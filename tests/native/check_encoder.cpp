@@ -48,7 +48,7 @@ struct Call {
             (by_bytes ? " threads, bytes, " : " threads, ") + POOLS[pool].name + ", states " +
             std::to_string(wanted) + "; " + batch.text() + "; " + model.text();
     for (Buffer &b : batch.states) b.reset();
-    const kron_execution e = {isa, threads, POOLS[pool].pool, by_bytes};
+    const kron_execution e = {isa, threads, POOLS[pool].pool, by_bytes, 0};
     if (const char *error = encode(e, wanted)) fail(std::string("refused: ") + error);
     return bytes();
   }
@@ -71,7 +71,7 @@ struct Call {
     std::vector<void *> states;
     const kron_encoder encoder = model.call();
     const kron_batch b = batch.call(states, -1);
-    const kron_execution e = {isa, threads, parallel_for, 0};
+    const kron_execution e = {isa, threads, parallel_for, 0, 0};
     kron_division found;
     memset(&found, 0xff, sizeof found);
     if (const char *error = kron_cpu_encode_division(&e, model.dtype.id, &encoder, &b, &found))
@@ -179,7 +179,7 @@ void check_ids(Call &call, Int isa, const std::vector<std::string> &right, Rando
     id = bad[r.below(4)];
     for (Buffer &state : b.states) state.reset();
     const std::vector<std::string> untouched = call.bytes();
-    const kron_execution e = {isa, 2, parallel_for, 0};
+    const kron_execution e = {isa, 2, parallel_for, 0, 0};
     refusals.require(call.encode(e), "an id out of range is taken");
     refusals.require(call.bytes() == untouched, "a refused call wrote");
     id = good;
@@ -225,7 +225,7 @@ struct Arguments {
     encoder.layers = layers.data();
   }
   Arguments(const Arguments &) = delete;
-  kron_execution e = {0, 2, parallel_for, 0}, *execution = &e;
+  kron_execution e = {0, 2, parallel_for, 0, 0}, *execution = &e;
   Int dtype;
   kron_encoder encoder, *p = &encoder;
   std::vector<kron_layer> layers;
@@ -392,11 +392,11 @@ void check_refusals(Random &r) {
   Arguments a(*call);
   refusals.require(kron_cpu_encode_division(&a.e, a.dtype, a.p, a.b, nullptr), "a null division");
 
-  const kron_execution broken = {0, 64, failing, 0};
+  const kron_execution broken = {0, 64, failing, 0, 0};
   Recipe large = {KRON_FLOAT32, 1, 96, 4, 24, 384, DENSE, 4, 70, NO_MASK};
   Call divided(large, r);
   refusals.require(divided.encode(broken), "a pool that fails goes unnoticed");
-  const kron_execution here = {0, 1, nullptr, 0};
+  const kron_execution here = {0, 1, nullptr, 0, 0};
   refusals.require(!divided.encode(here), "refused");
   for (Int most = divided.found_allocations - 1; most >= 0; most--)
     refusals.require(divided.encode(here, -1, most), "missing memory goes unnoticed");
@@ -453,7 +453,7 @@ kron_division divide(const Preset &preset, Size size, Int threads, Int layers) {
   const Int *const ids = static_cast<const Int *>(NOWHERE);
   const kron_batch batch = {size.sequences, size.length, nullptr, {ids, ids, ids},
                             nullptr, nullptr, states.data()};
-  const kron_execution e = {kron_cpu_isa(), threads, parallel_for, 0};
+  const kron_execution e = {kron_cpu_isa(), threads, parallel_for, 0, 0};
   kron_division found;
   if (const char *error = kron_cpu_encode_division(&e, KRON_FLOAT32, &encoder, &batch, &found))
     fail(error);

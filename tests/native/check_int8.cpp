@@ -121,7 +121,7 @@ struct Call {
     for (const auto &product : products) p.push_back(product->call);
     for (size_t i = 0; i < outputs.size(); i++)
       outputs[i].reset(), p[i + c.block].y = outputs[i].data();
-    const kron_execution e = {isa, threads, pool, bytes};
+    const kron_execution e = {isa, threads, pool, bytes, 0};
     allocated = 0;
     const char *error =
         c.block ? kron_cpu_feed_forward(&e, dtype.id, c.tokens, x.data(), &p[0], &p[1])
@@ -141,7 +141,7 @@ struct Call {
   }
 
   kron_division division(Int isa, Int threads) const {
-    const kron_execution e = {isa, threads, parallel_for, 1};
+    const kron_execution e = {isa, threads, parallel_for, 1, 0};
     std::vector<kron_product> p;
     for (const auto &product : products) p.push_back(product->call);
     const float *const nowhere = reinterpret_cast<const float *>(64); // which must not be followed
@@ -407,7 +407,7 @@ void check_refusals(Group &group, Random &r) {
   const Shape shape = {1, {{8, 8}, {8, 8}}};
   Call call({KRON_FLOAT32, 20, {shape, shape}, false, 2 | 2 << 2, FULL, HALVES, KRON_NONE}, r);
   call.products[0]->set_order(1, r);
-  const kron_execution e = {0, 2, parallel_for, 1};
+  const kron_execution e = {0, 2, parallel_for, 1, 0};
   void *const y = call.outputs[0].data();
   kron_division division;
   memset(&division, 0xff, sizeof division);
