@@ -84,7 +84,7 @@ struct Product : Weight {
         }
       }
     }
-    // A layout in which terms or rows share numbers has the last ones drawn: still a feature in each row.
+    // Terms that share their numbers have the last ones drawn.
   }
   // The factor whose vectors x is made of: (outer, size, inner).
   void vectors(Int &outer, Int &size, Int &inner) const {
