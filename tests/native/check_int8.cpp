@@ -326,7 +326,7 @@ Int tokens_of(const Case &c, double most_work) {
   double work = 0;
   for (const Shape &s : c.shapes) {
     const Int m = s.product(&Side::rows), n = s.product(&Side::cols);
-    work += double(s.rank * (m * s.sides.back().cols + n * s.sides[0].rows));
+    work += double(s.sides.size() == 1 ? m * n : s.rank * (m * s.sides.back().cols + n * s.sides[0].rows));
   }
   return std::max<Int>(1, std::min(c.tokens, Int(most_work / work)));
 }
