@@ -40,12 +40,13 @@ KRON_INLINE Vector<float> rounded(Vector<float> v) {
 }
 
 // What all forms of int8 share: a sum of integers stands for multiples of the token's unit times the row's
-// scale.
+// scale. It is not fused with what it is added to: some instances of the code were and others not, so that last
+// bits depended on the number of threads.
 struct Integers {
   typedef Ints Sum;
   static constexpr bool SCALED = true;
   static KRON_INLINE Vector<float> finish(Ints sum, Vector<float> one) {
-    return __builtin_convertvector(sum, Vector<float>) * one;
+    return rounded(__builtin_convertvector(sum, Vector<float>) * one);
   }
 };
 

@@ -134,6 +134,7 @@ bool alike(const kron_product &p, const kron_product &q) {
 }
 
 const char *two_factors(const kron_product &p) {
+  if (has_int8(p)) return "the CUDA kernels have no int8 factors";
   return p.n_factors == 2 ? nullptr : "the CUDA kernels multiply by two factors";
 }
 

@@ -182,12 +182,17 @@ kron_factor factor(const File &file, const std::string &name, size_t dimensions)
   const Tensor &t = file[name]; // (rows, cols) or (rank, rows, cols)
   if (t.shape.size() != dimensions) fail(name + " has another number of dimensions");
   const int64_t rows = t.shape[dimensions - 2], cols = t.shape[dimensions - 1];
-  if (!file.has(name + "_scale")) return {file.floats(name, t.count()), rows, cols, rows * cols, cols, 1, nullptr, 0};
-  // int8: a scale for each row of each term, or of all terms together.
-  const bool shared = file[name + "_scale"].count() == rows;
-  const int64_t scales = shared ? rows : t.count() / cols;
+  const std::string scale = name + "_scale";
+  if (t.dtype != "I8") {
+    if (file.has(scale)) fail("the file has " + scale + ", but " + name + " is not in int8");
+    return {file.floats(name, t.count()), rows, cols, rows * cols, cols, 1, nullptr, 0};
+  }
+  if (!file.has(scale)) fail(name + " is in int8, but the file has no " + scale);
+  // A scale for each row of each term, or of all terms together.
+  const int64_t rank = dimensions == 3 ? t.shape[0] : 1;
+  const bool shared = file[scale].count() == rows;
   return {file.bytes(name, t.count()), rows, cols, rows * cols, cols, 1,
-          file.floats(name + "_scale", scales), shared ? 0 : rows};
+          file.floats(scale, shared ? rows : rank * rows), shared ? 0 : rows};
 }
 
 // A weight is dense, NAME.weight, or a sum of products of NAME.a and NAME.b.

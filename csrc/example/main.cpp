@@ -30,8 +30,8 @@ Floats drawn(int64_t size) {
 kron_product layer(const float *a, const float *b, const float *bias, float *y) {
   kron_product p = {};
   p.rank = 1, p.n_factors = 2;
-  p.factors[0] = {a, M1, N1, M1 * N1, N1, 1};
-  p.factors[1] = {b, M2, N2, M2 * N2, N2, 1};
+  p.factors[0] = {a, M1, N1, M1 * N1, N1, 1, nullptr, 0};
+  p.factors[1] = {b, M2, N2, M2 * N2, N2, 1, nullptr, 0};
   p.turns[0] = 1, p.turns[1] = 0; // B first: x has 768 numbers, B x 384 and (A ⊗ B) x 3072
   p.bias = bias, p.activation = KRON_NONE, p.y = y;
   return p;
@@ -65,7 +65,7 @@ bool report(const char *where, const char *error, double largest) {
 bool on_cpu(const Floats &x, const Floats &a, const Floats &b, const Floats &bias) {
   Floats y(TOKENS * M, NAN);
   if (kron_abi() != KRON_ABI) return puts("CPU: the library was built for another kron.h"), false;
-  const kron_execution here = {kron_cpu_isa(), 1, nullptr}; // the calling thread
+  const kron_execution here = {kron_cpu_isa(), 1, nullptr, 0, 0}; // the calling thread
   const kron_product product = layer(a.data(), b.data(), bias.data(), y.data());
   const char *error = kron_cpu_forward(&here, KRON_FLOAT32, TOKENS, x.data(), 1, &product);
   return report("CPU", error, largest_error(y, x, a, b, bias));

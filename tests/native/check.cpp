@@ -130,7 +130,7 @@ struct Call {
     for (Buffer &b : outputs)
       b.reset(), y.push_back(wanted >> y.size() & 1 ? b.data() : nullptr);
     for (size_t i = 0; i < p.size(); i++) p[i].y = y[kind == FORWARD ? i : 0];
-    const kron_execution e = {isa, threads, threads == 1 ? nullptr : parallel_for};
+    const kron_execution e = {isa, threads, threads == 1 ? nullptr : parallel_for, 0, 0};
     const Int id = dtype.id;
     const char *error =
         kind == FORWARD ? kron_cpu_forward(&e, id, tokens, x.data(), Int(p.size()), p.data())
@@ -148,7 +148,7 @@ struct Call {
 
   // Of kinds that can be asked, as if with all gradients; others have two threads.
   kron_division division(Int isa, Int threads) const {
-    const kron_execution e = {isa, threads, parallel_for};
+    const kron_execution e = {isa, threads, parallel_for, 0, 0};
     std::vector<kron_product> p;
     for (const Product &product : products) p.push_back(product.call);
     for (kron_product &product : p)
@@ -314,7 +314,7 @@ void check_rounding(Group &group, const Dtype &d, Random &r) {
 
 // The arguments of every function of kron.h, right but for one fault.
 struct Arguments {
-  kron_execution e = {0, 2, parallel_for}, *execution = &e;
+  kron_execution e = {0, 2, parallel_for, 0, 0}, *execution = &e;
   kron_product p[2], *products = p;
   Int dtype = KRON_FLOAT32, n = 2, tokens, tail = 1;
   const void *x, *dy;
@@ -394,7 +394,7 @@ void check_refusals(Group &group, Random &r) {
     refused(BACKS, kron_cpu_backward_division, down, &division);
     refused(FEEDS_BACK, kron_cpu_feed_forward_backward_division, up, down, &division);
   }
-  const kron_execution e = {0, 2, parallel_for};
+  const kron_execution e = {0, 2, parallel_for, 0, 0};
   const kron_product *p = &call.products[0].call;
   doing = "a null division";
   group.require(kron_cpu_forward_division(&e, 0, 20, 1, p, nullptr), "taken");

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the kernels with check.cpp and with check_encoder.cpp in a temporary folder and runs both. CXX is
-# obeyed.
+# Builds the kernels with check.cpp, check_int8.cpp and check_encoder.cpp in a temporary folder and runs them.
+# CXX is obeyed.
 #   tests/native/check.sh [plain] [asan] [tsan] [arm64]      all of them without an argument
 set -euo pipefail
 cd "$(dirname "$0")/../../csrc"
@@ -14,6 +14,11 @@ kernels="-Wno-psabi -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti
 # Whether this machine has an instruction set; yes if it does not say.
 has() { [ ! -r /proc/cpuinfo ] || grep -qw "$1" /proc/cpuinfo; }
 
+# A flag for sets that have no instruction for bytes here: they run its code in portable C++.
+emulate=-DKRON_EMULATE_BYTES
+emulate_avx2=$(grep -qsw avx_vnni /proc/cpuinfo || echo $emulate)
+emulate_avx512=$(grep -qsw avx512_vnni /proc/cpuinfo || echo $emulate)
+
 # build STAGE "FLAGS" "FLAGS OF THE CHECKS" COMPILER...: all instruction sets (for TSan one: they share
 # the code that divides work), compiled in parallel. Those that this machine lacks are only linked.
 build() {
@@ -23,7 +28,9 @@ build() {
   has avx512vl || widest=-O0
   mkdir -p "$out/kernels"
   # Under ASan the baseline set has the tiles of machines with 32 registers.
-  local tiles=""
+  local tiles="" baseline=$emulate name
+  # On ARM the baseline has the instruction.
+  case $("$@" -dumpmachine) in aarch64*) baseline= ;; esac
   [ "$stage" != asan ] || tiles=-DKRON_ACCUMULATORS=24
   {
     case $stage/$("$@" -dumpmachine) in
@@ -31,33 +38,39 @@ build() {
     */x86_64* | */amd64*)
       cpu=-DKRON_HAS_X86
       for part in kernels encoder; do
-        echo "$widest $kernels -DKRON_ISA=avx512 $avx512 -c cpu/$part.cpp -o $out/kernels/avx512_$part.o"
-        echo "$wide $kernels -DKRON_ISA=avx2 -mavx2 -mfma -c cpu/$part.cpp -o $out/kernels/avx2_$part.o"
+        echo "$widest $kernels -DKRON_ISA=avx512 $avx512 $emulate_avx512 -c cpu/$part.cpp" \
+          "-o $out/kernels/avx512_$part.o"
+        echo "$wide $kernels -DKRON_ISA=avx2 -mavx2 -mfma $emulate_avx2 -c cpu/$part.cpp" \
+          "-o $out/kernels/avx2_$part.o"
       done
       ;;
     esac
     for part in kernels encoder; do
-      echo "$flags $kernels $tiles -DKRON_ISA=portable -c cpu/$part.cpp -o $out/kernels/portable_$part.o"
+      echo "$flags $kernels $tiles $baseline -DKRON_ISA=portable -c cpu/$part.cpp -o $out/kernels/portable_$part.o"
     done
-    for name in check check_encoder; do
+    for name in check check_int8 check_encoder; do
       echo "$check -Wall -Wextra -I. -c ../tests/native/$name.cpp -o $out/$name.o"
     done
-    echo "$flags $kernels $cpu -c cpu/cpu.cpp -o $out/kernels/cpu.o"
+    echo "$flags $kernels $cpu $baseline -c cpu/cpu.cpp -o $out/kernels/cpu.o"
   } | sed "s/^/-std=c++17 /" | xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 "$@"
-  # check_encoder counts the kernels' allocations.
+  # The others count the kernels' allocations.
   local wrap=-Wl,--wrap=malloc,--wrap=calloc,--wrap=aligned_alloc
   # shellcheck disable=SC2086
   "$@" $flags "$out"/kernels/*.o "$out/check.o" -pthread -o "$out/check"
-  # shellcheck disable=SC2086
-  "$@" $flags "$out"/kernels/*.o "$out/check_encoder.o" $wrap -pthread -o "$out/check_encoder"
+  for name in check_int8 check_encoder; do
+    # shellcheck disable=SC2086
+    "$@" $flags "$out"/kernels/*.o "$out/$name.o" $wrap -pthread -o "$out/$name"
+  done
 }
 
 plain() {
   build plain "-O2" "-O2" "${host[@]}"
   "$folder/plain/check" --self-test
+  "$folder/plain/check_int8" --self-test
   "$folder/plain/check_encoder" --self-test
   # glibc fills fresh memory with huge numbers, which show if they are read before they are written.
   MALLOC_PERTURB_=128 "$folder/plain/check"
+  MALLOC_PERTURB_=128 "$folder/plain/check_int8"
   MALLOC_PERTURB_=128 "$folder/plain/check_encoder"
 }
 asan() {
@@ -67,11 +80,13 @@ asan() {
   export ASAN_OPTIONS=max_malloc_fill_size=1000000000:malloc_fill_byte=255
   "$folder/asan/check_encoder" --every 5 --draws 10 --work 2e5 &
   "$folder/asan/check" --every 21 --draws 6 --work 2e4
+  "$folder/asan/check_int8" --every 9 --draws 10 --work 2e4
   wait $!
 }
 tsan() {
   build tsan "-O1 -fsanitize=thread" "-O1 -fsanitize=thread" "${host[@]}"
   "$folder/tsan/check" --every 19 --draws 0 --work 1e5
+  "$folder/tsan/check_int8" --every 29 --draws 0 --work 1e5
   "$folder/tsan/check_encoder" --every 7 --draws 3 --work 1e5
 }
 arm64() {
@@ -81,6 +96,7 @@ arm64() {
   fi
   build arm64 "-O2 -static" "-O2" aarch64-linux-gnu-g++
   qemu-aarch64-static "$folder/arm64/check" --every 3 --draws 20 --work 1e4
+  qemu-aarch64-static "$folder/arm64/check_int8" --every 3 --draws 20 --work 1e5
   qemu-aarch64-static "$folder/arm64/check_encoder" --every 5 --draws 5 --work 1e5
 }
 

@@ -1,6 +1,6 @@
 // Random encoders and batches, and a slow straightforward definition of kron_cpu_encode.
 #pragma once
-#include "oracle.h"
+#include "int8_products.h"
 
 #include <cmath>
 
@@ -24,9 +24,16 @@ inline kron_linear linear_of(const std::vector<kron_product> &parts, const void 
   return {Int(parts.size()), parts.data(), bias};
 }
 
-// (Σ W_part) x + bias. An entry of x of size 1 gives results of about size `gain`.
+// Puts about half of a weight's factors into int8; entries of the first are up to `size`.
+inline void draw_int8(Weight &w, double size, Random &r) {
+  for (Int at = 0; at < w.call.n_factors; at++)
+    if (r.below(2)) w.make_int8(at, r, at ? 1 : size);
+}
+
+// (Σ W_part) x + bias. An entry of x of size 1 gives results of about size `gain`. With `int8`, factors may be
+// in int8.
 struct Linear {
-  Linear(const Dtype &d, Int m, Int n, double gain, const std::vector<Shape> &shapes, Random &r)
+  Linear(const Dtype &d, Int m, Int n, double gain, const std::vector<Shape> &shapes, bool int8, Random &r)
       : m(m), n(n), bias(d, m), biased(r.below(4) > 0), whole(size_t(m * n)) {
     bias.draw(r, 0.5);
     for (const Shape &s : shapes) {
@@ -36,14 +43,15 @@ struct Linear {
       parts.emplace_back(d, s, r, size);
       Weight &w = parts.back();
       if (w.call.n_factors == 2) w.set_order(r.below(2));
+      if (int8) draw_int8(w, size, r);
       const Numbers entries = w.whole();
       for (size_t i = 0; i < whole.size(); i++) whole[i].add(entries[i], 1);
       for (const Side &side : s.sides) terms += double(s.rank * side.cols);
     }
     list();
   }
-  Linear(const Dtype &d, Int m, Int n, double gain, Int kind, Random &r)
-      : Linear(d, m, n, gain, drawn(m, n, kind, r), r) {}
+  Linear(const Dtype &d, Int m, Int n, double gain, Int kind, bool int8, Random &r)
+      : Linear(d, m, n, gain, drawn(m, n, kind, r), int8, r) {}
   static std::vector<Shape> drawn(Int m, Int n, Int kind, Random &r) {
     std::vector<Shape> shapes;
     switch (kind) {
@@ -62,13 +70,16 @@ struct Linear {
     list();
   }
   void list() {
-    calls.clear();
-    for (const Weight &w : parts) calls.push_back(w.call);
+    calls.clear(), contractions.clear();
+    for (const Weight &w : parts) calls.push_back(w.call), contractions.emplace_back(w);
   }
   std::string text() const {
     std::string all = biased ? "with bias" : "without bias";
     for (const Weight &w : parts) all += w.text + w.turns;
     return all;
+  }
+  bool any_int8() const {
+    return std::any_of(parts.begin(), parts.end(), [](const Weight &w) { return w.any_int8(); });
   }
   kron_linear call() const { return linear_of(calls, biased ? bias.data() : nullptr); }
 
@@ -77,6 +88,7 @@ struct Linear {
   bool biased;
   std::vector<Weight> parts;
   std::vector<kron_product> calls;
+  std::vector<Contractions> contractions;
   Numbers whole; // (m, n)
   double terms = 2;
 };
@@ -105,6 +117,7 @@ struct Recipe {
   Int sequences, length, padding;
   bool given = false, distances = false; // embeddings; a bias of the scores
   bool meeting = false; // up and down meet entry by entry
+  bool int8 = false;    // about half of the factors
 };
 
 enum Role { QUERY, KEY, VALUE, OUTPUT, UP, DOWN, ROLES };
@@ -122,10 +135,10 @@ struct Layer {
       if (c.meeting && i >= UP) {
         const Shape s = i == UP ? split(1 + r.below(2), m, n, k, up_cols)
                                 : split(1 + r.below(2), m, n, down_rows, k);
-        linears.emplace_back(d, m, n, gains[i], std::vector<Shape>{s}, r);
+        linears.emplace_back(d, m, n, gains[i], std::vector<Shape>{s}, c.int8, r);
         linears.back().set_order(i == UP); // up from the right, down from the left
       } else {
-        linears.emplace_back(d, m, n, gains[i], kind, r);
+        linears.emplace_back(d, m, n, gains[i], kind, c.int8, r);
       }
     }
   }
@@ -150,10 +163,11 @@ struct Model {
       const Shape factorised = {1 + r.below(3), {{rows, columns}, {1, first_width / columns}}};
       tables.emplace_back(dtype, r.below(2) ? dense : factorised, r);
       if (tables.back().call.n_factors == 2) tables.back().set_order(r.below(2));
+      if (c.int8) draw_int8(tables.back(), 1, r);
       entries.push_back(tables.back().whole());
     }
     if (first_width != width || !r.below(4))
-      projection = std::make_unique<Linear>(dtype, width, first_width, 1., r.below(5), r);
+      projection = std::make_unique<Linear>(dtype, width, first_width, 1., r.below(5), c.int8, r);
     for (Int i = 0; i < c.layers; i++) layers.emplace_back(c, r);
     for (const Layer &layer : layers) calls.push_back(layer.call());
   }
@@ -278,7 +292,90 @@ template <class N> N as(const Number &n) {
 enum Fault {
   NO_FAULT, PADDING_ATTENDED, LAST_KEY_LOST, DISTANCES_REVERSED, SCALE_OFF, SCORES_IN_16_BITS,
   STATES_IN_16_BITS, HEADS_SWAPPED, BIAS_LOST, TABLE_LOST, RESIDUAL_LOST, EPSILON_LOST,
-  VARIANCE_OF_N_MINUS_1, NORM_WEIGHT_LOST, OTHER_GELU, SUM_NOT_DIVIDED, FAULTS
+  VARIANCE_OF_N_MINUS_1, NORM_WEIGHT_LOST, OTHER_GELU, SUM_NOT_DIVIDED, FAULTS,
+  // with factors in int8
+  INTEGERS_BELOW = FAULTS, NOT_ROUNDED, LARGEST_OF_TWO, FIRST_ROWS_SCALE, ALL_FAULTS
+};
+
+// Contractions in which int8 factors multiply vectors that are rounded to integers.
+template <class N> struct Rounding {
+  typedef decltype(N::value) T;
+  const Dtype &dtype;
+  const Int fault = NO_FAULT;
+
+  std::vector<N> times(const Matrix &m, const std::vector<N> &x) const {
+    std::vector<N> y(static_cast<size_t>(m.rows));
+    const Vector v = m.is_int8() ? rounded(x) : Vector{};
+    for (Int r = 0; r < m.rows; r++) {
+      N &sum = y[size_t(r)];
+      if (!m.is_int8()) {
+        for (Int c = 0; c < m.cols; c++) sum.add(N(m(r, c)), x[size_t(c)]);
+        sum = sum.rounded(double(m.cols));
+        continue;
+      }
+      T integer = 0;
+      double away = 0;
+      for (Int c = 0; c < m.cols; c++) {
+        integer += T(m(r, c)) * v.integers[size_t(c)];
+        if constexpr (BOUNDED<N>) away += fabs(m(r, c)) * v.away[size_t(c)];
+      }
+      const double scale = m.scales[size_t(fault == FIRST_ROWS_SCALE ? 0 : r)];
+      sum = N(integer * v.unit * T(scale));
+      if constexpr (BOUNDED<N>) {
+        // All integers at once depend on the error of the unit; rounding adds four eps. Rows share what is away,
+        // and later sums of them take errors for independent: so twice as much (in 3000 random encoders, 0.94 of
+        // the bound without that).
+        const double unit = MARGIN * epsilon(dtype), value = double(sum.value);
+        sum.error = pow(2 * away * scale / unit, 2) + value * value * (pow(v.error / unit, 2) + 4);
+      }
+    }
+    return y;
+  }
+  static N plus(const N &a, const N &b) {
+    N sum = a;
+    sum.add(b, N(1));
+    return sum.rounded(1);
+  }
+
+private:
+  // Integers and what 1 stands for, its relative error, and how far a kernel's integer times its unit may be from
+  // these: where the error of a number can carry it past a half.
+  struct Vector {
+    std::vector<T> integers;
+    T unit = 0;
+    double error = 0;
+    std::vector<double> away;
+  };
+  Vector rounded(const std::vector<N> &x) const {
+    Vector v;
+    T largest = 0;
+    for (const N &n : x) largest = std::max(largest, std::abs(n.value));
+    if (fault == LARGEST_OF_TWO) largest *= 2;
+    const bool used = largest >= T(LEAST);
+    const T inverse = used ? 127 / largest : 0;
+    v.unit = used ? largest / 127 : 0;
+    double most = 0; // error of a number
+    if constexpr (BOUNDED<N>)
+      for (const N &n : x) most = std::max(most, error_of(n));
+    v.error = used ? most / double(largest) : 0;
+    for (const N &n : x) {
+      const T place = n.value * inverse;
+      const T integer = fault == NOT_ROUNDED    ? place
+                        : fault == INTEGERS_BELOW ? std::floor(place)
+                                                : std::nearbyint(place);
+      v.integers.push_back(integer);
+      if constexpr (BOUNDED<N>) {
+        const double p = fabs(double(place)), to_half = 0.5 - fabs(double(place - integer));
+        const double off = error_of(n) * double(inverse) + p * (v.error + 0x1p-22);
+        const bool zero = double(largest) - most < LEAST;
+        v.away.push_back(zero            ? fabs(double(n.value)) + 2 * most
+                         : off < to_half ? 0
+                                         : double(v.unit) * (1 + floor(off)));
+      }
+    }
+    return v;
+  }
+  double error_of(const Number &n) const { return MARGIN * epsilon(dtype) * sqrt(n.error); }
 };
 
 // Every state (sequences, length, width), with Number or Plain.
@@ -302,12 +399,25 @@ template <class N> struct Definition {
 
   Row linear(const Linear &l, const Row &x) const {
     Row y(size_t(l.m));
+    if (l.any_int8()) return linear_in_int8(l, x);
     for (Int o = 0; o < l.m; o++) {
       N sum;
       for (Int i = 0; i < l.n; i++) sum.add(as<N>(l.whole[size_t(o * l.n + i)]), x[size_t(i)]);
       if (l.biased && fault != BIAS_LOST) sum.add(N(l.bias.get(o)), N(1));
       y[size_t(o)] = sum.rounded(l.terms);
     }
+    return y;
+  }
+
+  Row linear_in_int8(const Linear &l, const Row &x) const {
+    const Rounding<N> arithmetic{model.dtype, fault};
+    Row y(size_t(l.m));
+    for (const Contractions &part : l.contractions) {
+      const Row added = part.multiply(x, arithmetic);
+      for (size_t o = 0; o < y.size(); o++) y[o] = arithmetic.plus(y[o], added[o]);
+    }
+    for (Int o = 0; o < l.m; o++)
+      if (l.biased && fault != BIAS_LOST) y[size_t(o)] = arithmetic.plus(y[size_t(o)], N(l.bias.get(o)));
     return y;
   }
 

@@ -44,6 +44,8 @@ const Dtype DTYPES[] = {{KRON_FLOAT32, "float32", 4, 24, -126},
                         {KRON_FLOAT64, "float64", 8, 53, -1022},
                         {KRON_BFLOAT16, "bfloat16", 2, 8, -126},
                         {KRON_FLOAT16, "float16", 2, 11, -14}};
+// Of factors with scales; no call is in it.
+const Dtype INT8 = {-1, "int8", 1, 8, 0};
 inline const Dtype &computed(const Dtype &d) { return d.bytes == 2 ? DTYPES[0] : d; }
 inline double epsilon(const Dtype &d) { return ldexp(1, 1 - computed(d).digits); }
 
@@ -84,12 +86,14 @@ public:
            all.substr(total() - BEHIND) == std::string(BEHIND, '\xff');
   }
   double get(Int i) const {
+    if (dtype->bytes == 1) return reinterpret_cast<int8_t *>(data())[i];
     if (dtype->bytes == 2) return decode(*dtype, reinterpret_cast<uint16_t *>(data())[i]);
     if (dtype->bytes == 4) return reinterpret_cast<float *>(data())[i];
     return reinterpret_cast<double *>(data())[i];
   }
   void set(Int i, double v) {
-    if (dtype->bytes == 2) reinterpret_cast<uint16_t *>(data())[i] = encode(*dtype, v);
+    if (dtype->bytes == 1) reinterpret_cast<int8_t *>(data())[i] = int8_t(v);
+    else if (dtype->bytes == 2) reinterpret_cast<uint16_t *>(data())[i] = encode(*dtype, v);
     else if (dtype->bytes == 4) reinterpret_cast<float *>(data())[i] = float(v);
     else reinterpret_cast<double *>(data())[i] = v;
   }
@@ -200,7 +204,7 @@ struct Weight {
   }
   void draw_factor(Int at, Int layout, Random &r, double size = 1) {
     const Side s = shape.sides[at];
-    kron_factor &f = call.factors[at] = {nullptr, s.rows, s.cols, s.rows * s.cols, s.cols, 1};
+    kron_factor &f = call.factors[at] = {nullptr, s.rows, s.cols, s.rows * s.cols, s.cols, 1, nullptr, 0};
     if (layout == 1) f.row_stride = s.cols + 3, f.rank_stride = s.rows * f.row_stride + 5;
     if (layout == 2) f.row_stride = 1, f.col_stride = s.rows;
     if (layout == 3) f.col_stride = 2, f.row_stride = 2 * s.cols + 1, f.rank_stride *= 3;
@@ -215,11 +219,42 @@ struct Weight {
         for (Int j = 0; j < s.cols; j++) factors[at].set(place(at, k, i, j), size * r.number());
     text += ", " + std::to_string(s.rows) + "x" + std::to_string(s.cols) + LAYOUTS[layout];
   }
+  // Of two factors of rank r that are two thin matrices (m, r) and (r, n), the one with columns, else -1.
+  Int columns() const {
+    if (call.n_factors != 2) return -1;
+    const Side a = shape.sides[0], b = shape.sides[1];
+    return a.cols == 1 && b.rows == 1 ? 0 : a.rows == 1 && b.cols == 1 ? 1 : -1;
+  }
+  // Makes a factor int8, in the layout that it has: value() gives its numbers, scale() those of its rows.
+  // Columns share their scales, others may.
+  template <class Value, class Scale> void make_int8(Int at, Random &r, Value value, Scale scale) {
+    kron_factor &f = call.factors[at];
+    factors[at] = Buffer(INT8, factors[at].size);
+    for (Int i = 0; i < factors[at].size; i++) factors[at].set(i, double(value()));
+    f.data = factors[at].data() + first[at];
+    f.scale_rank_stride = at == columns() || !r.below(3) ? 0 : f.rows + r.below(2);
+    scales[at] = std::make_unique<Buffer>(DTYPES[0], (shape.rank - 1) * f.scale_rank_stride + f.rows);
+    for (Int i = 0; i < scales[at]->size; i++) scales[at]->set(i, scale());
+    f.scale = reinterpret_cast<const float *>(scales[at]->data());
+    text += std::string(", int8 ") + (at ? "second" : "first") + (f.scale_rank_stride ? "" : " of shared scales");
+  }
+  // With values from -128 to 127, for entries of about `size`.
+  void make_int8(Int at, Random &r, double size) {
+    make_int8(at, r, [&] { return r.below(256) - 128; }, [&] { return size / 127 * (1 + 0.5 * r.number()); });
+  }
+  bool is_int8(Int at) const { return call.factors[at].scale; }
+  bool any_int8() const { return is_int8(0) || (call.n_factors > 1 && is_int8(1)); }
+  double scale(Int at, Int k, Int i) const {
+    return is_int8(at) ? scales[at]->get(k * call.factors[at].scale_rank_stride + i) : 1;
+  }
+
   Int place(Int at, Int k, Int i, Int j) const {
     const kron_factor &f = call.factors[at];
     return first[at] + k * f.rank_stride + i * f.row_stride + j * f.col_stride;
   }
-  double factor(Int at, Int k, Int i, Int j) const { return factors[at].get(place(at, k, i, j)); }
+  double factor(Int at, Int k, Int i, Int j) const {
+    return scale(at, k, i) * factors[at].get(place(at, k, i, j));
+  }
 
   void set_order(Int index) {
     turns = ", turns";
@@ -252,6 +287,7 @@ struct Weight {
   Shape shape;
   const Int m, n;
   std::vector<Buffer> factors;
+  std::unique_ptr<Buffer> scales[KRON_MAX_FACTORS]; // float32
   Int first[KRON_MAX_FACTORS];
   kron_product call = {};
   std::string text, turns;

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SIZES, tiny_bert
 from transformers import AutoModel, ElectraConfig, MPNetConfig, RobertaConfig
 
 from kron_kernels.backends import abi
 from kron_kernels.testing import assert_close
-from kroneckerbert import compress, decompress, save_encoder
+from kroneckerbert import compress, decompress, dequantize, quantize, save_encoder
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "csrc" / "example"
 CXX = os.environ.get("CXX", "c++")
@@ -107,6 +108,75 @@ def test_the_embeddings_of_a_saved_student_are_pythons(programs, tmp_path, name)
     # The number of threads does not change a bit.
     again = embeddings(programs / "encode", tmp_path / "out" / "encoder.safetensors", 3)
     torch.testing.assert_close(again, found, rtol=0, atol=0)
+
+
+def int8_student():
+    """Tables, dense layers, Kronecker products and low rank: a large factor of each in int8."""
+    factors = {
+        "word_embeddings": {"a_shape": [64, 32], "rank": 2},
+        "self.query": {"a_shape": [2, 2], "rank": 2},
+        "self.key": {"a_shape": [64, 1], "rank": 32},
+        "intermediate.dense": {"a_shape": [2, 2]},
+        "output.dense": [{"a_shape": [2, 4]}, {"a_shape": [64, 1], "rank": 16}],
+    }
+    model = compress(tiny_bert(hidden_size=64, intermediate_size=128), factors).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return quantize(model)
+
+
+@written_by_python
+@torch.no_grad()
+def test_the_embeddings_of_an_int8_student_are_pythons(programs, tmp_path):
+    model = int8_student()
+    file = save_encoder(model, tmp_path / "out")
+    in_int8 = {name for name, t in load_file(file).items() if t.dtype == torch.int8}
+    factors = "query.0.b", "key.0.a", "key.0.b", "value.0.weight", "up.0.b", "down.1.a", "down.1.b"
+    assert {"tables.0.a", *(f"layers.1.{factor}" for factor in factors)} <= in_int8
+
+    found = torch.stack(embeddings(programs / "encode", file))
+    expected, unrounded = [], []
+    for states_of, rows in ((model, expected), (dequantize(model), unrounded)):
+        for ids in TEXTS:
+            states = states_of(torch.tensor([ids])).last_hidden_state[0]
+            rows += [states[0], states.mean(0)]
+    # The arithmetic is the same, but a compiler may fuse sums in another way. An error of float32
+    # carries one in some 20,000 numbers past a half, which then changes by a unit. Of n numbers,
+    # all rounded by up to half a unit, k such ones make up sqrt(12 k / n) of int8's error: about a
+    # fortieth.
+    noise = (torch.stack(unrounded) - torch.stack(expected)).norm()
+    assert (found - torch.stack(expected)).norm() < 0.1 * noise
+    again = torch.stack(embeddings(programs / "encode", file, 3))
+    torch.testing.assert_close(again, found, rtol=0, atol=0)
+
+
+@written_by_python
+def test_a_wrong_scale_is_refused_in_words(programs, tmp_path):
+    file = save_encoder(int8_student(), tmp_path / "out")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+
+    def refused(name: str, changed: torch.Tensor | None) -> str:
+        new = tensors | {name: changed}
+        bad = tmp_path / "bad.safetensors"
+        save_file({name: t for name, t in new.items() if t is not None}, bad, metadata)
+        command = [programs / "encode", bad]
+        done = subprocess.run(command, input="2 7 3\n", capture_output=True, text=True)
+        assert done.returncode == 1 and not done.stdout
+        return done.stderr
+
+    dense = "layers.1.value.0.weight"
+    scale = f"{dense}_scale"
+    assert f"{dense} is in int8, but the file has no {scale}" in refused(scale, None)
+    wrong = f"{scale} must have 64 numbers of dtype F32"
+    assert wrong in refused(scale, tensors[scale][1:].clone())
+    assert wrong in refused(scale, tensors[scale].to(torch.int8))
+    assert f"{scale}, but {dense} is not in int8" in refused(dense, tensors[dense].float())
+    columns = "layers.1.key.0.a_scale"  # 32 terms share them
+    own = tensors[columns].repeat(32, 1, 1)
+    assert "columns must share their scales" in refused(columns, own)
 
 
 @written_by_python
