@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kron_kernels.backends import abi, native
 from kron_kernels.checks import Activation
-from kron_kernels.int8 import Factor, Int8Factor, check_int8, columns_of
+from kron_kernels.int8 import Factor, Int8Factor, check_int8
 
 # (weight (m, n),), in int8 (1, m, n), or (a (r, m1, n1), b (r, m2, n2)).
 Part = tuple[Factor, ...]
@@ -114,9 +114,13 @@ class Encoder:
                 )
 
     def _part(self, factors: Part) -> list[int]:
-        for i, f in enumerate(factors):
+        check_int8(factors)
+        for f in factors:
             if isinstance(f, Int8Factor):
-                check_int8(f"factor {i}", f, i == columns_of(factors))
+                if f.scale.stride(1) != 1 < f.scale.shape[1]:
+                    raise ValueError(
+                        f"the scales of rows must be contiguous, got strides {f.scale.stride()}."
+                    )
                 self.tensors.append(f.values)
                 self.scales.append(f.scale)
             else:
