@@ -35,7 +35,7 @@ app = typer.Typer(
 HERE = machine.RESULTS / "here"
 # Modules, whose results have their names, in the order of `report`; the first four are `all`.
 MODULES = (
-    *("layers", "model", "training", "memory", "threads"),
+    *("layers", "model", "training", "memory", "threads", "int8", "int8_scores"),
     *("eager_forms", "calls", "budgets", "starts", "distillation", "distillation_speed"),
 )
 ALL = MODULES[:4]
@@ -49,6 +49,8 @@ Teachers = Annotated[
 Data = Annotated[
     Path, typer.Option(exists=True, file_okay=False, help="Folder with the tasks' tables and text.")
 ]
+Work = Annotated[Path, typer.Option(help="Folder of distillation's jobs.")]
+WORK = Path("build/distillation")
 Folder = Annotated[Path, typer.Argument(help="Of results, as JSON.")]
 
 
@@ -122,6 +124,18 @@ def several_threads(
 
 
 @app.command()
+def int8(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
+    """One layer in int8 against the same in float32."""
+    measure("int8", threads, quick, to)
+
+
+@app.command()
+def int8_scores(data: Data, work: Work = WORK, threads: Threads = 1, to: To = HERE) -> None:
+    """Scores of distilled students in float32 and in int8; after `distillation`."""
+    measure("int8_scores", threads, False, to, data=data, work=work)
+
+
+@app.command()
 def training(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
     """A step of training BERT_BASE: dense against KroneckerBERT."""
     measure("training", threads, quick, to)
@@ -160,12 +174,7 @@ def starts(
 
 
 @app.command()
-def distillation(
-    data: Data,
-    work: Annotated[Path, typer.Option(help="Folder of the jobs.")] = Path("build/distillation"),
-    threads: Threads = 1,
-    to: To = HERE,
-) -> None:
+def distillation(data: Data, work: Work = WORK, threads: Threads = 1, to: To = HERE) -> None:
     """Quality of students after distillation; hours. Start it once for each core."""
     measure("distillation", threads, False, to, data=data, work=work)
 

@@ -3,7 +3,8 @@
 A contender's name is a subject and a way to run it, such as "dense onnxruntime int8". A preset's
 name without a way is its student as a user gets it, in the engine. "by layers" is the same student
 layer by layer, because a hook watches a module; "low rank" is a student in the engine with the same
-words, whose layers have the largest ranks that need no more parameters. Weights are random.
+words, whose layers have the largest ranks that need no more parameters. "int8" is a model with int8
+weights in the engine, the dense one as well. Weights are random.
 
 Every student is compared with itself on PyTorch's operators, every export with PyTorch.
 """
@@ -27,13 +28,14 @@ from benchmarks.training import PRESETS, on_backend
 from kron_kernels.factors import term_of
 from kron_kernels.testing import assert_close
 from kron_kernels.timing import interleaved
-from kroneckerbert import KroneckerBertConfig, KroneckerBertModel, explain, export
+from kroneckerbert import KroneckerBertConfig, KroneckerBertModel, explain, export, quantize
 
 # Of ids (batch, tokens) and, of a padded batch, its mask.
 Call = Callable[[Tensor, Tensor | None], Any]
 
-BY_LAYERS, LOW_RANK = "by layers", "low rank"
-EAGER = ("", "eager", BY_LAYERS, LOW_RANK)
+BY_LAYERS, LOW_RANK, IN_INT8 = "by layers", "low rank", "int8"
+LOW_RANK_IN_INT8 = f"{LOW_RANK} {IN_INT8}"
+EAGER = ("", "eager", BY_LAYERS, LOW_RANK, IN_INT8, LOW_RANK_IN_INT8)
 INT8 = "dense onnxruntime int8"
 
 
@@ -69,6 +71,8 @@ def contender(name: str, base: BertConfig, folder: Path, threads: int) -> Call:
 def module(name: str, base: BertConfig) -> nn.Module:
     """A contender that PyTorch runs without compiling it; a student is checked."""
     torch.manual_seed(0)
+    if name.endswith(f" {IN_INT8}"):
+        return quantize(module(name.removesuffix(f" {IN_INT8}"), base))
     subject, _, way = name.partition(" ")
     if subject == "dense":
         return BertModel(base, add_pooling_layer=False).eval()

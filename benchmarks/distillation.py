@@ -275,6 +275,7 @@ def second_stage(
     dataset = training_set(data, task, teacher)
     trainer = distiller(out, student, teacher, dataset, arguments, folder / "cache", seed)
     trainer.train()
+    student.save_pretrained(out)
     return tested(student.eval(), data, task) | last_terms(trainer, out)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import memory, model, threads
-from benchmarks.contenders import BY_LAYERS, LOW_RANK
+from benchmarks.contenders import BY_LAYERS, IN_INT8, LOW_RANK, LOW_RANK_IN_INT8
 from benchmarks.machine import DENSE, read
 from benchmarks.training import PRESETS, medians
 
@@ -17,9 +17,12 @@ LABELS = {
     "dense onnxruntime fp32": "dense, ONNX Runtime",
     "dense onnxruntime int8": "dense, ONNX Runtime, int8",
     "dense openvino int8": "dense, OpenVINO, int8",
+    model.OUR_INT8: "dense, our engine, int8",
+    **{f"{name} {IN_INT8}": f"**KroneckerBERT {name}, int8**" for name in PRESETS},
     **{name: f"**KroneckerBERT {name}**" for name in PRESETS},
     **{f"{name} {BY_LAYERS}": f"{name}, layer by layer" for name in PRESETS},
     **{f"{name} {LOW_RANK}": f"low rank of the size of {name}" for name in PRESETS},
+    **{f"{name} {LOW_RANK_IN_INT8}": f"low rank of the size of {name}, int8" for name in PRESETS},
     "8x torch.compile": "8x, `torch.compile`",
     "8x onnxruntime fp32": "8x, ONNX Runtime",
     "8x onnxruntime int8": "8x, ONNX Runtime, int8",

@@ -21,7 +21,15 @@ from transformers import BertConfig
 from transformers.utils import logging
 
 from benchmarks import machine, sentences
-from benchmarks.contenders import BY_LAYERS, INT8, LOW_RANK, Call, contenders
+from benchmarks.contenders import (
+    BY_LAYERS,
+    IN_INT8,
+    INT8,
+    LOW_RANK,
+    LOW_RANK_IN_INT8,
+    Call,
+    contenders,
+)
 from benchmarks.layers import exponent
 from benchmarks.machine import DENSE
 from benchmarks.training import PRESETS, medians, rounded
@@ -29,15 +37,16 @@ from kron_kernels.timing import interleaved
 
 SECONDS = 8.0  # for each batch and length, at least
 BERT, MINILM = "BERT_BASE", "MiniLM"
+OUR_INT8 = f"dense {IN_INT8}"
 RUNTIMES = ("dense torch.compile", "dense onnxruntime fp32", INT8, "dense openvino int8")
 CONTENDERS = {
     BERT: (
-        *(DENSE, *RUNTIMES, *PRESETS),
-        *(f"{preset} {way}" for preset in PRESETS for way in (BY_LAYERS, LOW_RANK)),
+        *(DENSE, *RUNTIMES, OUR_INT8, *(f"{name} {IN_INT8}" for name in PRESETS), *PRESETS),
+        *(f"{name} {way}" for name in PRESETS for way in (BY_LAYERS, LOW_RANK, LOW_RANK_IN_INT8)),
     ),
     # The 8x student in the other runtimes, too.
     MINILM: (
-        *(DENSE, *RUNTIMES, "8x", f"8x {BY_LAYERS}"),
+        *(DENSE, *RUNTIMES, OUR_INT8, f"8x {IN_INT8}", "8x", f"8x {BY_LAYERS}"),
         *("8x torch.compile", "8x onnxruntime fp32", "8x onnxruntime int8"),
     ),
 }

@@ -14,7 +14,7 @@ import torch
 
 import kron_kernels
 from kron_kernels import dispatch
-from kron_kernels.backends import cuda
+from kron_kernels.backends import cuda, native
 from kron_kernels.backends.triton import launch
 from kron_kernels.shapes import KronShape
 
@@ -51,6 +51,8 @@ def report() -> str:
         f"{'C++ compiler':14}{'found' if compiler else 'not found'} "
         "(needed once, when kron_kernels is installed, for the native backend)"
     )
+    if native._native is not None:
+        lines.append(f"{'int8 factors':14}multiplied by {native.int8_products()}")
     archs = " ".join(f"sm_{arch}" for arch in cuda.archs().split())
     lines.append(
         f"{'CUDA kernels':14}{archs or 'not compiled'} "

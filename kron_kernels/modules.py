@@ -139,7 +139,7 @@ def flops_of(module: nn.Module, inputs: Any) -> int:
 
 def setting_of(module: nn.Module) -> dict[str, Any]:
     """Device, dtype, threads and versions that a module's times depend on."""
-    first = next(module.parameters())
+    first = next(p for p in module.parameters() if p.is_floating_point())
     device = first.device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {

@@ -18,6 +18,13 @@ from kron_kernels.int8 import Factor, Int8Factor, are_large, rounded_factors
 from kron_kernels.modules import obstacles
 from kron_kernels.nn import KroneckerEmbedding, KroneckerLinear, KroneckerSum, has_own_forward
 
+# The layers of Kronecker products, and the method that knows their forward.
+_DENSIFIED: dict[type[nn.Module], str] = {
+    KroneckerLinear: "to_linear",
+    KroneckerSum: "to_linear",
+    KroneckerEmbedding: "to_embedding",
+}
+
 
 class _Quantized(nn.Module):
     """Parameters ``weight``, or ``a`` and ``b``, in int8 or floating point, all of them frozen.
@@ -330,6 +337,12 @@ def quantized(layer: Any) -> QuantizedLinear | QuantizedSum | QuantizedEmbedding
     return QuantizedSum.of(layer) if isinstance(layer, KroneckerSum) else QuantizedLinear.of(layer)
 
 
+def densified(layer: Any) -> Tensor:
+    """The weight ``(m, n)`` of a floating-point layer."""
+    by = next((by for k, by in _DENSIFIED.items() if isinstance(layer, k)), None)
+    return layer.weight if by is None else getattr(layer, by)().weight
+
+
 def quantizable(module: nn.Module, keep: Iterable[str] = ()) -> dict[str, Any]:
     """The layers that ``quantize_`` replaces, by path.
 
@@ -364,12 +377,13 @@ def quantizable(module: nn.Module, keep: Iterable[str] = ()) -> dict[str, Any]:
 
 def _is_known(layer: nn.Module) -> bool:
     """Whether the forward of a Kronecker layer, and of a sum's parts, is the known one."""
-    if isinstance(layer, KroneckerSum):
-        are_known = all(isinstance(m, KroneckerLinear) and _is_known(m) for m in layer.parts)
-        return are_known and not has_own_forward(layer, "to_linear")
-    if isinstance(layer, KroneckerLinear):
-        return not has_own_forward(layer, "to_linear")
-    return not isinstance(layer, KroneckerEmbedding) or not has_own_forward(layer, "to_embedding")
+    if isinstance(layer, KroneckerSum) and not all(
+        isinstance(part, KroneckerLinear) and _is_known(part) for part in layer.parts
+    ):
+        return False
+    return not any(
+        has_own_forward(layer, by) for k, by in _DENSIFIED.items() if isinstance(layer, k)
+    )
 
 
 def _products(layer: Any) -> list[list[Sequence[int]]]:

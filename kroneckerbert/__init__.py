@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from kroneckerbert.configuration_kroneckerbert import KroneckerConfig as KroneckerConfig
     from kroneckerbert.conversion import compress as compress
     from kroneckerbert.conversion import decompress as decompress
-    from kroneckerbert.conversion import dequantize as dequantize
-    from kroneckerbert.conversion import quantize as quantize
     from kroneckerbert.distillation import DistillationConfig as DistillationConfig
     from kroneckerbert.distillation import DistillationTrainer as DistillationTrainer
     from kroneckerbert.encoder_file import save_encoder as save_encoder
@@ -40,19 +38,23 @@ if TYPE_CHECKING:
     from kroneckerbert.modeling_kroneckerbert import mean_pooling as mean_pooling
     from kroneckerbert.modeling_kroneckerbert import register as register
     from kroneckerbert.planning import plan as plan
+    from kroneckerbert.quantization import dequantize as dequantize
+    from kroneckerbert.quantization import quantize as quantize
+    from kroneckerbert.quantization import rounding_errors as rounding_errors
     from kroneckerbert.serving import explain as explain
 
 _NAMES = {
     "adapters": ["load_adapter", "lora_config", "merge_and_unload"],
     "calibration": ["second_moments"],
     "configuration_kroneckerbert": ["KroneckerConfig"],
-    "conversion": ["compress", "decompress", "dequantize", "quantize"],
+    "conversion": ["compress", "decompress"],
     "distillation": ["DistillationConfig", "DistillationTrainer"],
     "encoder_file": ["save_encoder"],
     "exporting": ["export", "load_exported"],
     "modeling_kroneckerbert": ["KroneckerPreTrainedModel", "embed", "mean_pooling", "register"],
     "planning": ["plan"],
     "measure": ["report"],
+    "quantization": ["dequantize", "quantize", "rounding_errors"],
     "serving": ["explain"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from kron_kernels import (
     KroneckerEmbedding,
@@ -27,7 +25,6 @@ from kron_kernels.factorise import dense_layer
 from kron_kernels.modules import is_conv1d, linear_weight
 from kron_kernels.nn import as_trainable
 from kron_kernels.plan import Plan
-from kron_kernels.quantization import quantizable, quantized
 from kron_kernels.shapes import naming
 from kroneckerbert.calibration import checked_batches, refit, second_moments
 from kroneckerbert.configuration_kroneckerbert import KroneckerConfig
@@ -39,6 +36,8 @@ from kroneckerbert.modeling_kroneckerbert import (
     is_tied,
     kronecker_class,
 )
+from kroneckerbert.quantization import dequantize
+from kroneckerbert.rebuilding import pooler_as, rebuilt
 
 
 @torch.no_grad()
@@ -149,7 +148,7 @@ def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
             return model
     config = model.config.to_dense()
     with torch.device("meta"):
-        stock = model.dense_class(config, **_pooler_as(model))
+        stock = model.dense_class(config, **pooler_as(model))
     prefix = "" if model is model.base_model else f"{model.base_model_prefix}."
     factorised = {f"{prefix}{path}" for path in model.config.kronecker_shapes()}
 
@@ -165,104 +164,6 @@ def decompress(model: KroneckerPreTrainedModel) -> PreTrainedModel:
             is_transposed = is_conv1d(stock.get_submodule(name))
             state[f"{name}.weight"] = as_trainable(weight.mT if is_transposed else weight, weight)
     return rebuilt(model.dense_class, config, state, like=model)
-
-
-@torch.no_grad()
-def quantize(model: Any, dtype: Literal["int8"] = "int8", *, keep: Iterable[str] = ()) -> Any:
-    """A copy of a model with int8 weights, for inference: a quarter of the size, faster on CPUs.
-
-    Linear layers and embeddings of the model without its head get int8 weights with a scale for
-    each row; of a Kronecker product the large factor, see ``kron_kernels.quantize_``. Activations
-    are rounded as they are multiplied, each token by itself, so nothing needs to be calibrated.
-    Word embeddings that a head shares stay in floating point, and so does the head.
-
-    Args:
-        model: A compressed model, a dense one, or a ``SentenceTransformer`` or ``CrossEncoder`` of
-            one. It is left as it is.
-        dtype: ``"int8"``, the only one so far.
-        keep: Names of layers to leave in floating point: the ends of their paths, cut at a dot,
-            such as ``"output.dense"``. ``report`` names those with large errors.
-
-    Returns:
-        A model of the Kronecker class, in evaluation mode, which ``save_pretrained`` saves and
-        ``AutoModel.from_pretrained`` loads. It cannot be trained.
-
-    Raises:
-        TypeError: If the model cannot be quantised, with the reason.
-        ValueError: If a name is not that of a layer, a weight is not finite, or the model has int8
-            weights already.
-    """
-    if dtype != "int8":
-        raise ValueError(f"dtype must be 'int8', got {dtype!r}.")
-    keep = list(keep)
-    if is_sentence_transformer(model):
-        inner = model[0].auto_model
-        return copy.deepcopy(model, {id(inner): quantize(inner, keep=keep)}).eval()
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"cannot quantise an object of class {type(model).__name__}; it must be a model of "
-            "transformers. kron_kernels.quantize_(module) quantises layers of any module in place."
-        )
-    if getattr(model.config, "kronecker_int8", None):
-        raise ValueError(
-            "the model has int8 weights already; quantise the one that it was made of."
-        )
-    cls: Any = type(model)
-    if isinstance(model, KroneckerPreTrainedModel):
-        config = copy.deepcopy(model.config)
-    elif reason := why_not(model):
-        raise TypeError(f"cannot quantise a {cls.__name__}; {reason}.")
-    else:
-        cls = kronecker_class(model, "quantise")
-        config = cls.config_class.from_dense(model.config, {})
-    prefix = "" if model is model.base_model else f"{model.base_model_prefix}."
-    found = quantizable(model, keep)
-    layers = {path: layer for path, layer in found.items() if path.startswith(prefix)}
-    if not layers:
-        raise ValueError(f"this {cls.__name__} has no layer that is large enough for int8.")
-    config.kronecker_int8 = [path.removeprefix(prefix) for path in layers]
-    state = model.state_dict(keep_vars=True)
-    for path, layer in layers.items():
-        for name in layer.state_dict():
-            check_finite(f"{path}.{name}", state.pop(f"{path}.{name}"))
-        state |= {f"{path}.{name}": t for name, t in quantized(layer).state_dict().items()}
-    return rebuilt(cls, config, state, like=model)
-
-
-@torch.no_grad()
-def dequantize(model: Any) -> Any:
-    """The model of the same rounded weights in floating point, which can be trained.
-
-    Args:
-        model: Returned by ``quantize``; it is left as it is.
-
-    Returns:
-        A model of the Kronecker class, or the stock dense one if no layer is factorised; in
-        evaluation mode.
-
-    Raises:
-        TypeError: If ``model`` has no int8 weights.
-    """
-    if is_sentence_transformer(model):
-        inner = model[0].auto_model
-        return copy.deepcopy(model, {id(inner): dequantize(inner)})
-    paths = getattr(getattr(model, "config", None), "kronecker_int8", None)
-    if not paths:
-        raise TypeError(f"this {type(model).__name__} has no int8 weights; quantize makes them.")
-    config = copy.deepcopy(model.config)
-    config.kronecker_int8 = []
-    cls = type(model)
-    if not config.kronecker_factors:
-        cls, config = model.dense_class, config.to_dense()
-    prefix = "" if model is model.base_model else f"{model.base_model_prefix}."
-    state = model.state_dict(keep_vars=True)
-    for path in paths:
-        layer = model.base_model.get_submodule(path)
-        for name in layer.state_dict():
-            del state[f"{prefix}{path}.{name}"]
-        floating = layer.dequantized().state_dict()
-        state |= {f"{prefix}{path}.{name}": t for name, t in floating.items()}
-    return rebuilt(cls, config, state, like=model).requires_grad_()
 
 
 def _compress_module(module: nn.Module, config: Any, calibration: Iterable | None) -> nn.Module:
@@ -356,47 +257,3 @@ def _structure(dense_config: type[PreTrainedConfig]) -> list[str]:
 
 def _tied_to(model: PreTrainedModel, name: str) -> list[str]:
     return [key for key, source in (model._tied_weights_keys or {}).items() if source == name]
-
-
-def _pooler_as(model: PreTrainedModel) -> dict[str, bool]:
-    """The argument that gives a model without a head a pooler exactly if ``model`` has one."""
-    is_encoder = model is model.base_model
-    takes_it = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
-    return {"add_pooling_layer": model.pooler is not None} if is_encoder and takes_it else {}
-
-
-def rebuilt(
-    cls: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    state: dict[str, Tensor],
-    like: PreTrainedModel,
-) -> PreTrainedModel:
-    """A ``cls`` with a copy of ``state``, and the device, dtype, modes and pooler of ``like``.
-
-    Each parameter has the ``requires_grad`` of the tensor that it is copied from. A model with int8
-    weights is frozen and in evaluation mode.
-    """
-    # The loader makes the model on the meta device, which draws no weights, and checks the names.
-    trainable = {name: tensor.requires_grad for name, tensor in state.items()}
-    state = {name: tensor.detach().clone() for name, tensor in state.items()}
-    show_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        new = cls.from_pretrained(
-            None, config=config, state_dict=state, dtype=like.dtype, **_pooler_as(like)
-        )
-    finally:
-        if show_bars:
-            logging.enable_progress_bar()
-    new.name_or_path = new.config.name_or_path = ""  # the loader writes None
-    new.to(like.device)
-    if getattr(config, "kronecker_int8", None):
-        return new.requires_grad_(False).eval()
-    new.train(like.training)
-    parts = dict(new.named_modules())
-    for path, module in like.named_modules():  # root first: a part may differ from the whole
-        if path in parts:  # parts of a sum have no counterpart in a dense model
-            parts[path].train(module.training)
-    for name, p in new.named_parameters():
-        p.requires_grad_(trainable.get(name, p.requires_grad))
-    return new

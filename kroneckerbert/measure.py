@@ -16,14 +16,24 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kron_kernels import KroneckerEmbedding
+from kron_kernels import (
+    KroneckerEmbedding,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedSum,
+)
 from kron_kernels.factors import Shapes, shapes_in, terms_text
 from kron_kernels.files import write_file
-from kron_kernels.modules import evaluating, flops_of, linear_weight, setting_of
+from kron_kernels.modules import (
+    dense_layers,
+    evaluating,
+    flops_of,
+    linear_weight,
+    setting_of,
+)
 from kron_kernels.shapes import check_integer
 from kron_kernels.timing import Timing, interleaved
 from kroneckerbert.calibration import Batch, checked_batches, layer_inputs, tokens_of
-from kroneckerbert.configuration_kroneckerbert import layout_of
 from kroneckerbert.modeling_kroneckerbert import KroneckerPreTrainedModel, positions
 from kroneckerbert.serving import explain
 
@@ -33,6 +43,12 @@ _LAYER_SECONDS, _MODEL_SECONDS = 0.2, 5.0  # to time a kind of layer, and the mo
 def parameters(model: PreTrainedModel) -> int:
     """Number of parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def model_bytes(model: PreTrainedModel) -> int:
+    """Size of the tensors that a model saves; tied ones count once."""
+    tensors = {t.data_ptr(): t for t in model.state_dict().values()}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def bytes_on_disk(folder: Path) -> int:
@@ -138,7 +154,8 @@ class Report:
     """Costs and errors of each factorised layer, and totals of the whole model."""
 
     layers: list[LayerReport]
-    totals: dict[str, dict[str, float]]  # "parameters", "flops" and "ms" of "dense", "compressed"
+    # "parameters", "bytes", "flops" and "ms" of "dense" and "compressed".
+    totals: dict[str, dict[str, float]]
     setting: dict[str, Any]
     encoder: str  # how the layers are called, see ``kroneckerbert.explain``
 
@@ -190,12 +207,14 @@ def report(
     if calibration is not None and teacher is None:
         raise ValueError("output errors compare with the dense model's: pass teacher as well.")
     encoder: Any = model.base_model
-    layers = {path: encoder.get_submodule(path) for path in model.config.kronecker_shapes()}
+    paths = [*model.config.kronecker_shapes(), *model.config.kronecker_int8]
+    layers = {path: encoder.get_submodule(path) for path in dict.fromkeys(paths)}
     dense = {} if teacher is None else _dense_layers(teacher, layers, type(model).__name__)
     models: dict[str, PreTrainedModel] = {} if teacher is None else {"dense": teacher}
     models["compressed"] = model
     ids = random_ids(model, batch, tokens)
-    linears = [path for path, m in layers.items() if not isinstance(m, KroneckerEmbedding)]
+    tables = nn.Embedding | KroneckerEmbedding | QuantizedEmbedding
+    linears = [path for path, m in layers.items() if not isinstance(m, tables)]
     with evaluating(*models.values()):
         errors: dict[str, float] = {}
         if calibration is not None and teacher is not None:
@@ -205,19 +224,22 @@ def report(
         rows = []
         for path, layer in layers.items():
             is_table = path not in linears
-            stock = layer.to_embedding() if is_table else layer.to_linear()
-            shapes, count = shapes_in(layer), counts.get(path, 0)
-            key = type(layer), shapes, count  # everything that its time depends on
+            stock: Any = _stock(layer)
+            terms, count = _terms(layer), counts.get(path, 0)
+            # Everything that its time depends on.
+            key = type(layer), stock.weight.shape, terms, count
             if key not in times:
-                x = ids if is_table else torch.randn(count, stock.in_features).to(stock.weight)
-                times[key] = _milliseconds(layer, stock, x)
+                rows_of = ids % stock.weight.shape[0]  # of other tables than the words'
+                x = rows_of if is_table else torch.randn(count, stock.in_features)
+                times[key] = _milliseconds(layer, stock, x if is_table else x.to(stock.weight))
             error = _weight_error(dense[path], stock) if path in dense else None
-            rows.append(_row(path, shapes, count, times[key], error, errors.get(path)))
+            rows.append(_row(path, layer, stock, count, times[key], error, errors.get(path)))
         calls = {name: partial(m, input_ids=ids) for name, m in models.items()}
         whole = interleaved(calls, _MODEL_SECONDS)
         called = explain(model, input_ids=ids)
     totals: dict[str, dict[str, float]] = {
         "parameters": {name: parameters(m) for name, m in models.items()},
+        "bytes": {name: model_bytes(m) for name, m in models.items()},
         "flops": {name: flops(m, batch, tokens) for name, m in models.items()},
         "ms": {name: whole[name].median for name in models},
     }
@@ -229,13 +251,15 @@ def _dense_layers(
     teacher: PreTrainedModel, layers: dict[str, nn.Module], student: str
 ) -> dict[str, nn.Module]:
     """The teacher's layers that these replace."""
-    sizes = layout_of(teacher.base_model).sizes
+    sizes = {
+        path: tuple(linear_weight(m).shape) for path, m in dense_layers(teacher.base_model).items()
+    }
     for path, layer in layers.items():
-        s = shapes_in(layer)[0]
-        if sizes.get(path) != (s.out_features, s.in_features):
+        rows, columns = _stock(layer).weight.shape
+        if sizes.get(path) != (rows, columns):
             raise ValueError(
                 f"teacher, a {type(teacher).__name__}, has no dense {path} of "
-                f"{s.out_features}x{s.in_features}; give the model that this {student} was "
+                f"{rows}x{columns}; give the model that this {student} was "
                 "compressed from."
             )
     return {path: teacher.base_model.get_submodule(path) for path in layers}
@@ -252,25 +276,47 @@ def _weight_error(dense: nn.Module, stock: nn.Module) -> float:
     return ((weight - stock.weight).square().sum() / weight.square().sum()).item()
 
 
+def _stock(layer: Any) -> nn.Linear | nn.Embedding:
+    """The dense layer of the same weight."""
+    if isinstance(layer, QuantizedLinear | QuantizedSum | QuantizedEmbedding):
+        layer = layer.dequantized()
+    if isinstance(layer, nn.Linear | nn.Embedding):
+        return layer
+    return layer.to_embedding() if isinstance(layer, KroneckerEmbedding) else layer.to_linear()
+
+
+def _terms(layer: Any) -> str:
+    """``"8x2 ⊗ 384x384"``; with ``int8`` at the end where factors are."""
+    is_int8 = isinstance(layer, QuantizedLinear | QuantizedSum | QuantizedEmbedding)
+    return terms_text(_shapes(layer)) + " int8" * is_int8
+
+
+def _shapes(layer: Any) -> Shapes:
+    """Of the terms; empty for a dense weight."""
+    return () if "weight" in layer._parameters else shapes_in(layer)
+
+
 def _row(
     path: str,
-    shapes: Shapes,
+    layer: nn.Module,
+    stock: nn.Linear | nn.Embedding,
     tokens: int,
     milliseconds: tuple[float, float],
     weight_error: float | None,
     output_error: float | None,
 ) -> LayerReport:
     """``tokens`` is the number of rows that the layer multiplies, 0 for embeddings."""
-    rows, columns = shapes[0].out_features, shapes[0].in_features
+    (rows, columns), shapes = stock.weight.shape, _shapes(layer)
+    dense = 2 * rows * columns
     return LayerReport(
         path=path,
         rows=rows,
         columns=columns,
-        terms=terms_text(shapes),
+        terms=_terms(layer),
         parameters_dense=rows * columns,
-        parameters=sum(s.parameters for s in shapes),
-        flops_dense=2 * rows * columns * tokens,
-        flops=sum(s.flops for s in shapes) * tokens,
+        parameters=sum(s.parameters for s in shapes) or rows * columns,
+        flops_dense=dense * tokens,
+        flops=(sum(s.flops for s in shapes) or dense) * tokens,
         ms_dense=milliseconds[0],
         ms=milliseconds[1],
         weight_error=weight_error,
@@ -298,8 +344,11 @@ def _output_errors(
 def _table(report: Report) -> Table:
     """Layers that differ only in their place share a row, with their mean errors."""
     s = report.setting
+    size = ", ".join(
+        f"{name} {count / 1e6:.1f} MB" for name, count in report.totals["bytes"].items()
+    )
     table = Table(
-        caption=f"computed {report.encoder}",
+        caption=f"computed {report.encoder}; {size}",
         title=f"{s['batch']} x {s['tokens']} tokens, {s['threads']} threads, {s['device']}, "
         f"{s['dtype']}, torch {s['torch']}",
     )

@@ -64,6 +64,12 @@ def instruction_set() -> str:
     return _ISAS[_isa]
 
 
+def int8_products() -> str:
+    """How int8 factors are multiplied here."""
+    has_bytes = _native is not None and _bytes and _native.bytes(_isa)
+    return "an instruction for bytes" if has_bytes else "pairs of 16 bits"
+
+
 def describe(x: Tensor, *factors: Tensor) -> str:
     """The instruction set."""
     return instruction_set()

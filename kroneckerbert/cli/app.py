@@ -34,6 +34,7 @@ def main(
 for command, example in (
     (compression.plan, "plan TEACHER plan.json --budget latency=2x"),
     (compression.compress, "compress TEACHER STUDENT --preset kronecker-bert-21"),
+    (compression.quantize, "quantize STUDENT INT8 --calibration texts.txt"),
     (compression.report, "report STUDENT --teacher TEACHER --threads 1"),
     (compression.decompress, "decompress STUDENT DENSE"),
     (compression.export, "export STUDENT PROGRAM --format onnx --int8"),

@@ -186,6 +186,59 @@ def report(
         result.plot(picture)
 
 
+def quantize(
+    model: Annotated[str, typer.Argument(help="A compressed model, or a dense one.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the model with int8 weights.")],
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A layer to leave in floating point: the end of its path, such as output.dense. "
+            "May be repeated."
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        number(
+            float,
+            "Leave layers with a larger relative squared error in floating point: of their outputs "
+            "on the calibration text, or of their weight without text.",
+            above=True,
+        ),
+    ] = None,
+    calibration: Calibration = None,
+) -> None:
+    """Write a model with int8 weights, for inference: a quarter of the size, faster on CPUs."""
+    from kroneckerbert import quantize as quantize_model
+    from kroneckerbert import rounding_errors
+    from kroneckerbert.files import writable_folder
+    from kroneckerbert.loading import load_tokenizer
+    from kroneckerbert.measure import model_bytes
+
+    out = writable_folder(out)
+    texts = calibration_texts(calibration)
+    floating, tokenizer = read_model(model), load_tokenizer(model)
+    batches = calibration_batches(texts, floating, model)
+    errors_found = rounding_errors(floating, batches)
+    limited = {} if max_error is None else {"max_error": max_error, "calibration": batches}
+    int8 = quantize_model(floating, keep=keep or [], **limited)
+    save(out, int8, tokenizer)
+
+    table = Table(names("layers with the largest errors"), *map(right, ("weight", "worst row")))
+    table.add_column("output", justify="right")
+    table.add_column("stored as")
+    done = set(int8.config.kronecker_int8)
+    for e in errors_found[:5]:
+        output = "" if e.output_error is None else f"{e.output_error:.1e}"
+        cells = f"{e.weight_error:.1e}", f"{e.row_error:.1e} (row {e.row})", output
+        table.add_row(e.path, *cells, "int8" if e.path in done else "floating point")
+    console.print(table)
+    sizes = model_bytes(floating) / 1e6, model_bytes(int8) / 1e6
+    console.print(
+        f"{len(done)} layers in int8: {sizes[0]:.1f} MB became {sizes[1]:.1f} MB, in {out}.",
+        soft_wrap=True,
+    )
+
+
 def decompress(
     model: Annotated[str, typer.Argument(help="A compressed model.")],
     out: Annotated[Path, typer.Argument(help="New folder for the dense model.")],

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from kroneckerbert.measure import parameters
+from kroneckerbert.measure import model_bytes, parameters
 from kroneckerbert.modeling_kroneckerbert import KroneckerPreTrainedModel
 from kroneckerbert.reproduction.tasks import TASKS
 
@@ -120,7 +120,7 @@ def model_card(
         f"# {name}": (
             f"A {type(model).__name__} with {sizes[0]:,} parameters, {sizes[1] / sizes[0]:.1f} "
             f"times fewer than the {sizes[1]:,} of its dense teacher, `{teacher}`. Its weights "
-            f"are Kronecker products, after {_PAPER}."
+            f"are Kronecker products, after {_PAPER}.{_int8(model)}"
         ),
         "## Loading": _loading(head),
         "## Scores": _scores(scores, seed),
@@ -161,6 +161,12 @@ def _eval_result(score: Score, value: float) -> EvalResult:
         metric_name=score.metric,
         metric_value=round(value, 4),
     )
+
+
+def _int8(model: KroneckerPreTrainedModel) -> str:
+    count = len(model.config.kronecker_int8)
+    size = model_bytes(model) / 1e6
+    return f" The large factors of {count} layers are int8: {size:.1f} MB." if count else ""
 
 
 def _loading(head: str) -> str:
