@@ -140,10 +140,10 @@ def check_int8(factors: Sequence[Factor]) -> None:
 
 def _check_scale(name: str, f: Int8Factor, is_columns: bool) -> None:
     (r, m, n), scale = f.shape, f.scale
-    shapes = {(1, m, 1)} if is_columns else {(1, m, 1), (r, m, 1)}
+    shapes = [(1, m, 1)] if is_columns or r == 1 else [(1, m, 1), (r, m, 1)]
     if scale.dtype != torch.float32 or scale.shape not in shapes or scale.device != f.device:
         raise ValueError(
-            f"{name}'s scale must be float32 of shape {' or '.join(map(str, sorted(shapes)))} on "
+            f"{name}'s scale must be float32 of shape {' or '.join(map(str, shapes))} on "
             f"{f.device}, got {scale.dtype} {tuple(scale.shape)} on {scale.device}"
             f"{'; columns share their scales: Int8Factor.of(t, shared=True)' * is_columns}."
         )
@@ -198,7 +198,7 @@ Matrix = tuple[Tensor, Tensor | None]  # (m, n), and the scales of int8 rows (m,
 def _term(f: Factor, k: int) -> Matrix:
     if isinstance(f, Tensor):
         return f[k], None
-    return f.values[k], f.scale[k if len(f.scale) > 1 else 0]
+    return f.values[k], f.scale[k if sizes(f.scale)[0] > 1 else 0]
 
 
 def _row_matrix(f: Factor) -> Matrix:
@@ -236,5 +236,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     finite = largest < float("inf")
     used = finite & (largest >= _SMALLEST)
     safe = torch.where(used, largest, 1.0)
-    integers = (torch.where(used, x, 0.0) * (127 / safe)).round()
+    # One division as in the kernels: 127 / safe would be a reciprocal, rounded, times 127.
+    inverse = torch.full_like(safe, 127.0) / safe
+    integers = (torch.where(used, x, 0.0) * inverse).round()
     return integers, torch.where(used, safe / 127, torch.where(finite, 0.0, float("nan")))

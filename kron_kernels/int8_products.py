@@ -52,7 +52,7 @@ def kron_matmul(
         bias = dispatch.lowered(bias, dtype) if isinstance(bias, Tensor) else bias
         with torch.autocast(x.device.type, enabled=False):
             return kron_matmul(x, factors, bias, activation, residual, backend)
-    factors = _checked(x, factors, bias, activation, residual)
+    factors = checked_factors(x, factors, bias, activation, residual)
     if residual is not None and residual.dtype != x.dtype:
         return kron_matmul(x, factors, bias, activation, None, backend) + residual
     is_native = _is_native(backend, (x, bias, residual), factors)
@@ -82,7 +82,7 @@ def kron_qkv(x: Tensor, layers: Mapping[str, Layer], backend: BackendName) -> li
     if not dispatch.in_products(x):
         checked: list[Layer] = []
         for name, (a, b, bias) in layers.items():
-            a, b = named(name, _checked, x, (a, b), bias, None, None)
+            a, b = named(name, checked_factors, x, (a, b), bias, None, None)
             checked.append((a, b, bias))
         factors = [f for a, b, _ in checked for f in (a, b)]
         if _is_native(backend, [x, *(bias for *_, bias in checked)], factors):
@@ -108,9 +108,9 @@ def kron_feed_forward(
     *second, down_bias = layer_of_three("down", down)
     check_tensor("x", x)
     if not dispatch.in_products(x):
-        a1, b1 = named("up", _checked, x, first, up_bias, activation, None)
+        a1, b1 = named("up", checked_factors, x, first, up_bias, activation, None)
         hidden = Shaped((*x.shape[:-1], a1.shape[1] * b1.shape[1]), x.dtype, x.device)
-        a2, b2 = named("down", _checked, hidden, second, down_bias, None, residual)
+        a2, b2 = named("down", checked_factors, hidden, second, down_bias, None, residual)
         if residual is not None and residual.dtype != x.dtype:
             return kron_feed_forward(x, up, down, activation, None, backend) + residual
         operands, factors = (x, up_bias, down_bias, residual), (a1, b1, a2, b2)
@@ -126,7 +126,7 @@ def kron_feed_forward(
 # --- checks
 
 
-def _checked(
+def checked_factors(
     x: Tensor | Shaped,
     factors: Sequence[Factor],
     bias: Tensor | None,
@@ -136,7 +136,7 @@ def _checked(
     """The factors as ``(r, m, n)``."""
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace records sizes
         with constant_sizes():
-            return _checked(x, factors, bias, activation, residual)
+            return checked_factors(x, factors, bias, activation, residual)
     if len(factors) > 2:
         raise ValueError(
             f"int8 factors are for products of up to two, got {len(factors)}; dequantise them."
