@@ -17,6 +17,7 @@ from kron_kernels.functional import kron_matmul
 from kron_kernels.int8 import Factor, Int8Factor, are_large, rounded_factors
 from kron_kernels.modules import obstacles
 from kron_kernels.nn import KroneckerEmbedding, KroneckerLinear, KroneckerSum, has_own_forward
+from kron_kernels.shapes import naming
 
 # The layers of Kronecker products, and the method that knows their forward.
 _DENSIFIED: dict[type[nn.Module], str] = {
@@ -309,7 +310,11 @@ def quantize_(module: nn.Module, keep: Iterable[str] = ()) -> nn.Module:
         for name, p in layer.named_parameters():
             if not p.is_meta:
                 check_finite(f"{path}.{name}".lstrip("."), p)
-    return replaced(module, {layer: quantized(layer) for layer in found.values()})
+    new = {}
+    for path, layer in found.items():
+        with naming(path):
+            new[layer] = quantized(layer)
+    return replaced(module, new)
 
 
 def dequantize_(module: nn.Module) -> nn.Module:
