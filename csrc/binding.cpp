@@ -49,7 +49,7 @@ public:
     kron_execution e;
     e.isa = integer(), e.threads = integer();
     e.parallel_for = reinterpret_cast<kron_parallel_for>(pointer());
-    e.bytes = integer();
+    e.bytes = integer(), e.bfloat16 = integer();
     return e;
   }
   kron_product product() {
@@ -172,7 +172,7 @@ PyObject *plan(PyObject *, PyObject *const *args, Py_ssize_t count) {
   return PyBytes_FromStringAndSize(reinterpret_cast<const char *>(&p), sizeof p);
 }
 
-// (plan, isa, threads, parallel_for, bytes, x, and factors, bias, residual and y of each product): tensors, or
+// (plan, isa, threads, parallel_for, bytes, bfloat16, x, and factors, bias, residual and y of each product): tensors, or
 // None for no bias, no residual, or no y. A factor in int8 is followed by its scale.
 PyObject *run_plan(PyObject *, PyObject *const *args, Py_ssize_t count) {
   char *bytes;
@@ -354,10 +354,16 @@ PyObject *backward_division(PyObject *, PyObject *const *args, Py_ssize_t count)
 
 PyObject *isa(PyObject *, PyObject *) { return PyLong_FromLongLong(kron_cpu_isa()); }
 
-PyObject *bytes(PyObject *, PyObject *const *args, Py_ssize_t count) {
+PyObject *has(PyObject *const *args, Py_ssize_t count, int64_t (*instruction)(int64_t)) {
   Arguments a(args, count);
   const int64_t set = a.integer();
-  return a.complete() ? PyLong_FromLongLong(kron_cpu_bytes(set)) : nullptr;
+  return a.complete() ? PyLong_FromLongLong(instruction(set)) : nullptr;
+}
+PyObject *bytes(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  return has(args, count, kron_cpu_bytes);
+}
+PyObject *bfloat16(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  return has(args, count, kron_cpu_bfloat16);
 }
 
 #if defined(KRON_CUDA_ARCHS)
@@ -516,6 +522,7 @@ PyMethodDef methods[] = {
     {"encode_division", method(encode_division), METH_FASTCALL, "kron_cpu_encode_division"},
     {"isa", isa, METH_NOARGS, "kron_cpu_isa"},
     {"bytes", method(bytes), METH_FASTCALL, "kron_cpu_bytes"},
+    {"bfloat16", method(bfloat16), METH_FASTCALL, "kron_cpu_bfloat16"},
     {"set_tensors", method(kron_tensors::set_tensors), METH_FASTCALL, "how to read tensors"},
     {"signature", method(kron_tensors::signature), METH_FASTCALL, "of tensors, or None"},
     {"layouts", kron_tensors::layouts, METH_O, "of a list of tensors, or None"},

@@ -61,7 +61,9 @@ typedef struct {
   // kron_cpu_feed_forward_backward, and of a few tokens, which one thread may compute in another order.
   int64_t threads;
   kron_parallel_for parallel_for;
-  int64_t bytes; // not 0: int8 factors by an instruction that multiplies bytes, if kron_cpu_bytes(isa)
+  // Not 0: int8 factors by an instruction that multiplies bytes, if kron_cpu_bytes(isa); encoders in
+  // KRON_BFLOAT16 by one that multiplies bfloat16 numbers, if kron_cpu_bfloat16(isa).
+  int64_t bytes, bfloat16;
 } kron_execution;
 
 // The widest instruction set of this machine for which the library has kernels.
@@ -69,6 +71,9 @@ int64_t kron_cpu_isa(void);
 // Whether this machine has an instruction for sums of four products of bytes, in vectors of this set: VNNI, or
 // dotprod on ARM. Otherwise bytes are widened to 16 bits, which gives the same sums.
 int64_t kron_cpu_bytes(int64_t isa);
+// Whether it has one for sums of two products of bfloat16 numbers (AVX512_BF16). Large factors and attention then
+// round what they multiply to bfloat16; otherwise it stays float32.
+int64_t kron_cpu_bfloat16(int64_t isa);
 
 // 1 to KRON_MAX_PRODUCTS products of the same x (tokens, n), which each thread reads once.
 const char *kron_cpu_forward(const kron_execution *, int64_t dtype, int64_t tokens, const void *x,

@@ -25,11 +25,10 @@ int64_t kron_cpu_isa(void) {
 
 #if defined(KRON_HAS_X86)
 namespace {
-// CPUID's leaf 7: VNNI in vectors of 512 bits, and AVX-VNNI. The compilers' names for them are younger.
-bool has_vnni(int64_t isa) {
-  unsigned int a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, isa == KRON_AVX512 ? 0 : 1, &a, &b, &c, &d)) return false;
-  return isa == KRON_AVX512 ? c >> 11 & 1 : a >> 4 & 1;
+// Features in CPUID's leaf 7, whose names in compilers are younger.
+bool has_feature(unsigned subleaf, char reg, int bit) {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, subleaf, &a, &b, &c, &d) && (reg == 'a' ? a : c) >> bit & 1;
 }
 } // namespace
 #endif
@@ -39,12 +38,24 @@ int64_t kron_cpu_bytes(int64_t isa) {
 #if defined(KRON_EMULATE_BYTES)
   return 1;
 #elif defined(KRON_HAS_X86)
-  static const bool found[] = {false, has_vnni(KRON_AVX2), has_vnni(KRON_AVX512)};
-  return found[isa];
+  static const bool avx_vnni = has_feature(1, 'a', 4), avx512_vnni = has_feature(0, 'c', 11);
+  return isa == KRON_AVX512 ? avx512_vnni : isa == KRON_AVX2 && avx_vnni;
 #elif defined(__APPLE__) && defined(__aarch64__)
   return 1; // all Macs with ARM
 #elif defined(__linux__) && defined(__aarch64__)
   return getauxval(AT_HWCAP) >> 20 & 1; // ASIMDDP
+#else
+  return 0;
+#endif
+}
+
+int64_t kron_cpu_bfloat16(int64_t isa) {
+  if (isa < 0 || isa > kron_cpu_isa()) return 0;
+#if defined(KRON_EMULATE_BFLOAT16)
+  return 1;
+#elif defined(KRON_HAS_X86)
+  static const bool found = has_feature(1, 'a', 5);
+  return isa == KRON_AVX512 && found;
 #else
   return 0;
 #endif
@@ -79,10 +90,11 @@ const char *check(const kron_execution *e, int64_t dtype) {
   return dtype < KRON_FLOAT32 || dtype > KRON_FLOAT16 ? "there is no such dtype" : nullptr;
 }
 
-// The call with an instruction for bytes only where this machine has one.
+// The call with special instructions only where this machine has them.
 kron_execution on_this_machine(const kron_execution &e) {
   kron_execution here = e;
   here.bytes = e.bytes && kron_cpu_bytes(e.isa);
+  here.bfloat16 = e.bfloat16 && kron_cpu_bfloat16(e.isa);
   return here;
 }
 

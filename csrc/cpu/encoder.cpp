@@ -335,12 +335,15 @@ private:
 template <class T> struct Worker {
   T *middle, *z, *columns, *scores, *query, *result, *embedded;
   Space<T> space;
+  int32_t *keys, *values, *narrow; // of attention in bfloat16: words of a head, and of what they multiply
   T *local[BUFFERS]; // or null, for shared buffers
 };
 
 template <class S> class Encoding {
   typedef Compute<S> T;
   static constexpr int L = LANES<T>;
+  // Whether bfloat16 numbers are multiplied by an instruction, where the machine has it.
+  static constexpr bool HALVES = std::is_same_v<S, bfloat16> && KRON_BFLOAT16_PRODUCTS;
 
 public:
   Encoding(const kron_encoder &e, const kron_batch &b, const Plan<S> &plan, const T *distances)
@@ -358,14 +361,19 @@ public:
   }
   // Room for a worker; a sequence has up to `lanes` lanes.
   static Worker<T> place_worker(Arena &arena, const Plan<S> &plan, Int nv, Int lanes, Int head,
-                                bool bytes) {
+                                const kron_execution &execution) {
     const Int tb = nv * L;
     Worker<T> w;
     w.middle = arena.take<T>(plan.local_middle * tb);
     w.z = arena.take<T>(plan.z * tb);
     w.columns = arena.take<T>(plan.columns * tb);
     w.space = {arena.take<T>(plan.space.panel), arena.take<T>(plan.space.words * tb),
-               arena.take<T>(plan.space.units * tb), bytes};
+               arena.take<T>(plan.space.units * tb), execution.bytes != 0, execution.bfloat16 != 0};
+    if (HALVES && w.space.halves) {
+      w.keys = arena.take<int32_t>(vectors_of<T>(lanes) * L * ((head + 1) / 2));
+      w.values = arena.take<int32_t>(vectors_of<T>(lanes) * L * head / 2 + 1);
+      w.narrow = arena.take<int32_t>((larger(lanes, head) + 1) / 2 * tb);
+    }
     w.scores = arena.take<T>(lanes * tb);
     w.query = arena.take<T>(head * tb);
     w.result = arena.take<T>(head * tb);
@@ -521,17 +529,54 @@ private:
       for (int v = 0; v < NV; v++) store(w.query + f * TB + v * L, load(q + f * step + v * L) * T(e.scale));
     }
     const Int row = row_of<NV>(KEY), at = head * size * row + sequence.first * L;
-    const Grid grid = {1, 1, TB, 0, 0, TB, TB, L, L};
-    contract_grid<T, NV>({shared[KEY] + at, sequence.keys, size, 1, row}, w.query, w.scores, grid, false);
+    multiply_keys<NV>(w, shared[KEY] + at, row, sequence.keys, size);
     if (distances) add_distances<NV>(w, sequence, head, rows);
     Vector<T> factor[NV];
     soften<T, NV>(w.scores, sequence.keys, factor);
-    contract_grid<T, NV>({shared[VALUE] + at, size, sequence.keys, row, 1}, w.scores, w.result, grid,
-                         false);
+    multiply_values<NV>(w, shared[VALUE] + at, row, sequence.keys, size);
     for (Int f = 0; f < size; f++) {
       KRON_UNROLL
       for (int v = 0; v < NV; v++)
         store(q + f * step + v * L, load(w.result + f * TB + v * L) * factor[v]);
+    }
+  }
+
+  // Scores (keys)[queries] of keys (size)[keys], whose features are `row` apart.
+  template <int NV> static void multiply_keys(Worker<T> &w, const T *in, Int row, Int keys, Int size) {
+    constexpr int TB = NV * L;
+    if constexpr (HALVES) {
+      if (w.space.halves) {
+        const Int vectors = vectors_of<T>(keys);
+        narrow_keys(in, row, size, vectors, w.keys);
+        const char *data = reinterpret_cast<const char *>(w.keys);
+        return multiply_halves<NV>(w, {data, 4, vectors * L * 4, (size + 1) / 2, nullptr, 0}, keys, w.query, size,
+                                   w.scores);
+      }
+    }
+    contract_grid<T, NV>({in, keys, size, 1, row}, w.query, w.scores, {1, 1, TB, 0, 0, TB, TB, L, L}, false);
+  }
+  // Results (size)[queries] of scores and values (size)[keys].
+  template <int NV> static void multiply_values(Worker<T> &w, const T *in, Int row, Int keys, Int size) {
+    constexpr int TB = NV * L;
+    if constexpr (HALVES) {
+      if (w.space.halves) {
+        const Int vectors = vectors_of<T>(keys);
+        narrow_values(in, row, size, keys, vectors, w.values);
+        const char *data = reinterpret_cast<const char *>(w.values);
+        return multiply_halves<NV>(w, {data, vectors * L * 2, 4, (keys + 1) / 2, nullptr, 0}, size, w.scores, keys,
+                                   w.result);
+      }
+    }
+    contract_grid<T, NV>({in, size, keys, row, 1}, w.scores, w.result, {1, 1, TB, 0, 0, TB, TB, L, L}, false);
+  }
+  // `rows` rows of words times `count` features of in (count)[queries], which are narrowed.
+  template <int NV>
+  static void multiply_halves(Worker<T> &w, const Words &words, Int rows, const T *in, Int count, T *out) {
+    if constexpr (HALVES) {
+      constexpr int TB = NV * L;
+      const Grid grid = {1, 1, TB, 0, 0, TB, TB, L, L};
+      for (int v = 0; v < NV; v++) narrow_features(in + v * L, TB, count, w.narrow + v * L, TB);
+      multiply_all<Halves>(words, rows, {w.narrow, nullptr, NV, NV, out, grid, false}, 0);
     }
   }
 
@@ -841,7 +886,7 @@ private:
   void place_worker(Arena &arena, Worker<T> &worker, const Plan<S> &plan) {
     const Int nv = smaller(choice.nv, most_vectors);
     worker = Encoding<S>::place_worker(arena, plan, nv, most_lanes, plan.sizes[QUERY] / e.heads,
-                                       execution.bytes);
+                                       execution);
   }
   void place(Arena &arena, const Plan<S> &plan) {
     arena.template take<Step>(n_steps);

@@ -94,7 +94,7 @@ const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_pr
   return split(e, d.workers, d.workers, [&](Int worker, Int, Int) {
     T *in, *out, *spare;
     Space<T> space;
-    space.bytes = e.bytes;
+    space.bytes = e.bytes, space.halves = false;
     const Scratch<T> scratch({{&in, n * lanes},
                               {&out, out_size * lanes},
                               {&spare, spare_size * lanes},
@@ -334,7 +334,7 @@ const char *feed_forward(const kron_execution &e, Int tokens, const void *x, con
   return split(e, d.workers, d.workers, [&](Int worker, Int, Int) {
     T *in, *out, *z, *columns, *spare, *own;
     Space<T> space;
-    space.bytes = e.bytes;
+    space.bytes = e.bytes, space.halves = false;
     const Scratch<T> scratch({{&in, n * lanes},
                               {&out, m * lanes},
                               {&z, block.z() * lanes},

@@ -1,6 +1,7 @@
 // Linear layers in the layout (features)[tokens]: parts that are added, and the division of a part's
 // outputs among threads.
 #pragma once
+#include "bfloat16.h"
 #include "block.h"
 #include "int8.h"
 
@@ -28,7 +29,7 @@ template <class S> class Part;
 // A worker's memory for weights and features that are not in the type of computation.
 template <class T> struct Space {
   T *panel, *words, *units; // KRON_ACCUMULATORS rows of a weight; rounded features, and their units
-  bool bytes;               // whether to multiply bytes
+  bool bytes, halves;       // whether to multiply bytes, and bfloat16 numbers
   explicit operator Space8() const {
     return {reinterpret_cast<int32_t *>(panel), reinterpret_cast<int32_t *>(words), units};
   }
@@ -188,6 +189,8 @@ private:
     return {static_cast<const char *>(x.data) + bytes, x.rows, x.cols, x.row_stride, x.col_stride,
             x.scale ? x.scale + k * x.scale_rank_stride : nullptr, &x == &f ? f_scale_step : 1};
   }
+  // Of a small factor, rounding x to bfloat16 would take longer than the product.
+  static bool worth_halves(Int rows, Int cols) { return smaller(rows, cols) >= 16; }
   // Weights in 16 bits are widened a few rows at a time, to the panel.
   template <int NV>
   static void contract_weight(const Weight &w, const T *in, T *out, const Grid &grid, bool accumulate,
@@ -198,6 +201,12 @@ private:
       if (w.scale) return contract8<Pairs>(w.matrix8(), NV, in, out, grid, accumulate, Space8(space));
     }
     const Matrix<S> all = w.matrix();
+    if constexpr (std::is_same_v<S, bfloat16> && KRON_BFLOAT16_PRODUCTS) {
+      if (space.halves && worth_halves(all.rows, all.cols)) {
+        const Space8 room(space);
+        return contract_halves(all, NV, in, out, grid, accumulate, room.panel, room.words);
+      }
+    }
     if constexpr (std::is_same_v<S, T>) {
       contract<T, NV>(all, in, out, grid, accumulate);
     } else {
@@ -226,7 +235,7 @@ template <class S> void SpaceSizes::include(const Part<S> &part) {
   const bool narrow = !std::is_same_v<S, Compute<S>>;
   if (narrow || part.f.scale || part.g.scale) panel = larger(panel, KRON_ACCUMULATORS * (part.longest_row() + 1));
   const auto rounds = [&](const kron_factor &x, Int slices) {
-    if (!x.scale) return;
+    if (!x.scale && !std::is_same_v<S, bfloat16>) return;
     words = larger(words, slices * ((x.cols + 1) / 2)), units = larger(units, slices);
   };
   rounds(part.f, part.first_slices()), rounds(part.g, part.second_slices());

@@ -277,7 +277,7 @@ public:
         distances.insert(distances.end(), all + h * row, all + h * row + 2 * length - 1);
       batch.distance_bias = distances.data();
     }
-    const kron_execution all = {kron_cpu_isa(), threads, parallel_for, 1};
+    const kron_execution all = {kron_cpu_isa(), threads, parallel_for, 1, 1};
     if (const char *error = kron_cpu_encode(&all, KRON_FLOAT32, &encoder, &batch)) fail(error);
     return last;
   }

@@ -32,7 +32,8 @@ _GROUPED = 4096  # features of a group of several factors; a block of tokens of 
 
 # Tests lower them to run the code of other machines.
 _isa = _native.isa() if _native else 0
-_bytes = 1  # whether to multiply int8 factors by an instruction for bytes, where there is one
+# Whether to use instructions for bytes, and for bfloat16 in encoders, where there are some.
+_bytes, _bfloat16 = 1, 1
 
 
 def _thread_pool() -> int:
@@ -334,6 +335,6 @@ def _call(x: Tensor) -> tuple[int, ...]:
     return *_execution(), abi.DTYPES[x.dtype], prod(x.shape[:-1]), abi.address(x)
 
 
-def _execution() -> tuple[int, int, int, int]:
+def _execution() -> tuple[int, ...]:
     """A ``kron_execution`` of ``csrc/kron.h``."""
-    return _isa, _threads(), _POOL, _bytes
+    return _isa, _threads(), _POOL, _bytes, _bfloat16

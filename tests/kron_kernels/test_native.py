@@ -356,7 +356,7 @@ def divide(kind: str, threads: int, tokens: int, *shapes: KronShape) -> Division
         n for s in shapes for n in abi.product_of_shapes([(s.rank, *s[:2]), (s.rank, *s[2:4])])
     ]
     ask = getattr(abi.module, f"{kind}_division")
-    return Division(*ask(native._isa, threads, 0, 1, 0, tokens, *count, *numbers))
+    return Division(*ask(native._isa, threads, 0, 1, 1, 0, tokens, *count, *numbers))
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 128, 512, 4096])

@@ -294,7 +294,7 @@ def test_a_compiled_function_looks_up_nothing():
 def test_a_plan_is_checked():
     x, a, y = draw(1, 2), draw(1, 2, 2), draw(1, 2)
     one = native._plan(x, False, ((a,), None))
-    execution = native._isa, 1, native._POOL, 1
+    execution = native._isa, 1, native._POOL, 1, 1
     native._native.run_plan(one, *execution, x, a, None, None, y)
     assert_close("y", y, x.double() @ a[0].double().T, 2)
     for wrong, kind, message in [
