@@ -113,6 +113,8 @@ class KroneckerPreTrainedModel(_Base):
                 setattr(self, self.base_model_prefix, _kronecker_encoder(self.base_model, self))
             self._tie_decoder()
         super().post_init()
+        if self.config.kronecker_int8:
+            self.requires_grad_(False).eval()
 
     def __getstate__(self) -> dict[str, Any]:
         return without_plan(super().__getstate__())  # type: ignore[misc]
@@ -266,6 +268,8 @@ class KroneckerPreTrainedModel(_Base):
                 **kwargs,
             )
         check_loaded(model, info, source, ignore_mismatched_sizes)
+        if model.config.kronecker_int8:
+            model.requires_grad_(False)  # the loader makes new parameters
         return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(
@@ -288,10 +292,16 @@ class KroneckerPreTrainedModel(_Base):
             The word embeddings.
 
         Raises:
-            ValueError: If a size is not a positive integer, or leaves no row for the padding. The
-                model is then unchanged.
+            ValueError: If a size is not a positive integer, or leaves no row for the padding, or
+                the word embeddings are int8. The model is then unchanged.
         """
         table = self.get_input_embeddings()
+        if isinstance(table, QuantizedEmbedding):
+            raise ValueError(
+                f"the word embeddings of this {type(self).__name__} are int8, which cannot be "
+                "resized; resize kroneckerbert.dequantize(model), or the model that it was made "
+                "of, and quantise the result."
+            )
         if new_num_tokens is not None:
             new_num_tokens = check_integer("new_num_tokens", new_num_tokens)
         if pad_to_multiple_of is not None:
