@@ -63,6 +63,11 @@ def gain(row: dict[str, Any]) -> float:
     return ms["float32"] / ms["int8"]
 
 
+def rate(row: dict[str, Any]) -> float:
+    """Multiply-adds of the int8 product, G a second."""
+    return row["flops"] / 2e6 / medians(row)["int8"]
+
+
 def tables(results: dict[str, Any]) -> list[Table]:
     rows = results["rows"]
     how = rows[0]["int8"] if rows else ""
@@ -71,9 +76,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     shown = machine.table(heading, ("", *(f"T = {t}" for t in sizes)), left=("",))
     for layer in dict.fromkeys(row["layer"] for row in rows):
         own = [row for row in rows if row["layer"] == layer]
-        cells = [
-            f"{gain(row):.2f} ({row['flops'] / 2e6 / medians(row)['int8']:.0f} G/s)" for row in own
-        ]
+        cells = [f"{gain(row):.2f} ({rate(row):.0f} G/s)" for row in own]
         shown.add_row(layer.replace(" ", " ⊗ "), *cells)
     means = [geometric_mean(gain(r) for r in rows if r["tokens"] == t) for t in sizes]
     shown.add_row("geometric mean", *(f"{mean:.2f}" for mean in means))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import memory, model, threads
+from benchmarks import int8, int8_scores, memory, model, threads
 from benchmarks.contenders import BY_LAYERS, IN_INT8, LOW_RANK, LOW_RANK_IN_INT8
 from benchmarks.machine import DENSE, read
 from benchmarks.training import PRESETS, medians
@@ -33,7 +33,8 @@ SHOWN = ((1, 16), (1, 128), (1, 512), (8, 128))  # of BERT_BASE: batch and token
 def tables(folder: Path) -> list[str]:
     """All tables for which the folder has results."""
     made = []
-    files = {name: folder / f"{name}.json" for name in ("model", "threads", "memory")}
+    names = ("model", "threads", "memory", "int8", "int8_scores")
+    files = {name: folder / f"{name}.json" for name in names}
     results = {name: read(file) for name, file in files.items() if file.exists()}
     if "model" in results:
         made += [of_model(results["model"], name) for name in model.CONTENDERS]
@@ -41,6 +42,10 @@ def tables(folder: Path) -> list[str]:
         made.append(of_threads(results["threads"]))
     if "memory" in results:
         made.append(of_memory(results["memory"]))
+    if "int8" in results:
+        made.append(of_int8(results["int8"]))
+    if "int8_scores" in results:
+        made.append(of_scores(results["int8_scores"]))
     return [table for table in made if table]
 
 
@@ -90,6 +95,34 @@ def of_memory(results: dict[str, Any]) -> str:
         body.append([label(name), weights, *(f"{mb} ({dense / mb:.1f})" for mb, dense in peaks)])
     heads = ["peak memory in inference, MB (times less than dense)", "weights"]
     return lines([*heads, *map(size, rows)], body)
+
+
+def of_int8(results: dict[str, Any]) -> str:
+    """Times faster than float32, and the rate."""
+    rows = results["rows"]
+    sizes = list(dict.fromkeys(row["tokens"] for row in rows))
+    body = []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        own = [row for row in rows if row["layer"] == layer]
+        cells = [f"{int8.gain(row):.2f} ({int8.rate(row):.0f})" for row in own]
+        body.append([layer.replace(" ", " ⊗ "), *cells])
+    heads = ["int8, times faster than float32 (G multiply-adds a second)"]
+    return lines([*heads, *(f"{n} token{'s' * (n > 1)}" for n in sizes)], body)
+
+
+def of_scores(results: dict[str, Any]) -> str:
+    """Scores in float32 and int8, in per cent."""
+    rows, body = results["rows"], []
+    for student in dict.fromkeys(row["student"] for row in rows):
+        own = {row["task"]: row for row in rows if row["student"] == student}
+        cells = [
+            f"{100 * own[t]['float32']:.1f}, {100 * own[t]['int8']:.1f}" if t in own else "–"
+            for t in int8_scores.METRICS
+        ]
+        loss = sum(map(int8_scores.lost, own.values())) / len(own)
+        body.append([student, *cells, f"{loss:.2f}"])
+    headings = (int8_scores.TITLES.get(t, t) for t in int8_scores.METRICS)
+    return lines(["per cent, in float32 and in int8", *headings, "mean loss"], body)
 
 
 def label(name: str) -> str:

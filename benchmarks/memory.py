@@ -30,6 +30,7 @@ CONTENDERS = (DENSE, CHECKPOINTED, *training.PRESETS, "8x, eager", "21x, eager")
 IN_INFERENCE = (
     DENSE,
     *training.PRESETS,
+    *(f"{preset} {contenders.IN_INT8}" for preset in training.PRESETS),
     *(f"{preset} {contenders.BY_LAYERS}" for preset in training.PRESETS),
 )
 BATCHES, TOKENS = (1, 8, 32), 128
@@ -92,7 +93,8 @@ def resident(kind: str) -> int:
 
 
 def bytes_of(model: nn.Module) -> int:
-    return sum(p.nbytes for p in model.parameters())
+    """Of weights; those in int8, and their scales, are buffers."""
+    return sum(t.nbytes for t in model.state_dict().values())
 
 
 def megabytes(size: int) -> int:

@@ -1,12 +1,15 @@
-"""What the engine is to reach, and what was measured: ratios within one run, of medians."""
+"""What the engine is to reach, and what was measured: ratios within one run, of medians.
+
+The goals of int8 are for a machine with AVX-512 VNNI; the results say which instructions were used.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import memory, model, threads
-from benchmarks.contenders import BY_LAYERS, INT8
+from benchmarks import int8, int8_scores, memory, model, threads
+from benchmarks.contenders import BY_LAYERS, IN_INT8, INT8
 from benchmarks.machine import DENSE, read
 from benchmarks.markdown import lines
 from benchmarks.training import medians
@@ -41,6 +44,7 @@ def targets(folder: Path) -> list[Target]:
         *_sentences(one),
         _minilm(one),
         *_memory(_read(folder, "memory")),
+        *_int8(one, _read(folder, "int8"), _read(folder, "int8_scores")),
     ]
 
 
@@ -129,4 +133,35 @@ def _memory(results: Results) -> list[Target]:
             measured = (engine / today,)
         what = f"{student}, peak memory of 32 x 128 in inference: over layer by layer"
         found.append(Target(what, (1,), (0.5,), measured, at_most=True))
+    return found
+
+
+def _int8(one: Results, layers: Results, scores: Results) -> list[Target]:
+    found = []
+    for student, must, aim in (
+        (BIG, (3.5, 2.3, 2.3), (5, 3, 3)),
+        (SMALL, (6, 4.2, 4.2), (10, 5.5, 5.5)),
+    ):
+        rows = [model.row_of(one, model.BERT, *size) for size in ((1, 16), (1, 128), (8, 128))]
+        ratios = [_over(row, f"{student} {IN_INT8}", INT8) for row in rows]
+        measured = tuple(r[0] for r in ratios if r) if all(ratios) else None
+        what = f"{student} int8, 1 x 16 / 1 x 128 / 8 x 128: over ONNX Runtime int8 dense"
+        found.append(Target(what, must, aim, measured))
+    row = model.row_of(one, model.BERT, 1, 128)
+    what = "dense in int8, 1 x 128: over ONNX Runtime int8 dense"
+    found.append(Target(what, (0.9,), (1.1,), _over(row, model.OUR_INT8, INT8)))
+    row = model.row_of(one, model.MINILM, 1, 16)
+    what = "MiniLM 8x int8, 1 x 16: over ONNX Runtime int8 dense"
+    found.append(Target(what, (2.5,), (3.5,), _over(row, f"{BIG} {IN_INT8}", INT8)))
+    gains = [
+        int8.gain(row)
+        for row in layers["rows"]
+        if (row["layer"], row["tokens"]) == ("8x2 384x384", 128)
+    ]
+    what = "8x2 ⊗ 384x384, 128 tokens: int8 over our float32"
+    found.append(Target(what, (2.5,), (3.3,), tuple(gains) or None))
+    losses = [int8_scores.lost(row) for row in scores["rows"]]
+    measured = (sum(losses) / len(losses),) if losses else None
+    what = "points lost by int8, mean over students and tasks"
+    found.append(Target(what, (0.5,), (0.2,), measured, at_most=True))
     return found

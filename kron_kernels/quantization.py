@@ -28,22 +28,25 @@ _DENSIFIED: dict[type[nn.Module], str] = {
 
 
 class _Quantized(nn.Module):
-    """Parameters ``weight``, or ``a`` and ``b``, in int8 or floating point, all of them frozen.
+    """``weight``, or ``a`` and ``b``: frozen parameters, or in int8 buffers.
 
-    An int8 one has a buffer of the same name and ``_scale``, which is float32 in every model.
+    An int8 one has a second buffer of the same name and ``_scale``, which is float32 in every
+    model. Buffers, because many programs take the dtype of the first parameter for the model's.
     """
 
     like: Tensor
 
     def _set(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
-        factors = dict(zip(names, rounded_factors(weights), strict=True))
-        self.factor_names = tuple(factors)
-        for name, f in factors.items():
-            values, scale = f if isinstance(f, Int8Factor) else (f, None)
+        self.factor_names = tuple(names)
+        for name, f in zip(names, rounded_factors(weights), strict=True):
+            values, scale = f if isinstance(f, Int8Factor) else (f.detach(), None)
             if name == "weight":  # a matrix in a checkpoint, a single term in a product
                 values, scale = values[0], scale if scale is None else scale[0]
-            setattr(self, name, nn.Parameter(values.detach(), requires_grad=False))
-            self.register_buffer(f"{name}_scale", scale)
+            if scale is None:
+                setattr(self, name, nn.Parameter(values, requires_grad=False))
+            else:
+                self.register_buffer(name, values)
+                self.register_buffer(f"{name}_scale", scale)
         # Empty: it has the dtype that the floating-point form would have.
         self.register_buffer("like", weights[0].detach().new_empty(0), persistent=False)
 
@@ -52,9 +55,8 @@ class _Quantized(nn.Module):
         """``(r, m, n)`` each; one for a dense weight."""
         found: list[Factor] = []
         for name in self.factor_names:
-            values: Any = self._parameters[name]
-            scale = self._buffers[f"{name}_scale"]
-            if values.ndim == 2:
+            values, scale = getattr(self, name), self._buffers.get(f"{name}_scale")
+            if name == "weight":
                 values, scale = values[None], scale if scale is None else scale[None]
             found.append(values if scale is None else Int8Factor(values, scale))
         return tuple(found)
@@ -77,16 +79,14 @@ class _Quantized(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         # A scale moves with the module and keeps its dtype: in 16 bits a row would be off by 0.2 %.
-        scales = [f"{n}_scale" for n in self.factor_names]
-        scales = [name for name in scales if self._buffers[name] is not None]
+        scales = [n for n, b in self._buffers.items() if n.endswith("_scale") and b is not None]
         for name in scales:
-            self._buffers[name] = self._buffers[name].view(torch.int32)  # type: ignore[union-attr]
+            self._buffers[name] = getattr(self, name).view(torch.int32)
         try:
             return super()._apply(fn, recurse)
         finally:
             for name in scales:
-                b: Any = self._buffers[name]
-                self._buffers[name] = b.view(torch.float32)
+                self._buffers[name] = getattr(self, name).view(torch.float32)
 
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors

@@ -193,6 +193,12 @@ def export(
             f"cannot export a {type(model).__name__}, only a PreTrainedModel; of a model with "
             "adapters, export what its merge_and_unload() returns."
         )
+    if getattr(model.config, "kronecker_int8", None):
+        raise ValueError(
+            f"the {type(model).__name__} has int8 weights, which other runtimes multiply in their "
+            "own way: export the model that it was made of with quantize='int8-dynamic', or "
+            "kroneckerbert.dequantize(model)."
+        )
     if quantize not in (None, "int8-dynamic"):
         raise ValueError(f"quantize = {quantize!r} must be None or 'int8-dynamic'.")
     if quantize is not None and format != "onnx":

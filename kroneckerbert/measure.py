@@ -41,8 +41,9 @@ _LAYER_SECONDS, _MODEL_SECONDS = 0.2, 5.0  # to time a kind of layer, and the mo
 
 
 def parameters(model: PreTrainedModel) -> int:
-    """Number of parameters; tied ones count once."""
-    return sum(p.numel() for p in model.parameters())
+    """Number of parameters, int8 weights among them; tied ones count once."""
+    int8 = sum(b.numel() for b in model.buffers() if b.dtype == torch.int8)
+    return int8 + sum(p.numel() for p in model.parameters())
 
 
 def model_bytes(model: PreTrainedModel) -> int:
@@ -293,7 +294,7 @@ def _terms(layer: Any) -> str:
 
 def _shapes(layer: Any) -> Shapes:
     """Of the terms; empty for a dense weight."""
-    return () if "weight" in layer._parameters else shapes_in(layer)
+    return () if hasattr(layer, "weight") else shapes_in(layer)
 
 
 def _row(

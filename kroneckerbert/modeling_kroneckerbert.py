@@ -161,6 +161,17 @@ class KroneckerPreTrainedModel(_Base):
         elif isinstance(module, QuantizedLinear | QuantizedSum | QuantizedEmbedding):
             module.reset_parameters()
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters, with int8 weights, see ``transformers.PreTrainedModel``."""
+        known = super().num_parameters(only_trainable, exclude_embeddings)
+        if only_trainable:
+            return known
+        kinds = QuantizedLinear | (QuantizedLinear if exclude_embeddings else QuantizedEmbedding)
+        layers = (m for m in self.modules() if isinstance(m, kinds))
+        return known + sum(
+            b.numel() for m in layers for b in m.buffers(recurse=False) if b.dtype == torch.int8
+        )
+
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode, see ``nn.Module.train``.
 
@@ -289,15 +300,14 @@ class KroneckerPreTrainedModel(_Base):
 
         Raises:
             ValueError: If a size is not a positive integer, or leaves no row for the padding, or
-                the word embeddings are int8. The model is then unchanged.
+                the model has int8 weights. The model is then unchanged.
         """
-        table = self.get_input_embeddings()
-        if isinstance(table, QuantizedEmbedding):
+        if self.config.kronecker_int8:
             raise ValueError(
-                f"the word embeddings of this {type(self).__name__} are int8, which cannot be "
-                "resized; resize kroneckerbert.dequantize(model), or the model that it was made "
-                "of, and quantise the result."
+                f"this {type(self).__name__} has int8 weights, whose vocabulary cannot be resized; "
+                "resize kroneckerbert.dequantize(model), and quantise the result."
             )
+        table = self.get_input_embeddings()
         if new_num_tokens is not None:
             new_num_tokens = check_integer("new_num_tokens", new_num_tokens)
         if pad_to_multiple_of is not None:

@@ -169,7 +169,7 @@ def test_a_layer_of_small_factors_may_be_made_and_computes_in_floating_point():
     q = QuantizedLinear.of(layer)
     x = torch.randn(3, 5)
     torch.testing.assert_close(q(x), layer(x).detach(), rtol=1e-5, atol=1e-6)
-    assert torch.equal(q.dequantized().weight, layer.weight) and q.weight_scale is None
+    assert torch.equal(q.dequantized().weight, layer.weight) and not list(q.state_dict())[2:]
 
 
 def test_gradients_are_refused_with_the_remedy():
@@ -186,6 +186,10 @@ def test_gradients_are_refused_with_the_remedy():
     with pytest.raises(ValueError, match="no gradient"):
         model(torch.randn(2, 4))
     assert not model.requires_grad_(False)(torch.randn(2, 4)).requires_grad
+    # The first parameter has the model's dtype, and only floating-point ones are asked to be trained.
+    model = quantize_(nn.Sequential(nn.Embedding(64, 24), nn.Linear(24, 64))).half()
+    assert next(model.parameters()).dtype == torch.float16
+    model.requires_grad_()
 
 
 def test_a_dequantised_layer_is_trained():
@@ -259,7 +263,8 @@ def test_which_layers_are_large_enough():
 def test_of_a_sum_and_of_a_product_only_large_factors_are_int8():
     q = quantize_(KroneckerLinear(64, 64, (2, 2)))
     assert (q.a.dtype, q.b.dtype) == (torch.float32, torch.int8)
-    assert q.a_scale is None and q.b_scale.shape == (1, 32, 1)
+    assert q.b_scale.shape == (1, 32, 1)
+    assert {n for n, _ in q.named_parameters()} == {"a", "bias"}
     q = quantize_(KroneckerLinear(512, 64, (64, 1), rank=7))
     assert (q.a.dtype, q.b.dtype) == (torch.float32, torch.int8)
     q = quantize_(KroneckerSum(64, 64, [((8, 8), 1), ((64, 1), 16)]))
@@ -537,7 +542,7 @@ def test_values_and_scales_are_read_at_each_call():
     with torch.no_grad():
         q.weight_scale.mul_(2)
     assert torch.equal(q(x), 2 * y)
-    q.weight = nn.Parameter(-q.weight.detach(), requires_grad=False)
+    q.weight = -q.weight
     assert torch.equal(q(x), -2 * y)
     assert type(q.factors[0]) is Int8Factor
 
