@@ -186,7 +186,7 @@ def test_gradients_are_refused_with_the_remedy():
     with pytest.raises(ValueError, match="no gradient"):
         model(torch.randn(2, 4))
     assert not model.requires_grad_(False)(torch.randn(2, 4)).requires_grad
-    # The first parameter has the model's dtype, and only floating-point ones are asked to be trained.
+    # The first parameter has the model's dtype, and the others can be trained.
     model = quantize_(nn.Sequential(nn.Embedding(64, 24), nn.Linear(24, 64))).half()
     assert next(model.parameters()).dtype == torch.float16
     model.requires_grad_()
