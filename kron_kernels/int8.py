@@ -67,17 +67,21 @@ class Int8Factor(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
+        """Of the values, ``(r, m, n)``."""
         return self.values.shape
 
     @property
     def ndim(self) -> int:
+        """Of the values."""
         return self.values.ndim
 
     @property
     def device(self) -> torch.device:
+        """Of the values."""
         return self.values.device
 
     def stride(self) -> tuple[int, ...]:
+        """Of the values."""
         return self.values.stride()
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
