@@ -14,7 +14,7 @@ namespace {
 struct Halves {
   typedef Floats Sum;
   static constexpr bool SCALED = false;
-  static KRON_INLINE Floats start(const Words &, Int) { return Floats{}; }
+  static KRON_INLINE Floats start(const int32_t *, Int) { return Floats{}; }
   static KRON_INLINE Floats finish(Floats sum, Floats) { return sum; }
   static KRON_INLINE Floats add(Floats sum, [[maybe_unused]] Ints x, [[maybe_unused]] Ints w) {
 #if defined(KRON_EMULATE_BFLOAT16)
@@ -54,7 +54,7 @@ inline void contract_halves(const Matrix<bfloat16> &w, int nv, const float *in, 
   const Narrow x = {words, nullptr, count, nv, out, g, accumulate};
   if (w.col_stride == 1 && w.cols % 2 == 0) { // two entries are a word as they lie in memory
     const char *data = reinterpret_cast<const char *>(w.data);
-    return multiply_all<Halves>({data, w.row_stride * 2, 4, groups, nullptr, 0}, w.rows, x, 0);
+    return multiply_all<Halves>({data, w.row_stride * 2, 4, groups, nullptr, 0, nullptr}, w.rows, x, 0);
   }
   for (Int first = 0; first < w.rows; first += KRON_ACCUMULATORS) {
     const Int rows = smaller(KRON_ACCUMULATORS, w.rows - first);
@@ -65,7 +65,7 @@ inline void contract_halves(const Matrix<bfloat16> &w, int nv, const float *in, 
         panel[r * groups + c / 2] = int32_t(entry->bits | high << 16);
       }
     const char *data = reinterpret_cast<const char *>(panel);
-    multiply_all<Halves>({data, groups * 4, 4, groups, nullptr, 0}, rows, x, first);
+    multiply_all<Halves>({data, groups * 4, 4, groups, nullptr, 0, nullptr}, rows, x, first);
   }
 }
 

@@ -368,7 +368,7 @@ public:
     w.z = arena.take<T>(plan.z * tb);
     w.columns = arena.take<T>(plan.columns * tb);
     w.space = {arena.take<T>(plan.space.panel), arena.take<T>(plan.space.words * tb),
-               arena.take<T>(plan.space.units * tb), execution.bytes != 0, execution.bfloat16 != 0};
+               arena.take<T>(plan.space.units * tb), arena.take<T>(plan.space.rows), execution.bytes != 0, execution.bfloat16 != 0};
     if (HALVES && w.space.halves) {
       w.keys = arena.take<int32_t>(vectors_of<T>(lanes) * L * ((head + 1) / 2));
       w.values = arena.take<int32_t>(vectors_of<T>(lanes) * L * head / 2 + 1);
@@ -549,7 +549,7 @@ private:
         const Int vectors = vectors_of<T>(keys);
         narrow_keys(in, row, size, vectors, w.keys);
         const char *data = reinterpret_cast<const char *>(w.keys);
-        return multiply_halves<NV>(w, {data, 4, vectors * L * 4, (size + 1) / 2, nullptr, 0}, keys, w.query, size,
+        return multiply_halves<NV>(w, {data, 4, vectors * L * 4, (size + 1) / 2, nullptr, 0, nullptr}, keys, w.query, size,
                                    w.scores);
       }
     }
@@ -563,7 +563,7 @@ private:
         const Int vectors = vectors_of<T>(keys);
         narrow_values(in, row, size, keys, vectors, w.values);
         const char *data = reinterpret_cast<const char *>(w.values);
-        return multiply_halves<NV>(w, {data, vectors * L * 2, 4, (keys + 1) / 2, nullptr, 0}, size, w.scores, keys,
+        return multiply_halves<NV>(w, {data, vectors * L * 2, 4, (keys + 1) / 2, nullptr, 0, nullptr}, size, w.scores, keys,
                                    w.result);
       }
     }

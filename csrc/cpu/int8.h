@@ -53,7 +53,8 @@ struct Integers {
 struct Pairs : Integers {
   static constexpr int COUNT = 2, OFFSET = 0;
 
-  static KRON_INLINE Ints start(const Words &, Int) { return Ints{}; }
+  static KRON_INLINE Ints start(const int32_t *, Int) { return Ints{}; }
+  static void prepare(const Words &, Int, int32_t *) {}
   static KRON_INLINE Ints add(Ints sum, Ints x, Ints w) {
 #if KRON_BYTES == 64
     return sum + bits_of<Ints>(_mm512_madd_epi16(bits_of<__m512i>(x), bits_of<__m512i>(w)));
@@ -81,22 +82,30 @@ struct Quads : Integers {
   static constexpr int OFFSET = 128;
 #endif
 
-  // Minus the sum of a row's entries times OFFSET.
-  static KRON_INLINE Ints start(const Words &w, Int r) {
-    if constexpr (OFFSET == 0) return Ints{};
-    constexpr Int PER_VECTOR = KRON_BYTES / 4;
-    const char *row = w.data + r * w.row;
+  static KRON_INLINE Ints start(const int32_t *starts, Int row) {
+    return OFFSET ? starts[row] - Ints{} : Ints{};
+  }
+  // What the sums of each row start from: minus the sum of its entries times OFFSET.
+  static void prepare(const Words &w, Int rows, int32_t *starts) {
+    constexpr Int L = LANES<float>;
     const Ints ones = 0x01010101 - Ints{};
-    Ints sums = {};
-    Int c = 0, sum = 0;
-    for (; c + PER_VECTOR <= w.count; c += PER_VECTOR) {
-      Ints words;
-      memcpy(&words, row + c * 4, sizeof words);
-      sums = add(sums, ones, words);
+    for (Int first = 0; OFFSET && first < rows; first += L) {
+      Ints sums[L];
+      for (Int l = 0; l < L; l++) {
+        const char *row = w.data + smaller(first + l, rows - 1) * w.row;
+        Ints sum = {}, words;
+        Int c = 0;
+        for (; c + L <= w.count; c += L) {
+          memcpy(&words, row + c * 4, sizeof words);
+          sum = add(sum, ones, words);
+        }
+        words = Ints{};
+        memcpy(&words, row + c * 4, size_t(w.count - c) * 4);
+        sums[l] = add(sum, ones, words);
+      }
+      const Ints all = sums_of_lanes<int32_t>(sums) * -OFFSET;
+      memcpy(starts + first, &all, size_t(smaller(L, rows - first)) * 4);
     }
-    for (int l = 0; l < PER_VECTOR; l++) sum += sums[l];
-    for (c *= 4; c < w.count * 4; c++) sum += reinterpret_cast<const int8_t *>(row)[c];
-    return -int32_t(sum * OFFSET) - Ints{};
   }
   static KRON_INLINE Ints add(Ints sum, Ints x, Ints w) {
 #if defined(KRON_EMULATE_BYTES)
@@ -181,10 +190,11 @@ KRON_INLINE void widen_bytes(const int8_t *bytes, int32_t *words) {
 }
 
 // Memory for a contraction: `panel` for KRON_ACCUMULATORS rows of a factor, `words` and `units` for the
-// rounded vectors.
+// rounded vectors, `starts` for a number of each row.
 struct Space8 {
   int32_t *panel, *words;
   float *units;
+  int32_t *starts;
 };
 
 // out[r] (+)= Σ_c w[r, c] in[c], by the grid of contract(), in integers.
@@ -201,9 +211,11 @@ void contract8(const Matrix8 &w, int nv, const float *in, float *out, const Grid
   // Four bytes are a word as they lie in memory; others are copied a few rows at a time.
   if (COUNT == 4 && w.col_stride == 1 && w.cols % 4 == 0) {
     const char *data = reinterpret_cast<const char *>(w.data);
-    return multiply_all<Form>({data, w.row_stride, 4, groups, w.scale, w.scale_step}, w.rows, x, 0);
+    const Words all = {data, w.row_stride, 4, groups, w.scale, w.scale_step, space.starts};
+    Form::prepare(all, w.rows, space.starts);
+    return multiply_all<Form>(all, w.rows, x, 0);
   }
-  Words some = {reinterpret_cast<const char *>(space.panel), groups * 4, 4, groups, w.scale, w.scale_step};
+  Words some = {reinterpret_cast<const char *>(space.panel), groups * 4, 4, groups, w.scale, w.scale_step, space.starts};
   for (Int first = 0; first < w.rows; first += KRON_ACCUMULATORS) {
     const Int rows = smaller(KRON_ACCUMULATORS, w.rows - first);
     for (Int r = 0; r < rows; r++) {
@@ -215,6 +227,7 @@ void contract8(const Matrix8 &w, int nv, const float *in, float *out, const Grid
       for (; c < w.cols; c += COUNT) words[c / COUNT] = Form::word(row + c * w.col_stride, w.col_stride, w.cols - c);
     }
     some.scale = w.scale + first * w.scale_step;
+    Form::prepare(some, rows, space.starts);
     multiply_all<Form>(some, rows, x, first);
   }
 }

@@ -100,7 +100,8 @@ const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_pr
                               {&spare, spare_size * lanes},
                               {&space.panel, sizes.panel},
                               {&space.words, sizes.words * lanes},
-                              {&space.units, sizes.units * lanes}});
+                              {&space.units, sizes.units * lanes},
+                              {&space.starts, sizes.rows}});
     if (!scratch) return false;
     d.each_piece(worker, [&](Int block, Range cells) {
       d.with_block<T>(block, [&](auto nv, Int token) {
@@ -343,7 +344,8 @@ const char *feed_forward(const kron_execution &e, Int tokens, const void *x, con
                               {&own, own_size},
                               {&space.panel, sizes.panel},
                               {&space.words, sizes.words * lanes},
-                              {&space.units, sizes.units * lanes}});
+                              {&space.units, sizes.units * lanes},
+                              {&space.starts, sizes.rows}});
     if (!scratch) return false;
     const auto compute = [&](Int stage, Int number, Range cells) {
       d.with_block<T>(number, [&](auto nv, Int token) {

@@ -29,15 +29,17 @@ template <class S> class Part;
 // A worker's memory for weights and features that are not in the type of computation.
 template <class T> struct Space {
   T *panel, *words, *units; // KRON_ACCUMULATORS rows of a weight; rounded features, and their units
+  T *starts;                // a number of each row of a weight
   bool bytes, halves;       // whether to multiply bytes, and bfloat16 numbers
   explicit operator Space8() const {
-    return {reinterpret_cast<int32_t *>(panel), reinterpret_cast<int32_t *>(words), units};
+    return {reinterpret_cast<int32_t *>(panel), reinterpret_cast<int32_t *>(words), units,
+            reinterpret_cast<int32_t *>(starts)};
   }
 };
 // Its sizes: in numbers, of words and units for each token.
 struct SpaceSizes {
-  Int panel = 0, words = 0, units = 0;
-  Int numbers(Int tokens) const { return panel + (words + units) * tokens; }
+  Int panel = 0, words = 0, units = 0, rows = 0;
+  Int numbers(Int tokens) const { return panel + (words + units) * tokens + rows; }
   template <class S> void include(const Part<S> &part);
 };
 
@@ -237,6 +239,7 @@ template <class S> void SpaceSizes::include(const Part<S> &part) {
   const auto rounds = [&](const kron_factor &x, Int slices) {
     if (!x.scale && !std::is_same_v<S, bfloat16>) return;
     words = larger(words, slices * ((x.cols + 1) / 2)), units = larger(units, slices);
+    rows = larger(rows, x.rows);
   };
   rounds(part.f, part.first_slices()), rounds(part.g, part.second_slices());
 }

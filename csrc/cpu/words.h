@@ -16,13 +16,14 @@ KRON_INLINE Ints load_ints(const int32_t *p) {
   return v;
 }
 
-// Rows of words of a factor, and the scales of its rows; null without scales.
+// Rows of words of a factor. Of each row may be given: its scale, and what its sums start from.
 struct Words {
   const char *data;
   Int row, step; // bytes from a row, and from a word of a row, to the next
   Int count;     // in a row
   const float *scale;
   Int scale_step;
+  const int32_t *starts;
 };
 
 // VT neighbouring vectors of features, and where their outputs go.
@@ -41,7 +42,7 @@ template <class Form, int VT, int R> void multiply_rows(const Words &w, Int firs
   typename Form::Sum sum[R][VT];
   KRON_UNROLL
   for (int r = 0; r < R; r++) {
-    const typename Form::Sum start = Form::start(w, first + r);
+    const typename Form::Sum start = Form::start(w.starts, first + r);
     KRON_UNROLL
     for (int v = 0; v < VT; v++) sum[r][v] = start;
   }
