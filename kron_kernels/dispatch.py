@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Literal
 
@@ -185,6 +186,11 @@ def under_autocast(x: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+def lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast as ``F.linear`` does under autocast: every real dtype but float64 to the lower one."""
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
 def differentiable(operands: Sequence[Tensor]) -> bool:
     """Whether autograd or a ``torch.func`` transform is active."""
     return transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
@@ -193,6 +199,13 @@ def differentiable(operands: Sequence[Tensor]) -> bool:
 def transformed() -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def recorded(name: str) -> AbstractContextManager:
+    """A range that profilers see around a direct call of the compiled kernels."""
+    if not _profiled():
+        return nullcontext()
+    return torch.profiler.record_function(f"kron_kernels::{name}")
 
 
 def _profiled() -> bool:

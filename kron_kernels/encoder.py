@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kron_kernels.backends import abi, native
 from kron_kernels.checks import Activation
-from kron_kernels.int8 import Factor, Int8Factor, check_int8, columns_of
+from kron_kernels.int8 import Factor, Int8Factor, check_int8
 
 # (weight (m, n),), in int8 (1, m, n), or (a (r, m1, n1), b (r, m2, n2)).
 Part = tuple[Factor, ...]
@@ -84,7 +84,7 @@ class Encoder:
 
     def __init__(self, embedding: Embedding, layers: Sequence[Layer], heads: int, scale: float):
         self.tensors: list[Tensor] = []
-        self.scales: list[Tensor] = []  # float32, contiguous
+        self.int8: list[Tensor] = []  # values, and scales in float32
         projection = embedding.projection
         numbers: list[float] = [heads, float(scale), len(embedding.tables), len(layers)]
         for table in embedding.tables:
@@ -96,7 +96,7 @@ class Encoder:
             numbers += [*self._norm(layer.attention_norm), *self._linear(layer.up)]
             numbers += [abi.ACTIVATIONS[layer.activation], *self._linear(layer.down)]
             numbers += self._norm(layer.output_norm)
-        first = next((t for t in self.tensors if t.dtype != torch.int8), self.tensors[0])
+        first = (self.tensors or self.int8)[0]
         self.dtype, self.n_layers, self.heads = first.dtype, len(layers), heads
         self.tables = [_rows_and_width(table) for table in embedding.tables]
         self.width = _rows(layers[0].output)
@@ -106,19 +106,25 @@ class Encoder:
     def _check(self, first: Tensor) -> None:
         if reason := native.why_not(first):
             raise ValueError(f"the encoder cannot serve these tensors: {reason}.")
-        for t in self.tensors:
-            if t.device != first.device or t.dtype not in (self.dtype, torch.int8):
+        if self.int8 and self.dtype == torch.float64:
+            raise ValueError("the encoder has no int8 factors in float64; use .float().")
+        everything = [*self.tensors, *self.int8]
+        for i, t in enumerate(everything):
+            if t.device != first.device or (i < len(self.tensors) and t.dtype != self.dtype):
                 raise ValueError(
                     f"the encoder's tensors must have one dtype and device, got {self.dtype} on "
                     f"{first.device} and {t.dtype} on {t.device}."
                 )
 
     def _part(self, factors: Part) -> list[int]:
-        for i, f in enumerate(factors):
+        check_int8(factors)
+        for f in factors:
             if isinstance(f, Int8Factor):
-                check_int8(f"factor {i}", f, i == columns_of(factors))
-                self.tensors.append(f.values)
-                self.scales.append(f.scale)
+                if f.scale.stride(1) != 1 < f.scale.shape[1]:
+                    raise ValueError(
+                        f"the scales of rows must be contiguous, got strides {f.scale.stride()}."
+                    )
+                self.int8 += f.values, f.scale
             else:
                 self.tensors.append(f)
         if factors[0].ndim == 2:

@@ -84,11 +84,11 @@ def kron_matmul(
         check_tensors(x, factors, bias, residual)
     if dispatch.under_autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        lowered = [_lowered(t, dtype) for t in (x, *factors)]
+        lowered = [dispatch.lowered(t, dtype) for t in (x, *factors)]
         with torch.autocast(x.device.type, enabled=False):  # autocast would lower float32 sums too
             return kron_matmul(
                 *lowered,
-                bias=None if bias is None else _lowered(bias, dtype),
+                bias=None if bias is None else dispatch.lowered(bias, dtype),
                 activation=activation,
                 residual=residual,
                 backend=backend,
@@ -105,7 +105,7 @@ def kron_matmul(
             _matmuls.add(call, native.again_matmul(x, checked, bias, activation, residual))
         return BACKENDS[backend].kron_matmul(x, checked, bias, activation, residual)
     if way == "recorded":
-        with torch.profiler.record_function("kron_kernels::kron_matmul"):
+        with dispatch.recorded("kron_matmul"):
             return BACKENDS[backend].kron_matmul(x, checked, bias, activation, residual)
     a, b = checked
     rows, last = _rows(x, residual)
@@ -341,8 +341,3 @@ def _rows(x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | N
         return x, residual
     last = None if residual is None else residual.reshape(-1, residual.shape[-1])
     return x.reshape(-1, x.shape[-1]), last
-
-
-def _lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast as ``F.linear`` does under autocast: every real dtype but float64 to the lower one."""
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t

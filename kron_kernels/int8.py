@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from kron_kernels.shapes import contraction_order
+from kron_kernels.checks import check_tensor
+from kron_kernels.decompose import check_finite
+from kron_kernels.shapes import contraction_order, sizes
 
 # Factors with fewer entries stay in floating point: they cost little, and their errors would be in
 # every number of the result. So do those with fewer columns, beside which scales would be large.
@@ -42,28 +44,44 @@ class Int8Factor(NamedTuple):
         """The nearest to a factor ``(r, m, n)`` with scales of each row's largest entry.
 
         Args:
-            t: Finite, of any real dtype.
+            t: Finite in float32, of any real dtype.
             shared: One scale for row i of all terms. Columns ``(r, m, 1)`` need it: the terms are
                 what the product contracts.
+
+        Raises:
+            TypeError: If it is not a dense tensor.
+            ValueError: If it is complex, has another shape or entries that are not finite.
         """
+        check_tensor("a factor", t)
+        if t.ndim != 3 or 0 in t.shape or t.is_complex():
+            raise ValueError(
+                "a factor must be real (r, m, n) with every side at least 1, got "
+                f"{t.dtype} {tuple(t.shape)}{'; use t[None]' * (t.ndim == 2)}."
+            )
         t = t.detach().float()
+        if not t.is_meta:
+            check_finite("the factor in float32", t)
         scale = t.abs().amax((0, 2) if shared else 2, keepdim=True) / 127
         values = t / torch.where(scale == 0, 1.0, scale)
         return cls(values.round().clamp(-127, 127).to(torch.int8), scale.contiguous())
 
     @property
     def shape(self) -> torch.Size:
+        """Of the values, ``(r, m, n)``."""
         return self.values.shape
 
     @property
     def ndim(self) -> int:
+        """Of the values."""
         return self.values.ndim
 
     @property
     def device(self) -> torch.device:
+        """Of the values."""
         return self.values.device
 
     def stride(self) -> tuple[int, ...]:
+        """Of the values."""
         return self.values.stride()
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -102,24 +120,35 @@ def are_floating(factors: tuple[Any, ...]) -> TypeGuard[tuple[Tensor, ...]]:
     return Int8Factor not in map(type, factors)
 
 
-def check_int8(name: str, f: Int8Factor, is_columns: bool) -> None:
-    """Raise unless it is a factor that products take.
+def check_int8(factors: Sequence[Factor]) -> None:
+    """Raise unless the int8 ones among a product's factors are such as products take.
 
     Raises:
-        ValueError: With what it must be.
+        TypeError: If values or scale are not a dense tensor.
+        ValueError: With what they must be.
     """
-    values, scale = f
-    if values.dtype != torch.int8 or values.ndim != 3 or 0 in values.shape:
-        raise ValueError(
-            f"{name}'s values must be int8 (r, m, n) with every side at least 1, got "
-            f"{values.dtype} {tuple(values.shape)}; make it with Int8Factor.of(t)."
-        )
-    r, m, n = values.shape
-    shapes = [(1, m, 1)] if is_columns else [(r, m, 1), (1, m, 1)]
-    if scale.dtype != torch.float32 or scale.shape not in shapes or scale.device != values.device:
+    for i, f in enumerate(factors):
+        if isinstance(f, Int8Factor):
+            check_tensor(f"factor {i}'s values", f.values)
+            check_tensor(f"factor {i}'s scale", f.scale)
+            if f.values.dtype != torch.int8 or f.ndim != 3 or 0 in f.shape:
+                raise ValueError(
+                    f"factor {i}'s values must be int8 (r, m, n) with every side at least 1, got "
+                    f"{f.values.dtype} {tuple(f.shape)}; make it with Int8Factor.of(t)."
+                )
+    columns = columns_of(factors)
+    for i, f in enumerate(factors):
+        if isinstance(f, Int8Factor):
+            _check_scale(f"factor {i}", f, is_columns=i == columns)
+
+
+def _check_scale(name: str, f: Int8Factor, is_columns: bool) -> None:
+    (r, m, n), scale = f.shape, f.scale
+    shapes = [(1, m, 1)] if is_columns or r == 1 else [(1, m, 1), (r, m, 1)]
+    if scale.dtype != torch.float32 or scale.shape not in shapes or scale.device != f.device:
         raise ValueError(
             f"{name}'s scale must be float32 of shape {' or '.join(map(str, shapes))} on "
-            f"{values.device}, got {scale.dtype} {tuple(scale.shape)} on {scale.device}"
+            f"{f.device}, got {scale.dtype} {tuple(scale.shape)} on {scale.device}"
             f"{'; columns share their scales: Int8Factor.of(t, shared=True)' * is_columns}."
         )
     if (r if is_columns else n) > MOST_COLUMNS:
@@ -135,11 +164,11 @@ def product(x: Tensor, factors: Sequence[Factor]) -> Tensor:
     if columns is not None:  # two matrices
         column, row = factors[columns], factors[1 - columns]
         return _times(_times(x, _row_matrix(row)), _column_matrix(column))
-    shapes = [f.shape[1:] for f in factors]
-    order = contraction_order(shapes)
+    ranks, *sides = zip(*(sizes_of(f) for f in factors), strict=True)
+    order = contraction_order(list(zip(*sides, strict=True)))
     y: Any = 0
-    for k in range(factors[0].shape[0]):
-        z = x.view(len(x), *(n for _, n in shapes))  # (tokens, n1, n2)
+    for k in range(ranks[0]):
+        z = x.unflatten(-1, sides[1])  # (tokens, n1, n2)
         for axis in order:
             z = z.movedim(axis + 1, -1)
             z = _times(z, _term(factors[axis], k)).movedim(-1, axis + 1)
@@ -149,15 +178,20 @@ def product(x: Tensor, factors: Sequence[Factor]) -> Tensor:
 
 def columns_of(factors: Sequence[Factor]) -> int | None:
     """Which of two factors has the columns of a low-rank product; None for another product."""
-    return _columns_of([f.shape for f in factors])
+    return _columns_of([sizes_of(f) for f in factors])
+
+
+def sizes_of(f: Factor) -> torch.Size:
+    """``(r, m, n)`` as numbers, even inside ``torch.jit.trace``."""
+    return sizes(f.values if isinstance(f, Int8Factor) else f)
 
 
 def _columns_of(shapes: Sequence[Sequence[int]]) -> int | None:
-    if len(shapes) == 2:
+    if len(shapes) == 2 and min(map(len, shapes)) >= 2:
         a, b = shapes
-        if a[2] == b[1] == 1:
+        if a[-1] == b[-2] == 1:
             return 0
-        if a[1] == b[2] == 1:
+        if a[-2] == b[-1] == 1:
             return 1
     return None
 
@@ -168,7 +202,7 @@ Matrix = tuple[Tensor, Tensor | None]  # (m, n), and the scales of int8 rows (m,
 def _term(f: Factor, k: int) -> Matrix:
     if isinstance(f, Tensor):
         return f[k], None
-    return f.values[k], f.scale[k if len(f.scale) > 1 else 0]
+    return f.values[k], f.scale[k if sizes(f.scale)[0] > 1 else 0]
 
 
 def _row_matrix(f: Factor) -> Matrix:
@@ -206,5 +240,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     finite = largest < float("inf")
     used = finite & (largest >= _SMALLEST)
     safe = torch.where(used, largest, 1.0)
-    integers = (torch.where(used, x, 0.0) * (127 / safe)).round()
+    # One division as in the kernels: 127 / safe would be a reciprocal, rounded, times 127.
+    inverse = torch.full_like(safe, 127.0) / safe
+    integers = (torch.where(used, x, 0.0) * inverse).round()
     return integers, torch.where(used, safe / 127, torch.where(finite, 0.0, float("nan")))

@@ -20,7 +20,7 @@ from kron_kernels.backends import BACKENDS
 from kron_kernels.backends.triton import launch
 from kron_kernels.checks import Activation, Shaped, check_product
 from kron_kernels.dispatch import BackendName
-from kron_kernels.int8 import Int8Factor
+from kron_kernels.int8 import Factor, Int8Factor
 from kron_kernels.shapes import KronShape
 
 
@@ -55,11 +55,15 @@ def _check_product(
             f"{', '.join(str(tuple(t.shape)) for t in (x, a, b))}."
         )
     check_product(x, (a, b), bias, activation, residual)
+    _check_residual(x, residual)
+    return a.shape[1] * b.shape[1]
+
+
+def _check_residual(x: Tensor | Shaped, residual: Tensor | None) -> None:
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(
             f"residual is {residual.dtype} but x is {x.dtype}; cast it with .to(), or add it later."
         )
-    return a.shape[1] * b.shape[1]
 
 
 def _matmul(
@@ -356,6 +360,14 @@ kron_embedding = _operator(
 # --- products with factors in int8
 
 
+def _int8_factors(values: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Factor]:
+    if len(values) != len(scales):
+        raise ValueError(
+            f"there must be a scale, or None, for each of {len(values)} factors, got {len(scales)}."
+        )
+    return [v if s is None else Int8Factor(v, s) for v, s in zip(values, scales, strict=True)]
+
+
 def _int8_matmul(
     x: Tensor,
     values: Sequence[Tensor],
@@ -365,12 +377,17 @@ def _int8_matmul(
     residual: Tensor | None,
     backend: BackendName,
 ) -> Tensor:
-    factors = [v if s is None else Int8Factor(v, s) for v, s in zip(values, scales, strict=True)]
+    factors = _int8_factors(values, scales)
+    _check_residual(x, residual)
     return int8_products.kron_matmul(x, factors, bias, activation, residual, backend)
 
 
 def _fake_int8_matmul(x, values, scales, bias, activation, residual, backend) -> Tensor:
-    return x.new_empty(*x.shape[:-1], prod([v.shape[-2] for v in values]))
+    factors = int8_products.checked_factors(
+        x, _int8_factors(values, scales), bias, activation, residual
+    )
+    _check_residual(x, residual)
+    return x.new_empty(*x.shape[:-1], prod([f.shape[1] for f in factors]))
 
 
 int8_matmul = _operator(

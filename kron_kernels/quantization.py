@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kron_kernels.decompose import check_finite
@@ -16,6 +17,7 @@ from kron_kernels.functional import kron_matmul
 from kron_kernels.int8 import Factor, Int8Factor, are_large, rounded_factors
 from kron_kernels.modules import obstacles
 from kron_kernels.nn import KroneckerEmbedding, KroneckerLinear, KroneckerSum, has_own_forward
+from kron_kernels.shapes import naming
 
 # The layers of Kronecker products, and the method that knows their forward.
 _DENSIFIED: dict[type[nn.Module], str] = {
@@ -77,7 +79,7 @@ class _Quantized(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         # A scale moves with the module and keeps its dtype: in 16 bits a row would be off by 0.2 %.
-        scales = [name for name in self._buffers if name.endswith("_scale")]
+        scales = [n for n, b in self._buffers.items() if n.endswith("_scale") and b is not None]
         for name in scales:
             self._buffers[name] = getattr(self, name).view(torch.int32)
         try:
@@ -85,6 +87,27 @@ class _Quantized(nn.Module):
         finally:
             for name in scales:
                 self._buffers[name] = getattr(self, name).view(torch.float32)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ) -> None:
+        # The numbers of another dtype would be copied, and mean something else.
+        wrong = [
+            f"{prefix}{name} is {given.dtype}, but must be {own.dtype}; load it into the "
+            "floating-point module, and quantise that."
+            for name, own in (*self._parameters.items(), *self._buffers.items())
+            if own is not None
+            and name != "bias"
+            and (given := state_dict.get(prefix + name)) is not None
+            and given.dtype != own.dtype
+            and not (own.is_floating_point() and given.is_floating_point() and "scale" not in name)
+        ]
+        if wrong:
+            errors += wrong
+        else:
+            super()._load_from_state_dict(
+                state_dict, prefix, metadata, strict, missing, unexpected, errors
+            )
 
     def _text(self) -> str:
         texts = []
@@ -182,8 +205,8 @@ class QuantizedSum(nn.Module):
         """``x (…, in_features)`` to ``y (…, out_features)``."""
         y = self.parts[0](x)
         for part in self.parts[1:]:
-            y = kron_matmul(x, *part.factors, residual=y)
-        return y if self.bias is None else y + self.bias
+            y = kron_matmul(x, *part.factors, bias=part.bias, residual=y)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class QuantizedEmbedding(_Quantized):
@@ -228,7 +251,8 @@ class QuantizedEmbedding(_Quantized):
         if len(rows) == 1:
             y = rows[0][0]
         else:  # (r, …, d / n) and (r, n)
-            y = torch.einsum("r...i,rj->...ij", *(t.float() for t in rows)).flatten(-2)
+            wide = torch.promote_types(self.like.dtype, torch.float32)
+            y = torch.einsum("r...i,rj->...ij", *(t.to(wide) for t in rows)).flatten(-2)
         return y.to(self.like.dtype)
 
     def extra_repr(self) -> str:
@@ -237,10 +261,16 @@ class QuantizedEmbedding(_Quantized):
 
 def _rows_of(f: Factor, ids: Tensor | None) -> Tensor:
     """Rows ``(r, …, n)`` of a factor, or without ids its only one ``(r, n)``."""
-    at: Any = (slice(None), 0 if ids is None else ids)
     if isinstance(f, Int8Factor):
-        return f.values[at] * f.scale[at]
-    return f[at]
+        return _rows_of_tensor(f.values, ids) * _rows_of_tensor(f.scale, ids)
+    return _rows_of_tensor(f, ids)
+
+
+def _rows_of_tensor(t: Tensor, ids: Tensor | None) -> Tensor:
+    if ids is None:
+        return t[:, 0]
+    # Not t[:, ids], which takes negative ids, and a mask.
+    return torch.stack([F.embedding(ids, table) for table in t])
 
 
 def _filled(layer: Any, values: Mapping[str, Tensor], like: nn.Module) -> Any:
@@ -278,8 +308,13 @@ def quantize_(module: nn.Module, keep: Iterable[str] = ()) -> nn.Module:
     found = quantizable(module, keep)
     for path, layer in found.items():
         for name, p in layer.named_parameters():
-            check_finite(f"{path}.{name}".lstrip("."), p)
-    return replaced(module, {layer: quantized(layer) for layer in found.values()})
+            if not p.is_meta:
+                check_finite(f"{path}.{name}".lstrip("."), p)
+    new = {}
+    for path, layer in found.items():
+        with naming(path):
+            new[layer] = quantized(layer)
+    return replaced(module, new)
 
 
 def dequantize_(module: nn.Module) -> nn.Module:
@@ -319,27 +354,41 @@ def quantizable(module: nn.Module, keep: Iterable[str] = ()) -> dict[str, Any]:
     Raises:
         ValueError: If a name to keep is not that of a layer.
     """
-    kinds = (nn.Linear, nn.Embedding, *_DENSIFIED)
+    kinds = (nn.Linear, nn.Embedding, KroneckerLinear, KroneckerSum, KroneckerEmbedding)
     layers: dict[str, Any] = {p: m for p, m in module.named_modules() if isinstance(m, kinds)}
 
     keep = list(keep)
     for name in keep:
         if not any(names_layer(name, path) for path in layers):
             raise ValueError(f"keep has {name!r}, {no_such_layer(name, ends_of(layers))}")
+    named = [path for path in layers if any(names_layer(name, path) for name in keep)]
     reasons = obstacles(module)
     parameters = (m._parameters.values() for m in module.modules())
     owners = Counter(id(p) for values in parameters for p in values)
-    sums = tuple(f"{path}.parts." for path, m in layers.items() if isinstance(m, KroneckerSum))
+    parts = tuple(
+        f"{path}.parts.".lstrip(".") for path, m in layers.items() if isinstance(m, KroneckerSum)
+    )
     return {
         path: m
         for path, m in layers.items()
         if path not in reasons
-        and not path.startswith(sums)
-        and not any(names_layer(name, path) for name in keep)
+        and not path.startswith(parts)  # a sum's parts go with it, or stay with it
+        and not any(name == path or name.startswith(f"{path}.parts.") for name in named)
         and all(owners[id(p)] == 1 for p in m.parameters())
-        and not any(has_own_forward(m, by) for k, by in _DENSIFIED.items() if isinstance(m, k))
+        and _is_known(m)
         and any(any(are_large(shapes)) for shapes in _products(m))
     }
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether the forward of a Kronecker layer, and of a sum's parts, is the known one."""
+    if isinstance(layer, KroneckerSum) and not all(
+        isinstance(part, KroneckerLinear) and _is_known(part) for part in layer.parts
+    ):
+        return False
+    return not any(
+        has_own_forward(layer, by) for k, by in _DENSIFIED.items() if isinstance(layer, k)
+    )
 
 
 def _products(layer: Any) -> list[list[Sequence[int]]]:

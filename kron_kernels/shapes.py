@@ -136,6 +136,8 @@ def contraction_order(sides: Sequence[Sequence[int]]) -> list[int]:
     An exchange argument puts axis i before j if its ``1/m_i - 1/n_i`` is larger: it shrinks the
     data more for its cost. On a tie the last axis goes first, as in ``KronShape.order``.
     """
+    if len(sides) == 2:  # by integers, which torch.compile can compare
+        return [1, 0] if KronShape(*sides[0], *sides[1]).order == "b_first" else [0, 1]
     return sorted(range(len(sides)), key=lambda i: (1 / sides[i][1] - 1 / sides[i][0], -i))
 
 

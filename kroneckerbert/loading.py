@@ -224,7 +224,7 @@ def check_loaded(
 
     Raises:
         ValueError: If a tensor is missing, unexpected, of another shape or not of floating-point
-            numbers, or a factor is not finite.
+            or int8 numbers, or a factor is not finite.
     """
     prefix = f"{model.base_model_prefix}."
     parts = {name for name, _ in model.base_model.named_children()} - {"pooler"}
@@ -235,8 +235,9 @@ def check_loaded(
     missing, unexpected = of_encoder(info["missing_keys"]), of_encoder(info["unexpected_keys"])
     shapes = mismatched(info)
     other_shape = of_encoder(shapes) if new_head else list(shapes)
-    state = model.state_dict().items()
-    floating = {name.removeprefix(prefix) for name, t in state if t.is_floating_point()}
+    state = {name.removeprefix(prefix): t for name, t in model.state_dict().items()}
+    floating = {name for name, t in state.items() if t.is_floating_point()}
+    int8 = {name for name, t in state.items() if t.dtype == torch.int8}
     dtypes = {} if source is None else _file_dtypes(Path(source))
     problems = _listed(
         {
@@ -247,6 +248,11 @@ def check_loaded(
                 f"{name} ({dtype})"
                 for name, dtype in dtypes.items()
                 if name.removeprefix(prefix) in floating and not dtype.startswith(("F", "BF"))
+            ],
+            "not of int8 numbers": [
+                f"{name} ({dtype})"
+                for name, dtype in dtypes.items()
+                if name.removeprefix(prefix) in int8 and dtype != "I8"
             ],
         }
     )

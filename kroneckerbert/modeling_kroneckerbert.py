@@ -113,6 +113,8 @@ class KroneckerPreTrainedModel(_Base):
                 setattr(self, self.base_model_prefix, _kronecker_encoder(self.base_model, self))
             self._tie_decoder()
         super().post_init()
+        if self.config.kronecker_int8:
+            self.requires_grad_(False).eval()
 
     def __getstate__(self) -> dict[str, Any]:
         return without_plan(super().__getstate__())  # type: ignore[misc]
@@ -176,12 +178,8 @@ class KroneckerPreTrainedModel(_Base):
         Raises:
             ValueError: If the model has int8 weights, which cannot be trained.
         """
-        if mode and self.config.kronecker_int8:
-            raise ValueError(
-                f"this {type(self).__name__} has int8 weights, which cannot be trained; train "
-                "kroneckerbert.dequantize(model), or the model that it was made of, and quantise "
-                "the result."
-            )
+        if mode:
+            check_trainable(self)
         return super().train(mode)
 
     def save_pretrained(
@@ -277,6 +275,8 @@ class KroneckerPreTrainedModel(_Base):
                 **kwargs,
             )
         check_loaded(model, info, source, ignore_mismatched_sizes)
+        if model.config.kronecker_int8:
+            model.requires_grad_(False)  # the loader makes new parameters
         return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(
@@ -475,6 +475,20 @@ def _kronecker_encoder(
     takes_pooler = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
     pooler = {"add_pooling_layer": encoder.pooler is not None} if takes_pooler else {}
     return cls(model.config, **pooler)
+
+
+def check_trainable(model: PreTrainedModel) -> None:
+    """Raise if the model has int8 weights.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if getattr(model.config, "kronecker_int8", None):
+        raise ValueError(
+            f"this {type(model).__name__} has int8 weights, which cannot be trained; train "
+            "kroneckerbert.dequantize(model), or the model that it was made of, and quantise the "
+            "result."
+        )
 
 
 def _replace(model: nn.Module, path: str, shapes: Sequence[KronShape]) -> None:

@@ -173,6 +173,9 @@ def rounding_errors(
         ValueError: If a weight is not finite.
     """
     layers = _layers(model)
+    for path, layer in layers.items():
+        for name, p in layer.named_parameters():
+            check_finite(f"{path}.{name}", p)
     int8 = {path: quantized(layer) for path, layer in layers.items()}
     outputs: dict[str, float] = {}
     if calibration is not None:
@@ -181,7 +184,6 @@ def rounding_errors(
     errors = []
     for path, layer in layers.items():
         weight = densified(layer)  # (m, n)
-        check_finite(f"the weight of {path}", weight)
         wrong = (densified(int8[path].dequantized()) - weight).square().sum(1)  # (m,)
         whole = weight.square().sum(1)
         rows = torch.where(whole > 0, wrong / whole, 0.0)

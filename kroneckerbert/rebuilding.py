@@ -42,7 +42,7 @@ def rebuilt(
     new.name_or_path = new.config.name_or_path = ""  # the loader writes None
     new.to(like.device)
     if getattr(config, "kronecker_int8", None):
-        return new.requires_grad_(False).eval()
+        return new
     new.train(like.training)
     parts = dict(new.named_modules())
     for path, module in like.named_modules():  # root first: a part may differ from the whole

@@ -436,7 +436,7 @@ class _Plan:
         self.width = model.embeddings.word_embeddings.embedding_dim
         try:
             self.encoder = Encoder(*parts)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise Unserved(str(error).removesuffix(".")) from None
 
     def fits(self, own: dict[str, Any]) -> bool:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
+from kroneckerbert.modeling_kroneckerbert import check_trainable
+
 if TYPE_CHECKING:
     from kroneckerbert.distillation.config import DistillationConfig
 
@@ -81,8 +83,10 @@ def check_pair(
     """Check that all requested terms can be computed and that training cannot change the teacher.
 
     Raises:
-        ValueError: If the models share parameters, or their outputs cannot be compared.
+        ValueError: If the models share parameters, or their outputs cannot be compared, or the
+            student has int8 weights.
     """
+    check_trainable(student)
     if student is teacher:
         raise ValueError("student and teacher are the same object; pass a copy.deepcopy of one.")
     owned = {id(p): name for name, p in teacher.named_parameters()}

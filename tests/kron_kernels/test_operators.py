@@ -7,10 +7,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kron_kernels import kron_feed_forward, kron_matmul, ops
+from kron_kernels import Int8Factor, kron_feed_forward, kron_matmul, ops
 
 X, A, B, BIAS, RESIDUAL = MATMUL.values()
 *OF_BLOCK, BIAS2, LAST = BLOCK.values()
+INT8 = Int8Factor.of(B)
 OPERATORS = {
     ops.kron_matmul: [X, A, B, BIAS, "gelu", RESIDUAL, ""],
     ops.kron_matmul_backward: [draw(5, 8), X, A, B, [True, True, True], ""],
@@ -19,6 +20,7 @@ OPERATORS = {
     ops.kron_feed_forward_backward: [
         draw(5, 12), *OF_BLOCK[:4], "gelu", *OF_BLOCK[4:], [True] * 6, ""
     ],
+    ops.int8_matmul: [X, [A, INT8.values], [None, INT8.scale], BIAS, "gelu", RESIDUAL, ""],
 }  # fmt: skip
 OPERATORS = {op: [*args[:-1], BACKENDS[-1]] for op, args in OPERATORS.items()}  # native
 
