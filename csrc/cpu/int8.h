@@ -90,6 +90,18 @@ struct Quads : Integers {
   static void prepare(const Words &w, Int rows, int32_t *starts) {
     constexpr Int L = LANES<float>;
     const Ints ones = 0x01010101 - Ints{};
+    if (w.step != 4) { // rows side by side
+      for (Int first = 0; OFFSET && first < rows; first += L) {
+        Ints sum = {}, words;
+        for (Int c = 0; c < w.count; c++) {
+          memcpy(&words, w.data + c * w.step + first * 4, sizeof words);
+          sum = add(sum, ones, words);
+        }
+        sum *= -OFFSET;
+        memcpy(starts + first, &sum, size_t(smaller(L, rows - first)) * 4);
+      }
+      return;
+    }
     for (Int first = 0; OFFSET && first < rows; first += L) {
       Ints sums[L];
       for (Int l = 0; l < L; l++) {
@@ -190,6 +202,53 @@ KRON_INLINE void widen_bytes(const int8_t *bytes, int32_t *words) {
   memcpy(words, &wide, sizeof wide);
 }
 
+// Lanes of a and b in turn, of their lower or upper halves.
+template <bool UPPER, class V, size_t... l>
+KRON_INLINE V interleaved(V a, V b, std::index_sequence<l...>) {
+  constexpr int n = sizeof...(l);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (int(l) / 2 + UPPER * n / 2 + int(l) % 2 * n)...);
+#else
+  typedef std::remove_reference_t<decltype(a[0])> Index;
+  return __builtin_shuffle(a, b, V{Index(int(l) / 2 + UPPER * n / 2 + int(l) % 2 * n)...});
+#endif
+}
+template <bool UPPER, int n, class V> KRON_INLINE V interleaved(V a, V b) {
+  return interleaved<UPPER>(a, b, std::make_index_sequence<n>());
+}
+
+// Of a factor whose rows lie side by side, as the columns of low rank do: the words of `rows` rows, at most
+// SIDE_BY_SIDE, from `first` on, (groups of columns)[SIDE_BY_SIDE rows].
+constexpr Int SIDE_BY_SIDE = 2 * LANES<float>;
+template <class Form> void pack_rows(const Matrix8 &w, Int first, Int rows, int32_t *words) {
+  constexpr int N = SIDE_BY_SIDE, L = LANES<float>;
+  typedef typename VectorOf<int8_t, N>::type Bytes;
+  typedef typename VectorOf<int16_t, N>::type Pairs16; // half as many
+  const auto column = [&](Int c) __attribute__((always_inline)) {
+    Bytes bytes = {};
+    const int8_t *from = w.data + first + c * w.col_stride;
+    if (c < w.cols && rows == N) memcpy(&bytes, from, sizeof bytes);
+    else if (c < w.cols) memcpy(&bytes, from, size_t(rows));
+    return bytes;
+  };
+  const auto put = [&](auto v, Int at) __attribute__((always_inline)) { memcpy(words + at, &v, sizeof v); };
+  for (Int c = 0; c < w.cols; c += Form::COUNT, words += N) {
+    const Bytes a = column(c), b = column(c + 1);
+    const Bytes low = interleaved<false, N>(a, b), high = interleaved<true, N>(a, b);
+    if constexpr (Form::COUNT == 2) {
+      int8_t bytes[2 * N];
+      memcpy(bytes, &low, sizeof low), memcpy(bytes + N, &high, sizeof high);
+      widen_bytes(bytes, words), widen_bytes(bytes + N, words + L);
+    } else {
+      const Bytes d = column(c + 2), e = column(c + 3);
+      const auto pairs = [](Bytes v) { return bits_of<Pairs16>(v); };
+      const Pairs16 low2 = pairs(interleaved<false, N>(d, e)), high2 = pairs(interleaved<true, N>(d, e));
+      put(interleaved<false, N / 2>(pairs(low), low2), 0), put(interleaved<true, N / 2>(pairs(low), low2), L / 2);
+      put(interleaved<false, N / 2>(pairs(high), high2), L), put(interleaved<true, N / 2>(pairs(high), high2), L + L / 2);
+    }
+  }
+}
+
 // Memory for a contraction: `panel` for KRON_ACCUMULATORS rows of a factor, `words` and `units` for the
 // rounded vectors, `starts` for a number of each row.
 struct Space8 {
@@ -215,6 +274,19 @@ void contract8(const Matrix8 &w, int nv, const float *in, float *out, const Grid
     const Words all = {data, w.row_stride, 4, groups, w.scale, w.scale_step, space.starts};
     Form::prepare(all, w.rows, space.starts);
     return multiply_all<Form>(all, w.rows, x, 0);
+  }
+  if (w.row_stride == 1 && w.col_stride != 1) {
+    constexpr Int ROWS = SIDE_BY_SIDE;
+    static_assert(ROWS <= 2 * KRON_ACCUMULATORS, "the panel holds them");
+    const char *data = reinterpret_cast<const char *>(space.panel);
+    for (Int first = 0; first < w.rows; first += ROWS) {
+      const Int rows = smaller(ROWS, w.rows - first);
+      pack_rows<Form>(w, first, rows, space.panel);
+      const Words some = {data, 4, ROWS * 4, groups, w.scale + first * w.scale_step, w.scale_step, space.starts};
+      Form::prepare(some, rows, space.starts);
+      multiply_all<Form>(some, rows, x, first);
+    }
+    return;
   }
   Words some = {reinterpret_cast<const char *>(space.panel), groups * 4, 4, groups, w.scale, w.scale_step, space.starts};
   for (Int first = 0; first < w.rows; first += KRON_ACCUMULATORS) {
