@@ -27,7 +27,7 @@ from kroneckerbert.measure import model_bytes
 
 TEACHER, PAIRS = "teacher", "sentences"
 TITLES = {
-    PAIRS: "STS-B, untrained",
+    PAIRS: "STS-B (cosine)",
     **{"sst2": "SST-2", "stsb": "STS-B", "trec": "TREC", "mrpc": "MRPC", "cola": "CoLA"},
 }
 METRICS = {PAIRS: "spearman"} | {name: task.metric for name, task in TASKS.items()}
