@@ -64,6 +64,7 @@ def test_the_environment_is_read_in_a_process_that_may_fail(monkeypatch):
     assert not found and failed.state == "failed" and "Traceback" in failed.traceback
 
 
+@pytest.mark.slow
 def test_measurements_by_the_command(command, tmp_path):
     """Of small cases, in the simulator."""
     plugin = f"""
@@ -106,6 +107,7 @@ launch.kron_matmul = lambda *operands: right(*operands) + 1
     assert any("section timing" in gap for gap in report["not_done"])
 
 
+@pytest.mark.slow
 def test_a_crash_a_hang_and_a_lost_gpu_cost_one_test_each(command, monkeypatch):
     monkeypatch.setattr(__main__, "PATIENCE", 3)
     tests = """

@@ -26,7 +26,8 @@ def run(sanitizer, *arguments, watched=emulator.MATH):
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", SOME)
 def test_some_kernels(sanitizer):
     run(sanitizer, "-k", SOME[sanitizer], watched=MATH[sanitizer])
 

@@ -78,9 +78,9 @@ asan() {
   build asan "-Og -fsanitize=address,undefined -fno-sanitize-recover=all" "-O1 -fsanitize=address" \
     "${host[@]}"
   export ASAN_OPTIONS=max_malloc_fill_size=1000000000:malloc_fill_byte=255
-  "$folder/asan/check_encoder" --every 5 --draws 10 --work 2e5 &
-  "$folder/asan/check" --every 21 --draws 6 --work 2e4
-  "$folder/asan/check_int8" --every 9 --draws 10 --work 2e4
+  "$folder/asan/check_encoder" --every 9 --draws 6 --work 2e5 &
+  "$folder/asan/check" --every 31 --draws 4 --work 2e4
+  "$folder/asan/check_int8" --every 19 --draws 6 --work 2e4
   wait $!
 }
 tsan() {
