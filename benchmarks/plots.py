@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks import memory as memories
 from benchmarks import model as whole_models
+from benchmarks.contenders import IN_INT8
 from benchmarks.layers import PRESETS, Row, exponent, rows_of, widths
 from benchmarks.machine import DENSE, read, title
 
@@ -88,7 +89,9 @@ def speed(layer: Results, whole: Results) -> Figure:
     left.set_title(f"Layers: times faster than dense ({threads}, float32)")
     rows = whole_models.rows_of(whole)
     cell = min(rows, key=lambda c: (c["batch"], abs(c["tokens"] - 128)))
-    bars(right, cell, [name for name in cell["ms"] if name in PAIR or name.startswith("dense")])
+    students = (*PAIR, *(f"{name} {IN_INT8}" for name in PAIR))
+    dense = [n for n in cell["ms"] if n.startswith("dense") and n != whole_models.OUR_INT8]
+    bars(right, cell, [*dense, *students])
     threads = f"{whole['machine']['threads']} thread"
     right.set_title(f"BERT_BASE, {cell['batch']} x {cell['tokens']} tokens ({threads})")
     return signed(figure, layer["machine"], whole["machine"])
@@ -113,12 +116,13 @@ def over_tokens(axes: Axes, rows: list[Row]) -> None:
 
 def bars(axes: Axes, cell: dict[str, Any], names: Collection[str]) -> None:
     values = {name: ms[0] for name, ms in reversed(cell["ms"].items()) if name in names}
-    colors = [COLORS.get(name, DENSE_COLOR) for name in values]
+    kinds = {name: COLORS.get(name.partition(" ")[0], DENSE_COLOR) for name in values}
+    colors = [COLORS.get(name, kind) for name, kind in kinds.items()]
     axes.barh(range(len(values)), [*values.values()], color=colors, height=0.66)
     for i, ms in enumerate(values.values()):
         text = f" {ms:.{1 if ms < 100 else 0}f} ms ({values[DENSE] / ms:.1f}x)"
         axes.text(ms, i, text, va="center", color=INK)
-    labels = (f"KroneckerBERT {name}" if name in PAIR else name for name in values)
+    labels = (f"KroneckerBERT {n}" if n.partition(" ")[0] in PAIR else n for n in values)
     axes.set_yticks(range(len(values)), [*labels])
     axes.set_xlim(0, max(values.values()) * 1.3)
     axes.grid(axis="y", visible=False)
