@@ -122,12 +122,15 @@ def test_only_the_gradients_that_are_asked_for(s, needed):
         assert_close("grad", grad, other, 1000)
 
 
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [("auto", torch.float64), ("eager", torch.complex128)],
-    ids=["auto-real", "eager-complex"],
-)
-@pytest.mark.parametrize("s", SMALL, ids=name)
+def gradchecks():
+    """Complex Jacobians of the larger shapes take seconds."""
+    for s in SMALL:
+        yield pytest.param(s, "auto", torch.float64, id=f"{name(s)}-auto-real")
+        marks = [pytest.mark.slow] if s.parameters >= 60 else []
+        yield pytest.param(s, "eager", torch.complex128, id=f"{name(s)}-eager-complex", marks=marks)
+
+
+@pytest.mark.parametrize(("s", "backend", "dtype"), gradchecks())
 def test_gradcheck_in_reverse_and_forward_mode_batched_and_twice(s, backend, dtype):
     small = s.parameters < 100
     tokens = 2 if small or not dtype.is_complex else 1  # complex Jacobians take seconds
