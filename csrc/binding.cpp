@@ -172,8 +172,8 @@ PyObject *plan(PyObject *, PyObject *const *args, Py_ssize_t count) {
   return PyBytes_FromStringAndSize(reinterpret_cast<const char *>(&p), sizeof p);
 }
 
-// (plan, isa, threads, parallel_for, bytes, bfloat16, x, and factors, bias, residual and y of each product): tensors, or
-// None for no bias, no residual, or no y. A factor in int8 is followed by its scale.
+// (plan, isa, threads, parallel_for, bytes, bfloat16, x, and factors, bias, residual and y of each product):
+// tensors, or None for no bias, no residual, or no y. A factor in int8 is followed by its scale.
 PyObject *run_plan(PyObject *, PyObject *const *args, Py_ssize_t count) {
   char *bytes;
   Py_ssize_t size;

@@ -6,9 +6,6 @@
 #if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__) && defined(__aarch64__)
-#include <sys/auxv.h>
-#endif
 
 // KRON_EMULATE_BYTES: tests run the code for instructions that no machine at hand has.
 #if defined(KRON_EMULATE_BYTES)
