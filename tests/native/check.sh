@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the kernels with check.cpp, check_int8.cpp and check_encoder.cpp in a temporary folder and runs them.
+# Builds the kernels with check.cpp, check_int8.cpp, check_bfloat16.cpp and check_encoder.cpp in a temporary folder
+# and runs them.
 # CXX is obeyed.
 #   tests/native/check.sh [plain] [asan] [tsan] [arm64]      all of them without an argument
 set -euo pipefail
@@ -14,10 +15,10 @@ kernels="-Wno-psabi -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti
 # Whether this machine has an instruction set; yes if it does not say.
 has() { [ ! -r /proc/cpuinfo ] || grep -qw "$1" /proc/cpuinfo; }
 
-# A flag for sets that have no instruction for bytes here: they run its code in portable C++.
-emulate=-DKRON_EMULATE_BYTES
-emulate_avx2=$(grep -qsw avx_vnni /proc/cpuinfo || echo $emulate)
-emulate_avx512=$(grep -qsw avx512_vnni /proc/cpuinfo || echo $emulate)
+# Flags for sets that have no instruction for bytes, or for bfloat16, here: they run its code in portable C++.
+emulate=-DKRON_EMULATE_BYTES halves=-DKRON_EMULATE_BFLOAT16
+emulate_avx2="$(grep -qsw avx_vnni /proc/cpuinfo || echo $emulate) $halves"
+emulate_avx512="$(grep -qsw avx512_vnni /proc/cpuinfo || echo $emulate) $(grep -qsw avx512_bf16 /proc/cpuinfo || echo $halves)"
 
 # build STAGE "FLAGS" "FLAGS OF THE CHECKS" COMPILER...: all instruction sets (for TSan one: they share
 # the code that divides work), compiled in parallel. Those that this machine lacks are only linked.
@@ -28,9 +29,9 @@ build() {
   has avx512vl || widest=-O0
   mkdir -p "$out/kernels"
   # Under ASan the baseline set has the tiles of machines with 32 registers.
-  local tiles="" baseline=$emulate name
-  # On ARM the baseline has the instruction.
-  case $("$@" -dumpmachine) in aarch64*) baseline= ;; esac
+  local tiles="" baseline="$emulate $halves" name
+  # On ARM the baseline has the instruction for bytes.
+  case $("$@" -dumpmachine) in aarch64*) baseline=$halves ;; esac
   [ "$stage" != asan ] || tiles=-DKRON_ACCUMULATORS=24
   {
     case $stage/$("$@" -dumpmachine) in
@@ -51,8 +52,11 @@ build() {
     for name in check check_int8 check_encoder; do
       echo "$check -Wall -Wextra -I. -c ../tests/native/$name.cpp -o $out/$name.o"
     done
+    echo "$flags $kernels $halves -Wno-unused-function -c ../tests/native/check_bfloat16.cpp -o $out/check_bfloat16.o"
     echo "$flags $kernels $cpu $baseline -c cpu/cpu.cpp -o $out/kernels/cpu.o"
   } | sed "s/^/-std=c++17 /" | xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 "$@"
+  # shellcheck disable=SC2086
+  "$@" $flags "$out/check_bfloat16.o" -o "$out/check_bfloat16"
   # The others count the kernels' allocations.
   local wrap=-Wl,--wrap=malloc,--wrap=calloc,--wrap=aligned_alloc
   # shellcheck disable=SC2086
@@ -69,6 +73,7 @@ plain() {
   "$folder/plain/check_int8" --self-test
   "$folder/plain/check_encoder" --self-test
   # glibc fills fresh memory with huge numbers, which show if they are read before they are written.
+  "$folder/plain/check_bfloat16"
   MALLOC_PERTURB_=128 "$folder/plain/check"
   MALLOC_PERTURB_=128 "$folder/plain/check_int8"
   MALLOC_PERTURB_=128 "$folder/plain/check_encoder"
@@ -78,6 +83,7 @@ asan() {
   build asan "-Og -fsanitize=address,undefined -fno-sanitize-recover=all" "-O1 -fsanitize=address" \
     "${host[@]}"
   export ASAN_OPTIONS=max_malloc_fill_size=1000000000:malloc_fill_byte=255
+  "$folder/asan/check_bfloat16"
   "$folder/asan/check_encoder" --every 9 --draws 6 --work 2e5 &
   "$folder/asan/check" --every 31 --draws 4 --work 2e4
   "$folder/asan/check_int8" --every 19 --draws 6 --work 2e4
