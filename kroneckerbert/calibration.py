@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ from kron_kernels import (
 from kron_kernels.decompose import SHRINKAGE
 from kron_kernels.factors import no_such_layer, shapes_in
 from kron_kernels.modules import evaluating, is_conv1d, linear_weight, watching
+from kron_kernels.shapes import naming
 
 Batch = Mapping[str, Tensor]
 
@@ -110,12 +115,13 @@ def refit(
     over tokens, where x_t is the teacher's input of the layer and x_s the student's. The earlier
     layers of the student are already refitted, and the layer compensates for some of their errors.
     The solution is the data-aware nearest product to ``W E[x_t x_sᵀ] E[x_s x_sᵀ]⁻¹``; with a bias,
-    which takes the means, both moments are centred. The student runs up to each layer in turn: half
-    a forward pass for each batch and each group of layers that read the same tensor, four groups in
-    a BERT layer.
+    which takes the means, both moments are centred. The student runs block by block, from states
+    that are kept between the blocks: within a block once up to each group of layers that read the
+    same tensor, four groups in a BERT layer, and once through.
 
     Args:
-        student: Result of ``kroneckerbert.compress``; changed in place.
+        student: Result of ``kroneckerbert.compress``; changed in place. The factors and biases of
+            its linear layers do not matter.
         teacher: Its dense model.
         batches: Model inputs, kept in memory.
         progress: Whether to show a bar over the groups of layers.
@@ -130,20 +136,17 @@ def refit(
     with evaluating(student, teacher):
         groups = input_groups(student, names, batches[0])
         widths = [linear_weight(teacher.get_submodule(group[0])).shape[1] for group in groups]
+        blocks = _Blocks(student, batches)
         bar = tqdm(total=len(groups), desc="refitting", disable=not progress)
         for part in _parts_that_fit(groups, widths, batches):
             sources = [group[0] for group in part]
             seen = [layer_inputs(teacher, batch, sources, stop=True) for batch in batches]
             for group in part:
-                source = group[0]
-                sums = _Sums(linear_weight(teacher.get_submodule(source)).shape[1])
-                for batch, by_teacher in zip(batches, seen, strict=True):
-                    by_student = layer_inputs(student, batch, [source], stop=True)
+                fit = _Fit(group, student, teacher)
+                for by_student, by_teacher in zip(blocks.inputs(group[0]), seen, strict=True):
                     # The first of several calls, as in DeBERTa, is for the text.
-                    sums.add(by_student[source][0], by_teacher.pop(source)[0])
-                moments.check_moment(source, sums.ss + sums.ts)
-                for name in group:
-                    _refit_layer(student.get_submodule(name), teacher.get_submodule(name), sums)
+                    fit.add(by_student, by_teacher.pop(group[0])[0])
+                fit.refit()
                 bar.update()
         bar.close()
 
@@ -168,15 +171,32 @@ def _parts_that_fit(
     yield part
 
 
-class _Sums:
-    """Sums over tokens of products of the student's and teacher's inputs of a layer, in float64."""
+class _Fit:
+    """Layers that read the same tensor, and sums over its tokens, in float64.
 
-    def __init__(self, width: int):
+    The sums are of products of the student's input with itself and with the teacher's. A layer
+    with fewer outputs than inputs is multiplied by the teacher's weight first: fewer products.
+    """
+
+    def __init__(self, group: Sequence[str], student: PreTrainedModel, teacher: PreTrainedModel):
+        self.layers: dict[str, tuple[Any, Any]] = {
+            name: (student.get_submodule(name), teacher.get_submodule(name)) for name in group
+        }
+        self.source = group[0]
+        self.weight = linear_weight(teacher.get_submodule(self.source))
+        rows, columns = self.weight.shape
+        self.multiplied = len(group) == 1 and rows < columns
         self.tokens = 0
-        self.sum_s, self.sum_t = torch.zeros(2, width, dtype=torch.float64)
-        self.ss, self.ts = torch.zeros(2, width, width, dtype=torch.float64)
+        of_teacher = rows if self.multiplied else columns
+        self.sum_s = torch.zeros(columns, dtype=torch.float64)
+        self.sum_t = torch.zeros(of_teacher, dtype=torch.float64)
+        self.ss = torch.zeros(columns, columns, dtype=torch.float64)
+        self.ts = torch.zeros(of_teacher, columns, dtype=torch.float64)
 
     def add(self, x_s: Tensor, x_t: Tensor) -> None:
+        """Add a batch's inputs of the student and of the teacher, ``(tokens, columns)``."""
+        if self.multiplied:
+            x_t = x_t.float() @ self.weight.float().mT
         x_s, x_t = x_s.float().cpu(), x_t.float().cpu()
         self.tokens += len(x_s)
         self.sum_s += x_s.sum(0)
@@ -185,31 +205,116 @@ class _Sums:
         self.ss += x_s.mT @ x_s
         self.ts += x_t.mT @ x_s
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        return self.sum_s / self.tokens, self.sum_t / self.tokens
+    def refit(self) -> None:
+        moments.check_moment(self.source, self.ss)
+        moments.check_moment(self.source, self.ts)
+        for name, (layer, dense) in self.layers.items():
+            with naming(name):
+                self._refit(layer, dense)
+
+    def _refit(self, layer: Any, dense: Any) -> None:
+        weight = linear_weight(dense).double().cpu()
+        mean_s, mean_t = self.sum_s / self.tokens, self.sum_t / self.tokens
+        ss, ts = self.ss / self.tokens, self.ts / self.tokens
+        if not self.multiplied:
+            ts, mean_t = weight @ ts, weight @ mean_t
+        if layer.bias is not None:
+            ss, ts = ss - torch.outer(mean_s, mean_s), ts - torch.outer(mean_t, mean_s)
+            # Rounding may make the variance of a nearly constant input negative.
+            ss.diagonal().clamp_(min=0)
+        # An estimate from few tokens is singular: as in nearest_kronecker.
+        ridge = SHRINKAGE * ss.diagonal().mean()
+        shrunk = ss + ridge * torch.eye(len(ss), dtype=ss.dtype)
+        # The same shrinkage for both: where student and teacher agree, the target is W itself.
+        target = torch.linalg.solve(shrunk, ts + ridge * weight, left=False)
+        fitted = nearest_kronecker_sum(target, [s.part for s in shapes_in(layer)], second_moment=ss)
+        for part, (a, b) in zip(getattr(layer, "parts", [layer]), fitted, strict=True):
+            part.a.copy_(a)
+            part.b.copy_(b)
+        if layer.bias is not None:
+            image = layer.to_linear().weight.double().cpu() @ mean_s
+            layer.bias.copy_(dense.bias.double().cpu() + mean_t - image)
 
 
-def _refit_layer(layer: Any, dense: Any, sums: _Sums) -> None:
-    weight = linear_weight(dense).double().cpu()
-    mean_s, mean_t = sums.means()
-    ss, ts = sums.ss / sums.tokens, sums.ts / sums.tokens
-    if layer.bias is not None:
-        ss, ts = ss - torch.outer(mean_s, mean_s), ts - torch.outer(mean_t, mean_s)
-        # Rounding may make the variance of a nearly constant input negative.
-        ss.diagonal().clamp_(min=0)
-    # An estimate from few tokens is singular: as in nearest_kronecker.
-    ridge = SHRINKAGE * ss.diagonal().mean()
-    shrunk = ss + ridge * torch.eye(len(ss), dtype=ss.dtype)
-    # The same shrinkage for both: where student and teacher agree, the target is W itself.
-    ts = ts + ridge * torch.eye(len(ss), dtype=ss.dtype)
-    target = torch.linalg.solve(shrunk, weight @ ts, left=False)
-    fitted = nearest_kronecker_sum(target, [s.part for s in shapes_in(layer)], second_moment=ss)
-    for part, (a, b) in zip(getattr(layer, "parts", [layer]), fitted, strict=True):
-        part.a.copy_(a)
-        part.b.copy_(b)
-    if layer.bias is not None:
-        image = layer.to_linear().weight.double().cpu() @ mean_s
-        layer.bias.copy_(dense.bias.double().cpu() + weight @ mean_t - image)
+class _Blocks:
+    """The student's blocks, run from kept states: the rest of the model is not run again.
+
+    Args:
+        encoder: The student without its head.
+        batches: Model inputs.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, batches: Sequence[Batch]):
+        self.encoder, self.batches = encoder, batches
+        self.block: str | None = None  # whose inputs the states are
+        self.calls: list[dict[str, _Call]] = []  # by batch, then by block
+
+    def inputs(self, source: str) -> Iterator[Tensor]:
+        """A layer's inputs, without padding, of each batch in turn: ``(tokens, columns)``."""
+        block = _block_of(source)
+        if block is None:  # in front of the blocks, or behind them
+            for batch in self.batches:
+                yield layer_inputs(self.encoder, batch, [source], stop=True)[source][0]
+            return
+        self._advance(block)
+        for batch, calls in zip(self.batches, self.calls, strict=True):
+            mask = _known(self.encoder, batch).get("attention_mask")
+            yield _read(self.encoder, [source], mask, True, calls[block].run)[source][0]
+
+    def _advance(self, block: str) -> None:
+        """Compute the states up to this block, which must come after the present one."""
+        if self.block is None:
+            self.calls = [self._record(batch) for batch in self.batches]
+            self.block = next(iter(self.calls[0]))
+        order = list(self.calls[0])
+        for now, following in pairwise(order[order.index(self.block) : order.index(block) + 1]):
+            for calls in self.calls:
+                calls[following].state = calls.pop(now).run()
+        self.block = block
+
+    def _record(self, batch: Batch) -> dict[str, _Call]:
+        """How the model calls its blocks; the state of the first."""
+        paths = {_block_of(path) for path in self.encoder.config.kronecker_shapes()} - {None}
+        modules = {p: m for p, m in self.encoder.named_modules() if p in paths}
+        calls: dict[str, _Call] = {}
+        handles = [
+            m.register_forward_pre_hook(partial(_Call.record, calls, path), with_kwargs=True)
+            for path, m in modules.items()
+        ]
+        try:
+            self.encoder(**_known(self.encoder, batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+
+@dataclass
+class _Call:
+    """A call of a block; ``state`` is its input, ``(sequences, length, width)``."""
+
+    block: nn.Module
+    state: Tensor | None
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @staticmethod
+    def record(calls: dict[str, _Call], path: str, block: nn.Module, args: tuple, kwargs: dict):
+        """A hook: keeps a call, and of the states only the first block's."""
+        name = None if args else next(iter(kwargs))
+        state = args[0] if args else kwargs[name]
+        others = {key: value for key, value in kwargs.items() if key != name}
+        calls[path] = _Call(block, None if calls else state, args[1:], others)
+
+    def run(self) -> Tensor:
+        output = self.block(self.state, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _block_of(path: str) -> str | None:
+    """The path of the outermost numbered module that a layer is in, such as encoder.layer.3."""
+    found = re.match(r"(?:.*?\.)??\d+(?=\.)", path)
+    return found and found[0]
 
 
 def layer_inputs(
@@ -220,15 +325,25 @@ def layer_inputs(
     With ``stop`` the pass ends before the last of them is computed.
     """
     known = _known(encoder, batch)
+    return _read(encoder, names, known.get("attention_mask"), stop, lambda: encoder(**known))
+
+
+def _read(
+    encoder: nn.Module,
+    names: Sequence[str],
+    mask: Tensor | None,
+    stop: bool,
+    run: Callable[[], Any],
+) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def read(name: str, x: Tensor) -> None:
-        found[name].append(moments.real_rows(x, known.get("attention_mask")))
+        found[name].append(moments.real_rows(x, mask))
         if stop and all(found.values()):
             raise _Stop
 
     with _reading(encoder, names, read), suppress(_Stop):
-        encoder(**known)
+        run()
     return found
 
 
@@ -248,10 +363,12 @@ def _reading(encoder: nn.Module, names: Iterable[str], read: Callable[[str, Tens
     return watching({name: encoder.get_submodule(name) for name in names}, read)
 
 
-def _known(encoder: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+def _known(encoder: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """The inputs that the model without its head takes, on its device."""
     taken = inspect.signature(encoder.forward).parameters
-    return {k: v.to(encoder.device) for k, v in batch.items() if k in taken and v is not None}
+    known = {k: v.to(encoder.device) for k, v in batch.items() if k in taken and v is not None}
+    # A cache would grow with each run of a block.
+    return known | ({"use_cache": False} if "use_cache" in taken else {})
 
 
 def checked_batches(batches: Iterable[Batch]) -> list[Batch]:

@@ -102,7 +102,11 @@ def compress(
     batches = None if calibration is None else checked_batches(calibration)
     for path in factorised:  # before calibration, whose error would name a later layer
         check_finite(f"the weight of {path}", encoder.get_submodule(path).weight)
-    moments = {} if batches is None else second_moments(encoder, batches, linears)
+    # The refitting takes its own moments, and nothing of a layer's earlier factors.
+    refitted = set(linears) if sequential else set()
+    moments = {}
+    if batches is not None and not sequential:
+        moments = second_moments(encoder, batches, linears)
 
     state = model.state_dict(keep_vars=True)
     prefix = "" if model is encoder else f"{model.base_model_prefix}."
@@ -112,12 +116,14 @@ def compress(
             for decoder in _tied_to(model, f"{name}.weight"):
                 state.pop(decoder, None)  # tied to the factors instead
         source = state.pop(f"{name}.weight")
+        weight = linear_weight(encoder.get_submodule(path))
         with naming(path):
-            fitted = nearest_kronecker_sum(
-                linear_weight(encoder.get_submodule(path)),
-                [s.part for s in shapes],
-                second_moment=moments.get(path),
-            )
+            if path in refitted:
+                sizes = [((s.rank, s.m1, s.n1), (s.rank, s.m2, s.n2)) for s in shapes]
+                fitted = [(weight.new_zeros(a), weight.new_zeros(b)) for a, b in sizes]
+            else:
+                parts = [s.part for s in shapes]
+                fitted = nearest_kronecker_sum(weight, parts, second_moment=moments.get(path))
         for i, (a, b) in enumerate(fitted):
             part = f"{name}.parts.{i}" if len(fitted) > 1 else name
             state[f"{part}.a"], state[f"{part}.b"] = (as_trainable(t, source) for t in (a, b))

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     BertConfig,
+    BertModel,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
     DistilBertConfig,
@@ -34,6 +35,7 @@ from transformers import (
 import kroneckerbert
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, factorise_
 from kroneckerbert import compress, decompress, modeling_kroneckerbert
+from kroneckerbert.calibration import refit
 from kroneckerbert.configuration_kroneckerbert import layout_of
 
 COMMON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -270,6 +272,19 @@ def test_refitting_layer_by_layer_lowers_the_error_of_the_output(name):
     }
     assert errors["sequential"] < 0.9 * errors["weight"], errors
     assert all(p.isfinite().all() for p in starts["sequential"].parameters())
+
+
+def test_refitting_runs_each_block_as_often_whatever_their_number():
+    config = copy.deepcopy(CONFIGS["bert"])
+    config.num_hidden_layers = 5
+    model = BertModel(config).eval()
+    student = compress(model, exact(model))
+    calls = []
+    for i, layer in enumerate(student.encoder.layer):
+        layer.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+    refit(student, model, [batch(model)])
+    # To find the groups, to record the calls, up to each of four groups, and, but for the last, on.
+    assert [calls.count(i) for i in range(5)] == [7, 7, 7, 7, 6]
 
 
 def test_refitting_does_not_change_an_exact_student():
