@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kron_kernels.modules import evaluating
 from kroneckerbert.data import Table, TextDataset, batches_by_length, label_targets
+from kroneckerbert.loading import is_sentence_transformer
 from kroneckerbert.modeling_kroneckerbert import embed, max_tokens
 
 _PAIRS = 4000  # the standard error of a Spearman correlation is then below 0.02
@@ -31,7 +33,8 @@ def evaluate(
 
     Args:
         model: Any transformer, dense or Kronecker. A model for sequence classification predicts
-            with its head, any other by the cosine similarity of two texts' mean-pooled embeddings.
+            with its head, a SentenceTransformer by the cosine similarity of two texts' vectors, any
+            other by that of their mean-pooled embeddings.
         tokenizer: Its tokenizer; rows are truncated to the longest that both take.
         table: The rows, see ``kroneckerbert.data.read_table``.
         batch_size: Rows per forward pass, batched by length.
@@ -53,7 +56,7 @@ def evaluate(
                 "For other labels use a model for sequence classification."
             )
         first, second = (
-            embed(model, tokenizer, t, batch_size) for t in (table.texts, table.texts_b)
+            _vectors(model, tokenizer, t, batch_size) for t in (table.texts, table.texts_b)
         )
         return _correlations((first * second).sum(-1).cpu(), torch.tensor(table.labels).float())
 
@@ -71,6 +74,21 @@ def evaluate(
         "f1": f1.item(),
         "matthews": multiclass_matthews_corrcoef(predictions, targets, model.num_labels).item(),
     }
+
+
+def _vectors(
+    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int
+) -> Tensor:
+    """Unit vectors ``(texts, width)``: a SentenceTransformer's own, else mean-pooled ones."""
+    if not is_sentence_transformer(model):
+        return embed(model, tokenizer, texts, batch_size)
+    return model.encode(
+        list(texts),
+        batch_size=batch_size,
+        convert_to_tensor=True,
+        normalize_embeddings=True,
+        show_progress_bar=False,
+    )
 
 
 def classifies_sequences(model: PreTrainedModel) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,9 @@ from kron_kernels import KroneckerEmbedding, KroneckerLinear
 from kroneckerbert.files import read_json
 
 _INDEX = "model.safetensors.index.json"
+# Files of sentence-transformers.
+_MODULES = "modules.json"
+_SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
 _FACTOR = re.compile(r"(\.parts\.\d+)?\.[ab]$")
 # Raised by transformers for values in a config.json that it cannot use.
 _INVALID = (StrictDataclassClassValidationError, StrictDataclassFieldValidationError)
@@ -493,6 +497,38 @@ def why_not(model: Any) -> str | None:
             if cls.__module__.startswith(package):
                 return f"{name or 'it'} ({cls.__name__}) {reason}"
     return None
+
+
+def load_encoder(source: str | os.PathLike) -> Any:
+    """A saved SentenceTransformer with all its modules; any other model as ``load`` does.
+
+    Raises:
+        ImportError: If the folder is a SentenceTransformer's and its package is missing.
+        OSError, TypeError, ValueError: As ``load``.
+    """
+    if not (Path(source) / _MODULES).is_file():
+        return load(source)
+    read_config(source)
+    from sentence_transformers import SentenceTransformer
+
+    with _naming_source(source):
+        return SentenceTransformer(str(source), device="cpu")
+
+
+def copy_modules(source: str | os.PathLike, folder: Path) -> None:
+    """Copy what makes a folder a SentenceTransformer's, apart from its transformer, if it is one.
+
+    That is the list of its modules, their settings and the weights of all but the first.
+    """
+    if not (Path(source) / _MODULES).is_file():
+        return
+    for name in (_MODULES, *_SETTINGS):
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, folder / name)
+    for module in json.loads((Path(source) / _MODULES).read_text("utf-8"))[1:]:
+        path = module["path"]
+        if path and (Path(source) / path).is_dir():
+            shutil.copytree(Path(source) / path, folder / path, dirs_exist_ok=True)
 
 
 def is_sentence_transformer(model: Any) -> bool:

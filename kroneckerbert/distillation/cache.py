@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from kroneckerbert.data import by_length
+from kroneckerbert.distillation.terms import SENTENCE
 from kroneckerbert.files import read_json, replace_folder
 
 ROW = "teacher_row"
@@ -228,7 +229,7 @@ def described(rows: Rows, without: Collection[str]) -> dict[str, Any]:
 
 def captured(output: ModelOutput) -> dict[str, Tensor]:
     """The tensors of an output that the loss uses, with layers on axis 1."""
-    kept = {name: value for name, value in output.items() if name.endswith("logits")}
+    kept = {n: value for n, value in output.items() if n.endswith("logits") or n == SENTENCE}
     for name in ("hidden_states", "attentions"):
         if output.get(name):
             kept[name] = torch.stack(output[name], 1)

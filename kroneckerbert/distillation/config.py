@@ -48,6 +48,17 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "Weight of the supervised loss. Unset: 1 if there are labels."},
     )
+    sentence_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the sentence vectors' error, of models without heads."},
+    )
+    relation_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the MSE of the cosines of a batch's pairs of sentence vectors. The "
+            "pairs are those of a device's batch."
+        },
+    )
     temperature: float = field(
         default=1.0,
         metadata={"help": "Divides the logits; the divergence is multiplied by its square."},

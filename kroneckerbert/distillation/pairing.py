@@ -108,6 +108,8 @@ def check_pair(
     }
     if weights["embedding"] != 0 or weights["hidden"] != 0:
         compared["hidden_size"] = "hidden states are compared without projections"
+    if weights["sentence"] != 0 or weights["relation"] != 0:
+        compared["hidden_size"] = "sentence vectors are compared without projections"
     if weights["attention"] != 0:
         compared["num_attention_heads"] = "scores are compared head by head"
     for name, why in compared.items():

@@ -30,7 +30,8 @@ _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "rank*-optimizer.
 _ARGUMENTS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "seed"),
     *("data_seed", "embedding_weight", "attention_weight", "hidden_weight", "logits_weight"),
-    *("labels_weight", "temperature", "layer_map", "teacher_annealing", "student_dropout"),
+    *("labels_weight", "sentence_weight", "relation_weight", "temperature", "layer_map"),
+    *("teacher_annealing", "student_dropout"),
 )
 
 

@@ -1,6 +1,8 @@
 """transformers' Trainer with the distance to a teacher as its loss."""
 
-from collections.abc import Collection, Iterator, Mapping
+import json
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from shutil import rmtree
@@ -17,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import ModelOutput
 from transformers.utils.generic import find_labels
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -32,23 +34,42 @@ from kroneckerbert.distillation.pairing import (
     foreign_inputs,
     taken_inputs,
 )
+from kroneckerbert.distillation.pooling import Pooling, transformer_of
 from kroneckerbert.distillation.scores import attention_scores
-from kroneckerbert.distillation.terms import TERMS, distillation_terms
-from kroneckerbert.files import put_in_place, write_checksums
+from kroneckerbert.distillation.terms import (
+    MEASURED,
+    SENTENCE,
+    TERMS,
+    distillation_terms,
+    moments_of,
+    variances_of,
+)
+from kroneckerbert.files import put_in_place, read_json, write_checksums
+from kroneckerbert.loading import is_sentence_transformer
 
 # Heads with a label per token. Their loss is computed here, where the batch's share of all labels
 # is known and a batch without labels does not divide by zero.
 _TOKEN_LABELS = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification")
+
+_LONE = 0.9  # share of the loss
+_VARIANCES = "teacher_variances.json"  # in a checkpoint
+_NO_ROWS: Any = []  # Trainer wants a data set to evaluate, an evaluator none
 
 
 class DistillationTrainer(Trainer):
     """``Trainer`` whose loss is the distance to a teacher of the same widths.
 
     Args:
-        model: The student.
+        model: The student; or a SentenceTransformer, whose transformer is then trained, in place,
+            and saved in checkpoints.
         teacher: Moved to ``args.device`` in evaluation mode; never trained, wrapped or saved. It
-            keeps its dtype unless ``args.teacher_dtype`` is set: bfloat16 halves its memory.
+            keeps its dtype unless ``args.teacher_dtype`` is set: bfloat16 halves its memory. Of a
+            SentenceTransformer, the modules after the transformer make both models' sentence
+            vectors, and are not trained; without one, the student's; else the mean over tokens.
         args: ``DistillationConfig``.
+        evaluator: One of sentence-transformers' evaluators, or any function that takes the student
+            as a SentenceTransformer and returns metrics by name. Called by each evaluation, with or
+            without ``eval_dataset``.
         **trainer_kwargs: Other arguments of ``Trainer``.
 
     Each model receives the columns of the data that it would receive on its own, such as segments
@@ -77,9 +98,10 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel,
+        model: PreTrainedModel | nn.Module,
+        teacher: PreTrainedModel | nn.Module,
         args: DistillationConfig | None = None,
+        evaluator: Callable[..., Mapping[str, float] | float] | None = None,
         **trainer_kwargs: Any,
     ):
         args = args or DistillationConfig()
@@ -90,8 +112,22 @@ class DistillationTrainer(Trainer):
                 "The distillation loss replaces label_smoothing_factor and compute_loss_func: "
                 "leave both unset."
             )
+        given, pooled_by = model, teacher if is_sentence_transformer(teacher) else model
+        model, teacher = transformer_of(model), transformer_of(teacher)
+        if evaluator is not None:
+            if not is_sentence_transformer(given):
+                raise TypeError(
+                    f"evaluator scores a SentenceTransformer, but the student is a "
+                    f"{type(given).__name__}: compress a SentenceTransformer, and pass the result."
+                )
+            if trainer_kwargs.get("eval_dataset") is None:
+                trainer_kwargs["eval_dataset"] = _NO_ROWS
+        if is_sentence_transformer(given):
+            trainer_kwargs.setdefault("processing_class", given.tokenizer)
         check_pair(model, teacher, args)
         super().__init__(model, args, **trainer_kwargs)
+        self.evaluator, self._sentence_transformer = evaluator, given
+        self._pooling = Pooling(pooled_by, args.device)
         self.model_accepts_loss_kwargs = False  # loss_is_scaled_for_ga before transformers 5.19
         dtype = getattr(torch, args.teacher_dtype) if args.teacher_dtype else None
         self.teacher = teacher.to(args.device, dtype).eval()
@@ -106,8 +142,10 @@ class DistillationTrainer(Trainer):
         )
         self._train_means, self._eval_means = _TermMeans(), _TermMeans()
         self._first_batch = True
+        # Of the teacher's states and scores in the first step, by field, then by layer.
+        self._variances: dict[str, Tensor] | None = None
         self._cache: cache.TeacherCache | None = None
-        self._saving = False
+        self._saving = self._warned = False
         self._settings: dict[str, Any] = {}
         self._run, self._from = 0, None
         self._deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
@@ -174,6 +212,12 @@ class DistillationTrainer(Trainer):
         if isinstance(found[0], Exception):
             raise found[0]
         self._from, self._run = found[0]
+        self._variances = None
+        if self._from is not None and (path := Path(self._from) / _VARIANCES).exists():
+            self._variances = {
+                field: torch.tensor(values, device=args.device)
+                for field, values in read_json(path).items()
+            }
 
     def count_as_spent(self, seconds: float) -> None:
         """Subtract the time that a resumed run has already taken from ``max_minutes``."""
@@ -199,6 +243,8 @@ class DistillationTrainer(Trainer):
         batches, _ = super().get_batch_samples(*args, **kwargs)
         if not batches:
             return batches, None
+        if self._variances is None:
+            self._measure(batches)
         sizes = torch.stack([self._sizes(batch) for batch in batches]).sum(0)
         return batches, self.accelerator.reduce(sizes.to(self.args.device), "sum")
 
@@ -232,9 +278,11 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ModelOutput]:
         """Σ weight * term; ``num_items_in_batch`` are the step's sizes from get_batch_samples."""
-        weights, capture = self.args.weights, self._captured()
+        weights = self.args.weights
         if self._first_batch:
             _let_record(self.model)
+        if self._variances is None:  # an evaluation without training
+            self._measure([inputs])
         shares = self._shares(inputs, num_items_in_batch)
         given = self._targets & inputs.keys()
         own = self._token_labels and weights["labels"] != 0 and "labels" in given
@@ -243,28 +291,28 @@ class DistillationTrainer(Trainer):
         if own or weights["labels"] == 0:
             not_for_student = not_for_student | self._targets
         with self._scores():
-            student = model(**_without(inputs, not_for_student), **capture, return_dict=True)
-            if self._cache is not None and cache.ROW in inputs:
-                teacher = self._cache(inputs[cache.ROW], inputs["input_ids"])
-            else:
-                # accelerate applies autocast to the student's forward only
-                with torch.no_grad(), self.accelerator.autocast():
-                    teacher = self.teacher(
-                        **_without(inputs, self._not_for_teacher), **capture, return_dict=True
-                    )
+            student = model(
+                **_without(inputs, not_for_student), **self._captured(), return_dict=True
+            )
+            teacher = self._taught(inputs)
         if own:
             student["loss"] = _token_loss(student, inputs, shares)
             shares = shares | {"labels": 1.0}
-        mask = inputs.get("attention_mask")
+        mask = _mask(inputs)
+        if self._pools():
+            student[SENTENCE] = self._pooling(student, mask)
+            if SENTENCE not in teacher:  # the cache may have it
+                teacher[SENTENCE] = self._pooling(teacher, mask)
         terms = distillation_terms(
             student,
             teacher,
-            torch.ones_like(inputs["input_ids"]) if mask is None else mask,
+            mask,
             weights,
             layer_map=self.args.layer_map,
             temperature=self.args.temperature,
             problem_type=getattr(self.model.config, "problem_type", None),
             shares=shares,
+            variances=self._variances,
         )
         if self._first_batch:
             self._check_finite(terms)
@@ -285,8 +333,35 @@ class DistillationTrainer(Trainer):
         if not return_outputs:
             return loss
         # Captured states are not predictions; Trainer would gather them.
-        captured = ("hidden_states", "attentions")
+        captured = ("hidden_states", "attentions", SENTENCE)
         return loss, type(student)(**{k: v for k, v in student.items() if k not in captured})
+
+    @torch.no_grad()
+    def _taught(self, inputs: Mapping[str, Tensor]) -> ModelOutput:
+        """The teacher's output for a batch, from the cache if that has it."""
+        if self._cache is not None and cache.ROW in inputs:
+            return self._cache(inputs[cache.ROW], inputs["input_ids"])
+        # accelerate applies autocast to the student's forward only
+        with self._scores(), self.accelerator.autocast():
+            return self.teacher(
+                **_without(inputs, self._not_for_teacher), **self._captured(), return_dict=True
+            )
+
+    def _measure(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take the variances of the teacher's states and scores from a step's batches."""
+        wanted = [field for field in MEASURED if self._captured()[f"output_{field}"]]
+        sums: dict[str, Tensor] = {}
+        for batch in batches if wanted else ():
+            batch = self._prepare_inputs(dict(batch))
+            output = self._taught(batch)
+            for field in wanted:
+                if output.get(field):  # the terms report a field that is not there
+                    moments = moments_of(output[field], _mask(batch)).float()
+                    sums[field] = sums.get(field, 0) + moments
+        self._variances = {
+            field: variances_of(self.accelerator.reduce(moments, "sum"))
+            for field, moments in sums.items()
+        }
 
     def _captured(self) -> dict[str, bool]:
         """The options of a forward pass that returns the fields of the terms."""
@@ -295,6 +370,11 @@ class DistillationTrainer(Trainer):
             "output_hidden_states": weights["embedding"] != 0 or weights["hidden"] != 0,
             "output_attentions": weights["attention"] != 0,
         }
+
+    def _pools(self) -> bool:
+        """Whether a term compares sentence vectors."""
+        weights = self.args.weights
+        return weights["sentence"] != 0 or weights["relation"] != 0
 
     def _annealed(self, name: str) -> float:
         """The factor of a term's weight at this step."""
@@ -335,6 +415,14 @@ class DistillationTrainer(Trainer):
         logits = tuple(value for key, value in outputs.items() if key not in ignored)
         return loss, _alone(logits), _alone(labels)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        # Trainer's samplers look at the first row.
+        return (
+            DataLoader(_NO_ROWS)
+            if eval_dataset is _NO_ROWS
+            else super().get_eval_dataloader(eval_dataset)
+        )
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -344,18 +432,42 @@ class DistillationTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         self._eval_means = _TermMeans()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        if dataloader.dataset is _NO_ROWS:
+            output = EvalLoopOutput(None, None, {}, 0)
+        else:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         for name, mean in self._eval_means.take(self.accelerator).items():
             output.metrics[f"{metric_key_prefix}_loss_{name}"] = mean
+        if self.evaluator is not None:
+            found = self.evaluator(self._sentence_transformer)
+            scores = found if isinstance(found, Mapping) else {"evaluator": found}
+            output.metrics.update({f"{metric_key_prefix}_{k}": float(v) for k, v in scores.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training report, not an evaluation or the final summary
             means = self._train_means.take(self.accelerator)
             logs.update({f"loss_{name}": mean for name, mean in means.items()})
+            self._warn_of_a_lone_term(means)
         super().log(logs, start_time)
+
+    def _warn_of_a_lone_term(self, means: Mapping[str, float]) -> None:
+        """Once: a term that is nearly all of the loss leaves the others no say."""
+        weights = self.args.weights
+        parts = {n: (1.0 if weights[n] is None else weights[n]) * v for n, v in means.items()}
+        vectors = {"sentence", "relation"}  # two views of the same vectors
+        largest = max(parts, key=parts.__getitem__)
+        rest = {n for n in parts if n != largest and not {n, largest} <= vectors}
+        share = parts[largest] / max(sum(parts.values()), 1e-30)
+        if rest and share > _LONE and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{share:.0%} of the loss is the {largest} term, {means[largest]:.3g}: the others "
+                f"hardly count. Lower {largest}_weight, now {parts[largest] / means[largest]:g}.",
+                stacklevel=2,
+            )
 
     # Checkpoints
 
@@ -383,6 +495,9 @@ class DistillationTrainer(Trainer):
                 self.state.best_model_checkpoint = str(whole) if is_kept else before
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / name / resuming.STATE))
+                if self._variances is not None:
+                    values = {field: v.tolist() for field, v in self._variances.items()}
+                    (unfinished / name / _VARIANCES).write_text(json.dumps(values))
                 write_checksums(unfinished / name, run=self._run, settings=self._settings)
                 # An existing folder of this name is of an older run, or from before a resumption.
                 put_in_place(unfinished / name, folder / name, unfinished / "replaced")
@@ -444,6 +559,8 @@ class DistillationTrainer(Trainer):
         about["teacher"] = cache.fingerprint(self.teacher)
         about["precision"] = self.accelerator.mixed_precision
         capture = self._captured()
+        if self._pools():
+            about["pooling"] = self._pooling.identity
         collate = self._get_collator_with_removed_columns(self.data_collator)
         batches = DataLoader(
             Subset(self.train_dataset, by_length(about["lengths"])),
@@ -456,11 +573,13 @@ class DistillationTrainer(Trainer):
             batch = self._prepare_inputs(_without(batch, self._not_for_teacher))
             with self._scores(), self.accelerator.autocast():
                 output = self.teacher(**batch, **capture, return_dict=True)
+            if self._pools():
+                output[SENTENCE] = self._pooling(output, _mask(batch))
             return cache.captured(output)
 
         # local=False: machines may share the disk.
         with self.args.main_process_first(local=False, desc="computing the teacher's outputs"):
-            if not cache.fits(folder, about, capture):
+            if not cache.fits(folder, about, capture | {SENTENCE: self._pools()}):
                 cache.write(folder, about, rows, batches, teach)
         self._cache = cache.TeacherCache(folder, self.args.device)
         self.train_dataset = cache.NumberedRows(rows)
@@ -627,6 +746,12 @@ def _token_loss(
         pairs = student["seq_relationship_logits"].float()
         loss = loss + F.cross_entropy(pairs, inputs["next_sentence_label"]) * shares["rows"]
     return loss
+
+
+def _mask(inputs: Mapping[str, Tensor]) -> Tensor:
+    """The attention mask, of ones if there is none."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"]) if mask is None else mask
 
 
 def _without(inputs: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:

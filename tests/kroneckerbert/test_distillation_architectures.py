@@ -39,6 +39,7 @@ MORE = {
 }
 NAMES = (*CONFIGS, *MORE)
 HOOKED = ("mpnet", "deberta-v2", "deberta")  # they do not call the attention interface
+LAYERWISE = ("embedding", "attention", "hidden", "logits", "labels")  # terms of models with heads
 each_architecture = pytest.mark.parametrize("name", NAMES)
 
 
@@ -174,13 +175,13 @@ def test_each_model_gets_its_own_inputs(student, teacher, tmp_path):
     run, models, calls = pair_trainer(tmp_path, student, teacher)
     (batch,) = run.get_train_dataloader()
     run.compute_loss(run.model, batch)
-    check_calls(calls, models, ["student", "teacher"])
+    check_calls(calls, models, ["teacher", "student", "teacher"])  # first for its variances
 
 
 def test_so_they_do_in_training_evaluation_and_prediction_and_from_a_cache(tmp_path):
     run, models, calls = pair_trainer(tmp_path, "distilbert", "bert")
     run.train()
-    check_calls(calls, models, ["student", "teacher"])
+    check_calls(calls, models, ["teacher", "student", "teacher"])
     run.evaluate()
     check_calls(calls, models, ["student", "teacher"])
     run.predict(run.eval_dataset)
@@ -202,10 +203,24 @@ def test_all_terms_are_finite_and_the_loss_falls(name, tmp_path):
     logs = [log for log in run.state.log_history if "loss" in log]
     assert len(logs) == 8
     for log in logs:
-        assert all(math.isfinite(log[f"loss_{term}"]) for term in TERMS), log
+        assert all(math.isfinite(log[f"loss_{term}"]) for term in LAYERWISE), log
     assert logs[0]["loss_attention"] > 1e-4
     assert logs[-1]["loss"] < 0.8 * logs[0]["loss"]
     assert logs[-1]["loss_attention"] < logs[0]["loss_attention"]
+
+
+@each_architecture
+def test_sentence_vectors_are_distilled(name, tmp_path):
+    teacher = dense(name)
+    weights = dict.fromkeys(("embedding_weight", "attention_weight", "hidden_weight"), 0.0)
+    weights |= {"sentence_weight": 1.0, "relation_weight": 10.0}
+    run = trainer(
+        tmp_path, factorised(teacher), teacher, max_steps=8, learning_rate=1e-2, **weights
+    )
+    run.train()
+    logs = [log for log in run.state.log_history if "loss" in log]
+    assert logs[-1]["loss_sentence"] < 0.9 * logs[0]["loss_sentence"]
+    assert math.isfinite(logs[-1]["loss_relation"])
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -213,7 +228,7 @@ def test_presets_train_too(name, tmp_path):
     teacher = dense(name, AutoModelForSequenceClassification)
     run = trainer(tmp_path, compress(teacher, "kronecker-bert-8"), teacher, max_steps=1)
     run.train()
-    assert all(math.isfinite(run.state.log_history[0][f"loss_{term}"]) for term in TERMS)
+    assert all(math.isfinite(run.state.log_history[0][f"loss_{term}"]) for term in LAYERWISE)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mpnet"])  # not supported
@@ -407,7 +422,7 @@ def test_a_student_identical_to_its_teacher_has_terms_of_exactly_zero(name):
     model = dense(name, AutoModelForSequenceClassification)
     for either in (model, factorised(model)):
         got = terms(copy.deepcopy(either), either, batch())
-        assert set(got) == set(TERMS) - {"labels"}
+        assert set(got) == set(LAYERWISE) - {"labels"}
         assert all(value.item() == 0 for value in got.values()), got
 
 
