@@ -25,6 +25,7 @@ from transformers import TrainingArguments
 
 from kroneckerbert.distillation import DistillationConfig
 from kroneckerbert.presets import PRESETS
+from kroneckerbert.reproduction.sentences import TextFile
 from kroneckerbert.reproduction.tasks import TASKS
 
 _RECIPES = Path(__file__).parent / "recipes"
@@ -99,6 +100,28 @@ class Stage1:
 
 
 @dataclass(frozen=True)
+class Sentences:
+    """Distillation of a sentence encoder on unlabelled texts, instead of stage 1 and tasks.
+
+    Args:
+        texts: Files in the data folder, see ``kroneckerbert.reproduction.sentences``.
+        pairs: Tables in the data folder, ``label<TAB>text<TAB>text``, by the name of their score,
+            the Spearman correlation of labels and cosines. No text of them is trained on.
+        watch: Another such table, scored during the training; its texts are left out as well.
+        cache_teacher: Whether to store the teacher's vectors, two bytes a number.
+    """
+
+    arguments_class: ClassVar[type] = DistillationConfig
+    texts: dict[str, TextFile]
+    pairs: dict[str, str] = field(default_factory=dict)
+    watch: str | None = None
+    cache_teacher: bool = True
+    max_length: int = 64
+    batch_size: int = 64
+    arguments: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Stage2:
     """Distillation on a task; ``cache_teacher`` stores the teacher's outputs for all seeds."""
 
@@ -109,7 +132,7 @@ class Stage2:
     arguments: dict = field(default_factory=dict)
 
 
-Stage = Stage1 | FineTuning | Stage2
+Stage = Stage1 | Sentences | FineTuning | Stage2
 
 
 @dataclass(frozen=True)
@@ -156,6 +179,7 @@ class Recipe:
         teacher: Hub name or folder of a dense model, or ``package:NAME/PATH`` in a Python package.
         student: See ``Student``.
         stage1: See ``Stage1``; without it, stage 2 begins at the compressed model.
+        sentences: See ``Sentences``; such a recipe has no stage 1 and no tasks.
         fine_tuning: For every task, see ``FineTuning``.
         stage2: For every task, see ``Stage2``; its arguments, like stage 1's, are fields of
             ``DistillationConfig``.
@@ -174,6 +198,7 @@ class Recipe:
     description: str = ""
     seeds: list[int] = field(default_factory=lambda: [0])
     stage1: Stage1 | None = None
+    sentences: Sentences | None = None
     fine_tuning: FineTuning = field(default_factory=FineTuning)
     stage2: Stage2 = field(default_factory=Stage2)
     tasks: dict[str, TaskRecipe] = field(default_factory=dict)
@@ -373,8 +398,20 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"student has {found}; give one of preset, plan (a file) and factors.")
     if student.preset is not None:
         _known(student.preset, PRESETS, "student.preset = ")
-    if stage1 is None and student.calibration:
-        raise ValueError("student.calibration needs stage1.corpus, from which its text is taken.")
+    sentences = recipe.sentences
+    if stage1 is None and sentences is None and student.calibration:
+        raise ValueError(
+            "student.calibration needs stage1.corpus or sentences.texts, from which its text is "
+            "taken."
+        )
+    if sentences is not None:
+        if stage1 is not None or recipe.tasks:
+            raise ValueError(
+                "a recipe with sentences has no stage1 and no tasks: write one recipe for each."
+            )
+        if not sentences.texts:
+            raise ValueError("sentences.texts names no file; a recipe needs text to train on.")
+        _check_stage(sentences, "sentences")
     if student.sequential and not student.calibration:
         raise ValueError("student.sequential refits on text: set student.calibration, such as 512.")
     if not recipe.seeds or len(set(recipe.seeds)) < len(recipe.seeds):

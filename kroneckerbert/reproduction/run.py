@@ -67,8 +67,8 @@ from kroneckerbert.distillation.provenance import (
 )
 from kroneckerbert.distillation.signals import Interrupted, stoppable
 from kroneckerbert.files import replace_folder, resolved, writable_folder
+from kroneckerbert.loading import copy_modules, load_tokenizer, without_weights
 from kroneckerbert.loading import load as load_model
-from kroneckerbert.loading import load_tokenizer, without_weights
 from kroneckerbert.modeling_kroneckerbert import max_tokens
 from kroneckerbert.reproduction import corpus, curves
 from kroneckerbert.reproduction.card import Score, machine, model_card, without_paths
@@ -131,11 +131,14 @@ def run(
             its last step has been saved.
     """
     recipe = select(recipe if isinstance(recipe, Recipe) else load(recipe), tasks, seeds)
+    from kroneckerbert.reproduction.sentence_run import SentenceRun
+
+    kind = Run if recipe.sentences is None else SentenceRun
     with _quiet():
-        return _Run(recipe, Path(output), data).run()
+        return kind(recipe, Path(output), data).run()
 
 
-class _Run:
+class Run:
     """One recipe in one folder; steps in order of dependence."""
 
     def __init__(self, recipe: Recipe, output: Path, data: str | Path | None):
@@ -159,7 +162,10 @@ class _Run:
         with self.state.main_process_first():  # one process downloads for all
             self.rows = {name: self._digests(name) for name in recipe.tasks}
         text = self._corpus(stage1) if stage1 else ""
-        start = self._start(text)
+        length = stage1.max_length if stage1 else None
+        start = self._start(
+            {"corpus": text, "max_length": length}, lambda: self._texts(stage1) if stage1 else []
+        )
         student = self._stage1(stage1, start, text) if stage1 else start
         scores: list[Score] = []
         students: list[tuple[str, int, Path]] = []
@@ -190,7 +196,8 @@ class _Run:
             f"{recipe.description or 'A recipe'}\nTeacher {recipe.teacher}; to {self.output}\n"
             f"{state.num_processes} process(es) on {state.device.type}"
         )
-        stages: dict[str, Stage] = {"stage 1": recipe.stage1} if recipe.stage1 else {}
+        given = {"stage 1": recipe.stage1, "sentences": recipe.sentences}
+        stages: dict[str, Stage] = {name: stage for name, stage in given.items() if stage}
         for name, task in recipe.tasks.items():
             if task.fine_tuning.model is None:
                 stages[f"{name}, teacher"] = task.fine_tuning
@@ -303,8 +310,9 @@ class _Run:
     def _texts(self, stage: Stage1, **options: Any) -> corpus.Corpus:
         return corpus.Corpus(self.output / "corpus", self.tokenizer, stage.max_length, **options)
 
-    def _start(self, text: str) -> Path:
-        given, stage1 = self.recipe.student, self.recipe.stage1
+    def _start(self, about_text: dict[str, Any], texts: Callable[[], Dataset]) -> Path:
+        """The compressed teacher, started on ``texts`` if the recipe calibrates."""
+        given = self.recipe.student
         shapes: Any = given.preset or given.factors
         if given.plan is not None:
             shapes = Plan.load(given.plan)
@@ -313,25 +321,29 @@ class _Run:
             "model": self.kind,
             "student": asdict(given) | {"plan": given.plan and shapes.factors},
         }
-        if stage1 and given.calibration:
-            made_of |= {"corpus": text, "max_length": stage1.max_length}
+        if given.calibration:
+            made_of |= about_text
 
         def work(folder: Path, _: Path) -> None:
             batches = None
-            if stage1 and given.calibration:
-                texts = self._texts(stage1)
+            if given.calibration:
+                found: Any = texts()
                 # Spread over the corpus: neighbouring texts are often about the same subject.
-                chosen = range(0, len(texts), max(1, len(texts) // given.calibration))
-                rows = Subset(texts, chosen[: given.calibration])
+                chosen = range(0, len(found), max(1, len(found) // given.calibration))
+                rows = Subset(found, chosen[: given.calibration])
                 collate = DataCollatorWithPadding(self.tokenizer)
                 batches = DataLoader(rows, batch_size=32, collate_fn=collate)
             student = compress(
                 self._dense_model(), shapes, calibration=batches, sequential=given.sequential
             )
-            student.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            self._save(student, folder)
 
         return self._step("start", made_of, work, alone=True)
+
+    def _save(self, student: PreTrainedModel, folder: Path) -> None:
+        student.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        copy_modules(self.dense, folder)
 
     def _dense_model(self) -> PreTrainedModel:
         """The teacher with the heads of stage 1, all of which its file must contain."""

@@ -1,0 +1,138 @@
+"""A sentence encoder from one recipe: texts, initial student, distillation, int8, scores, card.
+
+Output:
+
+    texts/texts.txt            the sentences, one per line
+    start/                     the student before training
+    sentences/                 the student, in floating point
+    int8/                      the student, in int8, with its card
+    scores/scores.json         of the teacher and of both
+    latency/latency.json
+    recipe.yaml, results.json, curves/, cache/, training/ as of other recipes
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from kroneckerbert.data import Table, TextDataset, read_lines, read_table
+from kroneckerbert.distillation import DistillationTrainer
+from kroneckerbert.distillation.provenance import digest, identity, read_json, write_json
+from kroneckerbert.evaluation import evaluate
+from kroneckerbert.loading import load as load_model
+from kroneckerbert.loading import load_encoder
+from kroneckerbert.quantization import quantize
+from kroneckerbert.reproduction.run import Run, _settings
+from kroneckerbert.reproduction.sentences import read_sentences
+
+
+class SentenceRun(Run):
+    """A recipe with ``sentences`` in one folder."""
+
+    def run(self) -> dict[str, Any]:
+        stage = self.recipe.sentences
+        assert stage is not None
+        self.stage = stage
+        self._check()
+        if self.data is None:
+            raise ValueError("sentences.texts are files of the data folder: give --data DIR.")
+        self.folder = Path(self.data)
+        self.pairs = {name: read_table(self.folder / file) for name, file in stage.pairs.items()}
+        self.watched = read_table(self.folder / stage.watch) if stage.watch else None
+        texts = self._prepared()
+        about = {"texts": identity(texts), "max_length": stage.max_length}
+        start = self._start(about, lambda: self._rows(texts))
+        student = self._distilled(start, texts)
+        int8 = self._quantised(student)
+        scores = self._scored(student, int8)
+        self.print(scores)
+        return scores
+
+    def _prepared(self) -> Path:
+        tables = [*self.pairs.values(), *([self.watched] if self.watched else [])]
+        held_out = [text for table in tables for text in (*table.texts, *(table.texts_b or ()))]
+        made_of = {
+            "texts": {
+                name: asdict(file) | {"digest": _digest(self.folder, name)}
+                for name, file in self.stage.texts.items()
+            },
+            "held out": digest("\n".join(held_out).encode()),
+        }
+
+        def work(folder: Path, _: Path) -> None:
+            texts = read_sentences(self.stage.texts, self.folder, held_out)
+            (folder / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+            self.print(f"  {len(texts):,} sentences")
+
+        return self._step("texts", made_of, work, alone=True)
+
+    def _rows(self, texts: Path) -> Dataset:
+        lines = read_lines(texts / "texts.txt")
+        return TextDataset(self.tokenizer, lines, max_length=self.stage.max_length)
+
+    def _distilled(self, start: Path, texts: Path) -> Path:
+        settings = _settings(self.stage)
+        for name in ("texts", "pairs", "watch"):
+            del settings[name]
+        made_of = {"start": identity(start), "texts": identity(texts), "sentences": settings}
+
+        def work(folder: Path, training: Path) -> None:
+            cache = str(self.output / "cache") if self.stage.cache_teacher else None
+            args = self._arguments(self.stage, training, teacher_cache=cache)
+            teacher, student = load_encoder(self.dense), load_encoder(start)
+            trainer = DistillationTrainer(
+                student,
+                teacher,
+                args,
+                evaluator=_pairs_evaluator(self.watched),
+                train_dataset=self._rows(texts),
+                processing_class=self.tokenizer,
+            )
+            self._train(trainer, folder)
+            if self.is_main:
+                self._save(trainer.model, folder)
+
+        return self._step("sentences", made_of, work)
+
+    def _quantised(self, student: Path) -> Path:
+        def work(folder: Path, _: Path) -> None:
+            self._save(quantize(load_model(student)), folder)
+
+        return self._step("int8", {"student": identity(student)}, work, alone=True, renew=True)
+
+    def _scored(self, student: Path, int8: Path) -> dict[str, Any]:
+        models = {"teacher": self.dense, "student": student, "int8": int8}
+
+        def work(folder: Path, _: Path) -> None:
+            scores = {}
+            for name, source in models.items():
+                model: Any = load_encoder(source)
+                scores[name] = {
+                    task: evaluate(model, self.tokenizer, table)["spearman"]
+                    for task, table in self.pairs.items()
+                }
+            write_json(folder / "scores.json", scores)
+
+        made_of = {
+            "student": identity(student),
+            "int8": identity(int8),
+            "pairs": {name: _digest(self.folder, file) for name, file in self.stage.pairs.items()},
+        }
+        folder = self._step("scores", made_of, work, alone=True, renew=True)
+        return read_json(folder / "scores.json")
+
+
+def _pairs_evaluator(table: Table | None) -> Any:
+    if table is None:
+        return None
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    return EmbeddingSimilarityEvaluator(table.texts, table.texts_b, table.labels, name="pairs")
+
+
+def _digest(folder: Path, name: str) -> str:
+    return digest((folder / name).read_bytes())
