@@ -59,8 +59,10 @@ class Int8Factor(NamedTuple):
                 f"{t.dtype} {tuple(t.shape)}{'; use t[None]' * (t.ndim == 2)}."
             )
         t = t.detach().float()
-        if not t.is_meta:
-            check_finite("the factor in float32", t)
+        if t.is_meta:  # only the shapes: a model that is about to be loaded
+            rows = (1 if shared else len(t), t.shape[1], 1)
+            return cls(torch.empty_like(t, dtype=torch.int8), t.new_empty(rows))
+        check_finite("the factor in float32", t)
         scale = t.abs().amax((0, 2) if shared else 2, keepdim=True) / 127
         values = t / torch.where(scale == 0, 1.0, scale)
         return cls(values.round().clamp(-127, 127).to(torch.int8), scale.contiguous())

@@ -69,7 +69,8 @@ class KroneckerLinear(nn.Module):
         self.a = nn.Parameter(torch.empty(s.rank, s.m1, s.n1, **new))
         self.b = nn.Parameter(torch.empty(s.rank, s.m2, s.n2, **new))
         self.bias = nn.Parameter(torch.empty(s.out_features, **new)) if bias else None
-        self.reset_parameters()
+        if not self.a.is_meta:  # where drawing takes PyTorch 5 ms, and draws nothing
+            self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw the factors for a standard deviation ``std`` of W's entries; zero the bias.

@@ -123,7 +123,7 @@ class KroneckerConfig(_Base):
                 )
         shapes = {}
         for path, size in layout.sizes.items():
-            key = self.entry_of(path)
+            key = deciding_name(self.kronecker_factors, f"{layout.prefix}.{path}")
             if key is None or self.kronecker_factors[key] is None:
                 continue
             label = f"kronecker_factors[{key!r}]"

@@ -111,7 +111,10 @@ def load(
         TypeError: If it is an encoder-decoder, or of a class that transformers lacks.
         ValueError: If a tensor is missing, or its shape is not that of the configuration.
     """
-    cls = _class_of(source, read_config(source), auto_class)
+    config = read_config(source)
+    cls = _class_of(source, config, auto_class)
+    if not options:  # otherwise they may be fields of the configuration, which is read again
+        options["config"] = config
     with _naming_source(source):
         model, info = cls.from_pretrained(
             source,

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide transformers' bars of loading."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def pooler_as(model: PreTrainedModel) -> dict[str, bool]:
@@ -30,15 +44,10 @@ def rebuilt(
     # The loader makes the model on the meta device, which draws no weights, and checks the names.
     trainable = {name: tensor.requires_grad for name, tensor in state.items()}
     state = {name: tensor.detach().clone() for name, tensor in state.items()}
-    show_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with without_bars():
         new = cls.from_pretrained(
             None, config=config, state_dict=state, dtype=like.dtype, **pooler_as(like)
         )
-    finally:
-        if show_bars:
-            logging.enable_progress_bar()
     new.name_or_path = new.config.name_or_path = ""  # the loader writes None
     new.to(like.device)
     if getattr(config, "kronecker_int8", None):
