@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from kroneckerbert.quantization import quantize as quantize
     from kroneckerbert.quantization import rounding_errors as rounding_errors
     from kroneckerbert.serving import explain as explain
+    from kroneckerbert.students import load as load
 
 _NAMES = {
     "adapters": ["load_adapter", "lora_config", "merge_and_unload"],
@@ -56,6 +57,7 @@ _NAMES = {
     "measure": ["report"],
     "quantization": ["dequantize", "quantize", "rounding_errors"],
     "serving": ["explain"],
+    "students": ["load"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULES)

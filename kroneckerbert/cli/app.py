@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kroneckerbert.cli import compression, measuring, training
+from kroneckerbert.cli import compression, measuring, students, training
 from kroneckerbert.cli.shell import Commands
 
 app = typer.Typer(
@@ -42,6 +42,9 @@ for command, example in (
     (training.evaluate, "evaluate STUDENT --teacher TEACHER --data texts.txt"),
     (training.reproduce, "reproduce kronecker-bert-8 --task sst2 --data GLUE --output kb8"),
     (training.recipes, "recipes"),
+    (students.students, "students"),
+    (students.embed, 'embed "some text"'),
+    (students.search, 'search texts.txt "a query"'),
     (measuring.benchmark, "benchmark TEACHER STUDENT --batch 1 --threads 1"),
     (measuring.demo, "demo --minutes 4"),
 ):

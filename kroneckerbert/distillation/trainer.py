@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from shutil import rmtree
+from time import process_time
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler, Subset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
@@ -76,7 +77,8 @@ class DistillationTrainer(Trainer):
     for a BERT teacher whose DistilBERT student has none. Both receive the same tokens.
 
     Every term is logged unweighted as ``loss_<term>``: the mean over processes since the last
-    report. Evaluation reports ``eval_loss_<term>`` and needs no labels.
+    report; ``core_hours`` is the CPU time so far, of this process and of the runs it resumes.
+    Evaluation reports ``eval_loss_<term>`` and needs no labels.
 
     The result of a step does not depend on how it is divided: each term is a mean over all tokens,
     pairs of tokens, rows or labels of the step, across batches and processes. A folder
@@ -146,9 +148,11 @@ class DistillationTrainer(Trainer):
         self._variances: dict[str, Tensor] | None = None
         self._cache: cache.TeacherCache | None = None
         self._saving = self._warned = False
+        self._started, self._hours = 0.0, 0.0  # of the process's CPU time, and of a resumed run's
         self._settings: dict[str, Any] = {}
         self._run, self._from = 0, None
         self._deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
+        self.add_callback(_CoreHours(self))
         if self._deadline:
             self.add_callback(self._deadline)
             if not args.disable_tqdm:
@@ -451,6 +455,7 @@ class DistillationTrainer(Trainer):
             means = self._train_means.take(self.accelerator)
             logs.update({f"loss_{name}": mean for name, mean in means.items()})
             self._warn_of_a_lone_term(means)
+            logs["core_hours"] = self._hours + process_time() / 3600 - self._started
         super().log(logs, start_time)
 
     def _warn_of_a_lone_term(self, means: Mapping[str, float]) -> None:
@@ -649,6 +654,18 @@ class DistillationTrainer(Trainer):
             f"{self.args.learning_rate:g}, or train in float32 or bfloat16. "
             f"{f'The last good checkpoint is {last}.' if last else 'No checkpoint was saved.'}"
         )
+
+
+class _CoreHours(TrainerCallback):
+    """Reports go on counting where those of a resumed run ended."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        earlier = [log["core_hours"] for log in state.log_history if "core_hours" in log]
+        self.trainer._hours = max(earlier, default=0.0)
+        self.trainer._started = process_time() / 3600
 
 
 class _GroupedByLength(Sampler):

@@ -26,6 +26,18 @@ _PIPELINES = {
 }
 _PACKAGES = ("kron-kernels", "torch", "transformers", "accelerate", "datasets")
 _PAPER = "Tahaei et al., [KroneckerBERT](https://aclanthology.org/2022.naacl-main.154/), NAACL 2022"
+_LOADING_VECTORS = """```sh
+pip install 'kron-kernels[bert]'
+```
+
+```python
+import kroneckerbert
+
+encoder = kroneckerbert.load("FOLDER")
+vectors = encoder.encode(["A text.", "Another one."])  # unit vectors, a row each
+```
+
+With sentence-transformers: `import kroneckerbert`, then `SentenceTransformer("FOLDER")`."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -76,6 +88,7 @@ def model_card(
     scores: Sequence[Score] = (),
     seed: int | None = None,
     latency: Mapping[str, Any] | None = None,
+    vectors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> ModelCard:
     """A model card with the Hub's metadata, made without network access.
 
@@ -89,6 +102,7 @@ def model_card(
         seed: The student's seed among those in ``scores``; the metadata has its scores.
         latency: As measured by ``reproduction.run``: ``machine``, ``threads``, ``tokens`` and, by
             batch size, ``milliseconds`` of ``teacher`` and ``student``.
+        vectors: Of a sentence encoder: correlations on pairs of sentences, by model and set.
 
     Returns:
         A card: ``str(card)`` is its text, ``card.save(path)`` writes it.
@@ -105,7 +119,7 @@ def model_card(
         base_model=teacher if _HUB_NAME.fullmatch(teacher) else None,
         datasets=list(dict.fromkeys(n for n in (corpus, *hub) if _HUB_NAME.fullmatch(n))) or None,
         library_name="transformers",
-        pipeline_tag=_PIPELINES.get(head),
+        pipeline_tag="sentence-similarity" if vectors else _PIPELINES.get(head),
         license=about.get("license"),
         language=about.get("language"),
         tags=["kronecker", "compression", "distillation"],
@@ -122,10 +136,11 @@ def model_card(
             f"times fewer than the {sizes[1]:,} of its dense teacher, `{teacher}`. Its weights "
             f"are Kronecker products, after {_PAPER}.{_int8(model)}"
         ),
-        "## Loading": _loading(head),
-        "## Scores": _scores(scores, seed),
+        "## Loading": _LOADING_VECTORS if vectors else _loading(head),
+        "## Scores": _vector_scores(vectors) if vectors else _scores(scores, seed),
         "## Latency": _latency(latency),
         "## Shapes": _shapes(model),
+        "## Limits": "\n".join(f"- {line}" for line in about.get("limits", ())),
         "## Data and licences": "\n".join(f"- {line}" for line in about.get("data", ())),
         "## Hyper-parameters": _hyper_parameters(recipe, {score.task for score in scores}),
         "## Recipe": f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```",
@@ -179,6 +194,15 @@ def _loading(head: str) -> str:
         f'model = {auto}.from_pretrained("FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
         "```"
+    )
+
+
+def _vector_scores(vectors: Mapping[str, Mapping[str, float]]) -> str:
+    sets = list(next(iter(vectors.values())))
+    rows = [[name, *(f"{scores[of]:.4f}" for of in sets)] for name, scores in vectors.items()]
+    return (
+        "Spearman correlation of the labels of pairs of sentences with the cosines of their "
+        f"vectors; one seed.\n\n{_table(['model', *sets], rows)}"
     )
 
 
@@ -239,7 +263,7 @@ def _shapes(model: KroneckerPreTrainedModel) -> str:
 
 def _hyper_parameters(recipe: Mapping[str, Any], tasks: set[str]) -> str:
     """The settings of the stages, one row each."""
-    stages = {"stage 1": recipe.get("stage1") or {}}
+    stages = {"stage 1": recipe.get("stage1") or {}, "sentences": recipe.get("sentences") or {}}
     for task in [name for name in recipe.get("tasks", {}) if name in tasks]:
         own = recipe["tasks"][task] or {}
         for key, name in (("fine_tuning", "teacher"), ("stage2", "stage 2")):
@@ -248,7 +272,7 @@ def _hyper_parameters(recipe: Mapping[str, Any], tasks: set[str]) -> str:
             stages[f"{name}, {task}"] = {**shared, **special, "arguments": arguments}
     rows = []
     for name, stage in stages.items():
-        plain = {k: v for k, v in stage.items() if k not in ("arguments", "corpus")}
+        plain = {k: v for k, v in stage.items() if k not in ("arguments", "corpus", "texts")}
         if given := {**plain, **stage.get("arguments", {})}:
             rows.append([name, ", ".join(f"{key} {value}" for key, value in given.items())])
     return _table(["stage", "settings other than defaults"], rows) if rows else ""

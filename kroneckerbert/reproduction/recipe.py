@@ -163,11 +163,12 @@ class Latency:
 
 @dataclass(frozen=True)
 class Card:
-    """Hub metadata of the model card, and one line per data set with its licence."""
+    """Hub metadata of the model card, a line per data set with its licence, and per limit."""
 
     license: str | None = None
     language: str | None = None
     data: list[str] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

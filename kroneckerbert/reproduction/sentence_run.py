@@ -5,32 +5,46 @@ Output:
     texts/texts.txt            the sentences, one per line
     start/                     the student before training
     sentences/                 the student, in floating point
-    int8/                      the student, in int8, with its card
+    int8/                      the student, in int8
     scores/scores.json         of the teacher and of both
     latency/latency.json
+    student/                   int8/, with its card, its numbers and checksums
     recipe.yaml, results.json, curves/, cache/, training/ as of other recipes
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch.utils.data import Dataset
 
+from kron_kernels.files import write_file
+from kroneckerbert import measure
 from kroneckerbert.data import Table, TextDataset, read_lines, read_table
 from kroneckerbert.distillation import DistillationTrainer
-from kroneckerbert.distillation.provenance import digest, identity, read_json, write_json
+from kroneckerbert.distillation.provenance import (
+    MADE_OF,
+    digest,
+    identity,
+    read_json,
+    write_json,
+)
 from kroneckerbert.evaluation import evaluate
+from kroneckerbert.files import replace_folder, write_checksums
 from kroneckerbert.loading import load as load_model
-from kroneckerbert.loading import load_encoder
+from kroneckerbert.loading import load_encoder, without_weights
 from kroneckerbert.quantization import quantize
-from kroneckerbert.reproduction.run import Run, _settings
+from kroneckerbert.reproduction.card import model_card
 from kroneckerbert.reproduction.sentences import read_sentences
+from kroneckerbert.reproduction.steps import HISTORY, Steps, settings_of
+from kroneckerbert.students import ABOUT
 
 
-class SentenceRun(Run):
+class SentenceRun(Steps):
     """A recipe with ``sentences`` in one folder."""
 
     def run(self) -> dict[str, Any]:
@@ -49,8 +63,11 @@ class SentenceRun(Run):
         student = self._distilled(start, texts)
         int8 = self._quantised(student)
         scores = self._scored(student, int8)
-        self.print(scores)
-        return scores
+        latency = self._latency(self.recipe.latency, int8) if self.recipe.latency else None
+        if self.is_main:
+            self._summarise(student, int8, scores, latency)
+        self.wait()
+        return read_json(self.output / "results.json")
 
     def _prepared(self) -> Path:
         tables = [*self.pairs.values(), *([self.watched] if self.watched else [])]
@@ -75,7 +92,7 @@ class SentenceRun(Run):
         return TextDataset(self.tokenizer, lines, max_length=self.stage.max_length)
 
     def _distilled(self, start: Path, texts: Path) -> Path:
-        settings = _settings(self.stage)
+        settings = settings_of(self.stage)
         for name in ("texts", "pairs", "watch"):
             del settings[name]
         made_of = {"start": identity(start), "texts": identity(texts), "sentences": settings}
@@ -124,6 +141,53 @@ class SentenceRun(Run):
         }
         folder = self._step("scores", made_of, work, alone=True, renew=True)
         return read_json(folder / "scores.json")
+
+    def _summarise(
+        self, trained: Path, int8: Path, scores: dict[str, Any], latency: dict | None
+    ) -> None:
+        """Write the finished student's folder, the numbers and the curves."""
+        teacher, student = without_weights(self.dense), load_model(int8)
+        results = {
+            "teacher": self.recipe.teacher.rpartition(":")[2].partition("/")[0],
+            "description": self.recipe.description,
+            "parameters": {
+                name: measure.parameters(model.base_model)
+                for name, model in (("teacher", teacher), ("student", student))
+            },
+            "bytes": measure.bytes_on_disk(int8),
+            "scores": scores,
+            "latency": latency,
+            "core_hours": _core_hours(trained),
+        }
+        text = yaml.safe_dump(self.recipe.given, sort_keys=False, allow_unicode=True)
+        write_file(self.output / "recipe.yaml", text)
+        write_json(self.output / "results.json", results)
+        card = model_card(
+            student,
+            name=self.recipe.description or "A sentence encoder",
+            dense_parameters=results["parameters"]["teacher"],
+            recipe=self.recipe.given,
+            latency=latency,
+            vectors=scores,
+        )
+        with replace_folder(self.output / "student") as folder:
+            shutil.copytree(
+                int8, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MADE_OF, ".*")
+            )
+            write_file(folder / "README.md", str(card))
+            write_json(folder / ABOUT, results)
+            write_checksums(folder)
+        self._save_curves({"sentences": {"sentences": trained}})
+        for name, row in scores.items():
+            self.print(f"  {name}: {', '.join(f'{of} {value:.4f}' for of, value in row.items())}")
+        self.print(f"The student, with its card, is in {self.output / 'student'}.")
+
+
+def _core_hours(trained: Path) -> float | None:
+    """CPU time of a training, in hours."""
+    history = read_json(trained / HISTORY)["log_history"]
+    hours = [report["core_hours"] for report in history if "core_hours" in report]
+    return round(hours[-1], 2) if hours else None
 
 
 def _pairs_evaluator(table: Table | None) -> Any:
