@@ -502,15 +502,20 @@ def why_not(model: Any) -> str | None:
     return None
 
 
+def is_sentence_folder(source: str | os.PathLike) -> bool:
+    """Whether a folder is one that a SentenceTransformer was saved to."""
+    return (Path(source) / _MODULES).is_file()
+
+
 def load_encoder(source: str | os.PathLike) -> Any:
-    """A saved SentenceTransformer with all its modules; any other model as ``load`` does.
+    """A saved SentenceTransformer with all its modules; of any other model, it without its head.
 
     Raises:
         ImportError: If the folder is a SentenceTransformer's and its package is missing.
         OSError, TypeError, ValueError: As ``load``.
     """
-    if not (Path(source) / _MODULES).is_file():
-        return load(source)
+    if not is_sentence_folder(source):
+        return load(source, "AutoModel")
     read_config(source)
     from sentence_transformers import SentenceTransformer
 
@@ -523,7 +528,7 @@ def copy_modules(source: str | os.PathLike, folder: Path) -> None:
 
     That is the list of its modules, their settings and the weights of all but the first.
     """
-    if not (Path(source) / _MODULES).is_file():
+    if not is_sentence_folder(source):
         return
     for name in (_MODULES, *_SETTINGS):
         if (Path(source) / name).is_file():

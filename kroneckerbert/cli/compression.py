@@ -130,7 +130,7 @@ def compress(
         sequential=sequential,
         progress=errors.is_terminal,
     )
-    save(out, student, tokenizer)
+    save(out, student, tokenizer, teacher)
 
     table = Table(names("model"), *map(right, ("parameters", "smaller")))
     for name, size in ((teacher, model.num_parameters()), (str(out), student.num_parameters())):
@@ -221,7 +221,7 @@ def quantize(
     errors_found = rounding_errors(floating, batches)
     limited = {} if max_error is None else {"max_error": max_error, "calibration": batches}
     int8 = quantize_model(floating, keep=keep or [], **limited)
-    save(out, int8, tokenizer)
+    save(out, int8, tokenizer, model)
 
     table = Table(names("layers with the largest errors"), *map(right, ("weight", "worst row")))
     table.add_column("output", justify="right")
@@ -250,7 +250,7 @@ def decompress(
 
     out = writable_folder(out)
     tokenizer, dense = load_tokenizer(model), decompress_model(read_model(model))
-    save(out, dense, tokenizer)
+    save(out, dense, tokenizer, model)
     console.print(f"Saved a {type(dense).__name__} to {out}.", soft_wrap=True)
 
 

@@ -46,13 +46,20 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def save(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write model and tokenizer to a new folder, complete or not at all."""
+def save(
+    out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
+) -> None:
+    """Write model and tokenizer to a new folder, complete or not at all.
+
+    A SentenceTransformer's other modules are copied from ``source``, the folder it was made from.
+    """
     from kroneckerbert.files import replace_folder
+    from kroneckerbert.loading import copy_modules
 
     with replace_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        copy_modules(source, folder)
 
 
 def calibration_texts(path: Path | None) -> list[str] | None:

@@ -89,7 +89,8 @@ def search(
     from kroneckerbert.cli.shell import regular
     from kroneckerbert.data import read_lines
 
-    texts = read_lines(regular(file))
+    regular(file)
+    texts = read_lines(file)
     from kroneckerbert.students import load
 
     found = load(student).search(query, texts, top)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kroneckerbert.cli.shell import (
     MAX_SEED,
+    choice,
     console,
     errors,
     input_file,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DEFAULT_MINUTES = 5.0
+_CHECKPOINT_SECONDS = 600.0  # a checkpoint of a BERT_BASE's student takes a second or two
 
 
 def distill(
@@ -48,44 +50,69 @@ def distill(
     epochs: Annotated[
         float | None, number(float, "Stop after this many passes over the data.", above=True)
     ] = None,
-    batch_size: Annotated[int | None, number(int, "Texts per step; 32 if unset.", 1)] = None,
+    stage: Annotated[
+        str | None,
+        choice(
+            "What to reproduce: layers, sentences (the vectors of a sentence encoder) or task (a "
+            "labelled table). If unset: task for a table, sentences for the folders of two "
+            "SentenceTransformers, else layers.",
+            ("layers", "sentences", "task"),
+        ),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        input_file(
+            "A table score<TAB>text<TAB>text on which a sentence encoder is scored as it trains."
+        ),
+    ] = None,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to keep the teacher's outputs in, for later epochs and runs.",
+            file_okay=False,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, number(int, "Texts per step; 32, and 64 for sentences, if unset.", 1)
+    ] = None,
     learning_rate: Annotated[
         float | None,
-        number(
-            float,
-            "Peak value; if unset, 1e-3 on plain text and 1e-4 on a table.",
-            above=True,
-        ),
+        number(float, "Peak value; 1e-3, and 1e-4 for a task, if unset.", above=True),
     ] = None,
     max_length: Annotated[
         int | None, number(int, "Tokens kept of each text; 128 if unset.", 3)
     ] = None,
     seed: Annotated[int, number(int, "Seed for the order of the texts.", most=MAX_SEED)] = 0,
     embedding_weight: Annotated[
-        float, number(float, "Weight of the squared error of the embeddings.")
-    ] = 1.0,
-    attention_weight: Annotated[
-        float, number(float, "Weight of the squared error of the attention scores.")
-    ] = 1.0,
-    hidden_weight: Annotated[
-        float, number(float, "Weight of the squared error of the layers' outputs.")
-    ] = 1.0,
-    logits_weight: Annotated[
-        float | None,
-        number(float, "Weight of the logits' divergence; if unset, 1 if both have logits."),
+        float | None, number(float, "Weight of the relative squared error of the embeddings.")
     ] = None,
-    labels_weight: Annotated[
+    attention_weight: Annotated[
+        float | None, number(float, "Weight of the relative squared error of the attention scores.")
+    ] = None,
+    hidden_weight: Annotated[
+        float | None, number(float, "Weight of the relative squared error of the layers' outputs.")
+    ] = None,
+    logits_weight: Annotated[
+        float | None, number(float, "Weight of the logits' divergence.")
+    ] = None,
+    labels_weight: Annotated[float | None, number(float, "Weight of the task's own loss.")] = None,
+    sentence_weight: Annotated[
+        float | None, number(float, "Weight of the error of the sentence vectors.")
+    ] = None,
+    relation_weight: Annotated[
         float | None,
-        number(float, "Weight of the task's own loss; if unset, 1 if there are labels."),
+        number(float, "Weight of the squared error of the cosines of pairs of sentences."),
     ] = None,
 ) -> None:
-    """Train a student to reproduce its teacher's outputs, layer by layer.
+    """Train a student to reproduce its teacher's outputs.
 
-    Stage 1: plain text and the pre-trained teacher. Stage 2: a labelled table and the teacher
-    fine-tuned on it; a student without a classifier gets a copy of the teacher's.
+    Layer by layer on plain text (stage 1); or, of a sentence encoder, its vectors; or on a labelled
+    table with the teacher fine-tuned on it (stage 2): a student without a classifier gets a copy of
+    the teacher's. A weight that is unset has the stage's own value.
 
-    Ctrl-C (or SIGTERM) stops after the current step and keeps a checkpoint in OUT.training, from
-    which the same command continues. A second one quits at once.
+    A checkpoint is kept in OUT.training every ten minutes, and when Ctrl-C or SIGTERM stops the
+    training after the current step: the same command continues from it, even if it was killed. A
+    second Ctrl-C quits at once.
     """
     if steps is not None and epochs is not None:
         raise typer.BadParameter(
@@ -94,17 +121,38 @@ def distill(
 
     from kroneckerbert.data import TextDataset, is_table, label_targets, read_lines, read_table
     from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
+    from kroneckerbert.distillation.clock import Checkpoints
     from kroneckerbert.distillation.heads import with_head_of
+    from kroneckerbert.distillation.pooling import pair_evaluator, transformer_of
     from kroneckerbert.distillation.provenance import digest, identity
     from kroneckerbert.distillation.resuming import find, keep
     from kroneckerbert.distillation.signals import Interrupted, stoppable
     from kroneckerbert.files import replace_folder, writable_folder
-    from kroneckerbert.loading import check_source, load_tokenizer
+    from kroneckerbert.loading import (
+        check_source,
+        copy_modules,
+        is_sentence_folder,
+        load_encoder,
+        load_tokenizer,
+    )
     from kroneckerbert.modeling_kroneckerbert import max_tokens, positions
 
     out = writable_folder(out)
     table = read_table(data) if is_table(data) else None
     texts = read_lines(data) if table is None else table.texts
+    encoders = is_sentence_folder(teacher) and is_sentence_folder(student)
+    stage = stage or ("task" if table else "sentences" if encoders else "layers")
+    if (stage == "task") != (table is not None):
+        raise typer.BadParameter(
+            f"--stage {stage} needs {'a labelled table' if stage == 'task' else 'plain text'}, and "
+            f"{data} is {'plain text' if table is None else 'a table'}."
+        )
+    if pairs is not None and not (stage == "sentences" and encoders):
+        raise typer.BadParameter(
+            "--pairs scores the vectors of a SentenceTransformer: teacher and student must be "
+            "folders of one, and the stage sentences."
+        )
+    judged = None if pairs is None else pair_evaluator(read_table(pairs), pairs.name)
     if minutes is None and steps is None and epochs is None:
         minutes = _DEFAULT_MINUTES
     given: dict[str, Any] = {
@@ -116,13 +164,18 @@ def distill(
         "hidden_weight": hidden_weight,
         "logits_weight": logits_weight,
         "labels_weight": labels_weight,
+        "sentence_weight": sentence_weight,
+        "relation_weight": relation_weight,
+        "teacher_cache": None if teacher_cache is None else str(teacher_cache),
     }
+    if judged is not None:
+        given |= {"eval_strategy": "steps", "eval_steps": 0.1 if minutes is None else 500}
     args = DistillationConfig.until(
         str(out),
         minutes=minutes,
         steps=steps,
         epochs=epochs,
-        labelled=table is not None,
+        stage=stage,
         logging_first_step=True,
         logging_steps=10,
         **{name: value for name, value in given.items() if value is not None},
@@ -137,6 +190,7 @@ def distill(
         "--learning-rate": args.learning_rate,
         "--max-length": max_length,
         "--seed": seed,
+        "--stage": stage,
         **{f"--{name}-weight": weight for name, weight in args.weights.items()},
     }
     for name, source in {"teacher": teacher, "student": student}.items():
@@ -145,13 +199,16 @@ def distill(
     kept = out.with_name(f"{out.name}.training")
     checkpoint, seconds = find(kept, made_of)
 
-    teacher_model, tokenizer = read_model(teacher).float(), load_tokenizer(teacher)
+    read: Any = load_encoder if stage == "sentences" else read_model
+    teacher_given, tokenizer = read(teacher), load_tokenizer(teacher)
+    teacher_model = transformer_of(teacher_given).float()
     labels = None
     if table is None:
-        student_model = read_model(student).float()
+        student_given = read(student)
     else:
         labels = label_targets(table.labels, _classifier(teacher, teacher_model).config)
-        student_model = with_head_of(teacher_model, student).float()
+        student_given = with_head_of(teacher_model, student)
+    student_model = transformer_of(student_given).float()
     longest = min(max_tokens(teacher_model, tokenizer), positions(student_model))
     max_length = max_length or min(128, longest)
     if max_length > longest:
@@ -165,8 +222,18 @@ def distill(
     with replace_folder(out) as folder:
         args.output_dir = str(folder)
         trainer = DistillationTrainer(
-            student_model, teacher_model, args, train_dataset=dataset, processing_class=tokenizer
+            student_given,
+            teacher_given,
+            args,
+            evaluator=judged,
+            train_dataset=dataset,
+            processing_class=tokenizer,
         )
+
+        def take(saved: Path) -> None:
+            keep(kept, saved, made_of, time.monotonic() - start)
+
+        trainer.add_callback(Checkpoints(_CHECKPOINT_SECONDS, take))
         if checkpoint is not None:
             errors.print(f"Continuing from {checkpoint}.", soft_wrap=True)
             trainer.count_as_spent(seconds)
@@ -176,7 +243,6 @@ def distill(
             elapsed = time.monotonic() - start
             step = trainer.state.global_step
             if stop.number is not None and step < trainer.state.max_steps:
-                keep(kept, folder / f"checkpoint-{step}", made_of, elapsed)
                 raise Interrupted(
                     stop.number,
                     f"Stopped after step {step}; the training is kept in {kept}, which you may "
@@ -184,6 +250,7 @@ def distill(
                 )
             student_model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            copy_modules(student, folder)
     shutil.rmtree(kept, ignore_errors=True)
 
     reports = [log for log in trainer.state.log_history if "loss" in log]
@@ -191,6 +258,11 @@ def distill(
     losses = Table("mean over steps", right("1"), right(f"last of {trainer.state.global_step:,}"))
     for name in (name for name in last if name.startswith("loss")):
         losses.add_row(name.replace("_", " "), f"{first[name]:.4g}", f"{last[name]:.4g}")
+    scored = [log for log in trainer.state.log_history if any("cosine" in name for name in log)]
+    for name in (name for name in (scored[-1] if scored else ()) if name.endswith("_cosine")):
+        losses.add_row(
+            name.removeprefix("eval_"), f"{scored[0][name]:.4f}", f"{scored[-1][name]:.4f}"
+        )
     console.print(losses)
     console.print(f"Saved to {out} after {elapsed / 60:.1f} minutes.", soft_wrap=True)
 

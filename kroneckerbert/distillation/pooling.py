@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kroneckerbert.data import Table
 from kroneckerbert.loading import is_sentence_transformer
 from kroneckerbert.modeling_kroneckerbert import mean_pooling
 
@@ -19,6 +21,21 @@ from kroneckerbert.modeling_kroneckerbert import mean_pooling
 def transformer_of(model: Any) -> PreTrainedModel:
     """The transformers model in a SentenceTransformer; any other model is returned as it is."""
     return model[0].auto_model if is_sentence_transformer(model) else model
+
+
+def pair_evaluator(table: Table, name: str) -> Any:
+    """sentence-transformers' evaluator of a table of scores and two texts each.
+
+    Raises:
+        ValueError: If the table has no scores, or one text a row.
+        ImportError: If sentence-transformers is missing.
+    """
+    if table.texts_b is None or isinstance(table.labels[0], str):
+        raise ValueError(f"{name} needs rows score<TAB>text<TAB>text, with numbers as scores.")
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    scores = [float(label) for label in table.labels]
+    return EmbeddingSimilarityEvaluator(table.texts, table.texts_b, scores, name=Path(name).stem)
 
 
 class Pooling:

@@ -23,6 +23,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,8 @@ class _TaskRun(Steps):
         with self.state.main_process_first():  # one process downloads for all
             self.rows = {name: self._digests(name) for name in recipe.tasks}
         text = self._corpus(stage1) if stage1 else ""
-        length = stage1.max_length if stage1 else None
-        start = self._start(
-            {"corpus": text, "max_length": length}, lambda: self._texts(stage1) if stage1 else []
-        )
+        about = {"corpus": text, "max_length": stage1.max_length} if stage1 else {}
+        start = self._start(about, partial(self._texts, stage1) if stage1 else None)
         student = self._stage1(stage1, start, text) if stage1 else start
         scores: list[Score] = []
         students: list[tuple[str, int, Path]] = []

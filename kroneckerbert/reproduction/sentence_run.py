@@ -24,8 +24,9 @@ from torch.utils.data import Dataset
 
 from kron_kernels.files import write_file
 from kroneckerbert import measure
-from kroneckerbert.data import Table, TextDataset, read_lines, read_table
+from kroneckerbert.data import TextDataset, read_lines, read_table
 from kroneckerbert.distillation import DistillationTrainer
+from kroneckerbert.distillation.pooling import pair_evaluator
 from kroneckerbert.distillation.provenance import (
     MADE_OF,
     digest,
@@ -105,7 +106,7 @@ class SentenceRun(Steps):
                 student,
                 teacher,
                 args,
-                evaluator=_pairs_evaluator(self.watched),
+                evaluator=pair_evaluator(self.watched, "pairs") if self.watched else None,
                 train_dataset=self._rows(texts),
                 processing_class=self.tokenizer,
             )
@@ -122,7 +123,7 @@ class SentenceRun(Steps):
         return self._step("int8", {"student": identity(student)}, work, alone=True, renew=True)
 
     def _scored(self, student: Path, int8: Path) -> dict[str, Any]:
-        models = {"teacher": self.dense, "student": student, "int8": int8}
+        models: dict[str, Any] = {"teacher": self.dense, "student": student, "int8": int8}
 
         def work(folder: Path, _: Path) -> None:
             scores = {}
@@ -188,14 +189,6 @@ def _core_hours(trained: Path) -> float | None:
     history = read_json(trained / HISTORY)["log_history"]
     hours = [report["core_hours"] for report in history if "core_hours" in report]
     return round(hours[-1], 2) if hours else None
-
-
-def _pairs_evaluator(table: Table | None) -> Any:
-    if table is None:
-        return None
-    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-
-    return EmbeddingSimilarityEvaluator(table.texts, table.texts_b, table.labels, name="pairs")
 
 
 def _digest(folder: Path, name: str) -> str:

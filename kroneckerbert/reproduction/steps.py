@@ -29,7 +29,7 @@ from kron_kernels.files import write_file
 from kron_kernels.plan import Plan
 from kroneckerbert import measure
 from kroneckerbert.conversion import compress
-from kroneckerbert.distillation import DistillationTrainer, resuming
+from kroneckerbert.distillation import SENTENCES, DistillationTrainer, resuming
 from kroneckerbert.distillation.provenance import (
     MADE_OF,
     identity,
@@ -44,7 +44,7 @@ from kroneckerbert.loading import load as load_model
 from kroneckerbert.modeling_kroneckerbert import max_tokens
 from kroneckerbert.reproduction import curves
 from kroneckerbert.reproduction.card import machine, model_card, without_paths
-from kroneckerbert.reproduction.recipe import Latency, Recipe, Stage
+from kroneckerbert.reproduction.recipe import Latency, Recipe, Sentences, Stage
 
 HISTORY = "trainer_state.json"
 _PACKAGE = "package:"  # package:NAME/PATH is a path inside an installed package
@@ -119,6 +119,8 @@ class Steps:
         gpu = torch.cuda.is_available()
         usual = {"use_cpu": not gpu, "dataloader_pin_memory": gpu, "save_total_limit": 1}
         usual |= {"logging_first_step": True, "disable_tqdm": not sys.stderr.isatty()}
+        if isinstance(stage, Sentences):
+            usual |= {name: v for name, v in SENTENCES.items() if not name.startswith("per_")}
         return stage.arguments_class(
             output_dir=str(training),
             per_device_train_batch_size=stage.batch_size // parts,
@@ -156,7 +158,7 @@ class Steps:
         self.wait()
         return folder
 
-    def _start(self, about_text: dict[str, Any], texts: Callable[[], Dataset]) -> Path:
+    def _start(self, about_text: dict[str, Any], texts: Callable[[], Dataset] | None) -> Path:
         """The compressed teacher, started on ``texts`` if the recipe calibrates."""
         given = self.recipe.student
         shapes: Any = given.preset or given.factors
@@ -172,7 +174,7 @@ class Steps:
 
         def work(folder: Path, _: Path) -> None:
             batches = None
-            if given.calibration:
+            if given.calibration and texts:
                 found: Any = texts()
                 # Spread over the corpus: neighbouring texts are often about the same subject.
                 chosen = range(0, len(found), max(1, len(found) // given.calibration))

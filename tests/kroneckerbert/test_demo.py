@@ -28,6 +28,7 @@ def brief(monkeypatch):
     monkeypatch.setattr(demo, "embed", lambda *_: None)
     scores = {"cosine": 0.5, "ranking": 0.25}
     monkeypatch.setattr(demo, "embedding_similarity", lambda *_: scores)
+    monkeypatch.setattr(demo, "_first_look", lambda *_: [])
 
 
 def test_the_text_is_shipped_with_its_licence_and_split_without_overlap():

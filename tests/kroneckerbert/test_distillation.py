@@ -31,7 +31,6 @@ from transformers import (
 )
 
 from kroneckerbert.distillation import (
-    SHORT_RUN,
     TERMS,
     DistillationConfig,
     DistillationTrainer,
@@ -322,6 +321,66 @@ def test_logged_terms_add_up_to_the_logged_loss(tmp_path):
     for log in logs:
         total = sum(w * log[f"loss_{name}"] for name, w in weights.items())
         assert log["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_layer_terms_are_relative_to_the_teachers_variances_in_the_first_step(tmp_path):
+    student, teacher = bert(seed=1), bert()
+    data = ragged(8)
+    run = trainer(tmp_path, student, teacher, data, max_steps=1, gradient_accumulation_steps=2)
+    before = copy.deepcopy(student)
+    run.train()
+    batch = padded(data)
+    s, t = outputs(before, batch), outputs(teacher, batch)
+    real = batch["attention_mask"].bool()
+    pairs = (real[:, :, None] & real[:, None, :])[:, None].expand(-1, 4, -1, -1)
+    kept = {
+        "embedding": [(s.hidden_states[0][real], t.hidden_states[0][real])],
+        "hidden": [
+            (a[real], b[real])
+            for a, b in zip(s.hidden_states[1:], t.hidden_states[1:], strict=True)
+        ],
+        "attention": [
+            (a[pairs], b[pairs]) for a, b in zip(s.attentions, t.attentions, strict=True)
+        ],
+    }
+    for name, layers in kept.items():
+        want = sum((a - b).square().mean() / b.var(correction=0) for a, b in layers)
+        assert run.state.log_history[0][f"loss_{name}"] == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_a_teacher_whose_states_are_all_alike_divides_by_one(tmp_path):
+    teacher = bert()
+    with torch.no_grad():
+        teacher.embeddings.LayerNorm.weight.zero_()
+        teacher.embeddings.LayerNorm.bias.fill_(3.0)
+    run = trainer(tmp_path, bert(seed=1), teacher, max_steps=1)
+    run.train()
+    assert run._variances["hidden_states"][0] == 1
+    assert math.isfinite(run.state.log_history[0]["loss"])
+
+
+def test_a_term_that_is_nearly_all_of_the_loss_is_named_once(tmp_path):
+    run = trainer(tmp_path, bert(seed=1), bert(), attention_weight=1000.0)
+    with pytest.warns(
+        UserWarning, match="% of the loss is the attention term.*Lower attention_we"
+    ) as seen:
+        run.train()
+    assert len([w for w in seen if "of the loss" in str(w.message)]) == 1
+
+
+def test_core_hours_go_on_in_a_resumed_run(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(tmp_path, bert(seed=1), bert(), **options).train()
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    found = json.loads(state.read_text())
+    found["log_history"][-1]["core_hours"] = 5.0
+    state.write_text(json.dumps(found))
+    (tmp_path / "checkpoint-2" / "checksums.json").unlink()
+    run = trainer(tmp_path, bert(seed=1), bert(), **options)
+    with pytest.warns(UserWarning, match="has no checksums"):
+        run.train(str(tmp_path / "checkpoint-2"))
+    hours = [log["core_hours"] for log in run.state.log_history if "core_hours" in log]
+    assert hours[-1] > hours[-2] >= 5.0
 
 
 def test_a_term_of_weight_zero_is_not_computed(tmp_path, monkeypatch):
@@ -819,8 +878,12 @@ def test_a_run_ends_by_minutes_steps_or_epochs_with_the_rate_of_its_stage(tmp_pa
     assert (timed.max_minutes, timed.max_steps) == (5, 10**9)
     assert (counted.max_minutes, counted.max_steps) == (None, 7)
     assert (passes.max_minutes, passes.max_steps, passes.num_train_epochs) == (5, -1, 0.5)
-    assert (timed.learning_rate, until(steps=1, labelled=True).learning_rate) == (1e-3, 1e-4)
-    assert until(steps=1, labelled=True, **SHORT_RUN).learning_rate == SHORT_RUN["learning_rate"]
+    assert (timed.learning_rate, until(steps=1, stage="task").learning_rate) == (1e-3, 1e-4)
+    assert until(steps=1, stage="task", learning_rate=2.0).learning_rate == 2.0
+    vectors = until(steps=1, stage="sentences")
+    assert {k: v for k, v in vectors.weights.items() if v} == {"sentence": 1.0, "relation": 10.0}
+    with pytest.raises(ValueError, match="stage must be one of layers, task, sentences, got 'x'"):
+        until(steps=1, stage="x")
     with pytest.raises(ValueError, match="give minutes, steps or epochs"):
         until()
 

@@ -14,12 +14,13 @@ from transformers import (
 
 from kroneckerbert import DistillationTrainer, KroneckerBertForMaskedLM
 from kroneckerbert.adapters import LoraKroneckerLinear
-from kroneckerbert.distillation.clock import Deadline, TimeBar
+from kroneckerbert.distillation.clock import Checkpoints, Deadline, TimeBar
 from kroneckerbert.reproduction.corpus import MaskedCollator
 
 OURS = {
     KroneckerBertForMaskedLM: PreTrainedModel,
     DistillationTrainer: Trainer,
+    Checkpoints: TrainerCallback,
     Deadline: TrainerCallback,
     TimeBar: ProgressCallback,
     MaskedCollator: DataCollatorForLanguageModeling,

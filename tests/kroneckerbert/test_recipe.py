@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny import WORDS, tiny_tokenizer
 from transformers import BertForPreTraining, Trainer, TrainingArguments
 
+import kroneckerbert
 from kroneckerbert import DistillationConfig
 from kroneckerbert.distillation.signals import Interrupted
 from kroneckerbert.reproduction import curves, recipe, steps
@@ -110,6 +111,68 @@ def finished(sources, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "out"
     reproduction.run(recipe.parse(given.__wrapped__(sources)), output, sources / "data")
     return output
+
+
+# Sentence encoders
+
+
+@pytest.fixture
+def vectors(tmp_path_factory) -> dict:
+    teacher = tmp_path_factory.mktemp("teacher")
+    save(teacher, hidden_size=64, intermediate_size=128)  # factors that are large enough for int8
+    return {
+        "description": "a tiny encoder",
+        "teacher": str(teacher),
+        "student": {"preset": "kronecker-bert-8", "calibration": 8, "sequential": True},
+        "sentences": {
+            "texts": {"texts.txt": {"cut": True}, "data/train-v1.1.json": {}},
+            "pairs": {"stsb": "data/stsb_dev.tsv"},
+            "max_length": 16,
+            "batch_size": 4,
+            "arguments": {"max_steps": 6, "logging_steps": 1, "save_steps": 2},
+        },
+        "card": {"license": "apache-2.0", "data": ["of no one"], "limits": ["of no use"]},
+    }
+
+
+def test_an_encoder_is_made_scored_quantised_and_described(sources, vectors, tmp_path):
+    results = reproduction.run(recipe.parse(vectors), tmp_path, sources)
+    assert set(results["scores"]) == {"teacher", "student", "int8"}
+    assert results["core_hours"] is not None
+    texts = (tmp_path / "texts" / "texts.txt").read_text().splitlines()
+    assert len(texts) > 20 and not {"a film", "this film", "bad a"} & set(texts)
+    student = tmp_path / "student"
+    assert json.loads((student / "student.json").read_text()) == results
+    encoder = kroneckerbert.load(str(student))
+    assert encoder.model.config.kronecker_int8
+    card = (student / "README.md").read_text()
+    for text in ("a tiny encoder", "sentence-similarity", "of no use", "kroneckerbert.load"):
+        assert text in card
+    before = load_file(student / "model.safetensors")
+    reproduction.run(recipe.parse(vectors), tmp_path, sources)  # nothing is done again
+    after = load_file(student / "model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": {"sst2": {}}}, "a recipe with sentences has no stage1 and no tasks"),
+        ({"sentences": {"texts": {}}}, "names no file"),
+        (
+            {"sentences": {"texts": {"a.txt": {"cuts": True}}}},
+            "did you mean sentences.texts.a.txt.cut",
+        ),
+    ],
+)
+def test_a_recipe_of_an_encoder_that_cannot_work_is_refused(vectors, change, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.parse(vectors | change)
+
+
+def test_an_encoder_needs_the_data_folder(vectors, tmp_path):
+    with pytest.raises(ValueError, match="give --data DIR"):
+        reproduction.run(recipe.parse(vectors), tmp_path)
 
 
 # What a recipe may be

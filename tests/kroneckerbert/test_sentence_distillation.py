@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from commands import fails, succeeds
 from tiny import tiny_bert, tiny_tokenizer
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import BertForMaskedLM, BertModel, TrainerCallback
@@ -120,6 +121,42 @@ def test_without_modules_vectors_are_unit_means_over_real_tokens():
     rows = zip(output.last_hidden_state, batch["attention_mask"], strict=True)
     means = [normalize(h[: int(mask.sum())].mean(0), dim=-1) for h, mask in rows]
     torch.testing.assert_close(got, torch.stack(means))
+
+
+# The command line, on folders
+
+
+def test_commands_keep_a_sentence_transformers_modules(tmp_path, sentence_transformer):
+    from sentence_transformers import SentenceTransformer
+
+    teacher, small, trained, int8, texts, pairs = (
+        tmp_path / name for name in ("teacher", "small", "trained", "int8", "t.txt", "pairs.tsv")
+    )
+    sentence_transformer.save(str(teacher))
+    texts.write_text("\n".join(TEXTS))
+    pairs.write_text("".join(f"{i}\t{TEXTS[i]}\t{TEXTS[-i]}\n" for i in range(1, 9)))
+    succeeds("compress", teacher, small)
+    output = succeeds(
+        *("distill", teacher, small, trained, "--data", texts, "--steps", 8, "--pairs", pairs),
+        *("--teacher-cache", tmp_path / "cache"),
+    )
+    assert "loss sentence" in output and "loss hidden" not in output
+    assert "pairs_spearman_cosine" in output
+    succeeds("quantize", trained, int8)
+    for folder in (small, trained, int8):
+        loaded = SentenceTransformer(str(folder), device="cpu")
+        assert [type(part).__name__ for part in loaded] == [
+            "Transformer", "Pooling", "Dense", "Normalize",
+        ]  # fmt: skip
+        assert loaded.encode(TEXTS).shape == (len(TEXTS), 8)
+    assert "is plain text" in fails(
+        *("distill", teacher, small, tmp_path / "none", "--data", texts, "--stage", "task")
+    )
+    succeeds("decompress", small, tmp_path / "dense")
+    assert "folders of one" in fails(
+        *("distill", teacher, small, tmp_path / "none", "--data", texts, "--pairs", pairs),
+        *("--stage", "layers"),
+    )
 
 
 # The trainer

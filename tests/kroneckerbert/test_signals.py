@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: a stopped training is kept, and continues to the same result."""
 
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import torch
 from commands import WORDS, fails, run, save, student_of, succeeds, weights
 from transformers import TrainerCallback
 
+from kroneckerbert.cli import training
 from kroneckerbert.cli.sources import read_model
 from kroneckerbert.distillation import DistillationTrainer
 from kroneckerbert.distillation.signals import Stop, handled, interrupt
@@ -68,6 +70,41 @@ def test_a_stopped_distillation_ends_with_the_same_weights(tmp_path, teacher, te
         names = {path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))}
         assert names == {"out.training"}
 
+    assert f"Continuing from {kept}" in succeeds(*command)
+    whole, resumed = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert not kept.exists()
+
+
+def train_and_be_killed(command) -> None:
+    class At(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    train = DistillationTrainer.train
+    training._CHECKPOINT_SECONDS = 0.0  # of this process, which will not outlive it
+
+    def watched(self, *arguments, **options):
+        self.add_callback(At)
+        return train(self, *arguments, **options)
+
+    DistillationTrainer.train = watched
+    run(*command)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_distillation_goes_on_from_its_last_checkpoint(tmp_path, teacher, texts):
+    student, out, kept = student_of(teacher), tmp_path / "out", tmp_path / "out.training"
+    options = ["--data", texts, "--epochs", 2, "--batch-size", 2]
+    succeeds("distill", teacher, student, tmp_path / "whole", *options)
+    command = [str(word) for word in ("distill", teacher, student, out, *options)]
+    process = multiprocessing.get_context("fork").Process(
+        target=train_and_be_killed, args=(command,)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and (kept / "checkpoint").is_dir()
     assert f"Continuing from {kept}" in succeeds(*command)
     whole, resumed = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
