@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import warnings
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -128,8 +129,8 @@ def is_table(path: Path) -> bool:
 def read_table(path: Path) -> Table:
     """A tab-separated UTF-8 table with the columns label, text and, optionally, a second text.
 
-    A first line whose first field is ``label`` is a header and skipped, like blank lines. There is
-    no quoting: quotation marks are text.
+    A first line whose first field is ``label`` is a header and skipped, like blank lines and rows
+    with an empty text, which a warning counts. There is no quoting: quotation marks are text.
 
     Args:
         path: Plain, or compressed if it ends in ``.gz``.
@@ -142,6 +143,7 @@ def read_table(path: Path) -> Table:
         OSError: If the file cannot be read or decompressed.
     """
     rows: list[tuple[int, list[str]]] = []
+    empty: list[int] = []
     for number, line in numbered_lines(path):
         fields = [field.strip() for field in line.split("\t")]
         if not rows and fields[0].lower() == "label":
@@ -156,12 +158,18 @@ def read_table(path: Path) -> Table:
                 f"{path}, line {number}: {len(fields)} fields, but the first row, line "
                 f"{rows[0][0]}, has {len(rows[0][1])}; all rows must have one text, or all two."
             )
-        if not all(fields):
-            raise ValueError(
-                f"{path}, line {number}: field {fields.index('') + 1} is empty; every row "
-                "needs its label and its texts."
-            )
-        rows.append((number, fields))
+        if not fields[0]:
+            raise ValueError(f"{path}, line {number}: the label is empty; every row needs one.")
+        if all(fields):
+            rows.append((number, fields))
+        else:
+            empty.append(number)
+    if empty:
+        warnings.warn(
+            f"{path}: {len(empty)} row(s) with an empty text are skipped, the first in line "
+            f"{empty[0]}.",
+            stacklevel=2,
+        )
     if not rows:
         raise ValueError(f"{path} has no rows; a row is label<TAB>text.")
     columns = list(zip(*(fields for _, fields in rows), strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -132,6 +132,9 @@ def latency(
 class LayerReport:
     """One factorised layer; FLOPs and milliseconds are those of one forward pass of the model.
 
+    A layer is timed alone, even if it shares a call in the model: medians, and with ``_low`` and
+    ``_high`` quartiles.
+
     Errors are squared and relative, ``‖W − Ŵ‖² / ‖W‖²`` and ``E‖W x + b − Ŵ x − b̂‖² / E‖W x + b‖²``
     on the dense model's own inputs; None without the dense model or calibration text.
     """
@@ -145,7 +148,11 @@ class LayerReport:
     flops_dense: int
     flops: int
     ms_dense: float
+    ms_dense_low: float
+    ms_dense_high: float
     ms: float
+    ms_low: float
+    ms_high: float
     weight_error: float | None
     output_error: float | None
 
@@ -155,7 +162,7 @@ class Report:
     """Costs and errors of each factorised layer, and totals of the whole model."""
 
     layers: list[LayerReport]
-    # "parameters", "bytes", "flops" and "ms" of "dense" and "compressed".
+    # "parameters", "bytes", "flops", "ms", "ms_low" and "ms_high" of "dense" and "compressed".
     totals: dict[str, dict[str, float]]
     setting: dict[str, Any]
     encoder: str  # how the layers are called, see ``kroneckerbert.explain``
@@ -221,7 +228,7 @@ def report(
         if calibration is not None and teacher is not None:
             errors = _output_errors(layers, teacher.base_model, linears, calibration)
         counts = tokens_of(encoder, {"input_ids": ids}, linears)
-        times: dict[tuple, tuple[float, float]] = {}  # shared by layers that are alike
+        times: dict[tuple, dict[str, Timing]] = {}  # shared by layers that are alike
         rows = []
         for path, layer in layers.items():
             is_table = path not in linears
@@ -242,7 +249,10 @@ def report(
         "parameters": {name: parameters(m) for name, m in models.items()},
         "bytes": {name: model_bytes(m) for name, m in models.items()},
         "flops": {name: flops(m, batch, tokens) for name, m in models.items()},
-        "ms": {name: whole[name].median for name in models},
+        **{
+            f"ms{end}": {name: getattr(whole[name], part) for name in models}
+            for end, part in (("", "median"), ("_low", "low"), ("_high", "high"))
+        },
     }
     setting = setting_of(model) | {"batch": batch, "tokens": tokens}
     return Report(rows, totals, setting, called)
@@ -266,10 +276,9 @@ def _dense_layers(
     return {path: teacher.base_model.get_submodule(path) for path in layers}
 
 
-def _milliseconds(layer: nn.Module, stock: nn.Module, x: Tensor) -> tuple[float, float]:
+def _milliseconds(layer: nn.Module, stock: nn.Module, x: Tensor) -> dict[str, Timing]:
     """Times of the dense layer and of ours."""
-    times = interleaved({"dense": lambda: stock(x), "ours": lambda: layer(x)}, _LAYER_SECONDS)
-    return times["dense"].median, times["ours"].median
+    return interleaved({"dense": lambda: stock(x), "ours": lambda: layer(x)}, _LAYER_SECONDS)
 
 
 def _weight_error(dense: nn.Module, stock: nn.Module) -> float:
@@ -302,7 +311,7 @@ def _row(
     layer: nn.Module,
     stock: nn.Linear | nn.Embedding,
     tokens: int,
-    milliseconds: tuple[float, float],
+    times: Mapping[str, Timing],
     weight_error: float | None,
     output_error: float | None,
 ) -> LayerReport:
@@ -318,8 +327,12 @@ def _row(
         parameters=sum(s.parameters for s in shapes) or rows * columns,
         flops_dense=dense * tokens,
         flops=(sum(s.flops for s in shapes) or dense) * tokens,
-        ms_dense=milliseconds[0],
-        ms=milliseconds[1],
+        ms_dense=times["dense"].median,
+        ms_dense_low=times["dense"].low,
+        ms_dense_high=times["dense"].high,
+        ms=times["ours"].median,
+        ms_low=times["ours"].low,
+        ms_high=times["ours"].high,
         weight_error=weight_error,
         output_error=output_error,
     )
@@ -372,32 +385,44 @@ def _table(report: Report) -> Table:
         table.add_row(
             name if len(rows) == 1 else f"{name} ({len(rows)})",
             terms,
-            *_costs(*((sums[f"{key}_dense"], sums[key]) for key in ("parameters", "flops", "ms"))),
+            *_costs(
+                [(sums[f"{key}_dense"], sums[key]) for key in _SHOWN],
+                [(sums[f"ms{of}_low"], sums[f"ms{of}_high"]) for of in ("_dense", "")],
+            ),
             _mean([r.weight_error for r in rows]),
             _mean([r.output_error for r in rows]),
         )
     table.add_section()
-    totals = (report.totals[key] for key in ("parameters", "flops", "ms"))
-    costs = _costs(*((total.get("dense"), total["compressed"]) for total in totals))
+    totals = report.totals
+    costs = _costs(
+        [(totals[key].get("dense"), totals[key]["compressed"]) for key in _SHOWN],
+        [(totals["ms_low"].get(of), totals["ms_high"].get(of)) for of in ("dense", "compressed")],
+    )
     table.add_row("the whole model", "", *costs)
     return table
 
 
+_SHOWN = ("parameters", "flops", "ms")  # in a table's row
 Pair = tuple[float | None, float]  # the dense form's value, if known, and ours
 
 
-def _costs(parameters: Pair, flops: Pair, ms: Pair) -> list[str]:
-    """The cells about costs in a row."""
+def _costs(pairs: Sequence[Pair], quartiles: Sequence[tuple]) -> list[str]:
+    """The cells about costs in a row: pairs of ``_SHOWN``, and quartiles of both times."""
+    parameters, flops, (dense, ours) = pairs
     cells = []
-    for (dense, ours), unit, form in ((parameters, 1, ",.0f"), (flops, 1e6, ",.1f")):
+    for (before, after), unit, form in ((parameters, 1, ",.0f"), (flops, 1e6, ",.1f")):
         cells.append(
-            f"{ours / unit:{form}}" + (f" ({dense / ours:.1f}x)" if dense and ours else "")
+            f"{after / unit:{form}}" + (f" ({before / after:.1f}x)" if before and after else "")
         )
-    dense, ours = ms
+    theirs, own = quartiles
     if dense is None:
-        return [*cells, "", f"{ours:.2f}", ""]
+        return [*cells, "", _spread(ours, own), ""]
     faster = f"{dense / ours:.1f}" if dense >= ours else f"{dense / ours:.2f} slower here"
-    return [*cells, f"{dense:.2f}", f"{ours:.2f}", faster]
+    return [*cells, _spread(dense, theirs), _spread(ours, own), faster]
+
+
+def _spread(median: float, quartiles: tuple[float, float]) -> str:
+    return f"{median:.2f}\n{quartiles[0]:.2f}-{quartiles[1]:.2f}"
 
 
 def _mean(errors: list[float | None]) -> str:

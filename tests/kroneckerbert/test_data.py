@@ -74,7 +74,7 @@ def test_a_tab_in_the_first_line_marks_a_table(tmp_path):
         ("1\ta\nNEG\tb\n", r"line 2: label 'NEG' is a word, but the first, '1' in line 1, is not"),
         ("NEG\ta\nPOS\tb\n1\tc\n", r"line 3: label '1' is a number, but the first, 'NEG'"),
         ("1\ta\nnan\tb\n", r"line 2: label 'nan' must be a finite number"),
-        ("1\ta\n0\t \n", r"line 2: field 2 is empty"),
+        ("1\ta\n\tb\n", r"line 2: the label is empty"),
         ("label\ttext\n", r"data.txt has no rows"),
         (b"1\ta\n0\t\xff\n", r"line 2: not UTF-8 .*convert the file"),
     ],
@@ -147,3 +147,14 @@ def test_trainer_pads_masks_and_groups_rows_by_length(tmp_path, tokenizer):
         real += int(batch["attention_mask"].sum())
         padded += batch["attention_mask"].numel()
     assert real > 0.85 * padded  # 0.7 in random order
+
+
+def test_rows_with_an_empty_text_are_skipped_and_counted(tmp_path):
+    path = tmp_path / "t.tsv"
+    path.write_text("1\ta\tb\n0\t \tb\n1\tc\td\n0\te\t\n")
+    with pytest.warns(UserWarning, match=r"2 row\(s\) with an empty text .* in line 2"):
+        table = read_table(path)
+    assert (table.labels, table.texts, table.texts_b) == ([1, 1], ["a", "c"], ["b", "d"])
+    path.write_text("1\t\n")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="has no rows"):
+        read_table(path)
