@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.classification import (
     binary_f1_score,
     multiclass_f1_score,
@@ -93,7 +94,43 @@ def _vectors(
 
 def classifies_sequences(model: PreTrainedModel) -> bool:
     """Whether the model has transformers' head for sequence classification."""
-    return type(model).__name__.endswith("ForSequenceClassification")
+    name = model.class_name if isinstance(model, Program) else type(model).__name__
+    return name.endswith("ForSequenceClassification")
+
+
+class Program(nn.Module):
+    """An exported model with what is asked of a model here: it is evaluated like one.
+
+    Args:
+        folder: Written by ``kroneckerbert.export``.
+
+    Raises:
+        OSError, ImportError, ValueError: As ``kroneckerbert.load_exported``.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        super().__init__()
+        from kroneckerbert.exporting import load_exported
+
+        self.program = load_exported(folder)
+        self.config = self.program.config
+        self.class_name = (self.config.architectures or [""])[0]
+        self.num_labels = self.config.num_labels
+
+    @property
+    def base_model(self) -> Program:
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.program.device
+
+    def forward(self, **inputs: Tensor) -> Any:
+        (runner,) = self.program.runners.values()
+        segments = "token_type_ids"  # zeros of a single text are left out of batches
+        if segments in runner.metadata.kwargs and segments not in inputs:
+            inputs[segments] = torch.zeros_like(inputs["input_ids"])
+        return self.program(**inputs)
 
 
 def similarity(

@@ -26,6 +26,15 @@ def read_model(source: str) -> PreTrainedModel:
     return load(source)
 
 
+def read_runnable(source: str) -> Any:
+    """A saved model, or the program in a folder that 'export' wrote; on the GPU if there is one."""
+    if (Path(source) / "export.json").is_file():
+        from kroneckerbert.evaluation import Program
+
+        return Program(source)
+    return on_gpu(read_model(source))
+
+
 def existing(*sources: str | Path | None) -> list[Path]:
     """The inputs of a command that were given, which its outputs must not overwrite."""
     return [Path(source) for source in sources if source is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -21,7 +23,7 @@ from kroneckerbert.cli.shell import (
     regular,
     right,
 )
-from kroneckerbert.cli.sources import on_gpu, read_model
+from kroneckerbert.cli.sources import read_model, read_runnable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -268,7 +270,9 @@ def distill(
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="The model to evaluate.")],
+    model: Annotated[
+        str, typer.Argument(help="The model to evaluate: saved, or exported to ONNX or OpenVINO.")
+    ],
     data: Annotated[
         Path | None,
         typer.Option(
@@ -321,7 +325,7 @@ def evaluate(
         )
     rows: Any = read_table(data) if labelled else read_lines(data)
     tokenizer = load_tokenizer(model)
-    models = [on_gpu(read_model(source)) for source in sources]
+    models = [read_runnable(source) for source in sources]
     if labelled:
         columns = [evaluate_model(m, tokenizer, rows, batch_size) for m in models]
     else:
@@ -355,7 +359,7 @@ def _evaluate_task(
     tokenizer = load_tokenizer(models[0])
     columns = []
     for source in models:
-        scores = evaluate_task(on_gpu(read_model(source)), tokenizer, task, rows, batch_size)
+        scores = evaluate_task(read_runnable(source), tokenizer, task, rows, batch_size)
         columns.append(compare(task, scores, split))
     published = dict.fromkeys(key for row in columns[0].values() for key in row if key != "ours")
     headings = [*models, *(f"paper's {key}" for key in published)]
@@ -385,6 +389,21 @@ def reproduce(
         list[str] | None,
         typer.Option(help="One of the recipe's tasks; may be repeated. All if unset."),
     ] = None,
+    train: Annotated[
+        Path | None,
+        input_file(
+            "Of a task of your own: the table label<TAB>text[<TAB>second text] to train on."
+        ),
+    ] = None,
+    test: Annotated[Path | None, input_file("And the one to evaluate on.")] = None,
+    metric: Annotated[
+        str | None,
+        choice(
+            "Of a task of your own: its metric; accuracy or spearman, by the labels, if unset.",
+            ("accuracy", "f1", "matthews", "pearson", "spearman"),
+        ),
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Replaces the recipe's teacher.")] = None,
     seed: Annotated[
         list[int] | None,
         number(int, "Replaces the recipe's seeds of stage 2; may be repeated.", most=MAX_SEED),
@@ -398,7 +417,10 @@ def reproduce(
         ),
     ] = None,
 ) -> None:
-    """Run a recipe: initial student, stage 1, teachers, stage 2, scores and model cards.
+    """Run a recipe: initial student, distillation, scores and model cards.
+
+    For a task of your own: kroneckerbert reproduce own-task --train TABLE --test TABLE. It
+    fine-tunes the teacher, distils a student, makes it int8, exports it and scores all four.
 
     The same command resumes an interrupted run; Ctrl-C during a training in one process keeps its
     last step. For several GPUs: torchrun --nproc-per-node 4 -m kroneckerbert reproduce ..., or
@@ -407,8 +429,17 @@ def reproduce(
     from kroneckerbert.reproduction.recipe import load
     from kroneckerbert.reproduction.run import run
 
+    changes = list(change or ())
+    if (train is None) != (test is None) or (metric is not None and train is None):
+        raise typer.BadParameter("a task of your own needs both --train and --test.")
+    if train is not None and test is not None:
+        files = {"train": str(train.resolve()), "test": str(test.resolve()), "metric": metric}
+        name = re.sub(r"\W", "_", train.name.partition(".")[0])
+        changes.append(f"tasks={json.dumps({name: files})}")
+    if teacher is not None:
+        changes.append(f"teacher={json.dumps(teacher)}")
     out = output or Path("runs") / Path(recipe).stem
-    run(load(recipe, change or ()), out, data, task or None, seed or None)
+    run(load(recipe, changes), out, data, task or None, seed or None)
 
 
 def recipes() -> None:

@@ -112,7 +112,7 @@ def model_card(
     teacher = recipe["teacher"]
     sizes = parameters(model), dense_parameters
     head = type(model).__name__.rpartition("For")[2]
-    hub = [TASKS[score.task].hub["path"] for score in scores]
+    hub = [TASKS[score.task].hub["path"] for score in scores if score.task in TASKS]
     corpus = recipe.get("stage1", {}).get("corpus", {}).get("source", "")
     data = ModelCardData(
         model_name=name,
@@ -126,7 +126,7 @@ def model_card(
         eval_results=[
             _eval_result(score, score.seeds[seed])
             for score in scores
-            if seed is not None and seed in score.seeds
+            if seed is not None and seed in score.seeds and score.task in TASKS
         ]
         or None,
     )

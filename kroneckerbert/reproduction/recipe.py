@@ -47,6 +47,7 @@ _LEAST = {
     "save_steps": 0,
     "seed": 0,
 }
+_PROGRAMS = ("onnx", "openvino")  # that run no code when they are loaded
 _hints = cache(typing.get_type_hints)  # slow for classes as large as TrainingArguments
 
 
@@ -64,8 +65,8 @@ class CorpusSource:
 class Student:
     """How the teacher is compressed: exactly one of preset, plan (a file) and factors.
 
-    ``calibration`` is the number of corpus sequences used as calibration; ``sequential`` is that of
-    ``kroneckerbert.compress``.
+    ``calibration`` is the number of texts used as calibration, of stage 1, else of the first task;
+    ``sequential`` is that of ``kroneckerbert.compress``.
     """
 
     preset: str | None = None
@@ -137,8 +138,15 @@ Stage = Stage1 | Sentences | FineTuning | Stage2
 
 @dataclass(frozen=True)
 class TaskRecipe:
-    """Settings of one task that differ from the recipe's ``fine_tuning`` and ``stage2``."""
+    """Settings of one task that differ from the recipe's ``fine_tuning`` and ``stage2``.
 
+    A task of one's own has ``train`` and ``test``, tables in the data folder, and perhaps a
+    ``metric``, see ``kroneckerbert.reproduction.tasks.own_task``.
+    """
+
+    train: str | None = None
+    test: str | None = None
+    metric: str | None = None
     fine_tuning: FineTuning = field(default_factory=FineTuning)
     stage2: Stage2 = field(default_factory=Stage2)
 
@@ -149,6 +157,14 @@ class Evaluation:
 
     batch_size: int = 32
     also: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Other forms of each task's students, evaluated too: int8 weights, and an exported program."""
+
+    int8: bool = False
+    export: str | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +203,7 @@ class Recipe:
         tasks: By name, see ``TaskRecipe``.
         seeds: One student per seed in stage 2.
         evaluation: See ``Evaluation``.
+        deployment: See ``Deployment``.
         latency: See ``Latency``; without it nothing is timed.
         card: See ``Card``.
 
@@ -204,6 +221,7 @@ class Recipe:
     stage2: Stage2 = field(default_factory=Stage2)
     tasks: dict[str, TaskRecipe] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    deployment: Deployment = field(default_factory=Deployment)
     latency: Latency | None = None
     card: Card = field(default_factory=Card)
     given: dict = field(default_factory=dict, init=False, repr=False)
@@ -265,8 +283,15 @@ def parse(given: Mapping[str, Any]) -> Recipe:
     given = {key: value for key, value in given.items() if value is not None}
     _build(Recipe, given)  # before tasks are merged, so that errors name the right key
     tasks = given.get("tasks", {})
-    for name in tasks:
-        _known(name, [task for task in TASKS if "train" in TASKS[task].splits], "tasks.")
+    for name, own in tasks.items():
+        is_own = bool(own) and ("train" in own or "test" in own)
+        if is_own and (name in TASKS or not ("train" in own and "test" in own)):
+            raise ValueError(
+                f"tasks.{name}: a task of your own has train and test, two tables, and a name that "
+                "is none of the paper's tasks."
+            )
+        if not is_own:
+            _known(name, [task for task in TASKS if "train" in TASKS[task].splits], "tasks.")
     shared = {key: given.get(key, {}) for key in ("fine_tuning", "stage2")}
     merged = {name: _merged(shared, own) for name, own in tasks.items()}
     recipe = _build(Recipe, {**given, "tasks": merged})
@@ -393,6 +418,11 @@ def _known(key: Any, names: Iterable[str], where: str) -> None:
 def _check(recipe: Recipe) -> None:
     """Conditions that types do not express."""
     student, stage1, latency = recipe.student, recipe.stage1, recipe.latency
+    if recipe.deployment.export not in (None, *_PROGRAMS):
+        raise ValueError(
+            f"deployment.export must be one of {', '.join(_PROGRAMS)}, got "
+            f"{recipe.deployment.export!r}."
+        )
     ways = [way for way in ("preset", "plan", "factors") if getattr(student, way) is not None]
     if len(ways) != 1:
         found = " and ".join(ways) or "no shapes"
@@ -400,11 +430,6 @@ def _check(recipe: Recipe) -> None:
     if student.preset is not None:
         _known(student.preset, PRESETS, "student.preset = ")
     sentences = recipe.sentences
-    if stage1 is None and sentences is None and student.calibration:
-        raise ValueError(
-            "student.calibration needs stage1.corpus or sentences.texts, from which its text is "
-            "taken."
-        )
     if sentences is not None:
         if stage1 is not None or recipe.tasks:
             raise ValueError(

@@ -20,7 +20,7 @@ Output:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -39,8 +39,10 @@ from kroneckerbert.data import Table, TextDataset, label_targets
 from kroneckerbert.distillation import DistillationTrainer
 from kroneckerbert.distillation.heads import with_head_of
 from kroneckerbert.distillation.provenance import digest, identity, read_json, write_json
+from kroneckerbert.evaluation import Program
 from kroneckerbert.loading import load as load_model
 from kroneckerbert.loading import without_weights
+from kroneckerbert.quantization import quantize
 from kroneckerbert.reproduction import corpus
 from kroneckerbert.reproduction.card import Score
 from kroneckerbert.reproduction.recipe import Recipe, Stage1, load, select
@@ -53,6 +55,7 @@ from kroneckerbert.reproduction.tasks import (
     compare,
     evaluate_task,
     match_labels,
+    own_task,
     read_task,
 )
 
@@ -104,25 +107,39 @@ class _TaskRun(Steps):
     def run(self) -> dict[str, Any]:
         recipe, stage1 = self.recipe, self.recipe.stage1
         self._check()
+        self.tasks = TASKS | {
+            name: own_task(name, task.train, task.test, task.metric, self.data or ".")
+            for name, task in recipe.tasks.items()
+            if task.train and task.test
+        }
         # Report missing data now, not after hours of stage 1.
         with self.state.main_process_first():  # one process downloads for all
             self.rows = {name: self._digests(name) for name in recipe.tasks}
         text = self._corpus(stage1) if stage1 else ""
-        about = {"corpus": text, "max_length": stage1.max_length} if stage1 else {}
-        start = self._start(about, partial(self._texts, stage1) if stage1 else None)
+        about: dict[str, Any] = {}
+        texts: Callable[[], Dataset] | None = None
+        if stage1:
+            about = {"corpus": text, "max_length": stage1.max_length}
+            texts = partial(self._texts, stage1)
+        elif name := next(iter(recipe.tasks), None):
+            length = recipe.tasks[name].stage2.max_length
+            about = {"data": self.rows[name][f"{name} train"], "max_length": length}
+            texts = partial(self._task_texts, name, length)
+        start = self._start(about, texts)
         student = self._stage1(stage1, start, text) if stage1 else start
         scores: list[Score] = []
         students: list[tuple[str, int, Path]] = []
         for name in recipe.tasks:
             teacher = self._teacher(name)
             taught = self._evaluated(name, "teacher", teacher)
-            self._print_scores(_compared(taught, {}), "teacher")
+            self._print_scores(self._compared(taught, {}), "teacher")
             ours = {}
             for seed in recipe.seeds:
                 folder = self._stage2(name, teacher, student, seed)
                 ours[seed] = self._evaluated(name, f"seed-{seed}", folder)
                 students.append((name, seed, folder))
-            compared = _compared(taught, ours)
+                self._deployed(name, seed, folder)
+            compared = self._compared(taught, ours)
             self._print_scores(compared, "student")
             scores += compared
         latency = self._latency(recipe.latency, student) if recipe.latency else None
@@ -136,11 +153,11 @@ class _TaskRun(Steps):
     def _sets(self, name: str) -> list[str]:
         """The sets on which a task's models are evaluated."""
         also = self.recipe.evaluation.also
-        return [name, *(other for other in TASKS[name].evaluated_on if other in also)]
+        return [name, *(other for other in self.tasks[name].evaluated_on if other in also)]
 
     def _read(self, name: str, split: str) -> Table | Questions:
         try:
-            return read_task(name, split, self.data)
+            return read_task(self.tasks[name], split, self.data)
         except OSError as error:
             message = str(error).rstrip(".")
             raise type(error)(
@@ -150,7 +167,7 @@ class _TaskRun(Steps):
 
     def _digests(self, name: str) -> dict[str, str]:
         """A digest of the rows of each set and split."""
-        wanted = [(name, "train"), *((of, TASKS[of].evaluation) for of in self._sets(name))]
+        wanted = [(name, "train"), *((of, self.tasks[of].evaluation) for of in self._sets(name))]
         return {
             f"{of} {split}": digest(repr(self._read(of, split)).encode(errors="surrogatepass"))
             for of, split in wanted
@@ -173,6 +190,14 @@ class _TaskRun(Steps):
 
     def _texts(self, stage: Stage1, **options: Any) -> corpus.Corpus:
         return corpus.Corpus(self.output / "corpus", self.tokenizer, stage.max_length, **options)
+
+    def _task_texts(self, name: str, max_length: int) -> Dataset:
+        """The texts of a task's training set, without labels."""
+        rows = self._read(name, "train")
+        if not isinstance(rows, Table):
+            questions = [question.question for question in rows]
+            return TextDataset(self.tokenizer, questions, max_length=max_length)
+        return TextDataset(self.tokenizer, rows.texts, rows.texts_b, None, max_length)
 
     def _stage1(self, stage: Stage1, start: Path, text: str) -> Path:
         settings = settings_of(stage)
@@ -199,7 +224,7 @@ class _TaskRun(Steps):
         return self._step("stage1", made_of, work)
 
     def _teacher(self, name: str) -> str | Path:
-        task, tuning = TASKS[name], self.recipe.tasks[name].fine_tuning
+        task, tuning = self.tasks[name], self.recipe.tasks[name].fine_tuning
         if tuning.model is not None:
             return located(tuning.model)
         made_of = {
@@ -235,7 +260,7 @@ class _TaskRun(Steps):
         def work(folder: Path, training: Path) -> None:
             cache = str(self.output / "cache" / name) if stage.cache_teacher else None
             args = self._arguments(stage, training, seed=seed, teacher_cache=cache)
-            tuned = _load(TASKS[name], teacher)
+            tuned = _load(self.tasks[name], teacher)
             rows = self._dataset(name, tuned, stage.max_length)
             model = with_head_of(tuned, student)
             trainer = DistillationTrainer(
@@ -246,7 +271,7 @@ class _TaskRun(Steps):
         return self._step(f"stage2/{name}/seed-{seed}", made_of, work)
 
     def _dataset(self, name: str, model: PreTrainedModel, max_length: int) -> Dataset:
-        task, rows = TASKS[name], self._read(name, "train")
+        task, rows = self.tasks[name], self._read(name, "train")
         if not isinstance(rows, Table):
             return SpanDataset(self.tokenizer, rows, max_length, min(128, max_length // 3))
         rows = match_labels(task, rows, model.config)
@@ -257,10 +282,14 @@ class _TaskRun(Steps):
         rows = {key: value for key, value in self.rows[name].items() if not key.endswith(" train")}
 
         def work(folder: Path, _: Path) -> None:
-            loaded = _load(TASKS[name], model).to(self.state.device).eval()
+            loaded: Any
+            if (Path(model) / "export.json").is_file():
+                loaded = Program(model)
+            else:
+                loaded = _load(self.tasks[name], model).to(self.state.device).eval()
             size, scores = self.recipe.evaluation.batch_size, {}
             for other in self._sets(name):
-                task = TASKS[other]
+                task = self.tasks[other]
                 data = self._read(other, task.evaluation)
                 scores[other] = evaluate_task(loaded, self.tokenizer, task, data, size)
             write_json(folder / "scores.json", scores)
@@ -269,14 +298,54 @@ class _TaskRun(Steps):
         folder = self._step(f"scores/{name}/{role}", made_of, work, alone=True, renew=True)
         return read_json(folder / "scores.json")
 
+    def _deployed(self, name: str, seed: int, student: Path) -> None:
+        """The other forms of a student that the recipe asks for, each with its scores."""
+        form = self.recipe.deployment
+        if form.int8:
+
+            def quantised(folder: Path, _: Path) -> None:
+                self._save(quantize(_load(self.tasks[name], student)), folder)
+
+            int8 = self._step(
+                f"int8/{name}/seed-{seed}", {"student": identity(student)}, quantised, alone=True
+            )
+            scores = self._evaluated(name, f"seed-{seed}-int8", int8)
+            self._print_scores(self._compared(scores, {}), "int8")
+        if form.export is not None:
+            from kroneckerbert.exporting import export
+
+            def exported(folder: Path, _: Path) -> None:
+                export(
+                    _load(self.tasks[name], student),
+                    folder / "program",
+                    format=form.export,  # type: ignore[arg-type]  # the recipe's check
+                    tokenizer=self.tokenizer,
+                )
+
+            made_of = {"student": identity(student), "format": form.export}
+            program = self._step(f"export/{name}/seed-{seed}", made_of, exported, alone=True)
+            scores = self._evaluated(name, f"seed-{seed}-{form.export}", program / "program")
+            self._print_scores(self._compared(scores, {}), form.export)
+
     # Reports
 
     def _print_scores(self, scores: Sequence[Score], role: str) -> None:
         for score in scores:
-            value = f"{score.teacher:.2f}" if role == "teacher" else score
+            value = score if role == "student" else f"{score.teacher:.2f}"
             paper = ", ".join(f"{name} {number:g}" for name, number in score.paper.items())
             beside = f"   [paper: {paper}]" if paper else ""
             self.print(f"  {score.task} {score.split} {score.metric}, {role}: {value}{beside}")
+
+    def _compared(self, teacher: _Metrics, ours: Mapping[int, _Metrics]) -> list[Score]:
+        """Scores of all sets and metrics: the teacher's, the students' by seed, and the paper's."""
+        scores = []
+        for name, metrics in teacher.items():
+            task = self.tasks[name]
+            by_seed = {seed: compare(task, scored[name]) for seed, scored in ours.items()}
+            for metric, paper in compare(task, metrics).items():
+                seeds = {seed: row[metric]["ours"] for seed, row in by_seed.items()}
+                scores.append(Score(name, task.evaluation, metric, paper.pop("ours"), seeds, paper))
+        return scores
 
     def _summarise(
         self, stage1: Path, students: list[tuple], scores: list[Score], latency: dict | None
@@ -309,18 +378,6 @@ class _TaskRun(Steps):
             pictures.setdefault(name, {})[f"seed {seed}"] = folder
         self._save_curves(pictures)
         self.print(f"Students, with their cards, are in {students[-1][2] if students else stage1}.")
-
-
-def _compared(teacher: _Metrics, ours: Mapping[int, _Metrics]) -> list[Score]:
-    """Scores of all sets and metrics: the teacher's, the students' by seed, and the paper's."""
-    scores = []
-    for name, metrics in teacher.items():
-        task = TASKS[name]
-        by_seed = {seed: compare(task, scored[name]) for seed, scored in ours.items()}
-        for metric, paper in compare(task, metrics).items():
-            seeds = {seed: row[metric]["ours"] for seed, row in by_seed.items()}
-            scores.append(Score(name, task.evaluation, metric, paper.pop("ours"), seeds, paper))
-    return scores
 
 
 def _load(task: Task, source: str | Path, **config: Any) -> PreTrainedModel:

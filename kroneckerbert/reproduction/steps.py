@@ -170,6 +170,10 @@ class Steps:
             "student": asdict(given) | {"plan": given.plan and shapes.factors},
         }
         if given.calibration:
+            if texts is None:
+                raise ValueError(
+                    "student.calibration needs text: of stage1.corpus, sentences.texts or a task."
+                )
             made_of |= about_text
 
         def work(folder: Path, _: Path) -> None:

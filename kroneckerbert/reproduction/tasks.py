@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from kroneckerbert.reproduction.squad import (
 )
 
 _SPELLINGS = {"train": ("train",), "validation": ("dev", "val", "validation"), "test": ("test",)}
+_OF_CLASSES, _CORRELATIONS = ("accuracy", "f1", "matthews"), ("spearman", "pearson")
 _PUBLISHED = ("BERT_BASE", "KroneckerBERT_8", "KroneckerBERT_21")
 
 # The paper's results for BERT_BASE, KroneckerBERT_8 and KroneckerBERT_21 by task, split and metric,
@@ -74,6 +75,7 @@ class Task:
         header: Columns of files without a header.
         evaluated_on: Names of extra sets for the task's models.
         null_threshold: See ``kroneckerbert.reproduction.squad.predict_spans``.
+        own: The file of each split in the data folder, of a task that is not the paper's.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Task:
     header: tuple[str, ...] = ()
     evaluated_on: tuple[str, ...] = ()
     null_threshold: float | None = None
+    own: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def pairs(self) -> bool:
@@ -244,11 +247,63 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-def read_task(name: str, split: str, data: str | Path | None = None) -> Table | Questions:
+def own_task(name: str, train: str, test: str, metric: str | None, data: str | Path) -> Task:
+    """A task of one's own: two tables ``label<TAB>text[<TAB>second text]`` in a folder.
+
+    Words are classes, in their order; so are integers, from 0 without gaps, unless the metric is a
+    correlation; other numbers are a regression's.
+
+    Args:
+        name: Its name.
+        train: The table to train on.
+        test: The table to evaluate on.
+        metric: ``"accuracy"``, ``"f1"`` or ``"matthews"`` of classes, ``"pearson"`` or
+            ``"spearman"`` of numbers; None takes accuracy or Spearman's.
+        data: The folder.
+
+    Raises:
+        ValueError: If a table has the wrong format, or the labels do not fit the metric.
+        OSError: If a file cannot be read.
+    """
+    tables = [read_table(Path(data) / file) for file in (train, test)]
+    found = {label for table in tables for label in table.labels}
+    if len({table.texts_b is None for table in tables}) > 1:
+        raise ValueError(f"{train} and {test} must both have one text a row, or both two.")
+    if len({isinstance(label, str) for label in found}) > 1:
+        raise ValueError(f"the labels of {train} and {test} must all be words, or all be numbers.")
+    labels = sorted(found)  # type: ignore[type-var]
+    fractions = any(isinstance(label, float) for label in labels)
+    numbers = metric in _CORRELATIONS if metric else fractions
+    fitting = _CORRELATIONS if numbers else _OF_CLASSES
+    if metric is not None and metric not in (*_CORRELATIONS, *_OF_CLASSES):
+        raise ValueError(f"metric must be one of {', '.join((*_OF_CLASSES, *_CORRELATIONS))}.")
+    if numbers and isinstance(labels[0], str):
+        raise ValueError(f"{metric} is of numbers, but the labels of {train} are words.")
+    if not numbers and fractions:
+        raise ValueError(f"{metric} is of classes, but the labels of {train} are fractions.")
+    if not numbers and isinstance(labels[0], int) and labels != list(range(len(labels))):
+        raise ValueError(
+            f"classes must be words, or integers from 0 without gaps; {train} and {test} have "
+            f"{', '.join(map(str, labels[:10]))}. For numbers that are scores, set the metric "
+            "spearman."
+        )
+    return Task(
+        name,
+        "regression" if numbers else "classification",
+        () if numbers else tuple(map(str, labels)),
+        (metric or fitting[0],),
+        {},
+        ("text", "label") if tables[0].texts_b is None else ("text", "second", "label"),
+        {"train": "train", "test": "test"},
+        own={"train": train, "test": test},
+    )
+
+
+def read_task(name: str | Task, split: str, data: str | Path | None = None) -> Table | Questions:
     """The rows of one split of a task.
 
     Args:
-        name: A key of ``TASKS``.
+        name: A key of ``TASKS``, or an own task.
         split: ``"train"``, ``"validation"`` or ``"test"``.
         data: A folder with ``<name>_<split>.tsv``, see ``kroneckerbert.data.read_table``, or with
             the task's official files: the unpacked archive of GLUE (``SST-2/train.tsv``), SQuAD's
@@ -267,9 +322,11 @@ def read_task(name: str, split: str, data: str | Path | None = None) -> Table | 
         ImportError: If ``datasets`` is needed and missing.
         OSError: If a file cannot be read, or the Hub cannot be reached.
     """
-    task = find_task(name)
+    task = name if isinstance(name, Task) else find_task(name)
     if split not in task.splits:
-        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(task.splits)}.")
+        raise ValueError(f"{task.name} has no split {split!r}; it has {', '.join(task.splits)}.")
+    if task.own:
+        return read_file(task, Path(data or ".") / task.own[split])
     if data is None:
         return _from_hub(task, split)
     return read_file(task, _find(task, split, Path(data)))

@@ -14,16 +14,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from commands import save
+from commands import save, succeeds
 from safetensors.torch import load_file
 from tiny import WORDS, tiny_tokenizer
 from transformers import BertForPreTraining, Trainer, TrainingArguments
 
 import kroneckerbert
 from kroneckerbert import DistillationConfig
+from kroneckerbert.cli.sources import read_model
 from kroneckerbert.distillation.signals import Interrupted
 from kroneckerbert.reproduction import curves, recipe, steps
 from kroneckerbert.reproduction import run as reproduction
+from kroneckerbert.reproduction.tasks import own_task
 
 GLUE = {"mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte"}
 
@@ -170,9 +172,97 @@ def test_a_recipe_of_an_encoder_that_cannot_work_is_refused(vectors, change, mes
         recipe.parse(vectors | change)
 
 
+def test_calibration_without_text_is_refused(vectors, tmp_path):
+    del vectors["sentences"]
+    with pytest.raises(ValueError, match=r"student\.calibration needs text"):
+        reproduction.run(recipe.parse(vectors), tmp_path)
+
+
 def test_an_encoder_needs_the_data_folder(vectors, tmp_path):
     with pytest.raises(ValueError, match="give --data DIR"):
         reproduction.run(recipe.parse(vectors), tmp_path)
+
+
+# Tasks of one's own
+
+
+@pytest.fixture
+def own(vectors, sources, tmp_path_factory) -> list[str]:
+    """Arguments of ``reproduce`` for a task of words as labels."""
+    folder = tmp_path_factory.mktemp("own")
+    rows = "".join(
+        f"{label}\t{text}\n" for label, text in (("up", "good film"), ("down", "bad")) * 8
+    )
+    for name in ("train", "test"):
+        (folder / f"my-{name}.tsv").write_text(rows)
+    few = "{max_steps: 2, logging_steps: 1}"
+    return [
+        *("reproduce", "own-task", "--teacher", vectors["teacher"]),
+        *("--train", str(folder / "my-train.tsv"), "--test", str(folder / "my-test.tsv")),
+        *("--set", f"stage2.arguments={few}", "--set", f"fine_tuning.arguments={few}"),
+        *("--set", "stage2.max_length=16", "--set", "fine_tuning.max_length=16"),
+        *("--set", "latency=null"),
+    ]
+
+
+def test_a_task_of_ones_own_is_taught_distilled_quantised_and_scored(own, tmp_path):
+    output = succeeds(*own, "--output", tmp_path, "--set", "deployment.export=null")
+    assert "my_train test accuracy, int8" in output
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(s["task"], s["metric"]) for s in results["scores"]] == [("my_train", "accuracy")]
+    student = tmp_path / "stage2" / "my_train" / "seed-0"
+    assert set(read_model(str(student)).config.label2id) == {"up", "down"}
+    assert read_model(str(tmp_path / "int8" / "my_train" / "seed-0")).config.kronecker_int8
+    assert "my_train" in (student / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_exported_student_is_scored_too(own, tmp_path):
+    pytest.importorskip("onnxruntime")
+    output = succeeds(*own, "--output", tmp_path, "--set", "deployment.int8=false")
+    assert "my_train test accuracy, onnx" in output
+    program = tmp_path / "export" / "my_train" / "seed-0" / "program"
+    test = own[own.index("--test") + 1]
+    student = tmp_path / "stage2" / "my_train" / "seed-0"
+    one, two = (succeeds("evaluate", folder, "--data", test) for folder in (program, student))
+    assert one.splitlines()[2:] == two.splitlines()[2:]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "metric", "message"),
+    [
+        ("0\ta\n2\tb\n", "0\ta\n", None, "integers from 0 without gaps"),
+        ("0\ta\n", "0\ta\tb\n", None, "both have one text a row"),
+        ("0.5\ta\n", "0.1\ta\n", "f1", "f1 is of classes, but the labels .* are fractions"),
+        ("x\ta\n", "y\ta\n", "spearman", "spearman is of numbers, .* are words"),
+        ("x\ta\n", "1\ta\n", None, "must all be words, or all be numbers"),
+    ],
+)
+def test_labels_that_fit_no_metric_are_refused(tmp_path, train, test, metric, message):
+    for name, rows in (("train", train), ("test", test)):
+        (tmp_path / name).write_text(rows)
+    with pytest.raises(ValueError, match=message):
+        own_task("mine", "train", "test", metric, tmp_path)
+
+
+def test_the_metric_follows_from_the_labels(tmp_path):
+    for rows, metric, kind, found in (
+        ("0\ta\n1\tb\n", None, "classification", "accuracy"),
+        ("1\ta\n5\tb\n", "spearman", "regression", "spearman"),
+        ("1.5\ta\n5\tb\n", None, "regression", "spearman"),
+        ("x\ta\ny\tb\n", "f1", "classification", "f1"),
+    ):
+        (tmp_path / "t").write_text(rows)
+        task = own_task("mine", "t", "t", metric, tmp_path)
+        assert (task.kind, task.metrics) == (kind, (found,))
+
+
+def test_an_own_task_is_refused_with_half_its_tables_or_a_papers_name(given):
+    for tasks in ({"mine": {"train": "a.tsv"}}, {"sst2": {"train": "a", "test": "b"}}):
+        with pytest.raises(ValueError, match="a task of your own has train and test"):
+            recipe.parse(given | {"tasks": tasks})
+    with pytest.raises(ValueError, match=r"deployment\.export must be one of onnx, openvino"):
+        recipe.parse(given | {"deployment": {"export": "aoti"}})
 
 
 # What a recipe may be
@@ -186,7 +276,7 @@ def test_every_shipped_recipe_is_valid(name, tmp_path):
     if source.startswith("package:"):
         assert Path(steps.located(source)).is_file()
     for cls, stage in [
-        (DistillationConfig, loaded.stage1 or loaded.sentences),
+        (DistillationConfig, loaded.stage1 or loaded.sentences or loaded.stage2),
         *((DistillationConfig, task.stage2) for task in loaded.tasks.values()),
         *((TrainingArguments, task.fine_tuning) for task in loaded.tasks.values()),
     ]:
@@ -249,7 +339,6 @@ def test_changes_reach_any_key(tmp_path, given):
         ("student.sequential", "a key and its value, such as stage1.arguments.learning_rate=1e-4"),
         ("teacher.name=x", "which has no keys"),
         ("teacher=", "teacher is missing; a recipe needs it"),
-        ("stage1=", "student.calibration needs stage1.corpus"),
         ("stage1=3", "stage1 must be a mapping with corpus, heads, pack"),
         ("latency.seconds=0", "seconds above 0"),
     ],
