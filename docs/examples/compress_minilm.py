@@ -14,7 +14,6 @@ from transformers import AutoModel, AutoTokenizer, logging
 
 from kroneckerbert import DistillationConfig, DistillationTrainer, compress, embed
 from kroneckerbert.data import TextDataset, read_lines
-from kroneckerbert.distillation import SHORT_RUN
 from kroneckerbert.evaluation import similarity
 
 logging.disable_progress_bar()
@@ -34,7 +33,7 @@ def batches() -> list:
 def distil(student, minutes: float) -> None:
     with TemporaryDirectory() as folder:
         args = DistillationConfig.until(
-            folder, minutes=minutes, logging_strategy="no", disable_tqdm=True, **SHORT_RUN
+            folder, minutes=minutes, stage="sentences", logging_strategy="no", disable_tqdm=True
         )
         texts = TextDataset(tokenizer, train, max_length=64)
         DistillationTrainer(
@@ -56,7 +55,7 @@ students = {
     "low rank, by output": compress(teacher, low_rank, calibration=batches()),
 }
 students["kronecker-bert-8, distilled"] = compress(
-    teacher, "kronecker-bert-8", calibration=batches()
+    teacher, "kronecker-bert-8", calibration=batches(), sequential=True
 )
 distil(students["kronecker-bert-8, distilled"], minutes=2 / 3)
 

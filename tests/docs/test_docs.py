@@ -105,6 +105,9 @@ def names(tmp_path, monkeypatch) -> dict:
         "teacher": teacher,
         "tokenizer": tokenizer,
         "texts": TextDataset(tokenizer, texts),
+        "first": texts[:9],
+        "second": texts[9:18],
+        "scores": [float(i) for i in range(9)],
         "batches": [tokenizer(texts[i::4], padding=True, return_tensors="pt") for i in range(4)],
     }
 
