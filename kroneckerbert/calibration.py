@@ -239,6 +239,9 @@ class _Fit:
 class _Blocks:
     """The student's blocks, run from kept states: the rest of the model is not run again.
 
+    Where a model does more between two blocks than to pass a state on, such as DeBERTa's
+    convolution, it is run from its inputs up to the wanted layer.
+
     Args:
         encoder: The student without its head.
         batches: Model inputs.
@@ -246,41 +249,54 @@ class _Blocks:
 
     def __init__(self, encoder: PreTrainedModel, batches: Sequence[Batch]):
         self.encoder, self.batches = encoder, batches
-        self.block: str | None = None  # whose inputs the states are
-        self.calls: list[dict[str, _Call]] = []  # by batch, then by block
+        self.paths = _blocks(encoder)
+        self.calls: list[dict[str, _Call]] = []  # by batch, then by block, from the present one on
 
     def inputs(self, source: str) -> Iterator[Tensor]:
         """A layer's inputs, without padding, of each batch in turn: ``(tokens, columns)``."""
         block = _block_of(source)
-        if block is None:  # in front of the blocks, or behind them
+        if block is None or not self._advance(block):
             for batch in self.batches:
                 yield layer_inputs(self.encoder, batch, [source], stop=True)[source][0]
             return
-        self._advance(block)
         for batch, calls in zip(self.batches, self.calls, strict=True):
             mask = _known(self.encoder, batch).get("attention_mask")
             yield _read(self.encoder, [source], mask, True, calls[block].run)[source][0]
 
-    def _advance(self, block: str) -> None:
-        """Compute the states up to this block, which must come after the present one."""
-        if self.block is None:
+    def _advance(self, block: str) -> bool:
+        """Compute the states up to this block; False if the model cannot be run so."""
+        if not self.calls:
             self.calls = [self._record(batch) for batch in self.batches]
-            self.block = next(iter(self.calls[0]))
+        if block not in self.calls[0] or not all(c[block].follows for c in self.calls):
+            return False
         order = list(self.calls[0])
-        for now, following in pairwise(order[order.index(self.block) : order.index(block) + 1]):
+        for now, following in pairwise(order[: order.index(block) + 1]):
             for calls in self.calls:
                 calls[following].state = calls.pop(now).run()
-        self.block = block
+        return True
 
     def _record(self, batch: Batch) -> dict[str, _Call]:
-        """How the model calls its blocks; the state of the first."""
-        paths = {_block_of(path) for path in self.encoder.config.kronecker_shapes()} - {None}
-        modules = {p: m for p, m in self.encoder.named_modules() if p in paths}
+        """How the model calls its blocks; only of the first is the state kept."""
         calls: dict[str, _Call] = {}
-        handles = [
-            m.register_forward_pre_hook(partial(_Call.record, calls, path), with_kwargs=True)
-            for path, m in modules.items()
-        ]
+        latest: list[Any] = []  # the output of the block before
+
+        def before(path: str, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            name = None if args else next(iter(kwargs))
+            state = args[0] if args else kwargs[name]
+            others = {key: value for key, value in kwargs.items() if key != name}
+            follows = not calls or (list(calls.values())[-1].follows and latest[-1] is state)
+            again = path in calls
+            calls[path] = _Call(block, None if calls else state, args[1:], others)
+            calls[path].follows = follows and not again
+
+        def after(block: nn.Module, args: tuple, output: Any) -> None:
+            latest[:] = [_state_of(output)]
+
+        handles = []
+        for path in self.paths:
+            block = self.encoder.get_submodule(path)
+            handles.append(block.register_forward_hook(after))
+            handles.append(block.register_forward_pre_hook(partial(before, path), with_kwargs=True))
         try:
             self.encoder(**_known(self.encoder, batch))
         finally:
@@ -291,24 +307,36 @@ class _Blocks:
 
 @dataclass
 class _Call:
-    """A call of a block; ``state`` is its input, ``(sequences, length, width)``."""
+    """A call of a block.
+
+    Attributes:
+        state: Its input, ``(sequences, length, width)``.
+        follows: Whether the state is the output of the block before, and so on to the first.
+    """
 
     block: nn.Module
     state: Tensor | None
     args: tuple
     kwargs: dict[str, Any]
-
-    @staticmethod
-    def record(calls: dict[str, _Call], path: str, block: nn.Module, args: tuple, kwargs: dict):
-        """A hook: keeps a call, and of the states only the first block's."""
-        name = None if args else next(iter(kwargs))
-        state = args[0] if args else kwargs[name]
-        others = {key: value for key, value in kwargs.items() if key != name}
-        calls[path] = _Call(block, None if calls else state, args[1:], others)
+    follows: bool = True
 
     def run(self) -> Tensor:
-        output = self.block(self.state, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return _state_of(self.block(self.state, *self.args, **self.kwargs))
+
+
+def _state_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _blocks(encoder: nn.Module) -> list[str]:
+    """The outermost numbered modules of the lists that have factorised layers in them."""
+    inside = {_block_of(path) for path in encoder.config.kronecker_shapes()} - {None}
+    lists = {path.rpartition(".")[0] for path in inside if path}
+    return [
+        path
+        for path, _ in encoder.named_modules()
+        if path.rpartition(".")[0] in lists and path.rpartition(".")[2].isdigit()
+    ]
 
 
 def _block_of(path: str) -> str | None:

@@ -34,7 +34,7 @@ from transformers import (
 
 import kroneckerbert
 from kron_kernels import KroneckerEmbedding, KroneckerLinear, KroneckerSum, factorise_
-from kroneckerbert import compress, decompress, modeling_kroneckerbert
+from kroneckerbert import calibration, compress, decompress, modeling_kroneckerbert
 from kroneckerbert.calibration import refit
 from kroneckerbert.configuration_kroneckerbert import layout_of
 
@@ -285,6 +285,37 @@ def test_refitting_runs_each_block_as_often_whatever_their_number():
     refit(student, model, [batch(model)])
     # To find the groups, to record the calls, up to each of four groups, and, but for the last, on.
     assert [calls.count(i) for i in range(5)] == [7, 7, 7, 7, 6]
+
+
+def from_the_embeddings(model, factors, batches, monkeypatch):
+    """The result where the student is always run from its inputs."""
+    with monkeypatch.context() as patched:
+        patched.setattr(calibration._Blocks, "_advance", lambda *_: False)
+        return compress(model, factors, calibration=batches, sequential=True)
+
+
+@pytest.mark.parametrize("name", ["dense blocks", "a convolution between blocks"])
+def test_blocks_are_run_as_the_model_runs_them(name, monkeypatch):
+    base = "deberta-v2" if "convolution" in name else "bert"
+    config = copy.deepcopy(CONFIGS[base])
+    config.num_hidden_layers = 4
+    if base == "deberta-v2":
+        config.conv_kernel_size, config.conv_act = 3, "gelu"
+    config.initializer_range = 0.3
+    model = AutoModel.from_config(config).eval()
+    factors = exact(model)
+    for path, entry in list(factors.items()):
+        if ".1." in path or ".2." in path:
+            factors[path] = None
+        elif not isinstance(entry, list):
+            entry["rank"] = 1
+    batches = [batch(model, rows=8) for _ in range(3)]
+    got = compress(model, factors, calibration=batches, sequential=True)
+    want = from_the_embeddings(model, factors, batches, monkeypatch)
+    inputs = batch(model)
+    real = inputs["attention_mask"].bool()
+    # The same sums, in float32 and in the same order.
+    torch.testing.assert_close(outputs(got, inputs)[real], outputs(want, inputs)[real])
 
 
 def test_refitting_does_not_change_an_exact_student():
