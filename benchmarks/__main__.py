@@ -37,6 +37,7 @@ HERE = machine.RESULTS / "here"
 MODULES = (
     *("layers", "model", "training", "memory", "threads", "int8", "int8_scores"),
     *("eager_forms", "calls", "budgets", "starts", "distillation", "distillation_speed"),
+    "students",
 )
 ALL = MODULES[:4]
 
@@ -183,6 +184,12 @@ def distillation(data: Data, work: Work = WORK, threads: Threads = 1, to: To = H
 def distillation_speed(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
     """Tokens per second in distillation."""
     measure("distillation_speed", threads, quick, to)
+
+
+@app.command()
+def students(data: Data, threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
+    """The ready students beside their teacher: scores, first vector, texts a second."""
+    measure("students", threads, quick, to, data=data)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
