@@ -59,9 +59,9 @@ def load(name: str) -> SentenceEncoder:
         ValueError: If there is none of this name, or the folder's vectors are not unit means.
         OSError: If a file is missing or damaged.
     """
-    if not Path(name).is_dir():
-        return SentenceEncoder(path(name), name)
-    return SentenceEncoder(Path(name))
+    if name not in names() and Path(name).is_dir():
+        return SentenceEncoder(Path(name))
+    return SentenceEncoder(path(name), name)
 
 
 class SentenceEncoder:
