@@ -132,6 +132,7 @@ def test_whole_models_are_measured_written_and_shown(tmp_path, monkeypatch):
     assert "MiniLM, median ms" in shown and f"{real['real_tokens']} tokens" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not contenders.find_spec("openvino"), reason="needs the extra 'openvino'")
 def test_openvino_computes_the_model_in_int8_in_both_ways(tmp_path):
     given = contenders.contender("dense openvino int8", SMALL, tmp_path / "a", 1)

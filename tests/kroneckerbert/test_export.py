@@ -198,6 +198,7 @@ def test_int8_quantises_every_layer(tmp_path):
     assert "onnx, int8-dynamic" in str(result) and "cosine similarity 0.99" in str(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "head", [*HEADS[:2], *(pytest.param(head, marks=pytest.mark.slow) for head in HEADS[2:])]
 )
@@ -220,7 +221,7 @@ def test_torch_export_of_every_head_is_silent(head, tmp_path, capfd, caplog):
     assert list(result.differences) == list(expected)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_decoders_without_their_cache(name, tmp_path):
     common = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
     if name == "gpt2":
