@@ -22,6 +22,9 @@ def students() -> None:
     from kroneckerbert import students as ready
 
     rows = {name: ready.about(name) for name in ready.names()}
+    if not rows:
+        console.print("This installation has none. A recipe makes one: kroneckerbert recipes")
+        return
     sets = list(dict.fromkeys(s for row in rows.values() for s in row["scores"]["int8"]))
     table = Table(
         names("student"),
