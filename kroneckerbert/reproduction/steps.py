@@ -195,7 +195,8 @@ class Steps:
     def _save(self, student: PreTrainedModel, folder: Path) -> None:
         student.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        copy_modules(self.dense, folder)
+        if student is student.base_model:  # a classifier makes no sentence vectors
+            copy_modules(self.dense, folder)
 
     def _dense_model(self) -> PreTrainedModel:
         """The teacher with the heads of stage 1, all of which its file must contain."""

@@ -206,7 +206,9 @@ def own(vectors, sources, tmp_path_factory) -> list[str]:
     ]
 
 
-def test_a_task_of_ones_own_is_taught_distilled_quantised_and_scored(own, tmp_path):
+def test_a_task_of_ones_own_is_taught_distilled_quantised_and_scored(own, vectors, tmp_path):
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "x.Transformer"}]
+    (Path(vectors["teacher"]) / "modules.json").write_text(json.dumps(modules))
     output = succeeds(*own, "--output", tmp_path, "--set", "deployment.export=null")
     assert "my_train test accuracy, int8" in output
     results = json.loads((tmp_path / "results.json").read_text())
@@ -215,6 +217,9 @@ def test_a_task_of_ones_own_is_taught_distilled_quantised_and_scored(own, tmp_pa
     assert set(read_model(str(student)).config.label2id) == {"up", "down"}
     assert read_model(str(tmp_path / "int8" / "my_train" / "seed-0")).config.kronecker_int8
     assert "my_train" in (student / "README.md").read_text()
+    # The teacher's folder is a sentence encoder's; a classifier's is not.
+    assert (tmp_path / "start" / "modules.json").exists()
+    assert not (tmp_path / "int8" / "my_train" / "seed-0" / "modules.json").exists()
 
 
 @pytest.mark.slow
