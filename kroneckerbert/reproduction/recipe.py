@@ -53,7 +53,10 @@ _hints = cache(typing.get_type_hints)  # slow for classes as large as TrainingAr
 
 @dataclass(frozen=True)
 class CorpusSource:
-    """Arguments of ``kroneckerbert.reproduction.corpus.read_corpus``."""
+    """Arguments of ``kroneckerbert.reproduction.corpus.read_corpus``.
+
+    ``source`` may also be a file of the data folder, or ``package:NAME/PATH``.
+    """
 
     source: str
     config: str | None = None

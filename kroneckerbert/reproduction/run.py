@@ -177,8 +177,10 @@ class _TaskRun(Steps):
 
     def _corpus(self, stage: Stage1) -> str:
         """Tokenise the corpus; returns its description."""
-        options = asdict(stage.corpus)
-        source, folder = located(options.pop("source")), self.output / "corpus"
+        options, folder = asdict(stage.corpus), self.output / "corpus"
+        given = options.pop("source")
+        own = Path(self.data or ".") / given
+        source = str(own) if own.is_file() else located(given)
         description = corpus.describe_corpus(source, **options)
         if self.is_main:
             if not folder.exists():

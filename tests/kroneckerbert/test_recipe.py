@@ -51,9 +51,9 @@ def sources(tmp_path_factory) -> Path:
     save(folder / "bert", BertForPreTraining)
     tiny_tokenizer(model_max_length=32).save_pretrained(folder / "bert")
     rows = (" ".join(WORDS[i % 8 :] + WORDS[: i % 5]) for i in range(40))
-    (folder / "texts.txt").write_text("\n".join(rows))
     data = folder / "data"
     data.mkdir()
+    (data / "texts.txt").write_text("\n".join(rows))
     for name in ("sst2_train", "sst2_dev", "imdb_test"):
         (data / f"{name}.tsv").write_text("1\tgood film\n0\tthis is bad\n" * 8)
     for name in ("stsb_train", "stsb_dev"):
@@ -76,7 +76,7 @@ def given(sources) -> dict:
         "student": {"preset": "kronecker-bert-8", "calibration": 8},
         "seeds": [0, 1],
         "stage1": {
-            "corpus": {"source": str(sources / "texts.txt")},
+            "corpus": {"source": "texts.txt"},
             "heads": ["mlm", "nsp"],
             "max_length": 16,
             "batch_size": 8,
@@ -128,7 +128,7 @@ def vectors(tmp_path_factory) -> dict:
         "teacher": str(teacher),
         "student": {"preset": "kronecker-bert-8", "calibration": 8, "sequential": True},
         "sentences": {
-            "texts": {"texts.txt": {"cut": True}, "data/train-v1.1.json": {}},
+            "texts": {"data/texts.txt": {"cut": True}, "data/train-v1.1.json": {}},
             "pairs": {"stsb": "data/stsb_dev.tsv"},
             "max_length": 16,
             "batch_size": 4,
