@@ -187,9 +187,18 @@ def distillation_speed(threads: Threads = 1, quick: Quick = False, to: To = HERE
 
 
 @app.command()
-def students(data: Data, threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
+def students(
+    data: Data,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Output of reproduce minilm-tasks."),
+    ] = None,
+    threads: Threads = 1,
+    quick: Quick = False,
+    to: To = HERE,
+) -> None:
     """The ready students beside their teacher: scores, first vector, texts a second."""
-    measure("students", threads, quick, to, data=data)
+    measure("students", threads, quick, to, data=data, tasks=tasks)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

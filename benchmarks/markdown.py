@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import int8, int8_scores, memory, model, threads
+from benchmarks import int8, int8_scores, memory, model, students, threads
 from benchmarks.contenders import BY_LAYERS, IN_INT8, LOW_RANK, LOW_RANK_IN_INT8
 from benchmarks.machine import DENSE, read
 from benchmarks.training import PRESETS, medians
@@ -33,7 +33,7 @@ SHOWN = ((1, 16), (1, 128), (1, 512), (8, 128))  # of BERT_BASE: batch and token
 def tables(folder: Path) -> list[str]:
     """All tables for which the folder has results."""
     made = []
-    names = ("model", "threads", "memory", "int8", "int8_scores")
+    names = ("model", "threads", "memory", "int8", "int8_scores", "students")
     files = {name: folder / f"{name}.json" for name in names}
     results = {name: read(file) for name, file in files.items() if file.exists()}
     if "model" in results:
@@ -46,6 +46,9 @@ def tables(folder: Path) -> list[str]:
         made.append(of_int8(results["int8"]))
     if "int8_scores" in results:
         made.append(of_scores(results["int8_scores"]))
+    if "students" in results:
+        shown = (students.encoders(results["students"]), students.classifiers(results["students"]))
+        made += [lines(*table) for table in shown if table[1]]
     return [table for table in made if table]
 
 

@@ -7,7 +7,8 @@ questions  share of SQuAD's development questions whose nearest paragraph is the
 cold       seconds from ``kroneckerbert.load`` to the first vector in a new process, imports done
 texts/s    sentences of STS-B embedded in a second, batches of 32
 
-The teacher is all-MiniLM-L6-v2 in PyTorch.
+The teacher is all-MiniLM-L6-v2 in PyTorch. With ``tasks``, the scores of classifiers, too, which
+``kroneckerbert reproduce minilm-tasks`` has left in a folder.
 """
 
 from __future__ import annotations
@@ -51,17 +52,18 @@ print(time.perf_counter() - start)
 Encode = Callable[[list[str]], Tensor]
 
 
-def run(path: Path, threads: int, effort: float, data: Path) -> None:
+def run(path: Path, threads: int, effort: float, data: Path, tasks: Path | None = None) -> None:
     """``effort`` shortens the timings only: a part of a test set would be another one."""
+    of_tasks = read_tasks(tasks) if tasks else []  # now: a wrong folder is an error at once
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     teacher = AutoModel.from_pretrained(get_model_path()).eval()
-    encoders: dict[str, Encode] = {TEACHER: lambda texts: embed(teacher, tokenizer, texts)}
-    encoders |= {name: students.load(name).encode for name in students.names()}
+    embedding: dict[str, Encode] = {TEACHER: lambda texts: embed(teacher, tokenizer, texts)}
+    embedding |= {name: students.load(name).encode for name in students.names()}
     some = read_table(data / "stsb_test.tsv.gz").texts[:320]
     with machine.recording(path, threads) as record:
-        calls = {name: lambda encode=encode: encode(some) for name, encode in encoders.items()}
+        calls = {name: lambda encode=encode: encode(some) for name, encode in embedding.items()}
         times = interleaved(calls, 60 * effort)
-        for name, encode in encoders.items():
+        for name, encode in embedding.items():
             machine.progress(f"students: {name}")
             row: dict[str, Any] = {"student": name}
             row |= {of: pairs(encode, data, files) for of, files in PAIRS.items()}
@@ -76,6 +78,23 @@ def run(path: Path, threads: int, effort: float, data: Path) -> None:
                 size = Path(get_model_path(), "model.safetensors").stat().st_size
                 row |= {"mb": size / 1e6, "parameters": teacher.num_parameters()}
             record.add(row)
+        for row in of_tasks:
+            record.add(row)
+
+
+def read_tasks(folder: Path) -> list[dict[str, Any]]:
+    """A row for each task of a recipe's results with one seed."""
+    results = json.loads((folder / "results.json").read_text())
+    rows = []
+    for score in results["scores"]:
+        task, metric = score["task"], score["metric"]
+        (form,) = (of for of in results["deployed"] if of.startswith(f"{task}/"))
+        (student,) = score["seeds"].values()
+        int8 = 100 * results["deployed"][form]["int8"][task][metric]
+        row = {"task": task, "metric": metric, "teacher": score["teacher"], "student": student}
+        row |= {"int8": int8, "core_hours": results["core_hours"][form]}
+        rows.append(row | {"stage1_core_hours": results["core_hours"]["stage1"]})
+    return rows
 
 
 def pairs(encode: Encode, data: Path, files: list[str]) -> float:
@@ -107,22 +126,52 @@ def cold(name: str, threads: int) -> float:
     return float(json.loads(done.stdout))
 
 
-def tables(results: dict[str, Any]) -> list[Shown]:
-    columns = ("", "parameters", "MB", *PAIRS, "questions", "texts/s", "cold, s", "core hours")
-    shown = machine.table("ready students (share of the teacher's score)", columns, left=("",))
-    rows = {row["student"]: row for row in results["rows"]}
-    teacher = rows[TEACHER]
+def encoders(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heads and rows of the table of sentence encoders."""
+    rows = {row["student"]: row for row in results["rows"] if "mb" in row}
+    scores, body = (*PAIRS, "questions"), []
     for name, row in rows.items():
-        scores = [f"{row[of]:.3f} ({row[of] / teacher[of]:.0%})" for of in (*PAIRS, "questions")]
-        start = f"{statistics.median(row['cold_s']):.2f}" if "cold_s" in row else ""
-        hours = row.get("core_hours")
-        shown.add_row(
-            name,
-            f"{row['parameters']:,}",
-            f"{row['mb']:.1f}",
-            *scores,
-            f"{row['texts_per_s']:.0f}",
-            start,
-            "" if hours is None else f"{hours:.1f}",
+        of_teacher = {of: row[of] / rows[TEACHER][of] for of in scores}
+        shares = {of: "" if name == TEACHER else f" ({of_teacher[of]:.0%})" for of in scores}
+        cold, hours = row.get("cold_s"), row.get("core_hours")
+        body.append(
+            [
+                name,
+                f"{row['parameters'] / 1e6:.2f} M",
+                f"{row['mb']:.1f}",
+                *(f"{row[of]:.3f}{shares[of]}" for of in scores),
+                f"{row['texts_per_s']:.0f}",
+                f"{statistics.median(cold):.2f}" if cold else "",
+                f"{hours:.1f}" if hours else "",
+            ]
         )
-    return [shown]
+    columns = ["texts/s", "cold, s", "core-hours"]
+    return ["(share of the teacher's)", "parameters", "MB", *scores, *columns], body
+
+
+def classifiers(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heads and rows of the table of tasks; no rows if the results have none."""
+    rows = [row for row in results["rows"] if "task" in row]
+    body = [
+        [
+            f"{row['task']}, {row['metric']}",
+            f"{row['teacher']:.1f}",
+            *(f"{row[of]:.1f} ({row[of] / row['teacher']:.0%})" for of in ("student", "int8")),
+            f"{row['core_hours']:.2f}",
+        ]
+        for row in rows
+    ]
+    return ["task (share of the teacher's)", "teacher", "student", "int8", "core-hours"], body
+
+
+def tables(results: dict[str, Any]) -> list[Shown]:
+    made = []
+    for title, (heads, body) in (
+        ("ready students", encoders(results)),
+        ("students of tasks", classifiers(results)),
+    ):
+        if body:
+            made.append(machine.table(title, heads, left=(heads[0],)))
+            for row in body:
+                made[-1].add_row(*row)
+    return made

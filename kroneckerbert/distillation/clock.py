@@ -1,5 +1,6 @@
 """Trainings limited by time, and checkpoints by time."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
@@ -41,8 +42,11 @@ class Deadline(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         control.should_log |= self.share >= 1  # the last step may fall between two reports
 
-    def govern(self, scheduler: LRScheduler, steps: int) -> None:
-        """Make the learning rate follow the share of time or of steps, whichever is larger."""
+    def govern(self, scheduler: LRScheduler, steps: int, warmup: float) -> None:
+        """Make the learning rate follow the share of time or of steps, whichever is larger.
+
+        A ``warmup`` of a number of steps, not a share, takes these steps all the same.
+        """
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
                 f"max_minutes needs a schedule that is a function of the step, got "
@@ -50,7 +54,11 @@ class Deadline(TrainerCallback):
             )
 
         def ahead(rate: Callable[[Any], float]) -> Callable[[float], float]:
-            return lambda step: rate(max(step, self.share * steps))
+            def now(step: float) -> float:
+                rising = step / warmup if warmup >= 1 else math.inf
+                return min(rising, rate(max(step, self.share * steps)))
+
+            return now
 
         scheduler.lr_lambdas = [ahead(rate) for rate in scheduler.lr_lambdas]
 

@@ -233,7 +233,7 @@ class DistillationTrainer(Trainer):
     ) -> LRScheduler:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self._deadline is not None:
-            self._deadline.govern(scheduler, num_training_steps)
+            self._deadline.govern(scheduler, num_training_steps, self.args.warmup_steps)
         return scheduler
 
     def _get_train_sampler(self, *args, **kwargs) -> Sampler | None:

@@ -48,7 +48,7 @@ from kroneckerbert.reproduction.card import Score
 from kroneckerbert.reproduction.recipe import Recipe, Stage1, load, select
 from kroneckerbert.reproduction.sentence_run import SentenceRun
 from kroneckerbert.reproduction.squad import Questions, SpanDataset
-from kroneckerbert.reproduction.steps import Steps, located, settings_of
+from kroneckerbert.reproduction.steps import Steps, core_hours, located, settings_of
 from kroneckerbert.reproduction.tasks import (
     TASKS,
     Task,
@@ -83,8 +83,8 @@ def run(
 
     Returns:
         The content of ``results.json``: ``parameters`` of ``teacher`` and ``student``; ``scores``,
-        each with the fields of a ``kroneckerbert.reproduction.card.Score``; ``latency``, None if
-        not measured.
+        each with the fields of a ``kroneckerbert.reproduction.card.Score``; scores of students as
+        ``deployed``; ``latency``, None if not measured; ``core_hours`` of each training.
 
     Raises:
         ValueError: If the recipe is invalid, does not fit the models, the data or the number of
@@ -129,6 +129,7 @@ class _TaskRun(Steps):
         student = self._stage1(stage1, start, text) if stage1 else start
         scores: list[Score] = []
         students: list[tuple[str, int, Path]] = []
+        deployed: dict[str, dict[str, _Metrics]] = {}
         for name in recipe.tasks:
             teacher = self._teacher(name)
             taught = self._evaluated(name, "teacher", teacher)
@@ -138,13 +139,13 @@ class _TaskRun(Steps):
                 folder = self._stage2(name, teacher, student, seed)
                 ours[seed] = self._evaluated(name, f"seed-{seed}", folder)
                 students.append((name, seed, folder))
-                self._deployed(name, seed, folder)
+                deployed[f"{name}/seed-{seed}"] = self._deployed(name, seed, folder)
             compared = self._compared(taught, ours)
             self._print_scores(compared, "student")
             scores += compared
         latency = self._latency(recipe.latency, student) if recipe.latency else None
         if self.is_main:
-            self._summarise(student, students, scores, latency)
+            self._summarise(student, students, scores, deployed, latency)
         self.wait()
         return json.loads((self.output / "results.json").read_text())
 
@@ -300,9 +301,9 @@ class _TaskRun(Steps):
         folder = self._step(f"scores/{name}/{role}", made_of, work, alone=True, renew=True)
         return read_json(folder / "scores.json")
 
-    def _deployed(self, name: str, seed: int, student: Path) -> None:
-        """The other forms of a student that the recipe asks for, each with its scores."""
-        form = self.recipe.deployment
+    def _deployed(self, name: str, seed: int, student: Path) -> dict[str, _Metrics]:
+        """Scores of the other forms of a student that the recipe asks for."""
+        form, scores = self.recipe.deployment, {}
         if form.int8:
 
             def quantised(folder: Path, _: Path) -> None:
@@ -311,8 +312,7 @@ class _TaskRun(Steps):
             int8 = self._step(
                 f"int8/{name}/seed-{seed}", {"student": identity(student)}, quantised, alone=True
             )
-            scores = self._evaluated(name, f"seed-{seed}-int8", int8)
-            self._print_scores(self._compared(scores, {}), "int8")
+            scores["int8"] = self._evaluated(name, f"seed-{seed}-int8", int8)
         if form.export is not None:
             from kroneckerbert.exporting import export
 
@@ -326,8 +326,12 @@ class _TaskRun(Steps):
 
             made_of = {"student": identity(student), "format": form.export}
             program = self._step(f"export/{name}/seed-{seed}", made_of, exported, alone=True)
-            scores = self._evaluated(name, f"seed-{seed}-{form.export}", program / "program")
-            self._print_scores(self._compared(scores, {}), form.export)
+            scores[form.export] = self._evaluated(
+                name, f"seed-{seed}-{form.export}", program / "program"
+            )
+        for role, metrics in scores.items():
+            self._print_scores(self._compared(metrics, {}), role)
+        return scores
 
     # Reports
 
@@ -350,17 +354,27 @@ class _TaskRun(Steps):
         return scores
 
     def _summarise(
-        self, stage1: Path, students: list[tuple], scores: list[Score], latency: dict | None
+        self,
+        stage1: Path,
+        students: list[tuple],
+        scores: list[Score],
+        deployed: dict[str, dict[str, _Metrics]],
+        latency: dict | None,
     ) -> None:
         """Write numbers, cards and curves from the files of the steps."""
         dense, ours = (
             measure.parameters(without_weights(source).base_model)
             for source in (self.dense, stage1)
         )
+        hours = {f"{name}/seed-{seed}": core_hours(folder) for name, seed, folder in students}
+        if self.recipe.stage1:
+            hours = {"stage1": core_hours(stage1)} | hours
         results = {
             "parameters": {"teacher": dense, "student": ours},
             "scores": [asdict(score) | {"student": str(score)} for score in scores],
+            "deployed": deployed,
             "latency": latency,
+            "core_hours": hours,
         }
         text = yaml.safe_dump(self.recipe.given, sort_keys=False, allow_unicode=True)
         write_file(self.output / "recipe.yaml", text)

@@ -41,7 +41,7 @@ from kroneckerbert.loading import load_encoder, without_weights
 from kroneckerbert.quantization import quantize
 from kroneckerbert.reproduction.card import model_card
 from kroneckerbert.reproduction.sentences import read_sentences
-from kroneckerbert.reproduction.steps import HISTORY, Steps, settings_of
+from kroneckerbert.reproduction.steps import Steps, core_hours, settings_of
 from kroneckerbert.students import ABOUT
 
 
@@ -158,7 +158,7 @@ class SentenceRun(Steps):
             "bytes": measure.bytes_on_disk(int8),
             "scores": scores,
             "latency": latency,
-            "core_hours": _core_hours(trained),
+            "core_hours": core_hours(trained),
         }
         text = yaml.safe_dump(self.recipe.given, sort_keys=False, allow_unicode=True)
         write_file(self.output / "recipe.yaml", text)
@@ -182,13 +182,6 @@ class SentenceRun(Steps):
         for name, row in scores.items():
             self.print(f"  {name}: {', '.join(f'{of} {value:.4f}' for of, value in row.items())}")
         self.print(f"The student, with its card, is in {self.output / 'student'}.")
-
-
-def _core_hours(trained: Path) -> float | None:
-    """CPU time of a training, in hours."""
-    history = read_json(trained / HISTORY)["log_history"]
-    hours = [report["core_hours"] for report in history if "core_hours" in report]
-    return round(hours[-1], 2) if hours else None
 
 
 def _digest(folder: Path, name: str) -> str:

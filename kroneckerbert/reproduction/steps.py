@@ -300,6 +300,13 @@ def settings_of(stage: Stage) -> dict[str, Any]:
     return asdict(stage) | {"arguments": kept}
 
 
+def core_hours(trained: Path) -> float | None:
+    """CPU time of a training, in hours; None if it reported nothing."""
+    history = read_json(trained / HISTORY)["log_history"]
+    hours = [report["core_hours"] for report in history if "core_hours" in report]
+    return round(hours[-1], 2) if hours else None
+
+
 def _last_checkpoint(training: Path) -> str | None:
     """The last complete checkpoint: Trainer writes its state after everything else."""
     whole = {

@@ -130,7 +130,7 @@ def gradchecks():
         yield pytest.param(s, "eager", torch.complex128, id=f"{name(s)}-eager-complex", marks=marks)
 
 
-@pytest.mark.parametrize(("s", "backend", "dtype"), gradchecks())
+@pytest.mark.parametrize(("s", "backend", "dtype"), list(gradchecks()))
 def test_gradcheck_in_reverse_and_forward_mode_batched_and_twice(s, backend, dtype):
     small = s.parameters < 100
     tokens = 2 if small or not dtype.is_complex else 1  # complex Jacobians take seconds

@@ -862,6 +862,18 @@ def test_the_clock_stops_training_as_a_planned_last_step_with_the_rate_at_zero(
     assert rates[2:] == pytest.approx([1e-3 * (20 - s) / 18 for s in range(2, 20)])
 
 
+def test_a_warm_up_in_steps_takes_these_steps_under_the_clock(tmp_path, monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr(clock, "monotonic", lambda: float(next(now)))  # a second a step
+    run = trainer(
+        tmp_path, bert(seed=1), bert(), max_steps=10**6, max_minutes=20 / 60, warmup_steps=15,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    run.train()
+    rates = [log["learning_rate"] for log in run.state.log_history if "loss" in log]
+    assert rates == pytest.approx([1e-3 * min(s / 15, (20 - s) / 20) for s in range(20)], rel=1e-4)
+
+
 def test_steps_end_training_before_the_clock_with_the_usual_schedule(tmp_path):
     rates = []
     for minutes in (None, 60.0):

@@ -213,6 +213,8 @@ def test_a_task_of_ones_own_is_taught_distilled_quantised_and_scored(own, vector
     assert "my_train test accuracy, int8" in output
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(s["task"], s["metric"]) for s in results["scores"]] == [("my_train", "accuracy")]
+    assert "accuracy" in results["deployed"]["my_train/seed-0"]["int8"]["my_train"]
+    assert set(results["core_hours"]) == {"my_train/seed-0"}
     student = tmp_path / "stage2" / "my_train" / "seed-0"
     assert set(read_model(str(student)).config.label2id) == {"up", "down"}
     assert read_model(str(tmp_path / "int8" / "my_train" / "seed-0")).config.kronecker_int8

@@ -39,16 +39,15 @@ def folder(tmp_path_factory) -> Path:
 def test_a_student_embeds_as_when_it_was_made(name):
     stored = json.loads((EXAMPLES / f"{name}.json").read_text())
     encoder = kroneckerbert.load(name)
-    vectors = encoder.encode(stored["texts"])
-    # Four digits are stored. int8 sums are exact: what is left is float32's rounding.
-    torch.testing.assert_close(vectors, torch.tensor(stored["int8"]), rtol=0, atol=2e-4)
-    floating = kroneckerbert.dequantize(encoder.model)
-    torch.testing.assert_close(
-        embed(floating, encoder.tokenizer, stored["texts"]),
-        torch.tensor(stored["float32"]),
-        rtol=0,
-        atol=2e-4,
-    )
+    floating = embed(kroneckerbert.dequantize(encoder.model), encoder.tokenizer, stored["texts"])
+    # Four digits are stored.
+    torch.testing.assert_close(floating, torch.tensor(stored["float32"]), rtol=0, atol=6e-5)
+    # Sums of int8 are exact, but the last bit of a float32 sum, which instruction sets round
+    # differently, can move an activation by a step: cosine 0.9997 between AVX2 and baseline
+    # x86-64. From float32 it is 0.9993.
+    int8 = encoder.encode(stored["texts"])
+    cosines = torch.cosine_similarity(int8, torch.tensor(stored["int8"]), dim=-1)
+    assert cosines.min() > 0.999
 
 
 @each_student
