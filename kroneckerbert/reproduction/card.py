@@ -89,6 +89,7 @@ def model_card(
     seed: int | None = None,
     latency: Mapping[str, Any] | None = None,
     vectors: Mapping[str, Mapping[str, float]] | None = None,
+    core_hours: Mapping[str, float | None] | None = None,
 ) -> ModelCard:
     """A model card with the Hub's metadata, made without network access.
 
@@ -103,6 +104,7 @@ def model_card(
         latency: As measured by ``reproduction.run``: ``machine``, ``threads``, ``tokens`` and, by
             batch size, ``milliseconds`` of ``teacher`` and ``student``.
         vectors: Of a sentence encoder: correlations on pairs of sentences, by model and set.
+        core_hours: CPU time of the distillation, by stage.
 
     Returns:
         A card: ``str(card)`` is its text, ``card.save(path)`` writes it.
@@ -142,6 +144,7 @@ def model_card(
         "## Shapes": _shapes(model),
         "## Limits": "\n".join(f"- {line}" for line in about.get("limits", ())),
         "## Data and licences": "\n".join(f"- {line}" for line in about.get("data", ())),
+        "## Cost": _cost(core_hours or {}),
         "## Hyper-parameters": _hyper_parameters(recipe, {score.task for score in scores}),
         "## Recipe": f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```",
         "## Versions": ", ".join(f"{name} {v}" for name in _PACKAGES if (v := _version(name))),
@@ -241,6 +244,15 @@ def _latency(latency: Mapping[str, Any] | None) -> str:
         f"Milliseconds per forward pass of {latency['tokens']} tokens, median and quartiles; "
         f"{latency['machine']}, {latency['threads']} CPU threads, {latency['dtype']}.\n\n"
         + _table(["batch", *times, "times faster"], rows)
+    )
+
+
+def _cost(core_hours: Mapping[str, float | None]) -> str:
+    known = [f"{stage} {hours:.2f}" for stage, hours in core_hours.items() if hours is not None]
+    return (
+        f"Core-hours of training, beside caches of the teacher: {', '.join(known)}."
+        if known
+        else ""
     )
 
 

@@ -385,12 +385,16 @@ class _TaskRun(Steps):
             student, teacher = (times[name]["median"] for name in ("student", "teacher"))
             self.print(f"{student:.1f} ms instead of {teacher:.1f} at batch {batch}")
         pictures: dict[str, dict[str, Path]] = {}
+        cost: dict[str, float | None] = {}
         if self.recipe.stage1:
-            self._save_card(stage1, "stage 1", latency=latency)
+            cost = {"stage 1": hours["stage1"]}
+            self._save_card(stage1, "stage 1", latency=latency, core_hours=cost)
             pictures["stage1"] = {"stage 1": stage1}
         for name, seed, folder in students:
             of_task = [score for score in scores if score.task in self._sets(name)]
-            self._save_card(folder, name, seed=seed, scores=of_task, latency=latency)
+            own = {"stage 2": hours[f"{name}/seed-{seed}"]}
+            figures = {"scores": of_task, "latency": latency, "core_hours": cost | own}
+            self._save_card(folder, name, seed=seed, **figures)
             pictures.setdefault(name, {})[f"seed {seed}"] = folder
         self._save_curves(pictures)
         self.print(f"Students, with their cards, are in {students[-1][2] if students else stage1}.")

@@ -148,7 +148,7 @@ class SentenceRun(Steps):
     ) -> None:
         """Write the finished student's folder, the numbers and the curves."""
         teacher, student = without_weights(self.dense), load_model(int8)
-        results = {
+        results: dict[str, Any] = {
             "teacher": self.recipe.teacher.rpartition(":")[2].partition("/")[0],
             "description": self.recipe.description,
             "parameters": {
@@ -165,11 +165,12 @@ class SentenceRun(Steps):
         write_json(self.output / "results.json", results)
         card = model_card(
             student,
-            name=self.recipe.description or "A sentence encoder",
+            name=self.recipe.description.partition(";")[0] or "A sentence encoder",
             dense_parameters=results["parameters"]["teacher"],
             recipe=self.recipe.given,
             latency=latency,
             vectors=scores,
+            core_hours={"sentences": results["core_hours"]},
         )
         with replace_folder(self.output / "student") as folder:
             shutil.copytree(

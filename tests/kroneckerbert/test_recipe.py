@@ -149,7 +149,13 @@ def test_an_encoder_is_made_scored_quantised_and_described(sources, vectors, tmp
     encoder = kroneckerbert.load(str(student))
     assert encoder.model.config.kronecker_int8
     card = (student / "README.md").read_text()
-    for text in ("a tiny encoder", "sentence-similarity", "of no use", "kroneckerbert.load"):
+    for text in (
+        "a tiny encoder",
+        "sentence-similarity",
+        "of no use",
+        "kroneckerbert.load",
+        "Core-hours of",
+    ):
         assert text in card
     before = load_file(student / "model.safetensors")
     reproduction.run(recipe.parse(vectors), tmp_path, sources)  # nothing is done again
