@@ -250,7 +250,7 @@ def _latency(latency: Mapping[str, Any] | None) -> str:
 def _cost(core_hours: Mapping[str, float | None]) -> str:
     known = [f"{stage} {hours:.2f}" for stage, hours in core_hours.items() if hours is not None]
     return (
-        f"Core-hours of training, beside caches of the teacher: {', '.join(known)}."
+        f"Core-hours of training, without the cached outputs of the teacher: {', '.join(known)}."
         if known
         else ""
     )

@@ -30,8 +30,10 @@ def names() -> list[str]:
     return sorted(path.parent.name for path in _HERE.glob(f"*/{ABOUT}"))
 
 
-def path(name: str) -> Path:
+def path(name: str) -> str:
     """The folder of a student, which ``SentenceTransformer`` and ``AutoModel`` load as well.
+
+    A string, since ``SentenceTransformer`` takes no ``Path``.
 
     Raises:
         ValueError: If the package has no student of this name.
@@ -40,7 +42,7 @@ def path(name: str) -> Path:
         raise ValueError(
             f"there is no student {name!r}; the package has {', '.join(names()) or 'none'}."
         )
-    return _HERE / name
+    return str(_HERE / name)
 
 
 def about(name: str) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def about(name: str) -> dict[str, Any]:
     Raises:
         ValueError: If the package has no student of this name.
     """
-    return read_json(path(name) / ABOUT)
+    return read_json(Path(path(name)) / ABOUT)
 
 
 def load(name: str) -> SentenceEncoder:
@@ -61,7 +63,7 @@ def load(name: str) -> SentenceEncoder:
     """
     if name not in names() and Path(name).is_dir():
         return SentenceEncoder(Path(name))
-    return SentenceEncoder(path(name), name)
+    return SentenceEncoder(Path(path(name)), name)
 
 
 class SentenceEncoder:

@@ -63,18 +63,18 @@ def test_a_student_ranks_pairs_and_its_files_are_complete(name):
     first, second = (encoder.encode([pair[i] for pair in pairs]) for i in (1, 2))
     cosines = (first * second).sum(-1)
     assert cosines[:3].min() > cosines[3:].max()
-    card = (students.path(name) / "README.md").read_text()
+    card = (Path(students.path(name)) / "README.md").read_text()
     for text in ("CC BY-SA", "## Limits", f"{about['scores']['int8']['stsb']:.4f}"):
         assert text in card
     assert about["parameters"]["student"] < about["parameters"]["teacher"] / 6
-    assert sum(f.stat().st_size for f in students.path(name).rglob("*")) < 6e6
+    assert sum(f.stat().st_size for f in Path(students.path(name)).rglob("*")) < 6e6
 
 
 @each_student
 def test_sentence_transformers_loads_a_student(name):
     sentences = pytest.importorskip("sentence_transformers")
     texts = ["A short text.", "Another one, which is a little longer."]
-    model = sentences.SentenceTransformer(str(students.path(name)), device="cpu")
+    model = sentences.SentenceTransformer(students.path(name), device="cpu")
     torch.testing.assert_close(
         torch.from_numpy(model.encode(texts)), kroneckerbert.load(name).encode(texts),
         rtol=0, atol=1e-5,
