@@ -228,12 +228,13 @@ SLOW = [*SAMPLED, *(("cuda", *one, "right fragments are swapped", RIGHT, 0) for 
     ("backend", "call", "kernel", "bug", "unseen", "most"),
     [
         pytest.param(
-            *(backend, call, kernel, bug, unseen, most),
-            id=f"{backend}, {call} {kernel}: {text}, {most} places at most",
+            *(backend, call, kernel, bug, unseen, most + unseen),
+            id=f"{backend}, {call} {kernel}: {text}, {most + unseen} places at most",
             marks=[*marks, *([needs_nvcc] if backend == "cuda" else [])],
         )
         for planted, most, marks in (
-            (PLANTED, 99, []),
+            (PLANTED, 3, []),
+            (PLANTED, 99, [pytest.mark.slow]),
             (SAMPLED, 2, []),
             (SLOW, 8, [pytest.mark.slow]),
         )

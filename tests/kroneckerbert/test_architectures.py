@@ -533,7 +533,12 @@ def folders(tmp_path_factory) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("way", WAYS)
+FAST = ("kroneckerbert first", "pickle")  # each takes seconds
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=[] if w in FAST else [pytest.mark.slow]) for w in WAYS]
+)
 def test_a_fresh_process_loads_every_architecture_bit_for_bit(way, folders):
     # The order of imports is the same question for all architectures; two of them answer it.
     of_all = way in ("kroneckerbert first", "pickle")

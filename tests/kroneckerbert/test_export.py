@@ -263,6 +263,7 @@ def test_a_static_export_takes_its_sample_only(tmp_path):
     assert_damage_is_found(tmp_path / "pt2")
 
 
+@pytest.mark.slow
 def test_openvino(tmp_path):
     pytest.importorskip("openvino", reason="pip install 'kron-kernels[openvino]'")
     model = model_with("ForSequenceClassification")
@@ -295,6 +296,7 @@ def test_onnx_of_every_head(head, tmp_path):
         assert list(result.differences) == list(model(**batch(1, 4)))
 
 
+@pytest.mark.slow
 def test_another_function_is_an_error_and_the_old_folder_stays(tmp_path, monkeypatch):
     folder = tmp_path / "pt2"
     with replace_folder(folder) as new:

@@ -24,6 +24,14 @@ def teacher(tmp_path):
     return save(tmp_path / "teacher", num_hidden_layers=1)
 
 
+@pytest.fixture(autouse=True)
+def not_ignored():
+    """Shells start background jobs, of which these tests may be one, without SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def texts(tmp_path):
     path = tmp_path / "texts.txt"
