@@ -1,5 +1,6 @@
 """The simulator executes kernels that nvcc compiled, and finds bugs planted in them."""
 
+import mmap
 import re
 import struct
 
@@ -247,9 +248,15 @@ def device(source):
     return make
 
 
-def reach(toy: Toy, which: int = 1, shift: int = 0, y: torch.Tensor | None = None):
+def reach(
+    toy: Toy,
+    which: int = 1,
+    shift: int = 0,
+    x: torch.Tensor | None = None,
+    y: torch.Tensor | None = None,
+):
+    x = torch.arange(32.0) if x is None else x
     y = torch.zeros(32) if y is None else y
-    x = torch.arange(32.0)
     table = torch.arange(32.0) + 100
     toy("reach_float32", 1, 32, 0, "=QQQQQqq", x, y, 0, table, x, which, shift)
     return y
@@ -260,12 +267,17 @@ def test_a_table_of_pointers(device):
     assert torch.equal(reach(device()), expected)
 
 
+# Nothing stands before its first byte in its page: byte -4 has another page's number.
+PAGE = torch.frombuffer(mmap.mmap(-1, 4096), dtype=torch.float32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"y": torch.zeros(31)}, r"out-of-bounds global store of 4 bytes at byte 124 of '.*: 31\)"),
         ({"shift": 4}, "out-of-bounds global load of 4 bytes at byte 128"),
         ({"shift": -4}, "out-of-bounds global load of 4 bytes at byte -4"),
+        ({"shift": -4, "x": PAGE}, "out-of-bounds global load of 4 bytes at byte -4"),
         ({"shift": 2}, "misaligned load of 4 bytes"),
         ({"which": 0}, "through a null pointer"),
         ({"which": 5}, "beyond the kernel's parameters"),

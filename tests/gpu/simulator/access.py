@@ -165,7 +165,7 @@ class Accesses:
         if buffer is None:
             bad = (addresses >> WINDOW_BITS == window) & mask
             text += " through a null pointer" if window == 0 else ""
-            # Stepping over the end of a 64 GiB window leads into an arbitrary neighbour's.
+            # Stepping over either end of a 64 GiB window leads into an arbitrary neighbour's.
             text += " far from every tensor" if window >= FIRST_BUFFER else ""
         else:
             bad = ((addresses < buffer.base) | (addresses + size > buffer.end)) & mask

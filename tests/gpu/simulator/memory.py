@@ -1,5 +1,6 @@
-"""The address space. Every tensor's storage has its own window of 64 GiB, so an access beyond
-a storage cannot land in another one. Kernels work on the tensors' own memory, without copies.
+"""The address space. Every tensor's storage stands in the middle of its own window of 64 GiB, so
+an access before or beyond it cannot land in another one. Kernels work on the tensors' own memory,
+without copies.
 """
 
 import ctypes
@@ -22,7 +23,8 @@ class Buffer:
     def __init__(self, data: np.ndarray, name: str, window: int):
         self.data, self.name = data, name
         # Keep the true alignment, which the compiler relies on.
-        self.base = (window << WINDOW_BITS) + data.ctypes.data % 4096
+        middle = (window << WINDOW_BITS) + (1 << WINDOW_BITS - 1)
+        self.base = middle + data.ctypes.data % 4096
         self.end = self.base + data.size
         self._cells: dict[int, tuple[np.ndarray, int]] = {}
 
