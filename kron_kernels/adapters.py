@@ -49,7 +49,8 @@ def lokr_factors(
             ``lokr_w1 (m1, n1)``, or ``lokr_w1_a (m1, r)`` and ``lokr_w1_b (r, n1)``;
             ``lokr_w2 (m2, n2)``, or ``lokr_w2_a (m2, r)`` and ``lokr_w2_b (r, n2)``, or these with
             ``lokr_t2 (r, r)`` (Tucker) and ``lokr_w2_a (r, m2)``. Those of a convolution may have
-            further sides of 1. LyCORIS adds the number ``alpha``.
+            further sides of 1. LyCORIS adds the number ``alpha``. (PEFT 0.21 computes ``B ⊗ A`` in
+            an ``nn.Conv1d`` whose w2 is whole; swap its results.)
         scale: s. By default LyCORIS' rule for ``alpha``: ``alpha / r``, and 1 where both halves are
             whole or ``alpha`` is 0. PEFT's files have no alpha: its scale is ``alpha / r`` of
             ``adapter_config.json`` for halves of any kind. A scale given here replaces the rule.
@@ -126,10 +127,10 @@ def _check_names(state: Mapping[str, Any]) -> None:
 def _check_half(state: Mapping[str, Any], name: str) -> int:
     """The rank of w1 or w2; 0 for one that is whole."""
     pair = [f"{name}_a", f"{name}_b"]
-    core = "lokr_t2" if name == "lokr_w2" else None
-    given = [key for key in (name, *pair, core) if key in state]
-    if given not in ([name], pair, [*pair, core]):
-        tucker = f", and may have {core} with these" if core else ""
+    core = ["lokr_t2"] if name == "lokr_w2" else []
+    given = [key for key in (name, *pair, *core) if key in state]
+    if given not in ([name], pair, [*pair, *core]):
+        tucker = ", and may have lokr_t2 with these" if core else ""
         raise ValueError(
             f"state must have either {name}, or both {' and '.join(pair)}{tucker}; "
             f"it has {', '.join(given) or 'none of them'}."
@@ -262,31 +263,34 @@ class AdaptedLinear(nn.Module):
         (rank, m1, n1), (rank2, m2, n2) = (t.shape for t in factors)
         if rank != rank2:
             raise ValueError(f"a and b must have one Kronecker rank, got {rank} and {rank2}.")
-        if reason := _why_not(base_layer):
+        inner: Any = base_layer
+        while isinstance(getattr(inner, "base_layer", None), nn.Module):  # ours, or PEFT's
+            inner = inner.base_layer
+        if reason := _why_not(inner):
             raise ValueError(f"base_layer cannot be adapted: {reason}.")
         rows, columns = (
-            getattr(base_layer, f"{side}_features", getattr(base_layer, f"{side}_channels", None))
+            getattr(inner, f"{side}_features", getattr(inner, f"{side}_channels", None))
             for side in ("out", "in")
         )
-        if (rows, columns) != (None, None) and (rows, columns) != (m1 * m2, n1 * n2):
+        self.in_features, self.out_features = n1 * n2, m1 * m2
+        if (rows, columns) not in ((None, None), (self.out_features, self.in_features)):
             raise ValueError(
                 f"the factors are of a weight ({m1} * {m2}, {n1} * {n2}) = ({m1 * m2}, {n1 * n2}), "
                 f"but base_layer's is ({rows}, {columns}); is the adapter of another layer?"
             )
         self.base_layer, self.backend = base_layer, backend
-        weight = next(filter(Tensor.is_floating_point, base_layer.parameters()), None)
-        like: dict[str, Any] = {}
-        if weight is not None:
-            like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, a.dtype)}
-        scaled = _scaled(*factors, _finite("scale", scale))
-        for name, t, given in zip("ab", scaled, (a, b), strict=True):
-            self.register_parameter(name, nn.Parameter(t.detach().to(**like), given.requires_grad))
+        self.stride = tuple(inner.stride) if isinstance(inner, _CONVOLUTIONS) else None
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        weight = next(filter(Tensor.is_floating_point, base_layer.parameters()), a)
+        like: Any = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, dtype)}
+        left, right = (t.detach().to(**like) for t in factors)
+        left, right = _scaled(left, right, _finite("scale", scale))
+        self.a, self.b = nn.Parameter(left, a.requires_grad), nn.Parameter(right, b.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (…, n)`` to ``y (…, m)``; images ``(…, n, height, width)`` for a convolution."""
         y = self.base_layer(x)
-        convolution = self.base_layer if isinstance(self.base_layer, _CONVOLUTIONS) else None
-        return _added(y, x, self.a, self.b, convolution, self.backend).to(y.dtype)
+        return _added(y, x, self.a, self.b, self.stride, self.backend).to(y.dtype)
 
     def extra_repr(self) -> str:
         (rank, m1, n1), (_, m2, n2) = self.a.shape, self.b.shape
@@ -311,16 +315,17 @@ def _added(
     x: Tensor,
     a: Tensor,
     b: Tensor,
-    convolution: Any = None,
+    stride: tuple[int, ...] | None = None,
     backend: BackendName = "auto",
 ) -> Tensor:
-    """``y + x (Σ_k A_k ⊗ B_k)ᵀ``, over channels for a convolution; y's dtype, promoted with a's."""
+    """``y + x (Σ_k A_k ⊗ B_k)ᵀ``, in y's dtype promoted with a's; with a convolution's stride."""
     if x.dtype != a.dtype:  # PEFT keeps adapters in float32 beside 16-bit weights
         x = x.to(a.dtype)
-    if convolution is None:
+    if stride is None:
         return kron_matmul(x, a, b, residual=y, backend=backend)
-    channels = -1 - len(convolution.stride)
-    x = x[(..., *(slice(None, None, step) for step in convolution.stride))]
+    channels = -1 - len(stride)
+    steps: Any = (..., *(slice(None, None, step) for step in stride))
+    x = x[steps]
     x, last = (t.movedim(channels, -1) for t in (x, y))  # (…, height, width, channels)
     out = kron_matmul(x, a, b, residual=last, backend=backend).movedim(-1, channels)
     # The layout of the convolution's result: channels last in memory if x has them so.
@@ -343,24 +348,31 @@ def serve_lokr(model: nn.Module) -> dict[str, str]:
             ``PeftModel.from_pretrained``, ``inject_adapter_in_model``, or a part of such a model.
 
     Returns:
-        The layers that PEFT still computes, by path, each with the reason: convolutions with a
-        kernel larger than 1, with groups or with padding, and layers of a class of their own.
+        The layers that PEFT still computes, by path, each with the reason: layers other than
+        ``nn.Linear`` and ``nn.Conv2d`` with a kernel of 1, without padding and groups, and layers
+        with a forward of their own.
 
     Raises:
         ValueError: If the model has no LoKr layer.
     """
-    classes, found, left = _lokr_classes(), False, {}
+    # A model with LoKr layers has imported PEFT.
+    lokr = sys.modules.get("peft.tuners.lokr.layer")
+    found, left = False, {}
     for path, layer in model.named_modules():
         if isinstance(layer, _Served):
             found = True
-        elif classes and isinstance(layer, classes):
+        elif lokr and isinstance(layer, lokr.LoKrLayer):
             found = True
-            if type(layer) not in classes or "forward" in vars(layer):
-                left[path] = f"it is computed by a forward of its own, of {type(layer).__name__}"
+            if "forward" in vars(layer) or layer.__class__.__module__ != lokr.__name__:
+                left[path] = f"it has a forward of its own, of {type(layer).__name__}"
+            elif not isinstance(layer, (lokr.Linear, lokr.Conv2d)):
+                # In version 0.21 its Conv1d takes whole halves in the other order, low rank not.
+                left[path] = f"it is a {type(layer).__name__}"
             elif reason := _why_not(layer.get_base_layer()):
                 left[path] = reason
             else:
-                layer.__class__ = _served(type(layer))
+                peft_class: Any = type(layer)
+                layer.__class__ = _served(peft_class)
     if not found:
         raise ValueError(
             f"the {type(model).__name__} has no LoKr layer of PEFT; load the adapter with "
@@ -380,13 +392,6 @@ def unserve_lokr(model: nn.Module) -> None:
             layer.__class__ = layer.peft_class
 
 
-def _lokr_classes() -> tuple[type, ...]:
-    # A model with LoKr layers has imported PEFT. Conv1d is of version 0.17.
-    module = sys.modules.get("peft.tuners.lokr.layer")
-    names = ("Linear", "Conv1d", "Conv2d")
-    return tuple(getattr(module, name) for name in names if hasattr(module, name))
-
-
 class _Served(nn.Module):
     """Before a LoKr class of PEFT, in the bases of the class that ``_served`` makes."""
 
@@ -394,7 +399,7 @@ class _Served(nn.Module):
     convolves: bool
     # Of PEFT's layer:
     base_layer: nn.Module
-    get_base_layer: Callable[[], nn.Module]
+    get_base_layer: Callable[[], Any]
     active_adapters: list[str]
     scaling: dict[str, float]
     rank_dropout: dict[str, float]
@@ -406,14 +411,14 @@ class _Served(nn.Module):
         if self.disable_adapters or self.merged or (self.training and self._drops()):
             return super().forward(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
-        convolution = self.get_base_layer() if self.convolves else None
+        stride = self.get_base_layer().stride if self.convolves else None
         for name in self.active_adapters:
             if state := self._state(name):
                 # At every call, since PEFT may have changed them, even through `.data`, which no
                 # version counter sees. For an entry of w2, w2_a w2_b has r multiply-adds, and the
                 # product some min(m1, n1) for each token.
                 a, b = _multiplied(state, self.scaling[name])
-                y = _added(y, x, a, b, convolution)
+                y = _added(y, x, a, b, stride)
         return y.to(x.dtype)
 
     def _state(self, adapter: str) -> dict[str, Tensor]:
@@ -431,12 +436,12 @@ class _Served(nn.Module):
 
 
 @cache
-def _served(peft_class: type) -> type[_Served]:
+def _served(peft_class: Any) -> type[_Served]:
     convolves = peft_class.__name__ != "Linear"
     own = {"peft_class": peft_class, "convolves": convolves, "__module__": __name__}
     return type(f"Served{peft_class.__name__}", (_Served, peft_class), own)
 
 
-def _new_served(peft_class: type) -> _Served:
+def _new_served(peft_class: Any) -> _Served:
     cls = _served(peft_class)
     return cls.__new__(cls)
