@@ -1,9 +1,10 @@
 """A linear layer with a LoKr adapter: by PEFT, by forming the product, merged, and by ours.
 
 The adapters have the sides that PEFT chooses, near the square root ("-1") or with w1 8 x 8 ("8"),
-and rank 8. In inference, float32. All contenders compute the layer and its adapter; what an adapter
-adds is the difference to "merged", which is one dense layer. Layers are in rotation, as in a model.
-PEFT and LyCORIS are left out where they are missing: pip install "kron-kernels[peft,bench]".
+and rank 8. In inference, float32. Contenders compute the layer and its adapter, except two that
+compute alone what the adapter adds. "merged" is one dense layer, without an adapter to switch: the
+bound for the others. Layers are in rotation, as in a model. PEFT and LyCORIS are left out where
+they are missing: pip install "kron-kernels[peft,bench]".
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from benchmarks import machine
 from benchmarks.peers import first_line
 from benchmarks.training import medians, rounded
+from kron_kernels import kron_matmul
 from kron_kernels.adapters import AdaptedLinear, lokr_factors, serve_lokr
 from kron_kernels.testing import assert_close
 from kron_kernels.timing import interleaved
@@ -31,6 +33,7 @@ RANK, ALPHA = 8, 16.0
 SECONDS = 10.0
 ENTRIES, MOST = 2**24, 8  # of the weights in rotation, 64 MB; and sets of them
 FORMED, MERGED, OURS = "forming the product", "merged", "AdaptedLinear"
+ALONE_FORMED, ALONE = "the adapter alone: formed", "the adapter alone: kron_matmul"
 PEFT, SERVED, LYCORIS = "PEFT", "PEFT, serve_lokr", "LyCORIS, bypass"
 Call = Callable[[Tensor], Tensor]
 
@@ -75,10 +78,13 @@ def contenders(width: int, factor: int, left_out: dict[str, str]) -> dict[str, C
     w1, w2 = state["lokr_w1"], state["lokr_w2_a"] @ state["lokr_w2_b"]
     merged = copy.deepcopy(layer)
     merged.weight.add_(torch.kron(w1, w2), alpha=scale)
+    a, b = lokr_factors(state, scale=scale)
     found: dict[str, Call] = {
         FORMED: lambda x: layer(x) + F.linear(x, torch.kron(w1, w2) * scale),
         MERGED: merged,
-        OURS: AdaptedLinear(layer, *lokr_factors(state, scale=scale)),
+        OURS: AdaptedLinear(layer, a, b),
+        ALONE_FORMED: lambda x: F.linear(x, torch.kron(w1, w2) * scale),
+        ALONE: lambda x: kron_matmul(x, a, b),
     }
     for names, make in (((PEFT, SERVED), by_peft), ((LYCORIS,), by_lycoris)):
         try:
@@ -86,9 +92,11 @@ def contenders(width: int, factor: int, left_out: dict[str, str]) -> dict[str, C
         except Exception as error:  # a broken installation may raise anything
             left_out |= dict.fromkeys(names, first_line(error))
     x = torch.randn(8, width)
-    expected = merged.double()(x.double())
-    merged.float()
+    wide = [t.double() for t in (w1, w2)]
+    adapter = F.linear(x.double(), scale * torch.kron(*wide))
+    both = copy.deepcopy(layer).double()(x.double()) + adapter
     for name, call in list(found.items()):
+        expected = adapter if name in (ALONE_FORMED, ALONE) else both
         try:
             assert_close(name, call(x), expected, width)
         except AssertionError as error:
@@ -141,13 +149,7 @@ def _rotate(layers: list[Call], x: Tensor) -> Callable[[], Tensor]:
 def gain(row: dict[str, Any], name: str) -> float:
     """How many times a contender is as fast as forming the product."""
     ms = medians(row)
-    return ms[FORMED] / ms[name]
-
-
-def added(row: dict[str, Any], name: str) -> float:
-    """Milliseconds that the adapter adds to those of the dense layer."""
-    ms = medians(row)
-    return ms[name] - ms[MERGED]
+    return ms[ALONE_FORMED if name == ALONE else FORMED] / ms[name]
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
@@ -159,17 +161,16 @@ def tables(results: dict[str, Any]) -> list[Table]:
         heading = f"a linear layer with LoKr, 1 x {tokens} tokens, ms (times faster than {FORMED})\n{title}"
         table = machine.table(heading, ("width, sides of w1 x w2", *heads), left=("",))
         names = dict.fromkeys(name for row in rows for name in row["ms"])
-        for name in names:
-            cells = (
-                f"{medians(row)[name]:.3g} ({gain(row, name):.1f})" if name in row["ms"] else "–"
-                for row in rows
-            )
-            table.add_row(name, *cells)
-        for name in names:
-            if name != MERGED:
-                cells = (f"{added(row, name):.3g} ms" if name in row["ms"] else "–" for row in rows)
-                table.add_row(f"{name}: added to {MERGED}", *cells)
+        for name in sorted(names, key=(ALONE_FORMED, ALONE).__contains__):
+            table.add_row(name, *(_cell(row, name) for row in rows))
         missing = {n: why for row in rows for n, why in row["left_out"].items()}
         table.caption = "; ".join(f"{name} left out: {why}" for name, why in missing.items())
         shown.append(table)
     return shown
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    if name not in row["ms"]:
+        return "–"
+    ms = f"{medians(row)[name]:.3g}"
+    return ms if name in (FORMED, ALONE_FORMED) else f"{ms} ({gain(row, name):.1f})"
