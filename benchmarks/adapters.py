@@ -158,8 +158,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
     for tokens in dict.fromkeys(row["tokens"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["tokens"] == tokens]
         heads = (f"{row['width']}, {'x'.join(map(str, row['sides']))}" for row in rows)
-        heading = f"a linear layer with LoKr, 1 x {tokens} tokens, ms (times faster than {FORMED})\n{title}"
-        table = machine.table(heading, ("width, sides of w1 x w2", *heads), left=("",))
+        what = f"a layer with LoKr, 1 x {tokens} tokens, ms (times faster than {FORMED})"
+        table = machine.table(f"{what}\n{title}", ("width, sides of w1 x w2", *heads), left=("",))
         names = dict.fromkeys(name for row in rows for name in row["ms"])
         for name in sorted(names, key=(ALONE_FORMED, ALONE).__contains__):
             table.add_row(name, *(_cell(row, name) for row in rows))
