@@ -341,7 +341,8 @@ def serve_lokr(model: nn.Module) -> dict[str, str]:
     The layers stay PEFT's, with PEFT's parameters and names: adapters can be added, scaled,
     switched, disabled, merged, trained, saved and deleted as before, and count at once. Only the
     computation of a layer changes. PEFT's own is used where adapters are disabled or merged, and
-    in training mode with ``rank_dropout`` or ``module_dropout``.
+    in training mode with ``rank_dropout`` or ``module_dropout``. (Without these, PEFT still draws a
+    random number for each layer in training; a served layer draws none.)
 
     Args:
         model: With LoKr adapters of PEFT 0.14 or later: of ``peft.get_peft_model``,

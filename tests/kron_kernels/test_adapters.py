@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kron_kernels import KroneckerLinear
+from kron_kernels import KroneckerLinear, QuantizedLinear, quantize_
 from kron_kernels.adapters import (
     AdaptedLinear,
     lokr_factors,
@@ -257,6 +257,25 @@ def test_factors_keep_the_wider_dtype_and_results_the_base_layers(base, adapter,
     assert y.dtype == base
     delta = torch.kron(a.double(), b.double())
     assert_close("y", y, adapted(x, linear.weight, linear.bias, delta), 29)
+
+
+def test_the_backend_asked_for_is_used_or_refused():
+    layer = AdaptedLinear(nn.Linear(20, 18), torch.ones(M1, N1), torch.ones(M2, N2), backend="cuda")
+    with pytest.raises(ValueError, match="backend='cuda' cannot serve this call"):
+        layer(torch.ones(2, 20))
+    layer = AdaptedLinear(nn.Conv1d(20, 18, 1), layer.a, layer.b, backend="cuda")
+    with pytest.raises(ValueError, match="backend='cuda' cannot serve this call"):
+        layer(torch.ones(2, 20, 3))
+
+
+def test_the_base_layer_may_become_int8():
+    layer = AdaptedLinear(nn.Linear(64, 64), torch.randn(8, 8), torch.randn(8, 8))
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        y = layer(x)
+        quantize_(layer)
+        assert isinstance(layer.base_layer, QuantizedLinear)
+        torch.testing.assert_close(layer(x), y, rtol=0.05, atol=0.05)
 
 
 def test_strided_operands():

@@ -441,12 +441,13 @@ kron_kernels.kron_matmul(x, a, b, activation="gelu").sum().backward()
 table = kron_kernels.KroneckerEmbedding(7, 12, 4)
 layer = kron_kernels.KroneckerLinear.from_linear(torch.nn.Linear(12, 10), (2, 4))
 layer(table(torch.tensor([1, 2]))).sum().backward()
-from kron_kernels import doctor, reference, testing
+from kron_kernels import adapters, doctor, reference, testing
 from kron_kernels.plan import plan
 net, rows = torch.nn.Sequential(torch.nn.Linear(24, 24)), torch.ones(2, 24)
 made = plan(net, {{"parameters": "3x"}}, rows, calibration=[rows], keep_dense_if_slower=False)
 assert str(made) and kron_kernels.factorise_(net, made.factors)(rows).shape == (2, 24)
 testing.assert_close("y", layer(x), reference.kron_matmul(x, layer.a, layer.b, bias=layer.bias), 7)
+assert adapters.AdaptedLinear(layer, torch.ones(2, 4), torch.ones(5, 3))(x).shape == (3, 10)
 assert "eager" in doctor.report()
 print("ran")
 """
