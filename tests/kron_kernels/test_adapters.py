@@ -307,21 +307,26 @@ def test_adapters_over_adapters_of_a_convolution():
         AdaptedLinear(served, torch.ones(4, 4), torch.ones(4, 5))
 
 
-@pytest.mark.parametrize("batch", [(2,), ()], ids=["images", "one image"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("batch", [(2,), (), (0,)], ids=["images", "one image", "no image"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("sizes", [(9,), (5, 7), (2, 3, 4)], ids=["1-D", "2-D", "3-D"])
-def test_convolutions_with_a_kernel_of_one(sizes, stride, batch):
+def test_convolutions_with_a_kernel_of_one(sizes, stride, batch, rank, dtype):
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(sizes) - 1]
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(sizes) - 1]
-    layer = kind(20, 18, 1, stride, padding=0 if stride > 1 else "same")
-    a, b = torch.randn(M1, N1), torch.randn(M2, N2)
+    layer = kind(20, 18, 1, stride, padding=0 if stride > 1 else "same", dtype=dtype)
+    ranks = () if rank is None else (rank,)
+    a, b = torch.randn(*ranks, M1, N1).to(dtype), torch.randn(*ranks, M2, N2).to(dtype)
     served = AdaptedLinear(layer, a, b, 0.5)
-    x = torch.randn(*batch, 20, *sizes)
+    x = torch.randn(*batch, 20, *sizes).to(dtype)
     y = served(x)
-    delta = 0.5 * torch.kron(a.double(), b.double()).view_as(layer.weight)
+    terms = zip(a.view(-1, M1, N1).double(), b.view(-1, M2, N2).double(), strict=True)
+    delta = 0.5 * sum(torch.kron(p, q) for p, q in terms).view_as(layer.weight)
     expected = convolve(x.double(), layer.weight.double() + delta, layer.bias.double(), stride)
-    assert_close("y", y, expected, 29)
-    assert y.stride() == layer(x).stride()
+    assert y.dtype == dtype
+    assert_close("y", y, expected, 20 + 9 * (rank or 1))
+    assert y.stride() == layer(x).stride() or not y.numel()
 
 
 def test_images_with_channels_last_stay_so():
