@@ -37,7 +37,7 @@ HERE = machine.RESULTS / "here"
 MODULES = (
     *("layers", "model", "training", "memory", "threads", "int8", "int8_scores"),
     *("eager_forms", "calls", "budgets", "starts", "distillation", "distillation_speed"),
-    "students",
+    *("students", "adapters"),
 )
 ALL = MODULES[:4]
 
@@ -199,6 +199,12 @@ def students(
 ) -> None:
     """The ready students beside their teacher: scores, first vector, texts a second."""
     measure("students", threads, quick, to, data=data, tasks=tasks)
+
+
+@app.command()
+def adapters(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
+    """A layer with a LoKr adapter: by PEFT, by forming the product, merged, and ours."""
+    measure("adapters", threads, quick, to)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

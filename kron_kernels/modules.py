@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from kron_kernels.readers import reader
 
@@ -122,17 +121,15 @@ def watching(
             handle.remove()
 
 
-# FlopCounterMode has formulas for all forms of attention except this one.
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v)
-    )
-}
-
-
 def flops_of(module: nn.Module, inputs: Any) -> int:
     """FLOPs of a forward pass: two per multiply-add of matrix products and attention."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    # Importing it imports Triton, too, where that is installed.
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    # FlopCounterMode has formulas for all forms of attention except this one.
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formulas = {attention: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         call(module, inputs)
     return counter.get_total_flops()
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kron_kernels import dispatch, int8_products
+from kron_kernels.arrivals import when_imported
 from kron_kernels.backends import BACKENDS
 from kron_kernels.backends.triton import launch
 from kron_kernels.checks import Activation, Shaped, check_product
@@ -23,17 +24,19 @@ from kron_kernels.dispatch import BackendName
 from kron_kernels.int8 import Factor, Int8Factor
 from kron_kernels.shapes import KronShape
 
+_FLOPS: dict[str, Callable[..., int]] = {}  # the FLOP formulas by operator
+
 
 def _operator(name: str, schema: str, implementation: Callable, fake: Callable, flops=None):
     """Define and register ``kron_kernels::name``, once in a process; the operator to call."""
+    if flops is not None:
+        _FLOPS[name] = flops
     namespace, qualified = torch.ops.kron_kernels, f"kron_kernels::{name}"
     # PyTorch keeps operators: a second import of this module uses those of the first.
     if not hasattr(namespace, name):
         torch.library.define(qualified, schema)
         torch.library.impl(qualified, "CompositeExplicitAutograd", implementation)
         torch.library.register_fake(qualified, fake)
-        if flops is not None:
-            register_flop_formula(getattr(namespace, name))(flops)
     return getattr(namespace, name).default
 
 
@@ -397,3 +400,17 @@ int8_matmul = _operator(
     _int8_matmul,
     _fake_int8_matmul,
 )
+
+
+# --- FLOPs
+
+
+def _register_formulas(flop_counter: ModuleType) -> None:
+    for name, formula in _FLOPS.items():
+        packet = getattr(torch.ops.kron_kernels, name)
+        if packet not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(packet)(formula)
+
+
+# The counter imports Triton where it is installed: three times as long as all of this package.
+when_imported("torch.utils.flop_counter", _register_formulas)

@@ -1,13 +1,14 @@
 """Benchmarks measure correct results, name what they leave out, and refuse bad options early."""
 
 import json
+import sys
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import calls, layers, machine, peers, plots, training
+from benchmarks import adapters, calls, layers, machine, peers, plots, training
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 
@@ -44,6 +45,33 @@ def test_the_steps_of_a_call_are_measured_and_shown(tmp_path, monkeypatch):
     steps = [row["step"] for row in machine.read(tmp_path / "calls.json")["rows"]]
     assert steps[2:4] == ["kron_matmul, once more", "kron_matmul, for the first time"]
     assert all(step in output for step in steps)
+
+
+def test_adapters_are_measured_with_and_without_peft(tmp_path, monkeypatch):
+    for name, value in (("SECONDS", 0.01), ("WIDTHS", (64,)), ("FACTORS", (4, -1))):
+        monkeypatch.setattr(adapters, name, value)
+    monkeypatch.setattr(adapters, "RANK", 1)
+    broken = dict.fromkeys(("peft", "lycoris", "lycoris.modules.lokr"))
+    for modules in ({}, broken):
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        output = invoke("adapters", "--to", str(tmp_path))
+        rows = machine.read(tmp_path / "adapters.json")["rows"]
+        assert [tuple(row["sides"]) for row in rows] == [(4, 16)] * 2 + [(8, 8)] * 2
+        for row in rows:
+            assert {adapters.FORMED, adapters.MERGED, adapters.OURS} <= set(row["ms"])
+            for name in (adapters.PEFT, adapters.SERVED, adapters.LYCORIS):
+                assert (name in row["ms"]) != (name in row["left_out"])
+                assert not modules or name in row["left_out"]
+        assert "forming the product" in output
+    assert "PEFT left out: ModuleNotFoundError" in " ".join(output.split())
+
+
+def test_a_wrong_adapter_is_left_out(monkeypatch):
+    monkeypatch.setattr(adapters, "by_peft", lambda layer, *_: [layer, layer])
+    row = adapters.measured(64, -1, 3, 0.01)
+    assert row["left_out"][adapters.PEFT].startswith("AssertionError: PEFT")
+    assert adapters.PEFT not in row["ms"] and adapters.OURS in row["ms"]
 
 
 def test_a_drop_needs_disjoint_quartiles():

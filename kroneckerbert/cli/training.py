@@ -444,7 +444,7 @@ def reproduce(
 
 def recipes() -> None:
     """List the recipes included in the package."""
-    from kroneckerbert.reproduction.recipe import shipped
+    from kroneckerbert.reproduction.shipped import shipped
 
     table = Table(names("recipe"), names("description"))
     for name, description in shipped().items():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,15 +19,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from transformers import TrainingArguments
 
 from kroneckerbert.distillation import DistillationConfig
 from kroneckerbert.presets import PRESETS
 from kroneckerbert.reproduction.sentences import TextFile
+from kroneckerbert.reproduction.shipped import RECIPES, from_yaml, shipped
 from kroneckerbert.reproduction.tasks import TASKS
 
-_RECIPES = Path(__file__).parent / "recipes"
 # Arguments that are set elsewhere, or by the run.
 _NOT_ARGUMENTS = {
     "output_dir": "run chooses it",
@@ -233,14 +231,6 @@ class Recipe:
 # Reading
 
 
-def shipped() -> dict[str, str]:
-    """Name and description of each recipe included in the package."""
-    return {
-        path.stem: _from_yaml(path.read_text(encoding="utf-8"), path.name)["description"]
-        for path in sorted(_RECIPES.glob("*.yaml"))
-    }
-
-
 def load(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
     """Read a recipe.
 
@@ -256,7 +246,7 @@ def load(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
     """
     path = Path(source)
     if not path.is_file():
-        path = _RECIPES / f"{str(source).removesuffix('.yaml')}.yaml"
+        path = RECIPES / f"{str(source).removesuffix('.yaml')}.yaml"
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no recipe {str(source)!r}: give a YAML file or one of "
@@ -266,7 +256,7 @@ def load(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
         text = path.read_bytes()
     except OSError as error:
         raise OSError(f"{source} cannot be read: {error.strerror}.") from error
-    given = _from_yaml(text, source)
+    given = from_yaml(text, source)
     if not isinstance(given, dict):
         raise TypeError(f"{source} must be a mapping, with teacher, student, …; got {given!r:.80}.")
     for change in changes:
@@ -319,25 +309,6 @@ def select(recipe: Recipe, tasks: Sequence[str] | None, seeds: Sequence[int] | N
     return parse(given)
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as in YAML 1.2; YAML 1.1 reads it as a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _from_yaml(text: str | bytes, source: str | Path) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    # ValueError: an impossible date or number. RecursionError: endless nesting.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not YAML: {error}") from error
-
-
 def _set(given: dict, change: str) -> None:
     """``a.b.c=value``, in place."""
     path, equals, value = change.partition("=")
@@ -353,7 +324,7 @@ def _set(given: dict, change: str) -> None:
         given = given[parent]
         if not isinstance(given, dict):
             raise TypeError(f"--set {change!r}: {parent} is {given!r}, which has no keys.")
-    given[key] = _from_yaml(value, f"--set {change!r}")
+    given[key] = from_yaml(value, f"--set {change!r}")
 
 
 def _merged(shared: Any, own: Any) -> Any:

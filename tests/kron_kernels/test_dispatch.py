@@ -274,6 +274,36 @@ def test_sizes_are_those_of_the_factors_and_of_the_materialised_weight(s):
     assert KronShape.of(b, a) == s.swapped and s.swapped.swapped == s
 
 
+@pytest.mark.parametrize("first", ["kron_kernels", "torch.utils.flop_counter"])
+def test_our_operators_are_counted_whichever_is_imported_first(first):
+    program = f"""
+import importlib, {first}
+import kron_kernels, torch, torch.utils.flop_counter as counting
+
+def counted():
+    with counting.FlopCounterMode(display=False) as counter:
+        kron_kernels.kron_matmul(torch.ones(3, 12), torch.ones(2, 4), torch.ones(5, 3))
+    return counter.get_total_flops()
+
+flops = kron_kernels.KronShape(2, 4, 5, 3).flops * 3
+assert counted() == flops, (counted(), flops)
+importlib.reload(kron_kernels.ops)  # registers nothing twice
+assert counted() == flops, (counted(), flops)
+"""
+    python("-c", program)
+
+
+def test_the_package_waits_for_one_import_with_one_finder():
+    program = """
+import importlib, sys
+before = len(sys.meta_path)
+import kron_kernels
+importlib.reload(kron_kernels.ops)
+assert len(sys.meta_path) == before + 1
+"""
+    python("-c", program)
+
+
 @pytest.mark.parametrize("s", SHAPES, ids=name)
 def test_costs_are_those_of_the_products_and_the_order_is_the_cheaper(s):
     x, a, b = draw(s, 3, torch.float32)
@@ -411,12 +441,13 @@ kron_kernels.kron_matmul(x, a, b, activation="gelu").sum().backward()
 table = kron_kernels.KroneckerEmbedding(7, 12, 4)
 layer = kron_kernels.KroneckerLinear.from_linear(torch.nn.Linear(12, 10), (2, 4))
 layer(table(torch.tensor([1, 2]))).sum().backward()
-from kron_kernels import doctor, reference, testing
+from kron_kernels import adapters, doctor, reference, testing
 from kron_kernels.plan import plan
 net, rows = torch.nn.Sequential(torch.nn.Linear(24, 24)), torch.ones(2, 24)
 made = plan(net, {{"parameters": "3x"}}, rows, calibration=[rows], keep_dense_if_slower=False)
 assert str(made) and kron_kernels.factorise_(net, made.factors)(rows).shape == (2, 24)
 testing.assert_close("y", layer(x), reference.kron_matmul(x, layer.a, layer.b, bias=layer.bias), 7)
+assert adapters.AdaptedLinear(layer, torch.ones(2, 4), torch.ones(5, 3))(x).shape == (3, 10)
 assert "eager" in doctor.report()
 print("ran")
 """
@@ -425,9 +456,8 @@ print("ran")
 
 def test_an_import_brings_in_nothing_heavy_that_torch_does_not():
     heavy = ["transformers", "triton", "torch._dynamo", "torch._inductor", "torch.onnx", "scipy"]
-    # The FLOP counter, with which our operators register, imports Triton where it is installed.
     program = """
-import sys, torch.utils.flop_counter
+import sys, torch
 before = set(sys.modules)
 import kron_kernels
 print(*(set(sys.modules) - before))

@@ -35,6 +35,25 @@ def test_the_package_and_its_command_line_are_imported_without_torch(module):
     run(f"import sys, {module}; assert not {{'torch', 'transformers'}} & set(sys.modules)")
 
 
+def test_help_of_every_command_and_the_list_of_recipes_are_printed_without_torch():
+    run(
+        """
+import sys
+from typer.testing import CliRunner
+from typer.main import get_command
+from kroneckerbert.cli.app import app
+commands = get_command(app).commands
+assert {"compress", "distill", "recipes"} <= set(commands)
+for arguments in (["--help"], ["recipes"], *([name, "--help"] for name in commands)):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, (arguments, done.output)
+    assert "Usage: " in done.output or arguments == ["recipes"]
+    heavy = {"torch", "transformers", "numpy"} & set(sys.modules)
+    assert not heavy, (arguments, heavy)
+"""
+    )
+
+
 def test_pipelines_and_sentence_transformers_load_models_after_reloads_and_in_threads(tmp_path):
     model = compress(tiny_bert(BertForSequenceClassification))
     for folder, saved in (("classifier", model), ("encoder", model.bert)):
