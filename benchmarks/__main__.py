@@ -35,9 +35,9 @@ app = typer.Typer(
 HERE = machine.RESULTS / "here"
 # Modules, whose results have their names, in the order of `report`; the first four are `all`.
 MODULES = (
-    *("layers", "model", "training", "memory", "threads", "int8", "int8_scores"),
-    *("eager_forms", "calls", "budgets", "starts", "distillation", "distillation_speed"),
-    *("students", "adapters"),
+    *("layers", "model", "training", "memory", "threads", "int8"),
+    *("eager_forms", "calls", "budgets", "starts", "study", "study_speed"),
+    *("distillation_speed", "students", "adapters"),
 )
 ALL = MODULES[:4]
 
@@ -50,8 +50,6 @@ Teachers = Annotated[
 Data = Annotated[
     Path, typer.Option(exists=True, file_okay=False, help="Folder with the tasks' tables and text.")
 ]
-Work = Annotated[Path, typer.Option(help="Folder of distillation's jobs.")]
-WORK = Path("build/distillation")
 Folder = Annotated[Path, typer.Argument(help="Of results, as JSON.")]
 
 
@@ -131,12 +129,6 @@ def int8(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
 
 
 @app.command()
-def int8_scores(data: Data, work: Work = WORK, threads: Threads = 1, to: To = HERE) -> None:
-    """Scores of distilled students in float32 and in int8; after `distillation`."""
-    measure("int8_scores", threads, False, to, data=data, work=work)
-
-
-@app.command()
 def training(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
     """A step of training BERT_BASE: dense against KroneckerBERT."""
     measure("training", threads, quick, to)
@@ -175,9 +167,22 @@ def starts(
 
 
 @app.command()
-def distillation(data: Data, work: Work = WORK, threads: Threads = 1, to: To = HERE) -> None:
-    """Quality of students after distillation; hours. Start it once for each core."""
-    measure("distillation", threads, False, to, data=data, work=work)
+def study(
+    data: Data,
+    work: Annotated[Path, typer.Option(help="Folder of the jobs.")] = Path("build/study"),
+    seeds: Annotated[list[int], number(int, "Of the jobs; repeatable.", 0)] = [0],  # noqa: B006
+    only: Annotated[str | None, typer.Option(help="A part of a job's name.")] = None,
+    threads: Threads = 1,
+    to: To = HERE,
+) -> None:
+    """Forms of students compared after distillation; hours. Start it once for each core."""
+    measure("study", threads, False, to, data=data, work=work, seeds=seeds, only=only)
+
+
+@app.command()
+def study_speed(threads: Threads = 1, quick: Quick = False, to: To = HERE) -> None:
+    """Milliseconds of the study's students; after `study`, with its results in the folder."""
+    measure("study_speed", threads, quick, to)
 
 
 @app.command()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import int8, int8_scores, memory, model, students, threads
+from benchmarks import int8, memory, model, students, study, threads
 from benchmarks.contenders import BY_LAYERS, IN_INT8, LOW_RANK, LOW_RANK_IN_INT8
 from benchmarks.machine import DENSE, read
 from benchmarks.training import PRESETS, medians
@@ -33,7 +33,7 @@ SHOWN = ((1, 16), (1, 128), (1, 512), (8, 128))  # of BERT_BASE: batch and token
 def tables(folder: Path) -> list[str]:
     """All tables for which the folder has results."""
     made = []
-    names = ("model", "threads", "memory", "int8", "int8_scores", "students")
+    names = ("model", "threads", "memory", "int8", "students", "study", "study_speed")
     files = {name: folder / f"{name}.json" for name in names}
     results = {name: read(file) for name, file in files.items() if file.exists()}
     if "model" in results:
@@ -44,11 +44,13 @@ def tables(folder: Path) -> list[str]:
         made.append(of_memory(results["memory"]))
     if "int8" in results:
         made.append(of_int8(results["int8"]))
-    if "int8_scores" in results:
-        made.append(of_scores(results["int8_scores"]))
     if "students" in results:
         shown = (students.encoders(results["students"]), students.classifiers(results["students"]))
         made += [lines(*table) for table in shown if table[1]]
+    if "study" in results:
+        made += [lines(*study.summary(results["study"], size)) for size in study.SIZES]
+    if "study_speed" in results:
+        made += [of_study_speed(results["study_speed"], size) for size in study.SIZES]
     return [table for table in made if table]
 
 
@@ -113,19 +115,18 @@ def of_int8(results: dict[str, Any]) -> str:
     return lines([*heads, *(f"{n} token{'s' * (n > 1)}" for n in sizes)], body)
 
 
-def of_scores(results: dict[str, Any]) -> str:
-    """Scores in float32 and int8, in per cent."""
-    rows, body = results["rows"], []
-    for student in dict.fromkeys(row["student"] for row in rows):
-        own = {row["task"]: row for row in rows if row["student"] == student}
-        cells = [
-            f"{100 * own[t]['float32']:.1f}, {100 * own[t]['int8']:.1f}" if t in own else "–"
-            for t in int8_scores.METRICS
-        ]
-        loss = sum(map(int8_scores.lost, own.values())) / len(own)
-        body.append([student, *cells, f"{loss:.2f}"])
-    headings = (int8_scores.TITLES.get(t, t) for t in int8_scores.METRICS)
-    return lines(["per cent, in float32 and in int8", *headings, "mean loss"], body)
+def of_study_speed(results: dict[str, Any], size: str) -> str:
+    """FLOPs and milliseconds of the study's students of one size, and of the teacher."""
+    rows = [row for row in results["rows"] if row["size"] in ("1x", size)]
+    kinds = [*rows[0]["ms"]]
+    body = [
+        [row["form"], f"{row['flops'] / 1e6:.0f}", *(f"{row['ms'][kind]:.2f}" for kind in kinds)]
+        for row in rows
+    ]
+    heads = [
+        f"{kind.replace(' ', ' text' + 's' * (kind[:2] != '1 ') + ', ')}, ms" for kind in kinds
+    ]
+    return lines([size, "MFLOP a text", *heads], body)
 
 
 def label(name: str) -> str:

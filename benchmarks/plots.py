@@ -66,7 +66,7 @@ def draw_all(folder: Path, into: Path) -> list[Path]:
         (layers, ("layers",), {"presets"}),
         (model, ("model",), set()),
         (training, ("training", "memory"), set()),
-        (quality, ("distillation",), set()),
+        (forms, ("study", "study_speed"), set()),
     ):
         files = [folder / f"{need}.json" for need in needs]
         if not all(file.exists() for file in files):
@@ -302,58 +302,57 @@ def training(steps: Results, memory: Results) -> Figure:
     return signed(figure, steps["machine"])
 
 
-QUALITY_TASKS = {
-    "sst2": ("SST-2", "accuracy"),
-    "trec": ("TREC", "accuracy"),
-    "mrpc": ("MRPC", "accuracy"),
-    "stsb": ("STS-B", "spearman"),
-    "cola": ("CoLA", "matthews"),
+# Of the study: a colour for each kind of form, the first that its name contains.
+KINDS = {
+    "one dense": DENSE_COLOR,
+    "two dense": DENSE_COLOR,
+    "elsewhere": GREEN,
+    "plus low rank": GREEN,
+    "planned": INK,
+    "products": EIGHT,
+    "low rank": OTHER_COLOR,
 }
-QUALITY_STUDENTS = {
-    "Kronecker 8x": EIGHT,
-    "Kronecker 8x, low-rank words": GREEN,
-    "SVD 8x": DENSE_COLOR,
-    "Kronecker 21x": TWENTY_ONE,
-    "one dense layer 8x": OTHER_COLOR,
-}
+MARKERS = {"8x": "o", "21x": "s"}
 
 
-def quality(record: Results) -> Figure:
-    """Each student's share of its teacher's score, by task."""
-    figure, axes = plt.subplots(figsize=(9.5, 3.6))
-    left, ticks = 0, {}
-    for task, (name, metric) in QUALITY_TASKS.items():
-        kept = kept_of(record["scores"], task, metric)
-        if not kept:
-            continue
-        for x, (student, value) in enumerate(kept.items(), left):
-            axes.bar(x, value, 0.92, color=QUALITY_STUDENTS[student])
-            axes.text(x, value - 6, f"{value:.0f}", ha="center", color="white", fontsize=8)
-        teacher = 100 * record["scores"][f"teacher/{task}"][metric]
-        ticks[left + (len(kept) - 1) / 2] = f"{name}\n{metric} {teacher:.1f}"
-        left += len(kept) + 1
-    for student, color in QUALITY_STUDENTS.items():
-        axes.bar([0], [0], color=color, label=student)
-    axes.axhline(100, color=INK, lw=1)
-    axes.set_xticks([*ticks], [*ticks.values()])
-    axes.set(ylim=(0, 108), ylabel="% of the teacher's score")
-    axes.set_title("Students of MiniLM after minutes of distillation")
-    axes.grid(axis="x", visible=False)
-    axes.tick_params(length=0)
-    count = len(QUALITY_STUDENTS)
-    axes.legend(fontsize=8, ncols=count, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-    return figure
+def forms(study: Results, speed: Results) -> Figure:
+    """STS-B over bytes and over milliseconds in int8; a line joins those that none surpasses."""
+    scores = defaultdict(list)
+    sizes = {(row["form"], row["size"]): row["bytes"] / 1e6 for row in study["rows"]}
+    for row in study["rows"]:
+        if row["size"] in MARKERS:
+            scores[row["form"], row["size"]].append(100 * row["int8"])
+    score = {key: sum(found) / len(found) for key, found in scores.items()}
+    ms = {(row["form"], row["size"]): row["ms"]["1 int8"] for row in speed["rows"]}
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+    labels = ("MB in int8", "ms for a text of 32 tokens, int8, one thread")
+    for axes, x, label in zip(panels, (sizes, ms), labels, strict=True):
+        points = sorted((x[key], value, key) for key, value in score.items() if key in x)
+        best, front = 0.0, []
+        for at, value, (form, size) in points:
+            color = next(color for kind, color in KINDS.items() if kind in form)
+            axes.plot(at, value, MARKERS[size], color=color, ms=6)
+            if value > best:
+                best = value
+                front.append((at, value))
+                axes.annotate(form, (at, value), fontsize=6.5, xytext=(4, 4), textcoords=OFFSET)
+        axes.plot(*zip(*front, strict=True), color=INK, lw=0.8, zorder=0)
+        axes.set_xlabel(label)
+        axes.margins(x=0.2)
+    panels[0].set_ylabel("STS-B, Spearman, %")
+    panels[0].set_title("Students of MiniLM of equal training, by size")
+    panels[1].set_title("... and by time")
+    for kind, color in (("products", EIGHT), ("low rank", OTHER_COLOR), ("both", GREEN)):
+        panels[1].plot([], [], "o", color=color, label=kind)
+    panels[1].plot([], [], "o", color=DENSE_COLOR, label="dense layers")
+    panels[1].plot([], [], "o", color=INK, label="planned")
+    for size, marker in MARKERS.items():
+        panels[1].plot([], [], marker, color=LIGHT, label=size)
+    panels[1].legend(fontsize=7.5, loc="lower right")
+    return signed(figure, speed["machine"])
 
 
-def kept_of(scores: dict[str, dict], task: str, metric: str) -> dict[str, float]:
-    """Per cent of the teacher's score by student, in the mean over the seeds."""
-    kept = {}
-    for student in QUALITY_STUDENTS:
-        prefix = f"stage2/{task}/{student}/"
-        found = [score[metric] for name, score in scores.items() if name.startswith(prefix)]
-        if found:
-            kept[student] = 100 * sum(found) / len(found) / scores[f"teacher/{task}"][metric]
-    return kept
+OFFSET = "offset points"
 
 
 def log_axes(axes: Axes, label: str, base: int) -> None:

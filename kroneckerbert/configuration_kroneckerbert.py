@@ -196,14 +196,18 @@ class KroneckerConfig(_Base):
         natural shapes that give its 19.3x. Other architectures than BERT get the same small
         factors in the modules of the same roles.
 
+        A suffix replaces products by low rank of at most as many parameters: ``+low-rank-words``,
+        ``+low-rank-attention``, ``+low-rank-feed-forward``, several of them, or ``+low-rank`` for
+        all three.
+
         Args:
-            name: One of the names above.
+            name: One of the names above, with suffixes or without.
             base: Configuration with all other fields; the dense model's defaults if None.
             **overrides: Fields that differ from ``base``, including widths.
 
         Raises:
-            ValueError: If the preset is unknown, its small factors do not divide the widths, or
-                the architecture has no presets.
+            ValueError: If the preset or a suffix is unknown, its small factors do not divide the
+                widths, or the architecture has no presets.
         """
         dense = cls.from_dense(cls.dense_class() if base is None else base, {}, **overrides)
         factors = preset_factors(name, cls.dense_class.model_type, dense.layout())

@@ -1,4 +1,9 @@
-"""KroneckerBERT's published shapes, scaled to the widths of a model."""
+"""KroneckerBERT's published shapes, scaled to the widths of a model, and forms with low rank.
+
+``kronecker-bert-8`` is the paper's. A suffix gives a part of the model low rank instead, of as many
+parameters as the products that it replaces: ``kronecker-bert-8+low-rank-words``. Several may follow
+each other.
+"""
 
 from __future__ import annotations
 
@@ -83,26 +88,42 @@ PRESETS = {
 }
 
 
+# The parts that a suffix gives low rank.
+_WORDS, _ATTENTION, _FEED_FORWARD = "words", "attention", "feed_forward"
+SUFFIXES = {
+    "low-rank-words": {_WORDS},
+    "low-rank-attention": {_ATTENTION},
+    "low-rank-feed-forward": {_FEED_FORWARD},
+    "low-rank": {_WORDS, _ATTENTION, _FEED_FORWARD},
+}
+
+
 def preset_factors(name: str, model_type: str, layout: Layout) -> dict[str, Any]:
     """``kronecker_factors`` of a preset for a dense model.
 
     Args:
-        name: A key of ``PRESETS``.
+        name: A key of ``PRESETS``, and any of ``SUFFIXES`` after plus signs.
         model_type: The dense model's.
         layout: The dense model's layers.
 
     Raises:
-        ValueError: If the preset is unknown, its small factors do not divide the widths, or the
-            architecture has no presets.
+        ValueError: If the preset or a suffix is unknown, its small factors do not divide the
+            widths, or the architecture has no presets.
     """
-    if name not in PRESETS:
+    base, *suffixes = name.split("+")
+    if base not in PRESETS:
         raise ValueError(f"no preset is named {name!r}; there are {', '.join(PRESETS)}.")
+    if unknown := [suffix for suffix in suffixes if suffix not in SUFFIXES]:
+        raise ValueError(
+            f"{name!r} ends in +{unknown[0]}; there are {', '.join(f'+{s}' for s in SUFFIXES)}."
+        )
+    low_rank = {part for suffix in suffixes for part in SUFFIXES[suffix]}
     if model_type not in _ROLES:
         raise ValueError(
             f"presets are for {', '.join(_ROLES)}, not for {model_type}; choose shapes with "
             "kroneckerbert.plan(model, {'parameters': '8x'})."
         )
-    preset, roles = PRESETS[name], _ROLES[model_type]
+    preset, roles = PRESETS[base], _ROLES[model_type]
     small = (
         dict.fromkeys(roles.attention, preset.attention)
         | dict.fromkeys(roles.up, preset.up)
@@ -112,7 +133,8 @@ def preset_factors(name: str, model_type: str, layout: Layout) -> dict[str, Any]
     for path, (rows, columns) in layout.sizes.items():
         if path == layout.table:
             _check_width(name, path, "columns", columns, preset.b_size)
-            factors[path] = term_of((rows, columns // preset.b_size), 1)
+            term = term_of((rows, columns // preset.b_size), 1)
+            factors[path] = _low_rank(term, rows, columns) if _WORDS in low_rank else term
             continue
         role = deciding_name(small, path)
         if role is None:
@@ -122,9 +144,18 @@ def preset_factors(name: str, model_type: str, layout: Layout) -> dict[str, Any]
         _check_width(name, path, "columns", columns, n)
         a_shape = (m, n) if side == "A" else (rows // m, columns // n)
         term = term_of(a_shape, preset.rank)
+        if (_ATTENTION if role in roles.attention else _FEED_FORWARD) in low_rank:
+            term = _low_rank(term, rows, columns)
         if factors.setdefault(role, term) != term:  # a layer of other widths
             factors[path] = term
     return factors
+
+
+def _low_rank(term: dict[str, Any], rows: int, columns: int) -> dict[str, Any]:
+    """The largest rank that has at most the parameters of a product."""
+    (m1, n1), rank = term["a_shape"], term["rank"]
+    parameters = rank * (m1 * n1 + (rows // m1) * (columns // n1))
+    return term_of((rows, 1), max(parameters // (rows + columns), 1))
 
 
 def _check_width(preset: str, path: str, side: str, width: int, divisor: int) -> None:

@@ -175,11 +175,11 @@ def test_committed_results_are_reported(tmp_path):
         "peak memory of a training step",
         "budgets of plans",
         "MPNet: encoder linears",
-        "stage 2 without a teacher",
+        "students of 21x, per cent",
         "a pass of distillation",
     ):
         assert heading in output
-    pictures = {"speed", "scaling", "roofline", "layers", "model", "training", "quality"}
+    pictures = {"speed", "scaling", "roofline", "layers", "model", "training", "forms"}
     assert {path.stem for path in tmp_path.glob("*.png")} == pictures
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in pictures)
 
@@ -214,7 +214,7 @@ def test_pictures_of_committed_results_go_to_the_documentation(tmp_path):
         ("budgets MiniLM", "'MiniLM' must be NAME=FOLDER"),
         ("budgets a=b --to list.json/x", "list.json/x"),
         ("starts a=b --data missing", "missing"),
-        ("distillation --data missing", "missing"),
+        ("study --data missing", "missing"),
         ("report empty", "empty has no results"),
         ("report bad", "bad/layers.json holds no results"),
         ("report full --pictures list.json/x", "cannot write list.json/x"),

@@ -53,7 +53,8 @@ def test_low_rank_of_equal_size():
 
 def test_whole_models():
     made = markdown.tables(RESULTS)
-    pages = PAGE + (ROOT / "docs/students.md").read_text(encoding="utf-8")
+    others = (ROOT / f"docs/{page}.md" for page in ("students", "study"))
+    pages = PAGE + "".join(page.read_text(encoding="utf-8") for page in others)
     assert made and all(table in pages for table in made), "\n".join(made)
 
 

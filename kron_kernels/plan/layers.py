@@ -44,6 +44,7 @@ class Target:
     layer: Dense
     decision: Shapes | None = None  # from the argument ``layers``; () means dense
     inputs: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)  # one per call
+    influence: float = 1.0  # of its error on the module's output; relative to other layers
     candidates: list[Candidate] = field(default_factory=list)  # the first is dense if undecided
 
     @cached_property

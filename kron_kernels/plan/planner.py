@@ -15,10 +15,11 @@ from kron_kernels.decompose import check_finite
 from kron_kernels.factorise import swap_
 from kron_kernels.factors import Entry, Shapes, Term, entry_of, random_layer
 from kron_kernels.modules import call, evaluating, flops_of, setting_of, watching
-from kron_kernels.moments import second_moments
+from kron_kernels.moments import check_batches, second_moments
 from kron_kernels.plan.budget import KEYS, check_arguments, limits_of
 from kron_kernels.plan.candidates import candidates_of
 from kron_kernels.plan.clock import MODULE_SECONDS, Clock, milliseconds
+from kron_kernels.plan.influence import Influences
 from kron_kernels.plan.layers import Candidate, Target, find_targets
 from kron_kernels.plan.result import LayerPlan, Plan, describe, quantity
 from kron_kernels.plan.solver import solve
@@ -50,8 +51,8 @@ def plan(
         budget: Limits for the factorised module, as numbers or relative to the dense one: ``"8x"``
             less or ``"50%"``. Of the whole module: ``"parameters"`` (tied ones once), ``"bytes"``
             of its safetensors file, ``"flops"`` and ``"latency"`` (milliseconds) of one forward
-            pass of ``inputs``; and ``"error"``, the mean relative squared error of the layers. All
-            limits hold together.
+            pass of ``inputs``; and ``"error"``, the mean relative squared error of the layers, each
+            weighed by what noise in it does to the module's output. All limits hold together.
         inputs: Inputs to measure with: a tensor, a tuple of positional arguments or a mapping of
             keyword arguments. Latency and FLOPs are for their tokens, device and dtype, and for the
             threads and the autocast mode at the time of the call.
@@ -88,25 +89,35 @@ def plan(
     with evaluating(module), torch.no_grad():
         targets = find_targets(module, names, layers, allow_tied=build is not None)
         log(f"{len(targets)} layers; a forward pass")
-        _observe_inputs(module, inputs, targets)
+        by_path = {t.path: t for t in targets}
+        _observe_inputs(module, inputs, by_path)
         for target in targets:
             if target.may_change:
                 check_finite(f"the weight of {target.path or 'the module'}", target.layer.weight)
-        moments = {} if calibration is None else _moments(module, calibration, targets)
+        moments, known = {}, inputs
+        if calibration is not None:
+            check_batches(calibration)
+            batches = list(calibration)
+            known = batches[0] if batches else inputs
+            moments = _moments(module, batches, targets)
+        influences = Influences(module, known)
         for i, target in enumerate(targets):
             log(f"errors {i + 1} of {len(targets)}: {target.path}")
-            target.candidates = candidates_of(target, moments.pop(target.path, None), mix)
+            moment = moments.pop(target.path, None)
+            target.candidates = candidates_of(target, moment, mix)
+            if target.may_change and target.inputs:
+                influences.measure(target.path, target.layer, moment)
+        for path, influence in influences.relative().items():
+            by_path[path].influence = influence
         planner = Planner(module, inputs, build, budget, targets, objective, log)
         return planner.run(keep_dense_if_slower and objective != "size")
 
 
-def _observe_inputs(module: nn.Module, inputs: Any, targets: Sequence[Target]) -> None:
-    by_path = {t.path: t for t in targets}
-
+def _observe_inputs(module: nn.Module, inputs: Any, by_path: Mapping[str, Target]) -> None:
     def note(path: str, x: Tensor) -> None:
         by_path[path].inputs.append((x.shape, x.dtype))
 
-    with watching({t.path: t.layer for t in targets}, note):
+    with watching({path: t.layer for path, t in by_path.items()}, note):
         call(module, inputs)
 
 
@@ -145,6 +156,7 @@ class Planner:
         self.module, self.inputs, self.build = module, inputs, build
         self.budget, self.targets, self.objective, self.log = budget, targets, objective, log
         self.clock = Clock()
+        self.influence = sum(t.influence for t in targets)
         self.dense = self._totals(module)
         calls = {"dense": partial(call, module, inputs)}
         self.dense["latency"] = milliseconds(calls, MODULE_SECONDS)["dense"]
@@ -291,7 +303,7 @@ class Planner:
                 return c.flops
             case "latency":
                 return self.clock.bound(target, c)
-        return c.error / len(self.targets)
+        return target.influence * c.error / self.influence
 
     def _cost_of(self, choice: Choice, key: str) -> float:
         return sum(self._cost(t, c, key) for t, c in zip(self.targets, choice, strict=True))

@@ -52,7 +52,8 @@ class Plan:
         totals: Totals of the whole module, ``{"dense": …, "planned": …}`` each, measured on a
             module built from the plan: ``parameters``, ``bytes`` of its file, ``flops`` and
             ``latency`` (milliseconds) of a forward pass, the latter with ``"predicted"`` where
-            layers were timed; and ``error``, the layers' mean relative squared error.
+            layers were timed; and ``error``, the layers' mean relative squared error, each
+            layer weighed by what noise in it does to the module's output.
         setting: Device, dtype, threads, versions and inputs of the measurement.
         budget: The budget given.
         objective: The objective given.

@@ -176,13 +176,15 @@ class _Search:
         return totals + self.cost - now, change
 
     def any_choice(self) -> Tensor | None:
-        """A choice within the limits, by depth-first search."""
+        """A choice within the limits, by depth-first search, the cheapest candidates first."""
+        order = self.cost.sum(-1).masked_fill(~self.goal.isfinite(), torch.inf).argsort(stable=True)
         least = self.cost.masked_fill(~self.goal.isfinite()[..., None], torch.inf).amin(1)
         ahead = (
             least.flip(0).cumsum(0).flip(0).tolist()
         )  # (L, K), least costs of the layers from here on
         ahead.append([0.0] * len(self.limit))
-        cost, limit = self.cost.tolist(), self.limit.tolist()
+        cost = self.cost.gather(1, order[..., None].expand_as(self.cost)).tolist()
+        limit = self.limit.tolist()
         counts = self.goal.isfinite().sum(1).tolist()
         path, spent, steps = [0], [[0.0] * len(limit)], 0
         while path and steps < 20_000:
@@ -198,7 +200,7 @@ class _Search:
             if any(s + a > m for s, a, m in zip(now, ahead[i + 1], limit, strict=True)):
                 path[i] += 1
             elif i + 1 == len(counts):
-                return torch.tensor(path)
+                return order[self.index, torch.tensor(path)]
             else:
                 path.append(0)
                 spent.append(now)

@@ -40,9 +40,9 @@ def plan(
     budget: Annotated[
         list[str],
         typer.Option(
-            help="Limit on parameters, bytes, flops, latency (ms) or error (the layers' mean "
-            "relative squared error): a number (bytes=12e6), a factor below the teacher "
-            "(latency=2x) or a share of it (parameters=12%). May be repeated; all limits are met.",
+            help="Limit on parameters, bytes, flops, latency (ms) or error (the layers' "
+            "weighed mean relative squared error): a number (bytes=12e6), a factor below the "
+            "teacher (latency=2x) or a share of it (parameters=12%). May be repeated; all are met.",
         ),
     ],
     objective: Annotated[
@@ -95,7 +95,8 @@ def compress(
         str,
         typer.Option(
             help="The paper's shapes: kronecker-bert-5, -8, -19 or -21, the number being how many "
-            "times smaller than BERT_BASE."
+            "times smaller than BERT_BASE. +low-rank-words, -attention, -feed-forward or +low-rank "
+            "after it gives those parts low rank of equal size."
         ),
     ] = "kronecker-bert-8",
     plan: Annotated[

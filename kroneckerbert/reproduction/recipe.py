@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from kroneckerbert.distillation import DistillationConfig
-from kroneckerbert.presets import PRESETS
+from kroneckerbert.presets import PRESETS, SUFFIXES
 from kroneckerbert.reproduction.sentences import TextFile
 from kroneckerbert.reproduction.shipped import RECIPES, from_yaml, shipped
 from kroneckerbert.reproduction.tasks import TASKS
@@ -402,7 +402,10 @@ def _check(recipe: Recipe) -> None:
         found = " and ".join(ways) or "no shapes"
         raise ValueError(f"student has {found}; give one of preset, plan (a file) and factors.")
     if student.preset is not None:
-        _known(student.preset, PRESETS, "student.preset = ")
+        base, *suffixes = student.preset.split("+")
+        _known(base, PRESETS, "student.preset = ")
+        for suffix in suffixes:
+            _known(suffix, SUFFIXES, f"student.preset = {base}+")
     sentences = recipe.sentences
     if sentences is not None:
         if stage1 is not None or recipe.tasks:

@@ -71,6 +71,30 @@ def test_the_second_feed_forward_weight_has_the_first_ones_shapes_transposed(nam
     assert w2 == [shape.transposed for shape in w1]
 
 
+def test_suffixes_give_low_rank_of_at_most_the_parameters_of_the_products():
+    products = KroneckerBertConfig.preset("kronecker-bert-8").kronecker_shapes()
+    everything = ["words", "attention", "feed-forward"]
+    for names in (["words"], ["words", "attention"], ["feed-forward"], everything):
+        name = "".join(f"+low-rank-{n}" for n in names)
+        shapes = KroneckerBertConfig.preset(f"kronecker-bert-8{name}").kronecker_shapes()
+        for path, (shape,) in shapes.items():
+            parts = {"embeddings": "words", "attention": "attention"}
+            part = next((parts[key] for key in parts if key in path), "feed-forward")
+            (product,) = products[path]
+            if part not in names:
+                assert shape == product
+                continue
+            one = shape.out_features + shape.in_features  # parameters of a rank
+            assert shape.is_low_rank
+            assert product.parameters - one < shape.parameters <= product.parameters
+    assert shapes == KroneckerBertConfig.preset("kronecker-bert-8+low-rank").kronecker_shapes()
+
+
+def test_an_unknown_suffix_is_refused():
+    with pytest.raises(ValueError, match=r"ends in \+big; there are \+low-rank-words, "):
+        KroneckerBertConfig.preset("kronecker-bert-8+low-rank-words+big")
+
+
 def test_the_default_is_an_ordinary_dense_bert():
     config = KroneckerBertConfig()
     assert config.kronecker_factors == {}

