@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from kron_kernels.backends import cuda, eager, native
+from kron_kernels.backends.guarded import CHECK, Guarded
 from kron_kernels.backends.triton import launch
 from kron_kernels.checks import Activation, Layer
 
@@ -77,3 +78,17 @@ BACKENDS: dict[str, Backend] = {
     "triton": launch,
     "cuda": cuda,
 }
+ON_GPU: dict[str, Any] = {"triton": launch, "cuda": cuda}
+
+
+def or_eager(name: str) -> Any:
+    """The name by which "auto" calls a backend; if kernels fail, eager takes over."""
+    return f"{name} or eager" if name in ON_GPU else name
+
+
+_guarded = {or_eager(name): Guarded(name, kernels, True) for name, kernels in ON_GPU.items()}
+# What computes a call, by the names above and those that "auto" uses.
+COMPUTING: dict[str, Backend] = BACKENDS | _guarded
+if CHECK:
+    COMPUTING |= {name: Guarded(name, kernels, False) for name, kernels in ON_GPU.items()}
+EMBEDDING = _guarded["triton or eager"]  # always chosen by itself, never by name
