@@ -15,7 +15,7 @@ from kron_kernels.shapes import KronShape
 
 # 3.4 merges two accumulators of a loop: the factors' gradients are wrong, and compilation fails if
 # the mix is frozen.
-OLDEST = "3.5"
+OLDEST = "3.4"
 # Up to 3.6, the Triton of torch 2.11, the pipeliner fails where the mix comes first.
 OLDEST_SM_100 = "3.7"
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +19,7 @@ try:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
+    from triton.compiler import CompiledKernel
 except ImportError:  # run_ptx needs none of it
     triton, DriverBase = None, object
 
@@ -67,18 +67,17 @@ class Device(SimulatedDevice):
             self.target, self.number = GPUTarget("cuda", arch, 32), arch
 
     def __enter__(self) -> "Device":
-        driver, hook = _Driver(self), triton.knobs.runtime.kernel_load_start_hook
+        driver = _Driver(self)
         self._stack = ExitStack()
         self._stack.enter_context(cpu_as_gpu(self.arch if isinstance(self.arch, int) else 80))
         for target, name, value in (
             (triton.runtime.driver, "_active", driver),
             (configs, "device_of", lambda x: self.gpu),
+            (CompiledKernel, "_init_handles", _loading(driver.utils)),
         ):
             self._stack.enter_context(patch.object(target, name, value))
         # Unset, Triton 3.9 warns that its default will change.
         self._stack.enter_context(patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"))
-        hook.add(driver.utils.loading)
-        self._stack.callback(hook.remove, driver.utils.loading)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -124,15 +123,6 @@ class _Utilities:
         self.device = device
         self.asm: dict[str, str | bytes] = {}
 
-    def loading(self, module, function, name, metadata_group, hash) -> None:
-        """Keep the compiler's outputs: load_binary only gets the last one."""
-        self.asm = {}
-        for file in map(Path, metadata_group.values()):
-            kind = file.suffix[1:]
-            if kind != "json":
-                binary = kind in ("cubin", "hsaco")
-                self.asm[kind] = file.read_bytes() if binary else file.read_text()
-
     def load_binary(self, name, kernel, shared, device):
         return object(), self.asm, 0, 0, 1024  # module, function, registers, spills, most threads
 
@@ -150,6 +140,17 @@ class _Utilities:
             "mem_clock_rate": 1_200_000,
             "mem_bus_width": 5120,
         }
+
+
+def _loading(utilities: _Utilities) -> Callable[[Any], None]:
+    """Keep the compiler's outputs: load_binary only gets the last one."""
+    load = CompiledKernel._init_handles
+
+    def init_handles(kernel: Any) -> None:
+        utilities.asm = dict(kernel.asm)
+        load(kernel)
+
+    return init_handles
 
 
 class _Launcher:
