@@ -20,12 +20,12 @@ from kron_kernels import (
     reference,
 )
 from kron_kernels.testing.cases import PAIRS, PRESETS, SHAPES, draw
-from kron_kernels.testing.checks import hold, terms
+from kron_kernels.testing.checks import check_gradients, hold, terms
 
 pytest.importorskip("triton")
 from simulator import Device
 
-from kron_kernels.backends.triton import forward
+from kron_kernels.backends.triton import forward, served
 
 ARCHS = [("triton-80",), ("triton-90",)]
 either = pytest.mark.parametrize("gpu", ["triton-80", "triton-90"], indirect=True)
@@ -79,6 +79,15 @@ def test_second_order_gradients_and_vmap(gpu):
     xs = torch.stack([x.detach(), 2 * x.detach()])
     ys = vmap(lambda v: kron_matmul(v, a.detach(), b.detach(), backend="triton"))(xs)
     torch.testing.assert_close(ys[1], 2 * ys[0])
+
+
+@pytest.mark.parametrize("gpu", ["triton-80"], indirect=True)
+def test_gradients_by_a_triton_that_keeps_one_sum_in_a_loop(gpu, monkeypatch):
+    """3.4, whose kernel of both factors' gradients would be wrong."""
+    monkeypatch.setattr(served, "keeps_two_sums", lambda: False)
+    for s in (KronShape(16, 12, 20, 24), KronShape(12, 20, 18, 10)):
+        check_gradients(s, 5, torch.float32, "triton")
+    assert "factor_gradients_kernel" not in {launch.name for launch in gpu.launches}
 
 
 TABLES = in_turns(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kron_kernels.backends.gpu import precision
 from kron_kernels.backends.gradients import returned
-from kron_kernels.backends.triton import configs
+from kron_kernels.backends.triton import configs, served
 from kron_kernels.backends.triton.configs import Geometry, Tile, power_of_two
 from kron_kernels.backends.triton.served import why_no_triton, why_not, why_not_embedding
 from kron_kernels.checks import Activation, Layer
@@ -162,9 +162,9 @@ def factor_gradients(
         g, x, dy, a, b = g.transposed, dy, x, a.mT, b.mT
     mix, dot, need_mix, need_dot = (b, a, need_b, need_a) if g.inner else (a, b, need_a, need_b)
     exact = x.dtype == torch.float32 and precision(x.dtype) == "ieee"
-    if g.by_dot:
+    if g.by_dot and served.keeps_two_sums():
         gradients = _gradients_by_dot
-    elif g.dense_gradient_pays(x.itemsize, exact):
+    elif g.by_dot or g.dense_gradient_pays(x.itemsize, exact):
         gradients = _gradients_of_dense
     else:
         gradients = _gradients_of_small_mix

@@ -14,12 +14,12 @@ from kron_kernels.backends.triton import configs
 from .access import Options
 from .launch import Argument, Launch, SimulatedDevice
 from .memory import storage_bytes
+from .tritons import using
 
 try:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
-    from triton.compiler import CompiledKernel
 except ImportError:  # run_ptx needs none of it
     triton, DriverBase = None, object
 
@@ -70,12 +70,8 @@ class Device(SimulatedDevice):
         driver = _Driver(self)
         self._stack = ExitStack()
         self._stack.enter_context(cpu_as_gpu(self.arch if isinstance(self.arch, int) else 80))
-        for target, name, value in (
-            (triton.runtime.driver, "_active", driver),
-            (configs, "device_of", lambda x: self.gpu),
-            (CompiledKernel, "_init_handles", _loading(driver.utils)),
-        ):
-            self._stack.enter_context(patch.object(target, name, value))
+        self._stack.enter_context(using(driver))
+        self._stack.enter_context(patch.object(configs, "device_of", lambda x: self.gpu))
         # Unset, Triton 3.9 warns that its default will change.
         self._stack.enter_context(patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"))
         return self
@@ -140,17 +136,6 @@ class _Utilities:
             "mem_clock_rate": 1_200_000,
             "mem_bus_width": 5120,
         }
-
-
-def _loading(utilities: _Utilities) -> Callable[[Any], None]:
-    """Keep the compiler's outputs: load_binary only gets the last one."""
-    load = CompiledKernel._init_handles
-
-    def init_handles(kernel: Any) -> None:
-        utilities.asm = dict(kernel.asm)
-        load(kernel)
-
-    return init_handles
 
 
 class _Launcher:
