@@ -193,7 +193,7 @@ class Run:
         workers = self.workers() if section in IN_PARALLEL else 1
         command += [f"-n{workers}", "--dist=load", "--maxschedchunk=1"]
         command += [f"--max-worker-restart={RESTARTS}", "-vv", f"--plan={plan}"]
-        patience = min(PATIENCE, max(15, self.seconds / 8))
+        patience = min(PATIENCE, max(30, self.seconds / 8))
         command += ["-o", f"faulthandler_timeout={patience}"]
         command += ["-o", "faulthandler_exit_on_timeout=true"]
         command += [f"--tiles={args.out / 'tuning.jsonl'}", *args.pytest]
