@@ -22,7 +22,7 @@ def model_contenders(
     """A forward without gradients, or a step of AdamW, of ``tokens / length`` sequences."""
     from transformers import BertConfig, BertModel
 
-    from kroneckerbert import KroneckerBertConfig, KroneckerBertModel
+    from kroneckerbert import KroneckerBertConfig, KroneckerBertModel, capture
 
     simulated = device == "cpu"
     base = BertConfig(**(SMALL if simulated else {}))
@@ -48,6 +48,10 @@ def model_contenders(
             models[f"{name} compiled"] = compiled(models[name])
     expected = exact(plain, ids)
     made = {}
+    if not training:
+        run_captured = capture(student, [(batch, workload.length)])
+        check = partial(check_states, expected, config)
+        made["student captured"] = Contender(partial(run_captured, ids), check)
     for name, model in models.items():
         step = partial(run, model, ids)
         if training:

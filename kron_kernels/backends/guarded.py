@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kron_kernels.backends import eager
@@ -84,6 +85,19 @@ class Guarded:
     ) -> Tensor:
         factors = _factors((up, down))
         return self._call("kron_feed_forward", factors, x, up, activation, down, residual)
+
+    def kron_feed_forward_norm(
+        self,
+        x: Tensor,
+        up: Layer,
+        activation: Activation,
+        down: Layer,
+        residual: Tensor | None,
+        norm: tuple[Tensor, Tensor | None, float],
+    ) -> Tensor:
+        """``LayerNorm(down(act(up(x))) + residual)``, of Triton only and layers that it fuses."""
+        factors, function = _factors((up, down)), "kron_feed_forward_norm"
+        return self._call(function, factors, x, up, activation, down, residual, norm)
 
     def kron_feed_forward_backward(
         self,
@@ -186,7 +200,22 @@ def _in_order(x: Tensor) -> bool:
 def _by_eager(function: str) -> Callable[..., Any]:
     if function == "kron_feed_forward_backward":
         return _block_backward
+    if function == "kron_feed_forward_norm":
+        return _block_norm
     return _embedding if function == "kron_embedding" else getattr(eager, function)
+
+
+def _block_norm(
+    x: Tensor,
+    up: Layer,
+    activation: Activation,
+    down: Layer,
+    residual: Tensor | None,
+    norm: Sequence[Any],
+) -> Tensor:
+    weight, bias, epsilon = norm
+    y = eager.kron_feed_forward(x, up, activation, down, residual)
+    return F.layer_norm(y, y.shape[-1:], weight, bias, epsilon)
 
 
 def _embedding(ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -249,7 +278,7 @@ def _wide(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().double() if value.is_floating_point() else value
     if isinstance(value, tuple | list):
-        return type(value)(map(_wide, value))
+        return list(map(_wide, value))
     return value
 
 

@@ -13,11 +13,9 @@ from kron_kernels.backends.gpu import constant, dtype_why_not
 from kron_kernels.backends.triton.configs import geometry
 from kron_kernels.shapes import KronShape
 
-# Everything that differs between Tritons is here.
-OLDEST = "3.4"
-# 3.4 merges two accumulators of a loop: the factors' gradients with the mix on tensor cores are
-# wrong, and compilation fails if the mix is frozen. They go through the dense weight's gradient.
-OLDEST_TWO_SUMS = "3.5"
+# 3.4, the Triton of torch 2.8, merges accumulators of a loop: the factors' gradients are wrong, and
+# products of several tiles too; compilation fails if the mix is frozen.
+OLDEST = "3.5"
 # Up to 3.6, the Triton of torch 2.11, the pipeliner fails where the mix comes first.
 OLDEST_SM_100 = "3.7"
 
@@ -77,14 +75,6 @@ def why_no_triton() -> str | None:
     if found is None:  # a folder with this name, such as one of models to be served
         return f"the imported triton is not a package ({triton!r}); pip install triton"
     return _older_than(found, OLDEST)
-
-
-@lru_cache(maxsize=1)
-def keeps_two_sums() -> bool:
-    """Whether a loop may have two accumulators of matrix products."""
-    import triton
-
-    return _older_than(triton.__version__, OLDEST_TWO_SUMS) is None
 
 
 @lru_cache(maxsize=4)
