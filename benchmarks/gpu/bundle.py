@@ -6,7 +6,7 @@ It has the sources, the compiled module with its kernels for GPUs, and wheels of
 torch, Triton and transformers lacks. There:
 
     tar xzf kron-gpu.tar.gz
-    python kron-gpu/run.py --minutes 10
+    python kron-gpu/run --minutes 10
 
 The module is for Linux on x86-64 and Python 3.11 or later, and is made with nvcc, without a GPU:
 
@@ -108,7 +108,7 @@ def write(out: Path, wheels: Sequence[Path]) -> None:
         for path in sources():
             file.add(ROOT / path, f"{NAME}/{path}", filter=plain)
         file.add(module, f"{NAME}/kron_kernels/{module.name}", filter=plain)
-        file.add(Path(__file__).with_name("carried.py"), f"{NAME}/run.py", filter=plain)
+        file.add(Path(__file__).with_name("carried.py"), f"{NAME}/run", filter=plain)
         for wheel in wheels:
             file.add(wheel, f"{NAME}/wheels/{wheel.name}", filter=plain)
         text = (commit() or "unknown").encode()

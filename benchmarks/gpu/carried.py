@@ -1,7 +1,7 @@
-"""Run what was carried: ``python run.py``, with the arguments of ``python -m benchmarks.gpu``.
+"""Run what was carried: ``python run``, with the arguments of ``python -m benchmarks.gpu``.
 
-This is ``run.py`` of ``kron-gpu.tar.gz``. It unpacks the wheels of what this Python lacks into a
-folder beside it, and needs no pip, no network and no rights. ``python run.py -m pytest …`` runs
+This is ``run`` of ``kron-gpu.tar.gz``. It unpacks the wheels of what this Python lacks into a
+folder beside it, and needs no pip, no network and no rights. ``python run -m pytest …`` runs
 another module in the same way, such as the line by which a report repeats a case.
 """
 

@@ -43,7 +43,7 @@ def unpacked(tmp_path, monkeypatch):
 
 def test_it_runs_from_a_folder_without_installation(unpacked):
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, str(unpacked / "run.py"), "-m", "kron_carried"]
+    command = [sys.executable, str(unpacked / "run"), "-m", "kron_carried"]
     done = subprocess.run(command, capture_output=True, text=True, env=clean)
     assert done.stdout.strip() == str(unpacked / "kron_kernels" / "__init__.py"), done.stderr
     assert [path.name for path in (unpacked / "site").glob("*.py")] == ["kron_carried.py"]
@@ -58,7 +58,7 @@ def test_without_a_network_and_a_gpu_it_says_so(unpacked):
     alone = ["unshare", "-rn"] if shutil.which("unshare") else []
     if subprocess.run([*alone, "true"], capture_output=True).returncode:
         alone = []  # not everyone may
-    command = [*alone, sys.executable, str(unpacked / "run.py"), "--minutes", "1"]
+    command = [*alone, sys.executable, str(unpacked / "run"), "--minutes", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=unpacked)
     assert done.returncode == 2 and "no GPU" in done.stdout, done.stderr
 
