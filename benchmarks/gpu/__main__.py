@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import failures
+from benchmarks.gpu import STARTED, failures
 from benchmarks.gpu.environment import ROOT
 from benchmarks.gpu.journal import FAILED, NOT_DONE, NOT_REACHED, PASSED, Journal, Result, stamp
 from benchmarks.gpu.report import write_report
@@ -83,7 +83,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, start: float | None = None) -> int:
     args = parsed(arguments)
     if not args.simulate:
         if not torch.cuda.is_available():
@@ -92,9 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not cuda.archs() and not importlib.util.find_spec("triton"):
             print("Triton is not installed, and no CUDA kernels are compiled: nothing to check.")
             return 2
-    run = Run(args)
-    failed = run.all()
-    return 1 if failed else 0
+    return 1 if Run(args, start or time.time()).all() else 0
 
 
 def environment() -> tuple[dict[str, Any], list[Result]]:
@@ -110,8 +108,8 @@ def environment() -> tuple[dict[str, Any], list[Result]]:
 class Run:
     """One call of the command: its clock, its log and its journal."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.start, self.log = args, time.time(), list[str]()
+    def __init__(self, args: argparse.Namespace, start: float):
+        self.args, self.start, self.log = args, start, list[str]()
         self.seconds = float("inf") if args.minutes is None else 60 * args.minutes
         args.out.mkdir(parents=True, exist_ok=True)
         self.facts, self.results = simulated_environment() if args.simulate else environment()
@@ -271,4 +269,4 @@ def unfinished(section: str, status: int | None, results: list[Result]) -> list[
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(start=STARTED))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -63,9 +64,12 @@ class Journal:
         self.path, self.stamp = path, stamp
 
     def add(self, line: dict[str, Any]) -> None:
-        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
-        with self.path.open("a") as file:
-            file.write("\n" * torn + json.dumps({"stamp": self.stamp, **line}) + "\n")
+        with self.path.open("ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            torn = file.read() not in (b"", b"\n")
+            text = json.dumps({"stamp": self.stamp, **line})
+            file.write(b"\n" * torn + text.encode() + b"\n")
 
     def lines(self) -> Iterable[dict[str, Any]]:
         """Those of this stamp; a line cut short by a kill is left out."""

@@ -72,8 +72,8 @@ def pytest_runtest_call(item):
     """Wait for the GPU, or the next test would get the blame for an error on it."""
     plan, launches = item.config.plan, item.config.launches
     log = Path(plan["out"], "launches", f"{_WORKER or 'main'}.jsonl") if plan else None
-    # A measurement has no time for it.
-    with launches.recorded(log, item.nodeid, watch=plan.get("section") != "timing"):
+    watch = plan.get("section") not in ("timing", "tuning")  # their clocks would see it
+    with launches.recorded(log, item.nodeid, watch):
         result = yield
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()

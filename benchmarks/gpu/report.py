@@ -19,7 +19,7 @@ NEVER = [
     "KroneckerBERT's distillation and command line on a GPU",
     "training on several GPUs",
     "GPUs and versions of Triton other than those under Environment",
-    "profilers and sanitizers: memory traffic, occupancy, races",
+    "profilers: memory traffic and occupancy; sanitizers of what passed",
 ]
 
 

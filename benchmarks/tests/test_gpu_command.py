@@ -1,6 +1,7 @@
 """The command for GPU owners and its measurements, without a GPU."""
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -92,12 +93,19 @@ tuning.cases = lambda quick: [tuning.Case({OTHER.shape}, float16, 4)] * quick
     assert not (ROOT / "kron_kernels/backends/triton/tuned/simulated.json").exists()
 
 
-def test_a_wrong_kernel_is_a_failure(command, tmp_path):
+def test_a_wrong_kernel_is_a_failure(command, tmp_path, monkeypatch):
     plugin = """
 from kron_kernels.backends.triton import launch
 right = launch.kron_matmul
 launch.kron_matmul = lambda *operands: right(*operands) + 1
 """
+    sanitizer = tmp_path / "bin" / "compute-sanitizer"
+    sanitizer.parent.mkdir()
+    sanitizer.write_text(
+        "#!/bin/sh\necho $* | tail -c 300\necho ========= Invalid read of 2 bytes\n"
+    )
+    sanitizer.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sanitizer.parent), prepend=os.pathsep)
     chosen = "simulated and triton and (contiguous or outside_the_table)"
     status, report, text = command(
         ["correctness"], "-m", "not gpu and not slow", "-k", chosen, plugin=plugin
@@ -113,6 +121,7 @@ launch.kron_matmul = lambda *operands: right(*operands) + 1
     assert evidence["repeat"] in text and f"'{failed['id']}'" in evidence["repeat"]
     assert evidence["launches"][-1].startswith("kron_matmul_kernel[(")
     assert "float16[6, 48] strides [48, 1]" in evidence["launches"][0]
+    assert evidence["sanitizer"] == "========= Invalid read of 2 bytes"  # of this case alone
     ptx = (tmp_path / "out" / evidence["ptx"][0]).read_text()
     assert ".target sm_80" in ptx and "With gpu no GPU." in text
     assert any("section timing" in gap for gap in report["not_done"])
