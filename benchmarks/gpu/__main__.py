@@ -191,7 +191,9 @@ class Run:
         workers = self.workers() if section in IN_PARALLEL else 1
         command += [f"-n{workers}", "--dist=load", "--maxschedchunk=1"]
         command += [f"--max-worker-restart={RESTARTS}", "-vv", f"--plan={plan}"]
-        patience = min(PATIENCE, max(30, self.seconds / 8))
+        # Two whole models in a case take Inductor more than a minute.
+        part = 4 if section == "compilation" else 8
+        patience = min(PATIENCE, max(30, self.seconds / part))
         command += ["-o", f"faulthandler_timeout={patience}"]
         command += ["-o", "faulthandler_exit_on_timeout=true"]
         command += [f"--tiles={args.out / 'tuning.jsonl'}", *args.pytest]

@@ -56,6 +56,8 @@ def test_launch_overhead(gpu, record):
 
 
 def test_workload(workload, gpu, record, pytestconfig):
+    if workload.kind.startswith("model"):
+        pytest.importorskip("transformers")
     measure = time_workload
     if pytestconfig.plan.get("section") == "compilation":
         measure = compile_workload
