@@ -227,7 +227,7 @@ def _traced() -> bool:
 
 def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
     """Why this backend cannot serve the call, as the end of a sentence, or None if it can."""
-    if backend not in COMPUTING:
+    if backend not in BACKENDS and backend not in COMPUTING:
         names = [name for name in ("auto", *BACKENDS) if name != backend]  # operators take no auto
         return f"it does not exist; the backends are {', '.join(names)}"
     return COMPUTING[backend].why_not(x, *factors)

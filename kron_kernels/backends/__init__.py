@@ -86,9 +86,14 @@ def or_eager(name: str) -> Any:
     return f"{name} or eager" if name in ON_GPU else name
 
 
-_guarded = {or_eager(name): Guarded(name, kernels, True) for name, kernels in ON_GPU.items()}
-# What computes a call, by the names above and those that "auto" uses.
-COMPUTING: dict[str, Backend] = BACKENDS | _guarded
+class _Computing(dict[str, Backend]):
+    """What computes a call: a backend by its name, or by one that "auto" uses."""
+
+    def __missing__(self, name: str) -> Backend:
+        return BACKENDS[name]
+
+
+COMPUTING = _Computing({or_eager(name): Guarded(name, ON_GPU[name], True) for name in ON_GPU})
+EMBEDDING: Any = COMPUTING[or_eager("triton")]  # always chosen by itself, never by name
 if CHECK:
-    COMPUTING |= {name: Guarded(name, kernels, False) for name, kernels in ON_GPU.items()}
-EMBEDDING = _guarded["triton or eager"]  # always chosen by itself, never by name
+    COMPUTING |= {name: Guarded(name, ON_GPU[name], False) for name in ON_GPU}
