@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kron_kernels.backends import BACKENDS, eager
+from kron_kernels.backends import BACKENDS, COMPUTING, eager, or_eager
 from kron_kernels.backends.triton import launch
 from kron_kernels.checks import Activation, Layer, check_product, check_tensors, is_plain
 from kron_kernels.shapes import KronShape, constant_sizes
@@ -45,7 +45,7 @@ GPU_ORDER: dict[str, tuple[BackendName, ...]] = {
 # - direct: a call of the backend, 4 µs faster than an operator: the time of a small product.
 Way = Literal["plain", "products", "autograd", "operator", "recorded", "direct"]
 
-Route = tuple[Way, BackendName]  # "auto" with "products" only
+Route = tuple[Way, BackendName]  # "auto" with "products" only; or a name of backends.COMPUTING
 
 PLAIN: Route = ("plain", "eager")
 
@@ -65,25 +65,24 @@ def route_matmul(
         with constant_sizes():
             choose(backend, x, factors)
         return PLAIN
-    backend = choose(backend, x, factors)
+    chosen = choose(backend, x, factors)
     with_grads = differentiable(operands)
     if observed and torch.compiler.is_compiling():
         # An exporter must translate plain products, and a compiler can fuse them.
-        if torch.compiler.is_exporting() or backend == "eager":
+        if torch.compiler.is_exporting() or chosen == "eager":
             return PLAIN
-        if with_grads and backend not in ("triton", "cuda"):
+        if with_grads and chosen == "native":
             return PLAIN
     if len(factors) != 2:  # operators and gradients are for two
-        if backend == "eager" or with_grads or observed:
+        if chosen == "eager" or with_grads or observed:
             return PLAIN
-        return "recorded" if _profiled() else "direct", backend
+        return "recorded" if _profiled() else "direct", chosen
     # For a few tokens, without gradients, the expression takes less time than an operator's call.
-    small = backend == "eager" and eager.fits_one_chunk(x, KronShape.of(*factors))
+    small = chosen == "eager" and eager.fits_one_chunk(x, KronShape.of(*factors))
     if small and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))):
         return PLAIN
-    if with_grads:
-        return "autograd", backend
-    return _without_gradients(backend, observed)
+    name = _computing(backend, chosen)
+    return ("autograd", name) if with_grads else _without_gradients(name, observed)
 
 
 def route_qkv(
@@ -98,7 +97,8 @@ def route_qkv(
     # No backend fuses the gradients. "auto" leaves low rank to eager, and only that.
     if differentiable(operands) or (backend == "auto" and _low_rank_among(products)):
         return "products", backend
-    return _without_gradients(choose(backend, x, *products), observed)
+    chosen = choose(backend, x, *products)
+    return _without_gradients(_computing(backend, chosen), observed)
 
 
 def route_feed_forward(
@@ -116,12 +116,13 @@ def route_feed_forward(
     # a low-rank product to eager, and chooses a backend for the other one alone.
     if activation is None or (backend == "auto" and _low_rank_among(products)):
         return "products", backend
-    backend = choose(backend, x, *products)
+    chosen = choose(backend, x, *products)
+    name = _computing(backend, chosen)
     if not differentiable(operands):
-        return _without_gradients(backend, observed)
-    if transformed() or torch.compiler.is_compiling() or not BACKENDS[backend].fuses(up, down):
-        return "products", backend
-    return "autograd", backend
+        return _without_gradients(name, observed)
+    if transformed() or torch.compiler.is_compiling() or not COMPUTING[chosen].fuses(up, down):
+        return "products", name
+    return "autograd", name
 
 
 def route_embedding(a: Tensor, b: Tensor) -> Route:
@@ -139,6 +140,11 @@ def in_products(x: Tensor) -> bool:
     Single products cast under autocast, know shapes on the meta device, and can be exported.
     """
     return x.is_meta or under_autocast(x) or _traced()
+
+
+def _computing(asked: str, chosen: BackendName) -> BackendName:
+    """The name that computes a call: only "auto" may replace a backend whose kernels fail."""
+    return or_eager(chosen) if asked == "auto" else chosen
 
 
 def _without_gradients(backend: BackendName, observed: bool) -> Route:
@@ -221,10 +227,10 @@ def _traced() -> bool:
 
 def why_not(backend: str, x: Tensor, *factors: Tensor) -> str | None:
     """Why this backend cannot serve the call, as the end of a sentence, or None if it can."""
-    if backend not in BACKENDS:
+    if backend not in BACKENDS and backend not in COMPUTING:
         names = [name for name in ("auto", *BACKENDS) if name != backend]  # operators take no auto
         return f"it does not exist; the backends are {', '.join(names)}"
-    return BACKENDS[backend].why_not(x, *factors)
+    return COMPUTING[backend].why_not(x, *factors)
 
 
 def require(backend: str, x: Tensor, *products: Sequence[Tensor]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kron_kernels import autograd, dispatch, int8_products, ops
-from kron_kernels.backends import BACKENDS, eager, native
+from kron_kernels.backends import COMPUTING, eager, native
 from kron_kernels.checks import (
     Activation,
     Layer,
@@ -103,10 +103,10 @@ def kron_matmul(
     if way == "direct":
         if call and backend == "native":
             _matmuls.add(call, native.again_matmul(x, checked, bias, activation, residual))
-        return BACKENDS[backend].kron_matmul(x, checked, bias, activation, residual)
+        return COMPUTING[backend].kron_matmul(x, checked, bias, activation, residual)
     if way == "recorded":
         with dispatch.recorded("kron_matmul"):
-            return BACKENDS[backend].kron_matmul(x, checked, bias, activation, residual)
+            return COMPUTING[backend].kron_matmul(x, checked, bias, activation, residual)
     a, b = checked
     rows, last = _rows(x, residual)
     if way == "autograd":
@@ -157,7 +157,7 @@ def kron_qkv(
     elif way == "direct":
         if call and backend == "native":
             _qkvs.add(call, native.again_qkv(x, checked))
-        ys = BACKENDS[backend].kron_qkv(x, checked)
+        ys = COMPUTING[backend].kron_qkv(x, checked)
     else:
         rows, _ = _rows(x)
         a, b, biases = zip(*checked, strict=True)
@@ -232,7 +232,7 @@ def kron_feed_forward(
     if way == "direct":
         if call and backend == "native":
             _blocks.add(call, native.again_feed_forward(x, up, activation, down, residual))
-        return BACKENDS[backend].kron_feed_forward(x, up, activation, down, residual)
+        return COMPUTING[backend].kron_feed_forward(x, up, activation, down, residual)
     rows, last = _rows(x, residual)
     if way == "autograd":
         y = autograd.FeedForward.apply(rows, *up, activation, *down, backend)

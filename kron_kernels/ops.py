@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kron_kernels import dispatch, int8_products
 from kron_kernels.arrivals import when_imported
-from kron_kernels.backends import BACKENDS
+from kron_kernels.backends import COMPUTING, EMBEDDING
 from kron_kernels.backends.triton import launch
 from kron_kernels.checks import Activation, Shaped, check_product
 from kron_kernels.dispatch import BackendName
@@ -80,7 +80,7 @@ def _matmul(
 ) -> Tensor:
     _check_product(x, a, b, bias, activation, residual)
     dispatch.require(backend, x, (a, b))
-    return BACKENDS[backend].kron_matmul(x, (a, b), bias, activation, residual)
+    return COMPUTING[backend].kron_matmul(x, (a, b), bias, activation, residual)
 
 
 def _fake_matmul(x, a, b, bias, activation, residual, backend) -> Tensor:
@@ -128,7 +128,7 @@ def _backward(
     """Gradients of x, a and b; empty where not needed."""
     _check_gradient(dy, x, _check_product(x, a, b), needed, 3)
     dispatch.require(backend, x, (a, b))
-    return BACKENDS[backend].kron_matmul_backward(dy, x, a, b, needed)
+    return COMPUTING[backend].kron_matmul_backward(dy, x, a, b, needed)
 
 
 def _fake_backward(dy, x, a, b, needed, backend) -> tuple[Tensor, ...]:
@@ -191,7 +191,7 @@ def _qkv(
     _check_layers(x, a, b, biases)
     dispatch.require(backend, x, *zip(a, b, strict=True))
     biases = [c if c is None else _resolved(c) for c in biases]
-    return BACKENDS[backend].kron_qkv(x, list(zip(a, b, biases, strict=True)))
+    return COMPUTING[backend].kron_qkv(x, list(zip(a, b, biases, strict=True)))
 
 
 def _resolved(t: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def _feed_forward(
     _check_block(x, a1, b1, bias1, activation, a2, b2, bias2, residual)
     dispatch.require(backend, x, (a1, b1), (a2, b2))
     up, down = (a1, b1, bias1), (a2, b2, bias2)
-    return BACKENDS[backend].kron_feed_forward(x, up, activation, down, residual)
+    return COMPUTING[backend].kron_feed_forward(x, up, activation, down, residual)
 
 
 def _fake_feed_forward(x, a1, b1, bias1, activation, a2, b2, bias2, residual, backend) -> Tensor:
@@ -292,12 +292,12 @@ def _feed_forward_backward(
     _check_gradient(dy, x, _check_block(x, a1, b1, bias1, activation, a2, b2), needed, 6)
     dispatch.require(backend, x, (a1, b1), (a2, b2))
     up, down = (a1, b1, bias1), (a2, b2, None)
-    if not BACKENDS[backend].fuses(up, down):
+    if not COMPUTING[backend].fuses(up, down):
         raise ValueError(
             f"backend={backend!r} cannot serve this call: it has no backward of a block of these "
             "factors; differentiate the two products instead."
         )
-    return BACKENDS[backend].kron_feed_forward_backward(dy, x, up, activation, down, needed)
+    return COMPUTING[backend].kron_feed_forward_backward(dy, x, up, activation, down, needed)
 
 
 def _fake_feed_forward_backward(dy, x, a1, b1, bias1, activation, a2, b2, needed, backend):
@@ -347,7 +347,7 @@ def _embedding(ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
     _check_embedding(ids, a, b)
     if reason := launch.why_not_embedding(a, b):
         raise ValueError(f"Triton's lookup cannot serve this call: {reason}.")
-    return launch.kron_embedding(ids, a, b)
+    return EMBEDDING.kron_embedding(ids, a, b)
 
 
 def _fake_embedding(ids, a, b) -> Tensor:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kroneckerbert.adapters import lora_config as lora_config
     from kroneckerbert.adapters import merge_and_unload as merge_and_unload
     from kroneckerbert.calibration import second_moments as second_moments
+    from kroneckerbert.captured import capture as capture
     from kroneckerbert.configuration_kroneckerbert import KroneckerConfig as KroneckerConfig
     from kroneckerbert.conversion import compress as compress
     from kroneckerbert.conversion import decompress as decompress
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "adapters": ["load_adapter", "lora_config", "merge_and_unload"],
     "calibration": ["second_moments"],
+    "captured": ["capture"],
     "configuration_kroneckerbert": ["KroneckerConfig"],
     "conversion": ["compress", "decompress"],
     "distillation": ["DistillationConfig", "DistillationTrainer"],

@@ -18,9 +18,9 @@ from kron_kernels.testing import assert_close
 from kron_kernels.testing.checks import slack
 
 ENGINES = ("triton", "cuda")
-# Our contenders; "fused" is Triton's of a block or qkv. Tables give the others' times as multiples
-# of the first of these that was timed.
-OURS = ("triton", "fused", "cuda")
+# Our contenders; "fused" is Triton's of a block or qkv, "student" a model on our kernels. Tables
+# give the others' times as multiples of the first of these that was timed.
+OURS = ("triton", "fused", "student", "cuda")
 Step = Callable[[], Any]
 Layer = tuple[Tensor, Tensor, Tensor]  # a, b, bias
 
@@ -34,16 +34,18 @@ def why_not(engine: str, device: str) -> str | None:
 
 
 class Workload(NamedTuple):
-    """One product, a feed-forward block of two, or three products of one x."""
+    """One product, a feed-forward block of two, three products of one x, or a model."""
 
-    kind: str  # "forward", "training"; with "block" or "qkv" before
+    kind: str  # "forward", "training"; with "block", "qkv" or "model" before
     label: str
     shapes: tuple[KronShape, ...]
     tokens: int
     dtype: str
+    length: int = 0  # tokens of a sequence, for a model
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.label}, {self.dtype}, {self.tokens} tokens"
+        size = f"{self.tokens // self.length} x {self.length}" if self.length else str(self.tokens)
+        return f"{self.kind} {self.label}, {self.dtype}, {size} tokens"
 
 
 class Contender(NamedTuple):
@@ -75,6 +77,7 @@ def contenders(
         flat = [t.detach()[0].requires_grad_(training) for t in (a, b)]
         libraries = library_calls(workload, x, *flat, bias, left_out)
         calls |= {key: (call, [x, *flat, bias]) for key, call in libraries.items()}
+    calls["compiled"] = compiled_call(workload, x, layers), leaves
     calls["dense"] = partial(dense_call, workload, x, dense), dense_leaves
     dy = torch.randn(workload.tokens, workload.shapes[-1].out_features, device=device, dtype=dtype)
     made = {}
@@ -150,6 +153,27 @@ def library_calls(
             else:
                 calls[key] = lambda call=call: call() + bias
     return calls
+
+
+def compiled(function: Any) -> Any:
+    """By Inductor, without its CUDA graphs: those are timed of every contender."""
+    return torch.compile(function, dynamic=False)
+
+
+def compiled_call(workload: Workload, x: Tensor, layers: list[Layer]) -> Step:
+    """PyTorch's operators of the same products, which a compiler can fuse.
+
+    On a CPU, in the simulator, the compiler's front end alone: its C++ takes minutes.
+    """
+    call = torch.compile(plain_form, dynamic=False, backend="eager" if x.is_cpu else "inductor")
+    return lambda: call(workload.kind.split()[0], x, layers)
+
+
+def plain_form(kind: str, x: Tensor, layers: list[Layer]) -> Tensor | list[Tensor]:
+    if kind == "block":
+        return kron_feed_forward(x, *layers, backend="eager")
+    ys = [kron_matmul(x, a, b, bias=bias, backend="eager") for a, b, bias in layers]
+    return ys if kind == "qkv" else ys[0]
 
 
 def dense_call(

@@ -25,15 +25,23 @@ def software() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "kron_kernels": kron_kernels.__version__,
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-    for package in ("triton", "lycoris-lora", "pyfastkron"):
+    for package in ("triton", "transformers", "lycoris-lora", "pyfastkron"):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
     return facts | {"GPUs that CUDA's kernels are compiled for": cuda.archs() or None}
+
+
+def commit() -> str | None:
+    """Of a clone, or of the clone that a file was carried from."""
+    carried = ROOT / "COMMIT"
+    if carried.exists():
+        return carried.read_text()
+    return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
 
 
 def hardware() -> dict[str, Any]:

@@ -3,70 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
-from xml.etree import ElementTree
+from typing import Any
 
 from benchmarks.gpu import tuning
 from benchmarks.gpu.contenders import OURS
+from benchmarks.gpu.journal import FAILED, NOT_DONE, PASSED, Result
 from kron_kernels import dispatch
 from kron_kernels.files import write_file
 
-PASSED, FAILED, NOT_DONE = "passed", "failed", "not done"
 NEVER = [
-    "KroneckerBERT's models, their distillation and command line on a GPU",
+    "KroneckerBERT's distillation and command line on a GPU",
     "training on several GPUs",
     "GPUs and versions of Triton other than those under Environment",
-    "profilers and sanitizers: memory traffic, occupancy, races",
+    "profilers: memory traffic and occupancy; sanitizers of what passed",
 ]
-
-
-class Result(NamedTuple):
-    """The outcome of a test."""
-
-    section: str
-    name: str  # test_forward[triton-16x2-12x24-...]
-    state: str  # PASSED, FAILED or NOT_DONE
-    message: str = ""
-    traceback: str = ""
-    seconds: float = 0.0
-    data: Any = None
-
-    @property
-    def group(self) -> str:
-        """The test's function, and the engine if its first parameter is one."""
-        function, engine = re.match(r"(?:test_)?(\w+)(?:\[(triton|cuda)\b)?", self.name).groups()
-        words = function.replace("_", " ")
-        return f"{engine}: {words}" if engine else words
-
-
-def read_results(section: str, xml: Path) -> list[Result]:
-    """Results from pytest's JUnit XML, which an interrupted run may lack."""
-    if not xml.exists():
-        return []
-    cases = ElementTree.parse(xml).iter("testcase")
-    return [_result(section, case) for case in cases if case.get("name")]  # unnamed: interrupted
-
-
-def _result(section: str, case: ElementTree.Element) -> Result:
-    problems = [*case.iter("failure"), *case.iter("error")]
-    skipped = case.find("skipped")
-    state = FAILED if problems else PASSED if skipped is None else NOT_DONE
-    about = problems[0] if problems else skipped
-    data = next((p.get("value") for p in case.iter("property") if p.get("name") == "data"), "null")
-    return Result(
-        section,
-        case.get("name", ""),
-        state,
-        "" if about is None else about.get("message", ""),
-        "\n".join(p.text or "" for p in problems),
-        float(case.get("time", 0)),
-        json.loads(data),
-    )
 
 
 def write_report(
@@ -75,6 +29,7 @@ def write_report(
     results: list[Result],
     sections: Sequence[str],
     quick: bool,
+    log: Sequence[str] = (),
 ) -> None:
     gaps = [
         f"the section {s}: it was not asked for"
@@ -89,10 +44,11 @@ def write_report(
         "counts": dict(Counter(r.state for r in results)),
         "not_done": not_done(results) + gaps + NEVER,
         "environment": environment,
+        "log": list(log),
         "results": [r._asdict() | {"group": r.group} for r in results],
     }
     write_file(out / "report.json", json.dumps(report, indent=1) + "\n")
-    write_file(out / "report.md", markdown(environment, results, report["not_done"]))
+    write_file(out / "report.md", markdown(environment, results, report["not_done"], log))
 
 
 def not_done(results: list[Result]) -> list[str]:
@@ -125,14 +81,16 @@ def timings(results: list[Result]) -> list[dict[str, Any]]:
     return [r.data for r in results if r.section == "timing" and r.data and "loop" in r.data]
 
 
-def markdown(environment: dict[str, Any], results: list[Result], gaps: list[str]) -> str:
+def markdown(
+    environment: dict[str, Any], results: list[Result], gaps: list[str], log: Sequence[str] = ()
+) -> str:
     counts = Counter(r.state for r in results)
     lines = [
         f"# kron_kernels on {environment.get('gpu', 'a GPU')}",
         "",
         f"{counts[PASSED]} passed, {counts[FAILED]} failed, {counts[NOT_DONE]} not done.",
         "",
-        *failures(results),
+        *failures(results, environment),
         *groups(results),
         *timing_tables(results),
         *tuning_lines(results),
@@ -145,17 +103,38 @@ def markdown(environment: dict[str, Any], results: list[Result], gaps: list[str]
         *(f"- {key}: {value}" for key, value in environment.items()),
         "",
         *order_table(results),
+        *(["## What was done when", "", *(f"- {line}" for line in log), ""] if log else []),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def failures(results: list[Result]) -> list[str]:
+def failures(results: list[Result], environment: dict[str, Any]) -> list[str]:
+    """Each with what a developer needs who has no such GPU."""
     failed = [r for r in results if r.state == FAILED]
-    lines = ["## Failures", ""] if failed else ["Nothing that was done failed.", ""]
+    if not failed:
+        return ["Nothing that was done failed.", ""]
+    names = ("gpu", "driver_version", "python", "torch", "triton", "cuda", "commit")
+    versions = ", ".join(f"{key} {environment[key]}" for key in names if environment.get(key))
+    lines = ["## Failures", "", f"With {versions}.", ""]
     for r in failed:
         text = f"{r.message}\n{r.traceback}".strip()
         lines += [f"### {r.section}: {r.name}", "", "```", text, "```", ""]
+        lines += evidence(r.evidence or {})
     return lines
+
+
+def evidence(found: dict[str, Any]) -> list[str]:
+    lines = []
+    if "repeat" in found:
+        lines += ["To repeat it, in the repository's folder:", "", "```sh", found["repeat"], "```"]
+    if launches := found.get("launches"):
+        lines += ["", "Its last launches, the latest at the end:", ""]
+        lines += ["```", *launches, "```"]
+    if ptx := found.get("ptx"):
+        lines += ["", f"Their PTX: {', '.join(ptx)}."]
+    if sanitizer := found.get("sanitizer"):
+        lines += ["", "compute-sanitizer, of the case by itself:", "", "```", sanitizer, "```"]
+    return [*lines, ""] if lines else []
 
 
 def groups(results: list[Result]) -> list[str]:
@@ -200,7 +179,9 @@ def ratio_table(timings: list[dict[str, Any]]) -> list[str]:
     for timing in timings:
         entries = [*ratios(timing["loop"], own, names), *ratios(timing["graph"], own, names)]
         star = "" if timing["larger_than_L2"] else " *"
-        lines.append(f"| {timing['label']}{star} | {timing['tokens']} | {' | '.join(entries)} |")
+        length = timing.get("length")  # of a model's sequences
+        tokens = f"{timing['tokens'] // length} x {length}" if length else timing["tokens"]
+        lines.append(f"| {timing['label']}{star} | {tokens} | {' | '.join(entries)} |")
     return lines
 
 

@@ -27,7 +27,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.contenders import Layer, fresh_layer
+from benchmarks.gpu.contenders import Layer, Workload, fresh_layer
 from benchmarks.gpu.timing import Gpu
 from kron_kernels.backends.triton import configs, launch
 from kron_kernels.backends.triton.configs import Geometry, Tile
@@ -69,6 +69,22 @@ def cases(quick: bool) -> list[Case]:
     # The attention whose three products kron_qkv makes in one launch.
     found += [Case(PRESETS["21x attention"], dtype, t, 3) for dtype in dtypes for t in tokens]
     found += [Case(DECODER, dtype, t) for dtype in dtypes for t in tokens if t <= 4096]
+    return list({case.key: case for case in found}.values())
+
+
+def cases_of(workloads: Sequence[Workload]) -> list[Case]:
+    """The products that these workloads launch by our kernels, each once, in their order."""
+    found = []
+    for w in workloads:
+        dtype = getattr(torch, w.dtype, None)
+        if dtype not in (torch.float16, torch.bfloat16):
+            continue
+        training = w.kind.endswith("training")
+        # Blocks of these shapes are one kernel, which does not read the table.
+        for s in w.shapes[:1] if w.kind in ("forward", "training", "qkv forward") else ():
+            found.append(Case(s, dtype, w.tokens, len(w.shapes)))
+            if training:  # a gradient of x is a product with the transposed factors
+                found.append(Case(s.transposed, dtype, w.tokens))
     return list({case.key: case for case in found}.values())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -22,10 +22,12 @@ from benchmarks.gpu.contenders import (
     contenders,
     fresh_layer,
 )
+from benchmarks.gpu.models import model_contenders
 from benchmarks.gpu.timing import Gpu
 from kron_kernels import dispatch, kron_matmul, reference
 from kron_kernels.backends import BACKENDS
-from kron_kernels.testing.cases import PAIRS, PRESETS, SQUARES, name
+from kron_kernels.shapes import KronShape
+from kron_kernels.testing.cases import FEED_FORWARDS, PAIRS, PRESETS, SQUARES, name
 from kron_kernels.testing.checks import arithmetic
 from kron_kernels.timing import Timing
 
@@ -52,6 +54,60 @@ def workloads(quick: bool) -> list[Workload]:
     ]
 
 
+LAYERS = {label: (s,) for label, s in PRESETS.items()}
+SIZES = ((1, 16), (1, 128), (32, 128), (64, 512))  # batch, tokens of a sequence
+
+
+def shown() -> list[Workload]:
+    """What the README would show, for a run with a limited time: the most telling first."""
+    kinds: list[tuple[str, dict[str, tuple[KronShape, ...]]]] = [
+        ("forward", LAYERS),
+        ("block forward", PAIRS),
+        ("model forward", dict.fromkeys(("8x", "21x"), ())),
+        ("model training", dict.fromkeys(("8x", "21x"), ())),
+        ("block training", PAIRS),
+        ("training", LAYERS),
+    ]
+    return [
+        Workload(kind, label, shapes, batch * length, dtype, 0 if shapes else length)
+        for dtype in ("bfloat16", "float16")
+        for kind, layers in kinds
+        for label, shapes in layers.items()
+        for batch, length in SIZES
+    ]
+
+
+def simulated() -> list[Workload]:
+    """A small one of every kind, for the simulator."""
+    up, down = FEED_FORWARDS[0]
+    return [
+        Workload("model forward", "21x", (), 10, "float16", 5),
+        Workload("forward", "small", (up,), 5, "float16"),
+        Workload("block forward", "small", (up, down), 5, "float16"),
+        Workload("qkv forward", "small", (up,) * 3, 5, "float16"),
+        Workload("block training", "small", (up, down), 5, "float16"),
+        Workload("training", "small", (up,), 5, "float16"),
+    ]
+
+
+def made_by(workload: Workload) -> Callable[..., dict[str, Contender]]:
+    return model_contenders if workload.kind.startswith("model") else contenders
+
+
+def compile_workload(workload: Workload, gpu: Gpu) -> dict[str, str]:
+    """Call every contender once and check it, which compiles what it needs, before any clock.
+
+    Returns:
+        The contenders that are left out, with their reasons.
+    """
+    left_out: dict[str, str] = {}
+    torch._dynamo.reset()
+    with arithmetic(workload.dtype) as dtype:
+        made = made_by(workload)(workload, gpu.device, dtype, left_out)
+        checked({key: [contender] for key, contender in made.items()}, left_out)
+    return left_out
+
+
 def time_workload(workload: Workload, gpu: Gpu) -> dict[str, Any]:
     """Microseconds of each contender: of its calls one by one, and replayed as a CUDA graph.
 
@@ -59,31 +115,36 @@ def time_workload(workload: Workload, gpu: Gpu) -> dict[str, Any]:
     wrong, it raises.
     """
     left_out: dict[str, str] = {}
+    torch._dynamo.reset()  # of other shapes; its limit of recompilations is per function
+    is_model = workload.kind.startswith("model")
     with arithmetic(workload.dtype) as dtype:
         each, dense = sizes_in_bytes(workload, dtype)
-        room = gpu.free_memory() // 3 // (each + dense)
-        sets = max(1, min(gpu.rotation(each), room))
-        prepared = [contenders(workload, gpu.device, dtype, left_out) for _ in range(sets)]
+        room = gpu.free_memory() // 3 // max(each + dense, 1)
+        sets = 1 if is_model else max(1, min(gpu.rotation(each), room))
+        make = made_by(workload)
+        prepared = [make(workload, gpu.device, dtype, left_out) for _ in range(sets)]
         calls = checked({key: [p[key] for p in prepared] for key in prepared[0]}, left_out)
         loop = {key: partial(in_turn, steps) for key, steps in calls.items()}
         loop_times = gpu.time(loop, sets, 0.3)
         pool, graphs = gpu.pool(), {}
-        for key, steps in calls.items():
+        # An optimizer's step would need a graph of its own.
+        for key, steps in ({} if workload.kind == "model training" else calls).items():
             try:
                 graphs[key] = gpu.captured(steps, pool)
             except Exception as error:
                 if key in OURS:
                     raise
                 left_out[f"{key}, as a graph"] = peers.first_line(error)
-        graph_times = gpu.time(graphs, sets, 0.3)
+        graph_times = gpu.time(graphs, sets, 0.3) if graphs else {}
     return {
         "kind": workload.kind,
         "label": workload.label,
         "tokens": workload.tokens,
         "dtype": workload.dtype,
-        "row": row_of(workload),
+        "length": workload.length,
+        "row": "" if is_model else row_of(workload),
         "sets": sets,
-        "larger_than_L2": sets * each > gpu.cache_size(),
+        "larger_than_L2": is_model or sets * each > gpu.cache_size(),
         "left_out": left_out,
         "loop": microseconds(loop_times),
         "graph": microseconds(graph_times),
@@ -110,6 +171,8 @@ def microseconds(timings: dict[str, Timing]) -> dict[str, list[float]]:
 
 def sizes_in_bytes(workload: Workload, dtype: torch.dtype) -> tuple[int, int]:
     """Sizes of one set of operands and results, and of its dense weights."""
+    if not workload.shapes:  # a model
+        return 0, 0
     s, last = workload.shapes[0], workload.shapes[-1]
     sides = s.in_features + sum(k.out_features for k in workload.shapes)
     factors = sum(k.parameters for k in workload.shapes)

@@ -1,7 +1,11 @@
 """The command for GPU owners and its measurements, without a GPU."""
 
 import json
+import os
+import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +14,15 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu import __main__, contenders, environment, tuning
 from benchmarks.gpu.contenders import Workload
-from benchmarks.gpu.report import Result, not_done, order_table, read_results, timing_tables
+from benchmarks.gpu.journal import FAILED, NOT_DONE, NOT_REACHED, PASSED, Journal, Result
+from benchmarks.gpu.order import ordered
+from benchmarks.gpu.report import not_done, order_table, timing_tables
 from benchmarks.gpu.workloads import time_workload, workloads
 from kron_kernels import KronShape, dispatch
 from kron_kernels.backends.triton import configs, launch
 from kron_kernels.backends.triton.configs import Tile
 
-pytest_plugins = ["benchmarks.tests.simulated_gpu"]
+pytest_plugins = ["benchmarks.gpu.simulated"]
 ROOT = Path(__file__).parents[2]
 TINY = tuning.Case(KronShape(4, 2, 16, 32), torch.float16, 16)
 OTHER = tuning.Case(KronShape(3, 4, 5, 2), torch.float16, 4)
@@ -71,14 +77,14 @@ def test_measurements_by_the_command(command, tmp_path):
 from torch import float16
 from benchmarks.gpu import tuning, workloads
 from benchmarks.gpu.contenders import Workload
-from benchmarks.tests.simulated_gpu import gpu
+from benchmarks.gpu.simulated import gpu
 from kron_kernels import KronShape
 workloads.workloads = lambda quick: [Workload("forward", "a label", ({UP},), 5, "float16")]
 tuning.cases = lambda quick: [tuning.Case({OTHER.shape}, float16, 4)] * quick
 """
     status, report, text = command(["timing", "tuning"], "-k", "not overhead", plugin=plugin)
-    assert status == 0 and report["counts"] == {"passed": 2}, text
-    timing, tile = (r["data"] for r in report["results"])
+    assert status == 0 and report["counts"] == {"passed": 3}, text
+    _, timing, tile = (r["data"] for r in report["results"])
     assert set(timing["loop"]) >= {"triton", "eager", "dense"} and tile["key"] == OTHER.key
     assert set(tuning.measured(tmp_path / "out" / "tuning.jsonl", "simulated")) == {OTHER.key}
     assert "### forward, float16" in text and "## Tuning" in text
@@ -87,12 +93,19 @@ tuning.cases = lambda quick: [tuning.Case({OTHER.shape}, float16, 4)] * quick
     assert not (ROOT / "kron_kernels/backends/triton/tuned/simulated.json").exists()
 
 
-def test_a_wrong_kernel_is_a_failure(command):
+def test_a_wrong_kernel_is_a_failure(command, tmp_path, monkeypatch):
     plugin = """
 from kron_kernels.backends.triton import launch
 right = launch.kron_matmul
 launch.kron_matmul = lambda *operands: right(*operands) + 1
 """
+    sanitizer = tmp_path / "bin" / "compute-sanitizer"
+    sanitizer.parent.mkdir()
+    sanitizer.write_text(
+        "#!/bin/sh\necho $* | tail -c 300\necho ========= Invalid read of 2 bytes\n"
+    )
+    sanitizer.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sanitizer.parent), prepend=os.pathsep)
     chosen = "simulated and triton and (contiguous or outside_the_table)"
     status, report, text = command(
         ["correctness"], "-m", "not gpu and not slow", "-k", chosen, plugin=plugin
@@ -104,6 +117,13 @@ launch.kron_matmul = lambda *operands: right(*operands) + 1
     )
     assert "in units of" in failed["message"] and "assert_close" in failed["traceback"]
     assert text.index("## Failures") < text.index("## What was done")
+    evidence = failed["evidence"]
+    assert evidence["repeat"] in text and f"'{failed['id']}'" in evidence["repeat"]
+    assert evidence["launches"][-1].startswith("kron_matmul_kernel[(")
+    assert "float16[6, 48] strides [48, 1]" in evidence["launches"][0]
+    assert evidence["sanitizer"] == "========= Invalid read of 2 bytes"  # of this case alone
+    ptx = (tmp_path / "out" / evidence["ptx"][0]).read_text()
+    assert ".target sm_80" in ptx and "With gpu no GPU." in text
     assert any("section timing" in gap for gap in report["not_done"])
 
 
@@ -133,14 +153,106 @@ def test_6(): pytest.skip("no reason")
     assert "correctness: test_6: no reason" in text
 
 
-def test_an_interrupted_test_has_no_result(tmp_path):
-    """pytest writes a case without a name."""
-    xml = tmp_path / "correctness.xml"
-    assert read_results("correctness", xml) == []
-    xml.write_text('<testsuite><testcase name="test_0" time="2"/><testcase time="0"/></testsuite>')
-    assert read_results("correctness", xml) == [
-        Result("correctness", "test_0", "passed", seconds=2.0)
-    ]
+PLANTED = """
+import os, time
+from functools import partial
+import pytest, torch
+from kron_kernels.backends.triton import launch
+faults = {  # by a part of a case's name
+    "test_forward[simulated triton-float16-32x32": "wrong",
+    "test_gradients[simulated triton-float16-3x4": "memory",
+    "test_gradients[simulated triton-float16-32x32": "compile",
+    "test_feed_forward[simulated triton-float16-5x3": "crash",
+    "test_three_products_of_one_x[simulated triton-bfloat16": "hang",
+}
+planted = set()
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item):
+    fault = next((f for name, f in faults.items() if item.name.startswith(name)), None)
+    mark = os.environ["PLANTED"] + "/" + str(fault)
+    if fault is None or os.path.exists(mark):  # each fault once
+        return (yield)
+    open(mark, "w").close()
+    def bad(function, *operands, **options):
+        if fault == "wrong":
+            return function(*operands, **options) + 1
+        if fault == "hang":
+            time.sleep(1000)
+        if fault == "crash":
+            function(*operands, **options)
+            os.abort()
+        if fault == "compile":
+            raise RuntimeError("PassManager::run failed")
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    names = ("kron_matmul", "kron_feed_forward", "kron_qkv")
+    before = [getattr(launch, name) for name in names]
+    for name in names:
+        setattr(launch, name, partial(bad, getattr(launch, name)))
+    try:
+        return (yield)
+    finally:
+        for name, function in zip(names, before):
+            setattr(launch, name, function)
+"""
+
+
+@pytest.mark.slow
+def test_a_limited_run_in_the_simulator_with_a_fault_of_each_kind(tmp_path, monkeypatch, capfd):
+    """It stops in time, each fault costs one case, and a second run goes on from there."""
+    (tmp_path / "planted.py").write_text(PLANTED)
+    (tmp_path / "marks").mkdir()
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("PLANTED", str(tmp_path / "marks"))
+    out = tmp_path / "out"
+    arguments = ["--simulate", "--minutes", "2", "--out", str(out), "--", "-p", "planted"]
+    start = time.time()
+    assert __main__.main(arguments) == 1
+    assert time.time() - start < 125
+    report = json.loads((out / "report.json").read_text())
+    results = [r for r in report["results"] if r["section"] == "correctness"]
+    failed = {r["name"]: r for r in results if r["state"] == "failed"}
+    faults = {path.name for path in (tmp_path / "marks").iterdir()}
+    # On a slow machine the time may be over before a hanging case is.
+    assert len(faults - {"hang"}) <= len(failed) <= len(faults), (faults, failed)
+    assert all(r["evidence"]["repeat"] for r in failed.values())
+    crash = next((r for r in failed.values() if "test_feed_forward" in r["name"]), None)
+    if crash:
+        assert "crashed while running" in crash["message"]
+        assert crash["evidence"]["launches"][-1].startswith("feed_forward_kernel[(")
+    passed = {r["id"] for r in results if r["state"] == "passed"}
+    assert len(passed) >= 5
+    text = (out / "report.md").read_text()
+    assert "not reached in the time given" in text and "## What was done when" in text
+    assert re.search(r"\d+ s: correctness ends: \d+ passed", text)
+
+    capfd.readouterr()
+    again = ["--simulate", "--minutes", "1", "--only", "correctness", "--out", str(out)]
+    __main__.main([*again, "--", "-p", "planted"])
+    assert "cases done by an earlier run" in capfd.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    later = {r["id"]: r for r in report["results"] if r["state"] == "passed"}
+    assert passed <= later.keys()
+    before = {r["id"]: r["at"] for r in results}
+    assert all(later[case]["at"] == before[case] for case in passed)
+
+
+def test_the_journal_keeps_what_ended_and_names_what_did_not(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", "this")
+    assert journal.results("correctness") == []
+    journal.add({"section": "correctness", "cases": ["t.py::a", "t.py::b", "t.py::c"]})
+    for state in (PASSED, FAILED):  # as of a teardown that fails
+        result = Result("correctness", "a", state, id="t.py::a", at=1.0)
+        journal.add(result._asdict())
+    other = Result("correctness", "b", PASSED, id="t.py::b")
+    Journal(journal.path, "another GPU").add(other._asdict())
+    with journal.path.open("a") as file:
+        file.write('{"stamp": "this", "sec')  # torn off by a kill
+    journal.add({"section": "timing", "cases": ["t.py::d"]})
+    a, b, c = journal.results("correctness")
+    assert a == result and (b.name, b.state, b.message) == ("b", NOT_DONE, NOT_REACHED)
+    assert c.name == "c" and journal.done("correctness") == ["t.py::a"]
+    assert [r.name for r in journal.results("timing")] == ["d"]
 
 
 def test_tests_that_were_never_run_are_reported():
@@ -151,6 +263,39 @@ def test_tests_that_were_never_run_are_reported():
     assert stopped.state == "not done" and "20 tests crashed" in stopped.message
     (ended,) = __main__.unfinished("correctness", 5, [])
     assert ended.state == "failed" and "status 5" in ended.message
+    assert not __main__.unfinished("correctness", 5, [crashed])  # an earlier run did everything
+    (none,) = __main__.unfinished("correctness", None, [])
+    assert (none.state, none.message) == ("not done", NOT_REACHED)
+
+
+def test_what_is_learnt_from_most_comes_first():
+    tests = [
+        ("test_more_than_32_bits_of_entries", {"s": TINY.shape}, "cuda"),
+        ("test_forward", {"dtype": "bfloat16", "s": UP}, "triton"),
+        ("test_forward", {"dtype": "float16", "s": UP}, "triton"),
+        ("test_forward", {"dtype": "float16", "s": KronShape(32, 32, 24, 24)}, "triton slow"),
+        ("test_forward", {"dtype": "float16", "s": DOWN}, "triton"),
+        ("test_forward", {"dtype": "float16", "s": UP, "tokens": 3}, "cuda"),
+        ("test_forward", {"dtype": "float16", "s": UP, "tokens": 19}, "cuda"),
+        ("test_side_issue", {}, "triton"),
+        ("test_numbers_of_tokens", {"s": UP, "tokens": 0}, "triton"),
+        ("test_numbers_of_tokens", {"s": UP, "tokens": 1}, "triton"),
+        ("test_gradients", {"dtype": "float16", "s": UP}, "triton"),
+    ]
+
+    def item(function, params, engine):
+        machine = SimpleNamespace(engine=engine.split()[0])
+        return SimpleNamespace(
+            originalname=function,
+            callspec=SimpleNamespace(params=params | {"machine": machine}),
+            get_closest_marker=lambda name: True if name in engine else None,
+        )
+
+    items = [item(*test) for test in tests]
+    order = [items.index(i) for i in ordered(items)]
+    # A case of each kernel, engine and dtype, float16 first; other questions; the rest.
+    assert order[:6] == [2, 5, 6, 3, 10, 1]
+    assert order[6:9] == [8, 7, 0] and sorted(order[9:]) == [4, 9]
 
 
 def test_skipped_tests_are_one_line_for_each_reason():

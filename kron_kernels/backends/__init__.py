@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from kron_kernels.backends import cuda, eager, native
+from kron_kernels.backends.guarded import CHECK, Guarded
 from kron_kernels.backends.triton import launch
 from kron_kernels.checks import Activation, Layer
 
@@ -77,3 +78,22 @@ BACKENDS: dict[str, Backend] = {
     "triton": launch,
     "cuda": cuda,
 }
+ON_GPU: dict[str, Any] = {"triton": launch, "cuda": cuda}
+
+
+def or_eager(name: str) -> Any:
+    """The name by which "auto" calls a backend; if kernels fail, eager takes over."""
+    return f"{name} or eager" if name in ON_GPU else name
+
+
+class _Computing(dict[str, Backend]):
+    """What computes a call: a backend by its name, or by one that "auto" uses."""
+
+    def __missing__(self, name: str) -> Backend:
+        return BACKENDS[name]
+
+
+COMPUTING = _Computing({or_eager(name): Guarded(name, ON_GPU[name], True) for name in ON_GPU})
+EMBEDDING: Any = COMPUTING[or_eager("triton")]  # always chosen by itself, never by name
+if CHECK:
+    COMPUTING |= {name: Guarded(name, ON_GPU[name], False) for name in ON_GPU}

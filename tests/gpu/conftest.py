@@ -1,16 +1,16 @@
 """Stand-ins for a GPU."""
 
-import importlib.util
-
 import emulator
 import pytest
 from simulator.cuda import CudaDevice, serving
 from simulator.cuda import why_not as why_no_nvcc
 
+from kron_kernels.backends.triton.served import why_no_triton
+
 
 def _why_not(engine: str) -> str | None:
     if engine == "triton":
-        return None if importlib.util.find_spec("triton") else "needs Triton"
+        return why_no_triton()
     return emulator.why_not() or (why_no_nvcc() if engine == "nvcc" else None)
 
 

@@ -9,7 +9,6 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from kron_kernels import KronShape
 from kron_kernels.backends import BACKENDS
 from kron_kernels.backends.triton import configs
+from kron_kernels.backends.triton.served import why_no_triton
 from kron_kernels.testing.cases import draw, name
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns while it is unset
@@ -98,12 +98,18 @@ def simulated(engine: str) -> Iterator[Any]:
         yield gpu
 
 
+def needs_triton() -> None:
+    """Skip a module's tests without a Triton that compiles the kernels correctly."""
+    if reason := why_no_triton():
+        pytest.skip(reason, allow_module_level=True)
+
+
 def why_not(machine: Machine) -> str | None:
     """Why the machine is not available here, or None."""
     if not machine.simulated:
         return None if torch.cuda.is_available() else "needs an NVIDIA GPU"
     if machine.engine == "triton":
-        return None if find_spec("triton") else "the simulator needs Triton"
+        return why_no_triton()
     import emulator
     from simulator import cuda
 

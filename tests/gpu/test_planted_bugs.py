@@ -10,6 +10,7 @@ import emulator
 import pytest
 import torch
 from compiling import digest
+from machines import needs_triton
 from simulator import SimulationError
 from simulator.cuda import KERNELS, CudaDevice, serving, why_not
 
@@ -122,7 +123,7 @@ def device(backend: str, edit: Callable[[str], str] | None = None):
     if backend == "cuda":
         # One multiprocessor: launches are not divided into blocks of a single warp.
         return CudaDevice(80, edit, multiprocessors=1, statistics=False)
-    pytest.importorskip("triton")
+    needs_triton()
     from simulator import Device
 
     return Device(80, edit=edit, statistics=False)

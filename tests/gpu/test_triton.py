@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from machines import needs_triton
 from torch.func import vmap
 from turns import in_turns
 
@@ -19,13 +20,13 @@ from kron_kernels import (
     kron_qkv,
     reference,
 )
-from kron_kernels.testing.cases import PAIRS, PRESETS, SHAPES, draw
+from kron_kernels.testing.cases import FEED_FORWARDS, PAIRS, PRESETS, SHAPES, draw
 from kron_kernels.testing.checks import hold, terms
 
-pytest.importorskip("triton")
-from simulator import Device
+needs_triton()
+from simulator import Device  # noqa: E402
 
-from kron_kernels.backends.triton import forward
+from kron_kernels.backends.triton import forward, launch  # noqa: E402
 
 ARCHS = [("triton-80",), ("triton-90",)]
 either = pytest.mark.parametrize("gpu", ["triton-80", "triton-90"], indirect=True)
@@ -43,12 +44,12 @@ def test_the_last_rows_of_more_than_32_bits_of_numbers(dtype, monkeypatch):
     x = torch.zeros(tokens, 2, dtype=dtype)
     rows, a, b = draw(s, 3, dtype)
     x[-3:] = rows
-    launch, grids = forward.kron_matmul_kernel, []
+    kernel, grids = forward.kron_matmul_kernel, []
 
     class Last:
         def __getitem__(self, grid):
             grids.append(grid)
-            return launch[(1, *grid[1:])]
+            return kernel[(1, *grid[1:])]
 
     def last(ptx: str) -> str:
         last = rf"mov.u32 \1, %ctaid.x;\nadd.u32 \1, \1, {grids[0][0] - 1};"
@@ -79,6 +80,25 @@ def test_second_order_gradients_and_vmap(gpu):
     xs = torch.stack([x.detach(), 2 * x.detach()])
     ys = vmap(lambda v: kron_matmul(v, a.detach(), b.detach(), backend="triton"))(xs)
     torch.testing.assert_close(ys[1], 2 * ys[0])
+
+
+@pytest.mark.parametrize("dtype", ["float16"], indirect=True)
+@pytest.mark.parametrize(("gpu", "pair"), [("triton-80", 0), ("triton-90", 1)], indirect=["gpu"])
+def test_a_block_and_its_norm_in_one_launch(gpu, pair, dtype):
+    """``LayerNorm(down(act(up(x))) + residual)``; y's columns are odd in the second pair."""
+    up, down = FEED_FORWARDS[pair]
+    x, a1, b1 = draw(up, 5, dtype)
+    _, a2, b2 = draw(down, 1, dtype)
+    width = down.out_features
+    residual, gamma, beta = (torch.randn(size).to(dtype) for size in ((5, width), width, width))
+    first, second = (a1, b1, torch.randn(up.out_features).to(dtype)), (a2, b2, None)
+    y = launch.kron_feed_forward_norm(x, first, "gelu", second, residual, (gamma, beta, 1e-5))
+    assert [one.name for one in gpu.launches] == ["feed_forward_kernel"]
+    wide = [t.double() for t in (x, a1, b1, first[2], a2, b2, residual, gamma, beta)]
+    hidden = reference.kron_matmul(*wide[:3], bias=wide[3], activation="gelu")
+    exact = reference.kron_matmul(hidden, *wide[4:6]) + wide[6]
+    exact = F.layer_norm(exact, (width,), *wide[7:], 1e-5)
+    hold("y", y, exact, terms(up) + terms(down), dtype)
 
 
 TABLES = in_turns(

@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from machines import needs_triton
 
-pytest.importorskip("triton")
+needs_triton()
 
-from static import triton_budget
-from static.budget import check_budget
+from static import triton_budget  # noqa: E402
+from static.budget import check_budget  # noqa: E402
 
 BUDGET = json.loads(triton_budget.BUDGET.read_text())
 KERNELS = list(dict.fromkeys(entry["match"]["kernel"] for entry in BUDGET))

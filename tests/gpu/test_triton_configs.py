@@ -158,7 +158,7 @@ def test_unsupported_calls_are_refused_with_the_reason(s, dtype, reason, monkeyp
     [
         (None, "Triton cannot be imported (import of triton halted; None in sys.modules); pip "
          "install triton"),
-        # 3.4 compiles wrong gradients.
+        # 3.4 compiles wrong sums.
         ("2.1.0", "it needs Triton 3.5 or later, and 2.1.0 is installed; pip install -U triton"),
         ("3.4.0", "it needs Triton 3.5 or later, and 3.4.0 is installed; pip install -U triton"),
         ("3.5.0", None),

@@ -30,14 +30,17 @@ from kron_kernels.backends.triton.forward import store_tile
 
 @triton.jit
 def feed_forward_kernel(
-    x, a1, b1, bias1, a2, b2, bias2, residual, y, rows_total,
+    x, a1, b1, bias1, a2, b2, bias2, residual, y, gamma, beta, epsilon, rows_total,
     a1_r, a1_o, a1_u, b1_r, b1_d, b1_c, a2_r, a2_o, a2_u, b2_r, b2_d, b2_c,
     R1: tl.constexpr, R2: tl.constexpr, H: tl.constexpr, U: tl.constexpr, P: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, U_: tl.constexpr, P_: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``x (T, U * K)`` to ``y (T, P * M)``; ranks R1 and R2, BM columns of y at a time."""
+    """``x (T, U * K)`` to ``y (T, P * M)``; ranks R1 and R2, BM columns of y at a time.
+
+    With gamma, y is normalised: a program has whole rows of it.
+    """
     rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     live = rows < rows_total
     x_offsets, y_offsets = rows * (U * K), rows * (P * M)
@@ -72,11 +75,57 @@ def feed_forward_kernel(
         for j in tl.static_range(OUT_TILES):
             right = load_dot(b2, i % R2, i // R2 * BN, j * BM, b2_r, b2_d, b2_c, N, M, BN, BM)
             sums = sums + (tl.dot(left, right, old[j], input_precision=PRECISION),)
-    for j in tl.static_range(OUT_TILES):
-        store_tile(
-            tl.reshape(sums[j], (BT, P_, BM)), bias2, residual, y, y_offsets, live, j * BM,
-            P, M, P_, False, None, BT, BM,
+    if gamma is not None:
+        normalise_and_store(
+            sums, bias2, residual, y, gamma, beta, epsilon, y_offsets, live,
+            P, M, P_, BT, BM, OUT_TILES,
         )  # fmt: skip
+    else:
+        for j in tl.static_range(OUT_TILES):
+            store_tile(
+                tl.reshape(sums[j], (BT, P_, BM)), bias2, residual, y, y_offsets, live, j * BM,
+                P, M, P_, False, None, BT, BM,
+            )  # fmt: skip
+
+
+@triton.jit
+def normalise_and_store(
+    sums, bias, residual, y, gamma, beta, epsilon, offsets, live,
+    P: tl.constexpr, M: tl.constexpr, P_: tl.constexpr,
+    BT: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """``LayerNorm(sums + bias + residual)`` of rows ``(BT, P * M)`` in tiles of BM columns."""
+    ps = tl.arange(0, P_)[None, :, None]
+    outs = ()
+    total = tl.zeros((BT,), tl.float32)
+    for j in tl.static_range(TILES):
+        ms = j * BM + tl.arange(0, BM)[None, None, :]
+        e, inside = ps * M + ms, (ms < M) & (ps < P)
+        out = tl.reshape(sums[j], (BT, P_, BM))
+        if bias is not None:
+            out += tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
+        if residual is not None:
+            where = residual + offsets[:, None, None] + e
+            mask = live[:, None, None] & inside
+            out += tl.load(where, mask=mask, other=0.0).to(tl.float32)
+        out = tl.where(inside, out, 0.0)
+        outs = outs + (out,)
+        total += tl.sum(tl.sum(out, 2), 1)
+    mean = (total / (P * M))[:, None, None]
+    squares = tl.zeros((BT,), tl.float32)
+    for j in tl.static_range(TILES):
+        ms = j * BM + tl.arange(0, BM)[None, None, :]
+        far = tl.where((ms < M) & (ps < P), outs[j] - mean, 0.0)
+        squares += tl.sum(tl.sum(far * far, 2), 1)
+    scale = (1.0 / tl.sqrt(squares / (P * M) + epsilon))[:, None, None]
+    for j in tl.static_range(TILES):
+        ms = j * BM + tl.arange(0, BM)[None, None, :]
+        e, inside = ps * M + ms, (ms < M) & (ps < P)
+        out = (outs[j] - mean) * scale * tl.load(gamma + e, mask=inside, other=0.0).to(tl.float32)
+        if beta is not None:
+            out += tl.load(beta + e, mask=inside, other=0.0).to(tl.float32)
+        where = y + offsets[:, None, None] + e
+        tl.store(where, out.to(y.dtype.element_ty), mask=live[:, None, None] & inside)
 
 
 @triton.jit

@@ -28,6 +28,7 @@ __all__ = [
     "kron_embedding",
     "kron_feed_forward",
     "kron_feed_forward_backward",
+    "kron_feed_forward_norm",
     "kron_matmul",
     "kron_matmul_backward",
     "kron_qkv",
@@ -267,9 +268,17 @@ def fuses(up: Layer, down: Layer) -> bool:
 
 
 def kron_feed_forward(
-    x: Tensor, up: Layer, activation: Activation, down: Layer, residual: Tensor | None
+    x: Tensor,
+    up: Layer,
+    activation: Activation,
+    down: Layer,
+    residual: Tensor | None,
+    norm: tuple[Tensor, Tensor | None, float] | None = None,
 ) -> Tensor:
-    """``down(act(up(x))) + residual`` of ``x (…, n)`` and two ``(a, b, bias)``."""
+    """``down(act(up(x))) + residual`` of ``x (…, n)`` and two ``(a, b, bias)``.
+
+    Layers that fuse may be followed by a layer norm of ``(weight, bias, epsilon)``.
+    """
     if not fuses(up, down):
         hidden = kron_matmul(x, up[:2], up[2], activation)
         return kron_matmul(hidden, down[:2], down[2], None, residual)
@@ -285,15 +294,28 @@ def kron_feed_forward(
     (a1, b1, bias1), (a2, b2, bias2) = (
         (a, b, bias if bias is None else bias.contiguous()) for a, b, bias in (up, down)
     )
+    gamma, beta, epsilon = norm or (None, None, 0.0)
     constants, t, out = _feed_forward_constants(x, a1, b1, a2, b2, activation, backward=False)
     with on_device(x):
         feed_forward_kernel[-(-tokens // t.tokens),](
-            x, a1, b1, bias1, a2, b2, bias2, residual, y, tokens,
+            x, a1, b1, bias1, a2, b2, bias2, residual, y, gamma, beta, epsilon, tokens,
             *a1.stride(), *b1.stride(), *a2.stride(), *b2.stride(),
             **constants, BT=t.tokens, BC=t.depth, BN=t.columns, BM=out, STAGES=t.stages,
             num_warps=t.warps,
         )  # fmt: skip
     return y
+
+
+def kron_feed_forward_norm(
+    x: Tensor,
+    up: Layer,
+    activation: Activation,
+    down: Layer,
+    residual: Tensor | None,
+    norm: tuple[Tensor, Tensor | None, float],
+) -> Tensor:
+    """``LayerNorm(down(act(up(x))) + residual)`` of layers that fuse; without gradients."""
+    return kron_feed_forward(x, up, activation, down, residual, norm)
 
 
 def kron_feed_forward_backward(

@@ -13,8 +13,8 @@ from kron_kernels.backends.gpu import constant, dtype_why_not
 from kron_kernels.backends.triton.configs import geometry
 from kron_kernels.shapes import KronShape
 
-# 3.4 merges two accumulators of a loop: the factors' gradients are wrong, and compilation fails if
-# the mix is frozen.
+# 3.4, the Triton of torch 2.8, merges accumulators of a loop: the factors' gradients are wrong, and
+# products of several tiles too; compilation fails if the mix is frozen.
 OLDEST = "3.5"
 # Up to 3.6, the Triton of torch 2.11, the pipeliner fails where the mix comes first.
 OLDEST_SM_100 = "3.7"

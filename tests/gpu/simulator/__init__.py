@@ -17,7 +17,7 @@ kernel, PTX line, source line, tensor, CTA and thread. The simulator finds
 - barriers that only part of a warp reaches, that threads reach at different places, or that never
   complete; warp-wide instructions in incomplete warps; shuffles from inactive lanes.
 
-It executes the instructions that Triton 3.5 to 3.9 emit for sm_80 to sm_90 and sm_120: integer,
+It executes the instructions that Triton 3.4 to 3.9 emit for sm_80 to sm_90 and sm_120: integer,
 float, half, bfloat and packed arithmetic, loads and stores, atomics, shuffles, votes, cp.async,
 ldmatrix, stmatrix, mma.sync and wgmma (f16, bf16, tf32) with f32 sums. Any other instruction is an
 error when it is reached.

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +14,7 @@ from kron_kernels.backends.triton import configs
 from .access import Options
 from .launch import Argument, Launch, SimulatedDevice
 from .memory import storage_bytes
+from .tritons import using
 
 try:
     import triton
@@ -67,18 +67,13 @@ class Device(SimulatedDevice):
             self.target, self.number = GPUTarget("cuda", arch, 32), arch
 
     def __enter__(self) -> "Device":
-        driver, hook = _Driver(self), triton.knobs.runtime.kernel_load_start_hook
+        driver = _Driver(self)
         self._stack = ExitStack()
         self._stack.enter_context(cpu_as_gpu(self.arch if isinstance(self.arch, int) else 80))
-        for target, name, value in (
-            (triton.runtime.driver, "_active", driver),
-            (configs, "device_of", lambda x: self.gpu),
-        ):
-            self._stack.enter_context(patch.object(target, name, value))
+        self._stack.enter_context(using(driver))
+        self._stack.enter_context(patch.object(configs, "device_of", lambda x: self.gpu))
         # Unset, Triton 3.9 warns that its default will change.
         self._stack.enter_context(patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"))
-        hook.add(driver.utils.loading)
-        self._stack.callback(hook.remove, driver.utils.loading)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,15 +118,6 @@ class _Utilities:
     def __init__(self, device: Device):
         self.device = device
         self.asm: dict[str, str | bytes] = {}
-
-    def loading(self, module, function, name, metadata_group, hash) -> None:
-        """Keep the compiler's outputs: load_binary only gets the last one."""
-        self.asm = {}
-        for file in map(Path, metadata_group.values()):
-            kind = file.suffix[1:]
-            if kind != "json":
-                binary = kind in ("cubin", "hsaco")
-                self.asm[kind] = file.read_bytes() if binary else file.read_text()
 
     def load_binary(self, name, kernel, shared, device):
         return object(), self.asm, 0, 0, 1024  # module, function, registers, spills, most threads

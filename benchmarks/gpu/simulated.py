@@ -1,4 +1,4 @@
-"""A pytest plugin: measurements run in the simulator, which has no clock."""
+"""The simulated GPU as a pytest plugin: it has no clock."""
 
 import pytest
 
