@@ -29,8 +29,8 @@ from setuptools.errors import CompileError
 FLAGS = """-O3 -std=c++17 -fPIC -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti
     -ffp-contract=fast -fvisibility=hidden -Wall -Wextra -Wno-ignored-attributes -Wno-psabi"""
 X86 = {"avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma", "avx2": "-mavx2 -mfma"}
-# Python's symbols are in the interpreter, on Windows in python3.dll; the C++ library is linked only if a
-# symbol of it is used.
+# Python's symbols are in the interpreter, on Windows in python3.dll; the C++ library is linked only
+# if a symbol of it is used.
 LINK = {"macosx": "-shared -undefined dynamic_lookup", "win": "-shared -s"}
 LINK_ELF = "-shared -s -Wl,--as-needed"
 
