@@ -29,10 +29,10 @@ from setuptools.errors import CompileError
 FLAGS = """-O3 -std=c++17 -fPIC -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti
     -ffp-contract=fast -fvisibility=hidden -Wall -Wextra -Wno-ignored-attributes -Wno-psabi"""
 X86 = {"avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma", "avx2": "-mavx2 -mfma"}
-# Python's symbols are in the interpreter; the C++ library is linked only if a symbol of it is used.
-LINK = "-shared -s -Wl,--as-needed"
-if sys.platform == "darwin":
-    LINK = "-bundle -undefined dynamic_lookup"
+# Python's symbols are in the interpreter, on Windows in python3.dll; the C++ library is linked only
+# if a symbol of it is used.
+LINK = {"macosx": "-shared -undefined dynamic_lookup", "win": "-shared -s"}
+LINK_ELF = "-shared -s -Wl,--as-needed"
 
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden -Xfatbin=-compress-all"
 MATHS = "float16", "bfloat16", "tf32", "float32"
@@ -80,7 +80,12 @@ class BuildKernels(build_ext):
 
     def get_ext_filename(self, fullname):
         # Newer Pythons prefer a name with the platform, which older ones do not find.
-        return os.path.join(*fullname.split(".")) + ".abi3.so"
+        suffix = ".pyd" if self.system() == "win" else ".abi3.so"
+        return os.path.join(*fullname.split(".")) + suffix
+
+    def system(self):
+        # .ci/wheels compiles for other systems, which it names in _PYTHON_HOST_PLATFORM.
+        return self.plat_name.partition("-")[0]
 
     def compile_kernels(self):
         """Compile for CPUs, and for GPUs if possible; return the module's path and a summary."""
@@ -119,7 +124,8 @@ class BuildKernels(build_ext):
             command = [*command, "-c", "-o", out, "-MMD", "-MF", f"{out}.d"]
             steps.append((out, units[name][-1:], command))
         objects, module = [out for out, *_ in steps], f"{folder}/_native.abi3.so"
-        link = [*cxx, *user_flags(), *LINK.split(), *objects, *libraries, *words("LDFLAGS")]
+        link = [*cxx, *user_flags(), *LINK.get(self.system(), LINK_ELF).split()]
+        link += [*objects, *libraries, *words("LDFLAGS")]
         run([*steps, (module, objects, [*link, "-o", module])], folder)
         return module
 
@@ -128,10 +134,15 @@ def cpu_kernels(cxx):
     is_x86 = output([*cxx, "-dumpmachine"]).startswith(("x86_64", "amd64"))
     sets = (X86 if is_x86 else {}) | {"portable": ""}
     command = host_command(cxx)
+    # The longest first: 12 files for x86, which take 67 s on one core.
     units = {
-        f"{isa}_{part}": [*command, *flags.split(), f"-DKRON_ISA={isa}", f"csrc/cpu/{part}.cpp"]
+        f"{isa}_{type}_{part}": [
+            *(*command, *flags.split(), f"-DKRON_ISA={isa}", f"-DKRON_TYPE={type}"),
+            f"csrc/cpu/{part}.cpp",
+        ]
         for isa, flags in sets.items()
         for part in ("kernels", "encoder")
+        for type in ("float", "double")
     }
     units["cpu"] = [*command, *(["-DKRON_HAS_X86"] if is_x86 else []), "csrc/cpu/cpu.cpp"]
     return Kernels(f"compiled for CPUs ({', '.join(sets)})", units, [], [])

@@ -149,13 +149,13 @@ template <class Body> KRON_INLINE void with_activation(int64_t activation, Body 
 }
 
 // out = act(in + bias) of rows of NV vectors, in_step and out_step numbers apart; out may be in. The bias
-// has one stored number for each row and may be null.
-template <class T, int NV, class S>
+// has one number for each row and may be null.
+template <class T, int NV>
 void activate_rows(const T *in, int64_t in_step, T *out, int64_t out_step, int64_t rows,
-                   int64_t activation, const S *bias) {
+                   int64_t activation, const T *bias) {
   with_activation(activation, [=](auto kind) {
     for (int64_t r = 0; r < rows; r++) {
-      const T b = bias ? scalar(bias[r]) : T(0);
+      const T b = bias ? bias[r] : T(0);
       KRON_UNROLL
       for (int v = 0; v < NV; v++) {
         const Vector<T> x = load(in + r * in_step + v * LANES<T>) + b;

@@ -49,9 +49,10 @@ template <class T> KRON_INLINE Vector<T> inverse_root(Vector<T> v) {
 // results depend on the number of threads.
 template <class S>
 __attribute__((noinline)) void
-normalise(Compute<S> *x, Int step, Int width, const S *bias, const kron_norm &norm) {
+normalise(Compute<S> *x, Int step, Int width, const void *bias_numbers, const kron_norm &norm) {
   typedef Compute<S> T;
   constexpr int PARTS = 4; // sums that do not wait for each other, and round less than one
+  const S *const bias = static_cast<const S *>(bias_numbers);
   const S *const weight = static_cast<const S *>(norm.weight), *shift = static_cast<const S *>(norm.bias);
   const auto sum_of = [=](auto term) __attribute__((always_inline)) {
     Vector<T> sums[PARTS] = {};

@@ -99,7 +99,7 @@ void contract_grid(const Matrix<T> &w, const T *in, T *out, const Grid &g, bool 
 // Entries of NV vectors by any grid. Vectors that share a broadcast save loads, so an entry of one vector
 // takes two or three neighbours along an axis with it: 83 GFLOP/s with one, 99 with two (AVX2).
 template <class T, int NV>
-void contract(const Matrix<T> &w, const T *in, T *out, Grid g, bool accumulate) {
+KRON_NOINLINE void contract(const Matrix<T> &w, const T *in, T *out, Grid g, bool accumulate) {
   constexpr int L = LANES<T>;
   if constexpr (NV == 1) {
     const int vectors = g.post % 3 == 0 ? 3 : g.post % 2 == 0 ? 2 : 1;
@@ -198,8 +198,8 @@ void correlate_tile(const Rows<T> &p, const Rows<T> &q, Int r, Int s, Int count,
 // c[r * c_row + s * c_col] = p's row r · q's row s, for each q and c of a batch, q_batch and c_batch
 // apart. Rows of p are read once for the whole batch.
 template <class T>
-void correlate(const Rows<T> &p, Rows<T> q, Int count, Int inner, T *c, Int c_row, Int c_col,
-               bool accumulate, Int batch = 1, Int q_batch = 0, Int c_batch = 0) {
+KRON_NOINLINE void correlate(const Rows<T> &p, Rows<T> q, Int count, Int inner, T *c, Int c_row, Int c_col,
+                             bool accumulate, Int batch = 1, Int q_batch = 0, Int c_batch = 0) {
   constexpr int L = LANES<T>;
   if (p.step == inner && q.step == inner) inner *= count, count = 1;
   const T *const first = q.data;
@@ -284,8 +284,8 @@ void contract_part_along(Axis axis, const Matrix<T> &w, const T *in, T *out, Int
 // c (p_rows, q_rows) += Σ p[r, o, token] q[s, o, token] over the other axis and all tokens, for some
 // rows r of p and all rows s of q along an axis. `turned` has room for q.
 template <class T, int NV>
-void sum_over_tokens(Axis axis, const T *p_data, Int p_rows, Range some, const T *q_data, Int q_rows,
-                     Int other, T *c, T *turned) {
+KRON_NOINLINE void sum_over_tokens(Axis axis, const T *p_data, Int p_rows, Range some, const T *q_data, Int q_rows,
+                                   Int other, T *c, T *turned) {
   constexpr int L = LANES<T>, TB = NV * L;
   const auto rows_along = [=](const T *data, Int rows) {
     return axis == FIRST ? Rows<T>{data, rows, other * TB, TB} : Rows<T>{data, rows, TB, rows * TB};

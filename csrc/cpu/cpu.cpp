@@ -12,34 +12,53 @@
 
 using namespace kron_checks;
 
-int64_t kron_cpu_isa(void) {
-#if defined(KRON_HAS_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return KRON_AVX512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return KRON_AVX2;
-#endif
-  return KRON_PORTABLE;
-}
-
 #if defined(KRON_HAS_X86)
 namespace {
-// Features in CPUID's leaf 7, whose names in compilers are younger.
-bool has_feature(unsigned subleaf, char reg, int bit) {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, subleaf, &a, &b, &c, &d) && (reg == 'a' ? a : c) >> bit & 1;
-}
+// Not by __builtin_cpu_supports, which takes a library of GCC's that other linkers lack.
+struct Features {
+  int64_t isa = KRON_PORTABLE;
+  bool avx_vnni = false, avx512_vnni = false, avx512_bf16 = false;
+
+  Features() {
+    const Registers basic = cpuid(1, 0), more = cpuid(7, 0), most = cpuid(7, 1);
+    uint32_t kept = 0, high; // the registers that the operating system saves
+    if (has(basic.c, 27)) __asm__("xgetbv" : "=a"(kept), "=d"(high) : "c"(0));
+    const bool avx = (kept & 0x06) == 0x06, avx512 = (kept & 0xe6) == 0xe6;
+    if (avx && has(basic.c, 12) && has(more.b, 5)) isa = KRON_AVX2; // FMA and AVX2
+    if (avx512 && has(more.b, 16) && has(more.b, 17) && has(more.b, 30) && has(more.b, 31)) // F, DQ, BW, VL
+      isa = KRON_AVX512;
+    avx_vnni = has(most.a, 4), avx512_vnni = has(more.c, 11), avx512_bf16 = has(most.a, 5);
+  }
+
+private:
+  struct Registers {
+    unsigned a, b, c, d;
+  };
+  static Registers cpuid(unsigned leaf, unsigned subleaf) { // zeros, if there is no such leaf
+    Registers r = {};
+    __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);
+    return r;
+  }
+  static bool has(unsigned bits, int bit) { return bits >> bit & 1; }
+};
+const Features features; // read once: in a virtual machine CPUID takes microseconds
 } // namespace
 #endif
+
+int64_t kron_cpu_isa(void) {
+#if defined(KRON_HAS_X86)
+  return features.isa;
+#else
+  return KRON_PORTABLE;
+#endif
+}
 
 int64_t kron_cpu_bytes(int64_t isa) {
   if (isa < 0 || isa > kron_cpu_isa()) return 0;
 #if defined(KRON_EMULATE_BYTES)
   return 1;
 #elif defined(KRON_HAS_X86)
-  static const bool avx_vnni = has_feature(1, 'a', 4), avx512_vnni = has_feature(0, 'c', 11);
-  return isa == KRON_AVX512 ? avx512_vnni : isa == KRON_AVX2 && avx_vnni;
+  return isa == KRON_AVX512 ? features.avx512_vnni : isa == KRON_AVX2 && features.avx_vnni;
 #elif defined(__APPLE__) && defined(__aarch64__)
   return 1; // all Macs with ARM
 #elif defined(__linux__) && defined(__aarch64__)
@@ -54,8 +73,7 @@ int64_t kron_cpu_bfloat16(int64_t isa) {
 #if defined(KRON_EMULATE_BFLOAT16)
   return 1;
 #elif defined(KRON_HAS_X86)
-  static const bool found = has_feature(1, 'a', 5);
-  return isa == KRON_AVX512 && found;
+  return isa == KRON_AVX512 && features.avx512_bf16;
 #else
   return 0;
 #endif
@@ -67,19 +85,21 @@ namespace {
 constexpr int64_t MOST_THREADS = 65536;
 
 const Kernels &kernels([[maybe_unused]] const kron_execution &e, int64_t dtype) {
+  const bool is_double = dtype == KRON_FLOAT64;
 #if defined(KRON_HAS_X86)
-  if (e.isa == KRON_AVX512) return kron_kernels_avx512[dtype];
-  if (e.isa == KRON_AVX2) return kron_kernels_avx2[dtype];
+  if (e.isa == KRON_AVX512) return (is_double ? kron_kernels_avx512_double : kron_kernels_avx512_float)[dtype];
+  if (e.isa == KRON_AVX2) return (is_double ? kron_kernels_avx2_double : kron_kernels_avx2_float)[dtype];
 #endif
-  return kron_kernels_portable[dtype];
+  return (is_double ? kron_kernels_portable_double : kron_kernels_portable_float)[dtype];
 }
 
-const Encode *encoders([[maybe_unused]] const kron_execution &e) {
+Encode encoder_of([[maybe_unused]] const kron_execution &e, int64_t dtype) {
+  const bool is_double = dtype == KRON_FLOAT64;
 #if defined(KRON_HAS_X86)
-  if (e.isa == KRON_AVX512) return kron_encoders_avx512;
-  if (e.isa == KRON_AVX2) return kron_encoders_avx2;
+  if (e.isa == KRON_AVX512) return (is_double ? kron_encoders_avx512_double : kron_encoders_avx512_float)[dtype];
+  if (e.isa == KRON_AVX2) return (is_double ? kron_encoders_avx2_double : kron_encoders_avx2_float)[dtype];
 #endif
-  return kron_encoders_portable;
+  return (is_double ? kron_encoders_portable_double : kron_encoders_portable_float)[dtype];
 }
 
 const char *check(const kron_execution *e, int64_t dtype) {
@@ -239,7 +259,7 @@ const char *encode(const kron_execution *e, int64_t dtype, const kron_encoder *e
   if (!batch->sequences || !batch->length) return nullptr;
   if (!division)
     if (const char *error = check_ids(*encoder, *batch)) return error;
-  return encoders(*e)[dtype](on_this_machine(*e), *encoder, *batch, division);
+  return encoder_of(*e, dtype)(on_this_machine(*e), *encoder, *batch, division);
 }
 
 } // namespace

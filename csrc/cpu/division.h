@@ -119,20 +119,19 @@ inline Range rows_between(Int rows, Int parts, double first, double end) {
 }
 
 // Products of the same x. A block's outputs are those of one product after another.
-template <class S> class Products {
-  typedef Compute<S> T;
-
+template <class T> class Products {
 public:
   // Without reading data; widen() does.
-  Products(Int count, const kron_product *calls) : count(count), calls(calls) {
+  Products(const Storage<T> &stored, Int count, const kron_product *calls)
+      : count(count), stored(stored), calls(calls) {
     for (Int i = 0; i < count; i++) {
-      all[i].template set_shape<S>(calls[i]);
+      all[i].set_shape(stored, calls[i]);
       starts[i + 1] = total += Outputs<T>(all[i], 1).all_work();
     }
   }
   bool widen() { // returns false if memory ran out
     for (Int i = 0; i < count; i++)
-      if (!all[i].template set<S>(calls[i])) return false;
+      if (!all[i].set(stored, calls[i])) return false;
     return true;
   }
 
@@ -159,6 +158,7 @@ public:
   Product<T> all[KRON_MAX_PRODUCTS];
 
 private:
+  const Storage<T> &stored;
   const kron_product *const calls;
   double starts[KRON_MAX_PRODUCTS + 1] = {}, total = 0;
 };

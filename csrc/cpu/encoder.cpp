@@ -1,4 +1,5 @@
-// kron_cpu_encode, compiled once per instruction set like kernels.cpp, whose rules hold here as well.
+// kron_cpu_encode, compiled once per instruction set and type of computation like kernels.cpp, whose rules hold here
+// as well.
 //
 // A lane is a token from the embeddings to the last LayerNorm: nothing is transposed in between.
 // Sequences are packed behind one another without their padding, each from a whole vector of lanes on.
@@ -76,6 +77,96 @@ template <int L> void pack(const kron_batch &b, const Int *sequences, Int count,
   }
 }
 
+// ---- numbers as they are stored ----------------------------------------------------------------
+
+template <class S, class T> KRON_INLINE Vector<T> widened(const S *p) {
+  if constexpr (std::is_same_v<S, int8_t>) {
+    typename VectorOf<int8_t, LANES<T>>::type bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, Vector<T>);
+  } else {
+    return fetch(p);
+  }
+}
+// out += factor * in, of `count` numbers that are `stride` apart.
+template <class S, class T> void add_row(const void *numbers, Int stride, Int count, T factor, T *out) {
+  constexpr int L = LANES<T>;
+  const S *const in = static_cast<const S *>(numbers);
+  Int i = 0;
+  if (stride == 1)
+    for (; i + L <= count; i += L) store(out + i, load(out + i) + widened<S, T>(in + i) * factor);
+  for (; i < count; i++) out[i] += T(scalar(in[i * stride])) * factor;
+}
+
+// A row of a term of a table's factor.
+template <class S> class TableRow {
+  typedef Compute<S> T;
+
+public:
+  TableRow(const kron_factor &f, Int k, Int row)
+      : data(static_cast<const char *>(f.data) +
+             (k * f.rank_stride + row * f.row_stride) * Int(f.scale ? 1 : sizeof(S))),
+        stride(f.col_stride), is_int8(f.scale), scale(f.scale ? T(f.scale[k * f.scale_rank_stride + row]) : T(1)) {}
+  T entry(Int i) const {
+    if (is_int8) return T(reinterpret_cast<const int8_t *>(data)[i * stride]) * scale;
+    return scalar(reinterpret_cast<const S *>(data)[i * stride]);
+  }
+  // out += factor * the row, of `count` entries.
+  void add(Int count, T factor, T *out) const {
+    if (is_int8) add_row<int8_t, T>(data, stride, count, factor * scale, out);
+    else add_row<S, T>(data, stride, count, factor, out);
+  }
+
+private:
+  const char *data;
+  Int stride;
+  bool is_int8;
+  T scale;
+};
+template <class S> void add_table_row(const kron_product &table, Int id, Compute<S> *row) {
+  typedef Compute<S> T;
+  const kron_factor &a = table.factors[0], &b = table.factors[1];
+  const Int b_rows = table.n_factors == 2 ? b.rows : 1, b_cols = table.n_factors == 2 ? b.cols : 1;
+  for (Int k = 0; k < table.rank; k++) {
+    const TableRow<S> left(a, k, id / b_rows);
+    if (table.n_factors == 1) {
+      left.add(a.cols, T(1), row);
+      continue;
+    }
+    const TableRow<S> right(b, k, id % b_rows);
+    for (Int i = 0; i < a.cols; i++) right.add(b_cols, left.entry(i), row + i * b_cols);
+  }
+}
+
+// A vector of tokens of x, whose features are `step` apart, to their rows of a state.
+template <class S> void write_state(const Compute<S> *x, Int step, Int width, const Int *rows, void *state) {
+  typedef Compute<S> T;
+  constexpr int L = LANES<T>;
+  for (Int f = 0; f < width; f += L) {
+    const int features = int(smaller(L, width - f));
+    Vector<T> square[L];
+    KRON_UNROLL
+    for (int i = 0; i < L; i++) square[i] = i < features ? load(x + (f + i) * step) : Vector<T>{};
+    transpose<T>(square);
+    for (int l = 0; l < L && rows[l] >= 0; l++) {
+      S *const y = static_cast<S *>(state) + rows[l] * width + f;
+      if (features == L) put(y, square[l]);
+      else put_some(y, square[l], features);
+    }
+  }
+}
+
+// Reads and writes tokens of a type of storage.
+template <class T> struct StoredTokens : Storage<T> {
+  decltype(&add_row<T, T>) add_row;
+  decltype(&add_table_row<T>) add_table_row;
+  decltype(&normalise<T>) normalise;
+  decltype(&write_state<T>) write_state;
+};
+template <class S>
+constexpr StoredTokens<Compute<S>> STORED_TOKENS = {STORAGE<S>, add_row<S, Compute<S>>, add_table_row<S>,
+                                                    normalise<S>, write_state<S>};
+
 // ---- what is done ------------------------------------------------------------------------------
 
 // Vectors of each block. Those that are read by the next step only belong to a worker, if it computes
@@ -116,13 +207,13 @@ inline bool meets(const kron_layer &layer) {
 }
 
 // The steps of an encoder, and the sizes of what they need.
-template <class S> class Plan {
-  typedef Compute<S> T;
-
+template <class T> class Plan {
 public:
+  typedef ::Part<T, sizeof(T) == 4> Part; // 16-bit numbers are computed in float32
+
   // With `layers` below all only an estimate. Without room for steps they are only counted.
-  Plan(const kron_encoder &e, const kron_batch &b, Int parts, Int layers, Step *steps)
-      : parts(parts), steps(steps), encoder(e), batch(b) {
+  Plan(const StoredTokens<T> &stored, const kron_encoder &e, const kron_batch &b, Int parts, Int layers, Step *steps)
+      : parts(parts), steps(steps), stored(stored), encoder(e), batch(b) {
     const kron_layer &any = e.layers[0];
     size(STATE, outputs(any.output));
     const bool projects = e.projection.n_parts > 0;
@@ -158,7 +249,7 @@ public:
   Step *const steps;
   Int count = 0;
   Int sizes[BUFFERS] = {}, embedded = 0;
-  Int local_middle = 0, z = 0, columns = 0;
+  Int local_middle = 0, z = 0, columns = 0, biases = 0;
   SpaceSizes space;
   Int stages = 0;
   double work = 0; // multiply-adds of a token
@@ -188,8 +279,8 @@ private:
     Buffer from, to, middle;
   };
 
-  static Int outputs(const kron_linear &l) { return Part<S>(l.parts[0]).outputs(); }
-  static Int inputs(const kron_linear &l) { return Part<S>(l.parts[0]).inputs(); }
+  static Int outputs(const kron_linear &l) { return Part(l.parts[0]).outputs(); }
+  static Int inputs(const kron_linear &l) { return Part(l.parts[0]).inputs(); }
   void size(Buffer b, Int features) { sizes[b] = larger(sizes[b], features); }
   void wait(bool for_blocks) { waits = for_blocks || divided(); }
   static Step step(Kind kind) {
@@ -232,7 +323,7 @@ private:
       bool any_shared = false;
       for (const Target *t = targets; t < targets + n; t++) {
         if (wave >= t->linear->n_parts) continue;
-        const Part<S> part(t->linear->parts[wave]);
+        const Part part(t->linear->parts[wave], stored);
         const Way way = part.way(parts);
         space.include(part);
         if (way != SHARED) {
@@ -250,7 +341,7 @@ private:
       if (any_shared) wait(false);
       for (const Target *t = targets; t < targets + n; t++) {
         if (wave >= t->linear->n_parts) continue;
-        const Part<S> part(t->linear->parts[wave]);
+        const Part part(t->linear->parts[wave], stored);
         Step s = step(PRODUCT);
         s.linear = t->linear, s.part = wave, s.way = part.way(parts);
         s.from = t->from, s.to = t->to, s.middle = t->middle;
@@ -258,6 +349,7 @@ private:
         s.ends = wave + 1 == t->linear->n_parts;
         s.bias = bias ? t->linear->bias : nullptr;
         s.activation = activation;
+        if (s.bias && stored.narrow) biases = larger(biases, part.outputs());
         s.parts = parts_of_rows(part.rows(s.way));
         s.work = part.second_work();
         if (s.way == BY_FIRST) s.work += part.first_work();
@@ -300,7 +392,7 @@ private:
       products(&down, 1, KRON_NONE, false, true);
       return;
     }
-    const Part<S> first(l.up.parts[0]), second(l.down.parts[0]);
+    const Part first(l.up.parts[0], stored), second(l.down.parts[0], stored);
     const Int width = first.f.rows, k = first.g.rows;
     Step s = step(MEET);
     s.layer = &l, s.from = STATE, s.to = INNER, s.activation = l.activation;
@@ -308,7 +400,7 @@ private:
     s.work = first.first_work() + first.second_work() + second.first_work();
     const Int a_sizes = first.rank * k * first.g.cols + second.rank * second.f.rows * k;
     space.include(first), space.include(second);
-    space.panel = larger(space.panel, std::is_same_v<S, T> ? 0 : a_sizes);
+    if (stored.narrow) space.panel = larger(space.panel, a_sizes), biases = larger(biases, k * width);
     z = larger(z, first.rank * first.f_pre * width);
     columns = larger(columns, columns_at_a_time(k) * k);
     size(INNER, second.rank * second.middle());
@@ -322,6 +414,7 @@ private:
     add(t);
   }
 
+  const StoredTokens<T> &stored;
   const kron_encoder &encoder;
   const kron_batch &batch;
   bool waits = false;
@@ -333,21 +426,21 @@ private:
 
 // Scratch memory of one worker.
 template <class T> struct Worker {
-  T *middle, *z, *columns, *scores, *query, *result, *embedded;
+  T *middle, *z, *columns, *bias, *scores, *query, *result, *embedded;
   Space<T> space;
   int32_t *keys, *values, *narrow; // of attention in bfloat16: words of a head, and of what they multiply
   T *local[BUFFERS]; // or null, for shared buffers
 };
 
-template <class S> class Encoding {
-  typedef Compute<S> T;
+template <class T> class Encoding {
   static constexpr int L = LANES<T>;
-  // Whether bfloat16 numbers are multiplied by an instruction, where the machine has it.
-  static constexpr bool HALVES = std::is_same_v<S, bfloat16> && KRON_BFLOAT16_PRODUCTS;
+  typedef typename Plan<T>::Part Part;
+  // Whether there is code for an instruction that multiplies bfloat16 numbers.
+  static constexpr bool HALVES = sizeof(T) == 4 && KRON_BFLOAT16_PRODUCTS;
 
 public:
-  Encoding(const kron_encoder &e, const kron_batch &b, const Plan<S> &plan, const T *distances)
-      : e(e), b(b), plan(plan), distances(distances) {}
+  Encoding(const StoredTokens<T> &stored, const kron_encoder &e, const kron_batch &b, const Plan<T> &plan, const T *distances)
+      : stored(stored), e(e), b(b), plan(plan), distances(distances) {}
 
   // Room for a group of this many vectors and sequences.
   void place(Arena &arena, Int vectors, Int count) {
@@ -360,15 +453,17 @@ public:
     }
   }
   // Room for a worker; a sequence has up to `lanes` lanes.
-  static Worker<T> place_worker(Arena &arena, const Plan<S> &plan, Int nv, Int lanes, Int head,
-                                const kron_execution &execution) {
+  static Worker<T> place_worker(Arena &arena, const StoredTokens<T> &stored, const Plan<T> &plan, Int nv, Int lanes,
+                                Int head, const kron_execution &execution) {
     const Int tb = nv * L;
     Worker<T> w;
     w.middle = arena.take<T>(plan.local_middle * tb);
     w.z = arena.take<T>(plan.z * tb);
     w.columns = arena.take<T>(plan.columns * tb);
+    w.bias = arena.take<T>(plan.biases);
     w.space = {arena.take<T>(plan.space.panel), arena.take<T>(plan.space.words * tb),
-               arena.take<T>(plan.space.units * tb), arena.take<T>(plan.space.rows), execution.bytes != 0, execution.bfloat16 != 0};
+               arena.take<T>(plan.space.units * tb), arena.take<T>(plan.space.rows), execution.bytes != 0,
+               execution.bfloat16 && stored.is_bfloat16};
     if (HALVES && w.space.halves) {
       w.keys = arena.take<int32_t>(vectors_of<T>(lanes) * L * ((head + 1) / 2));
       w.values = arena.take<int32_t>(vectors_of<T>(lanes) * L * head / 2 + 1);
@@ -430,7 +525,7 @@ private:
     case EMBED: return each_vector<NV>(s, part, [&](Int v) { embed<NV>(w, s, block, v); });
     case NORMALISE: return each_vector<NV>(s, part, [&](Int v) { normalise_vector<NV>(w, s, block, v); });
     case FIRST_PRODUCT: {
-      const Part<S> p(s.linear->parts[s.part]);
+      const Part p(s.linear->parts[s.part], stored);
       return p.template first<NV>(buffer(w, s.from, block), buffer(w, s.to, block),
                                   range_of(p.first_rows(), part, s.parts), w.space);
     }
@@ -450,7 +545,7 @@ private:
   }
 
   template <int NV> void product(Worker<T> &w, const Step &s, Int block, Int part) {
-    const Part<S> p(s.linear->parts[s.part]);
+    const Part p(s.linear->parts[s.part], stored);
     const Range range = range_of(p.rows(s.way), part, s.parts);
     if (!range.size()) return;
     T *const out = buffer(w, s.to, block);
@@ -462,37 +557,42 @@ private:
     const Runs runs = p.runs(s.way, range);
     for (Int i = 0; i < runs.count; i++) {
       const Int at = i * runs.step + runs.first;
-      const S *bias = s.bias ? static_cast<const S *>(s.bias) + at : nullptr;
+      const T *bias = static_cast<const T *>(s.bias);
+      if (bias && stored.narrow) stored.widen(stored.at(s.bias, at), runs.length, 1, w.bias), bias = w.bias;
+      else if (bias) bias += at;
       activate_rows<T, NV>(out + at * row, row, out + at * row, row, runs.length, s.activation, bias);
     }
   }
 
   template <int NV> void meet(Worker<T> &w, const Step &s, Int block, Int part) {
-    const Part<S> up(s.layer->up.parts[0]), down(s.layer->down.parts[0]);
+    const Part up(s.layer->up.parts[0], stored), down(s.layer->down.parts[0], stored);
     const Int width = up.f.rows;
     const Range range = range_of(width, part, s.parts);
     up.template some_first<NV>(buffer(w, s.from, block), w.z, range, w.space);
     const Hidden<T> hidden = {up.rank,   down.rank,        small(up.g, up.rank, w.space.panel),
                               small(down.f, down.rank, w.space.panel + up.rank * up.g.rows * up.g.cols),
                               step_of(up.g), step_of(down.f), s.activation};
-    through_hidden<NV>(hidden, width, range, static_cast<const S *>(s.layer->up.bias), w.z,
-                       buffer(w, s.to, block), w.columns);
+    const T *bias = static_cast<const T *>(s.layer->up.bias);
+    Int bias_row = width;
+    if (bias && stored.narrow) {
+      bias = w.bias, bias_row = range.size();
+      for (Int i = 0; i < up.g.rows; i++)
+        stored.widen(stored.at(s.layer->up.bias, i * width + range.first), bias_row, 1, w.bias + i * bias_row);
+    } else if (bias) {
+      bias += range.first;
+    }
+    through_hidden<NV>(hidden, width, range, bias, bias_row, w.z, buffer(w, s.to, block), w.columns);
   }
   // The terms of a small factor in the type of computation.
-  static Matrix<T> small(const kron_factor &f, [[maybe_unused]] Int rank, [[maybe_unused]] T *panel) {
-    if constexpr (std::is_same_v<S, T>) {
-      return {static_cast<const T *>(f.data), f.rows, f.cols, f.row_stride, f.col_stride};
-    } else {
-      for (Int k = 0; k < rank; k++)
-        for (Int r = 0; r < f.rows; r++)
-          widen_row(static_cast<const S *>(f.data) + k * f.rank_stride + r * f.row_stride, f.cols,
-                    f.col_stride, panel + (k * f.rows + r) * f.cols);
-      return {panel, f.rows, f.cols, f.cols, 1};
-    }
+  Matrix<T> small(const kron_factor &f, Int rank, T *panel) const {
+    if (!stored.narrow) return {static_cast<const T *>(f.data), f.rows, f.cols, f.row_stride, f.col_stride};
+    for (Int k = 0; k < rank; k++)
+      for (Int r = 0; r < f.rows; r++)
+        stored.widen(stored.at(f.data, k * f.rank_stride + r * f.row_stride), f.cols, f.col_stride,
+                     panel + (k * f.rows + r) * f.cols);
+    return {panel, f.rows, f.cols, f.cols, 1};
   }
-  static Int step_of(const kron_factor &f) {
-    return std::is_same_v<S, T> ? f.rank_stride : f.rows * f.cols;
-  }
+  Int step_of(const kron_factor &f) const { return stored.narrow ? f.rows * f.cols : f.rank_stride; }
 
   // ---- attention
 
@@ -605,8 +705,9 @@ private:
     memset(w.embedded, 0, size_t(width * L) * sizeof(T));
     for (int l = 0; l < L && rows[l] >= 0; l++) {
       T *const row = w.embedded + l * width;
-      if (b.embeddings) add_row(static_cast<const S *>(b.embeddings) + rows[l] * width, 1, width, T(1), row);
-      for (Int t = b.embeddings ? 1 : 0; t < e.n_tables; t++) add_table_row(e.tables[t], b.ids[t][rows[l]], row);
+      if (b.embeddings) stored.add_row(stored.at(b.embeddings, rows[l] * width), 1, width, T(1), row);
+      for (Int t = b.embeddings ? 1 : 0; t < e.n_tables; t++)
+        stored.add_table_row(e.tables[t], b.ids[t][rows[l]], row);
     }
     for (Int f = 0; f < width; f += L) {
       const int features = int(smaller(L, width - f));
@@ -616,86 +717,22 @@ private:
       transpose<T>(square);
       for (int i = 0; i < features; i++) store(x + (f + i) * TB, square[i]);
     }
-    normalise<S>(x, TB, width, nullptr, e.norm);
-    if (s.state) write_state(x, TB, rows, s.state);
+    stored.normalise(x, TB, width, nullptr, e.norm);
+    if (s.state) stored.write_state(x, TB, plan.sizes[STATE], rows, s.state);
   }
-
-  static void add_table_row(const kron_product &table, Int id, T *row) {
-    const kron_factor &a = table.factors[0], &b = table.factors[1];
-    const Int b_rows = table.n_factors == 2 ? b.rows : 1, b_cols = table.n_factors == 2 ? b.cols : 1;
-    for (Int k = 0; k < table.rank; k++) {
-      const TableRow left(a, k, id / b_rows);
-      if (table.n_factors == 1) {
-        left.add(a.cols, T(1), row);
-        continue;
-      }
-      const TableRow right(b, k, id % b_rows);
-      for (Int i = 0; i < a.cols; i++) right.add(b_cols, left.entry(i), row + i * b_cols);
-    }
-  }
-  // A row of a term of a table's factor.
-  struct TableRow {
-    TableRow(const kron_factor &f, Int k, Int row)
-        : data(static_cast<const char *>(f.data) +
-               (k * f.rank_stride + row * f.row_stride) * Int(f.scale ? 1 : sizeof(S))),
-          stride(f.col_stride), is_int8(f.scale), scale(f.scale ? T(f.scale[k * f.scale_rank_stride + row]) : T(1)) {}
-    T entry(Int i) const {
-      if (is_int8) return T(reinterpret_cast<const int8_t *>(data)[i * stride]) * scale;
-      return scalar(reinterpret_cast<const S *>(data)[i * stride]);
-    }
-    // out += factor * the row, of `count` entries.
-    void add(Int count, T factor, T *out) const {
-      if (is_int8) add_row(reinterpret_cast<const int8_t *>(data), stride, count, factor * scale, out);
-      else add_row(reinterpret_cast<const S *>(data), stride, count, factor, out);
-    }
-    const char *data;
-    Int stride;
-    bool is_int8;
-    T scale;
-  };
-  // out += factor * in, of `count` numbers that are `stride` apart.
-  template <class N> static void add_row(const N *in, Int stride, Int count, T factor, T *out) {
-    Int i = 0;
-    if (stride == 1)
-      for (; i + L <= count; i += L) store(out + i, load(out + i) + widened(in + i) * factor);
-    for (; i < count; i++) out[i] += number(in[i * stride]) * factor;
-  }
-  static KRON_INLINE Vector<T> widened(const S *p) { return fetch(p); }
-  static KRON_INLINE Vector<T> widened(const int8_t *p) {
-    typename VectorOf<int8_t, L>::type bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, Vector<T>);
-  }
-  static T number(S s) { return scalar(s); }
-  static T number(int8_t n) { return T(n); }
 
   template <int NV> void normalise_vector(Worker<T> &w, const Step &s, Int block, Int v) {
     constexpr int TB = NV * L;
     T *const x = buffer(w, STATE, block) + v * L;
-    if (s.norm) normalise<S>(x, TB, plan.sizes[STATE], static_cast<const S *>(s.bias), *s.norm);
-    if (s.state) write_state(x, TB, group.rows + (group.first(block) + v) * L, s.state);
-  }
-
-  // A vector of tokens of x, whose features are `step` apart, to their rows of a state.
-  void write_state(const T *x, Int step, const Int *rows, void *state) const {
     const Int width = plan.sizes[STATE];
-    for (Int f = 0; f < width; f += L) {
-      const int features = int(smaller(L, width - f));
-      Vector<T> square[L];
-      KRON_UNROLL
-      for (int i = 0; i < L; i++) square[i] = i < features ? load(x + (f + i) * step) : Vector<T>{};
-      transpose<T>(square);
-      for (int l = 0; l < L && rows[l] >= 0; l++) {
-        S *const y = static_cast<S *>(state) + rows[l] * width + f;
-        if (features == L) put(y, square[l]);
-        else put_some(y, square[l], features);
-      }
-    }
+    if (s.norm) stored.normalise(x, TB, width, s.bias, *s.norm);
+    if (s.state) stored.write_state(x, TB, width, group.rows + (group.first(block) + v) * L, s.state);
   }
 
+  const StoredTokens<T> &stored;
   const kron_encoder &e;
   const kron_batch &b;
-  const Plan<S> &plan;
+  const Plan<T> &plan;
   const T *const distances; // (heads, 2 * length - 1) or null
   T *shared[BUFFERS];
   const Int *first_steps = nullptr;
@@ -751,11 +788,11 @@ template <int L> Int vectors_in(const Lengths &s, Int first, Int end) {
 inline Int blocks_of(Int vectors, Int nv) { return (vectors + nv - 1) / nv; }
 
 // Which division takes the least time, by an estimate from the first layer.
-template <class S>
-Choice choose(const kron_encoder &e, const kron_batch &b, Int threads, const Lengths &s) {
-  constexpr int L = LANES<Compute<S>>;
+template <class T>
+Choice choose(const StoredTokens<T> &stored, const kron_encoder &e, const kron_batch &b, Int threads, const Lengths &s) {
+  constexpr int L = LANES<T>;
   const Int vectors = vectors_in<L>(s, 0, s.count);
-  const Plan<S> whole(e, b, 1, 1, nullptr);
+  const Plan<T> whole(stored, e, b, 1, 1, nullptr);
   Choice best = {1, 1, 1, MAX_NV, 1};
   const double work = whole.work * double(vectors * L);
   double least = 1;
@@ -781,7 +818,7 @@ Choice choose(const kron_encoder &e, const kron_batch &b, Int threads, const Len
       for (Int times = 0; times <= 3; times++) {
         const Int parts = times ? (times * workers + blocks - 1) / blocks : 1;
         if (times && parts == 1) continue;
-        const Plan<S> plan(e, b, parts, 1, nullptr);
+        const Plan<T> plan(stored, e, b, parts, 1, nullptr);
         const double share = plan.share(blocks, vectors, workers);
         const double waiting = double(plan.stages) * STAGE * (1 + 0.2 * double(workers - 1)) / work;
         const double time = share * (plan.work / whole.work) * (nv == 1 ? 1.1 : 1) + waiting;
@@ -794,34 +831,33 @@ Choice choose(const kron_encoder &e, const kron_batch &b, Int threads, const Len
 
 // ---- a call ------------------------------------------------------------------------------------
 
-template <class S> class Call {
-  typedef Compute<S> T;
+template <class T> class Call {
   static constexpr int L = LANES<T>;
 
 public:
-  Call(const kron_execution &execution, const kron_encoder &e, const kron_batch &b)
-      : execution(execution), e(e), b(b) {}
-  ~Call() { free(indices), free(memory); }
+  Call(const StoredTokens<T> &stored, const kron_execution &execution, const kron_encoder &e, const kron_batch &b)
+      : stored(stored), execution(execution), e(e), b(b) {}
+  ~Call() { release(indices), release(memory); }
   Call(const Call &) = delete;
 
   // Returns false if memory ran out.
   bool divide() {
     Arena counted(nullptr);
     place_lengths(counted);
-    indices = static_cast<char *>(aligned_alloc(64, size_t(counted.used)));
+    indices = allocate(size_t(counted.used));
     if (!indices) return false;
     Arena arena(indices);
     place_lengths(arena);
     sort_and_group<L>(b, execution.threads, lengths);
     if (!lengths.count) return true;
-    choice = choose<S>(e, b, execution.threads, lengths);
+    choice = choose(stored, e, b, execution.threads, lengths);
     most_vectors = 0, most_sequences = 0, most_lanes = 0;
     for (Int i = 0; i < groups(); i++) {
       most_vectors = larger(most_vectors, vectors_in<L>(lengths, group_start(i), group_start(i + 1)));
       most_sequences = larger(most_sequences, group_start(i + 1) - group_start(i));
     }
     for (Int i = 0; i < lengths.count; i++) most_lanes = larger(most_lanes, lengths.lanes[i]);
-    const Plan<S> plan(e, b, choice.parts, e.n_layers, nullptr);
+    const Plan<T> plan(stored, e, b, choice.parts, e.n_layers, nullptr);
     n_steps = plan.count, n_stages = plan.stages;
     scratch = 0;
     Arena sizes(nullptr);
@@ -840,20 +876,19 @@ public:
   const char *run() {
     clear_padding();
     if (!lengths.count) return nullptr;
-    memory = static_cast<char *>(aligned_alloc(64, size_t(scratch)));
+    memory = allocate(size_t(scratch));
     if (!memory) return OUT_OF_MEMORY;
     Arena arena(memory);
     steps = arena.template take<Step>(n_steps); // placed first, as place() does
-    Plan<S> plan(e, b, choice.parts, e.n_layers, steps);
+    Plan<T> plan(stored, e, b, choice.parts, e.n_layers, steps);
     Arena all(memory);
     place(all, plan);
     Int stage = 0;
     for (Int i = 0; i < plan.count; i++)
       if (steps[i].waits) first_steps[stage++] = i;
     first_steps[stage] = plan.count;
-    if constexpr (!std::is_same_v<S, T>)
-      if (b.distance_bias)
-        widen_row(static_cast<const S *>(b.distance_bias), e.heads * (2 * b.length - 1), 1, distances);
+    if (stored.narrow && b.distance_bias)
+      stored.widen(b.distance_bias, e.heads * (2 * b.length - 1), 1, distances);
     return choice.workers > 1 ? run_team(plan) : run_teams(plan);
   }
 
@@ -869,31 +904,26 @@ private:
     lengths.group_starts = arena.template take<Int>(b.sequences + 1);
     lengths.loads = arena.template take<Int>(smaller(b.sequences, execution.threads));
   }
-  Encoding<S> encoding(const Plan<S> &plan) const {
-    const T *table = nullptr;
-    if (b.distance_bias) {
-      if constexpr (std::is_same_v<S, T>) table = static_cast<const T *>(b.distance_bias);
-      else table = distances;
-    }
-    return Encoding<S>(e, b, plan, table);
+  Encoding<T> encoding(const Plan<T> &plan) const {
+    const T *const table = stored.narrow && b.distance_bias ? distances : static_cast<const T *>(b.distance_bias);
+    return Encoding<T>(stored, e, b, plan, table);
   }
   // The memory of a team, which is the only one or has one worker.
-  void place_team(Arena &arena, Encoding<S> &encoding, Int *&starts, Worker<T> &worker, const Plan<S> &plan) {
+  void place_team(Arena &arena, Encoding<T> &encoding, Int *&starts, Worker<T> &worker, const Plan<T> &plan) {
     starts = arena.template take<Int>(n_stages + 1);
     encoding.place(arena, most_vectors, most_sequences);
     place_worker(arena, worker, plan);
   }
-  void place_worker(Arena &arena, Worker<T> &worker, const Plan<S> &plan) {
+  void place_worker(Arena &arena, Worker<T> &worker, const Plan<T> &plan) {
     const Int nv = smaller(choice.nv, most_vectors);
-    worker = Encoding<S>::place_worker(arena, plan, nv, most_lanes, plan.sizes[QUERY] / e.heads,
-                                       execution);
+    worker = Encoding<T>::place_worker(arena, stored, plan, nv, most_lanes, plan.sizes[QUERY] / e.heads, execution);
   }
-  void place(Arena &arena, const Plan<S> &plan) {
+  void place(Arena &arena, const Plan<T> &plan) {
     arena.template take<Step>(n_steps);
     first_steps = arena.template take<Int>(n_stages + 1);
-    if (!std::is_same_v<S, T> && b.distance_bias) distances = arena.template take<T>(e.heads * (2 * b.length - 1));
+    if (stored.narrow && b.distance_bias) distances = arena.template take<T>(e.heads * (2 * b.length - 1));
     team_start = arena.used;
-    Encoding<S> any(e, b, plan, nullptr);
+    Encoding<T> any(stored, e, b, plan, nullptr);
     Int *starts;
     Worker<T> worker;
     place_team(arena, any, starts, worker, plan);
@@ -903,7 +933,7 @@ private:
     for (Int i = 1; i < choice.workers; i++) place_worker(arena, worker, plan);
     worker_size = choice.workers > 1 ? (arena.used - worker_start) / (choice.workers - 1) : 0;
   }
-  void pack_group(Encoding<S> &encoding, Int group, Int *starts, const Plan<S> &plan) {
+  void pack_group(Encoding<T> &encoding, Int group, Int *starts, const Plan<T> &plan) {
     Group &g = encoding.group;
     const Int first = group_start(group);
     pack<L>(b, lengths.sequences + first, group_start(group + 1) - first, g);
@@ -918,8 +948,8 @@ private:
   }
 
   // All threads for all sequences at once.
-  const char *run_team(const Plan<S> &plan) {
-    Encoding<S> all = encoding(plan);
+  const char *run_team(const Plan<T> &plan) {
+    Encoding<T> all = encoding(plan);
     Arena arena(memory + team_start);
     Int *starts;
     Worker<T> first;
@@ -936,10 +966,10 @@ private:
     });
   }
   // Each thread takes a group at a time.
-  const char *run_teams(const Plan<S> &plan) {
+  const char *run_teams(const Plan<T> &plan) {
     Int next = 0;
     return on_threads(choice.teams, [&](Int i) {
-      Encoding<S> own = encoding(plan);
+      Encoding<T> own = encoding(plan);
       Arena arena(memory + team_start + i * team_size);
       Int *starts;
       Worker<T> worker;
@@ -959,7 +989,7 @@ private:
   // Zeros in all results, where nothing is computed.
   void clear_padding() const {
     if (!b.mask) return;
-    const size_t bytes = size_t(Part<S>(e.layers[0].output.parts[0]).outputs()) * sizeof(S);
+    const size_t bytes = size_t(typename Plan<T>::Part(e.layers[0].output.parts[0]).outputs() * stored.size);
     for (Int i = 0; i < b.sequences; i++) {
       const bool any = tokens_in(b, i) > 0;
       for (Int j = 0; j < b.length; j++) {
@@ -971,6 +1001,7 @@ private:
     }
   }
 
+  const StoredTokens<T> &stored;
   const kron_execution &execution;
   const kron_encoder &e;
   const kron_batch &b;
@@ -988,16 +1019,21 @@ private:
 template <class S>
 const char *encode(const kron_execution &execution, const kron_encoder &e, const kron_batch &b,
                    kron_division *division) {
-  Call<S> call(execution, e, b);
+  Call<KRON_TYPE> call(STORED_TOKENS<S>, execution, e, b);
   if (!call.divide()) return OUT_OF_MEMORY;
   if (!division) return call.run();
   call.describe(*division);
   return nullptr;
 }
+template <class S> constexpr Encode encode_of() {
+  if constexpr (std::is_same_v<Compute<S>, KRON_TYPE>) return encode<S>;
+  else return nullptr;
+}
 
 } // namespace
 
-#define KRON_JOIN(a, b) a##b
-#define KRON_TABLE(isa) KRON_JOIN(kron_encoders_, isa)
+#define KRON_JOIN(isa, type) kron_encoders_##isa##_##type
+#define KRON_TABLE(isa, type) KRON_JOIN(isa, type)
 
-const Encode KRON_TABLE(KRON_ISA)[] = {encode<float>, encode<double>, encode<bfloat16>, encode<float16>};
+const Encode KRON_TABLE(KRON_ISA, KRON_TYPE)[] = {encode_of<float>(), encode_of<double>(), encode_of<bfloat16>(),
+                                                  encode_of<float16>()};

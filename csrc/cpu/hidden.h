@@ -18,8 +18,8 @@ template <class T> struct Hidden {
 
 // One column at a time with its hidden entries in registers, for two rows of z and two of u: as in the
 // paper's layers. Storing them between three loops took twice as long as the rest without the activation.
-template <int NV, int ACTIVATION, class T, class S>
-void through_registers(const Hidden<T> &h, Int width, Range range, const S *bias, const T *z, T *u) {
+template <int NV, int ACTIVATION, class T>
+void through_registers(const Hidden<T> &h, Int width, Range range, const T *bias, Int bias_row, const T *z, T *u) {
   constexpr int L = LANES<T>, TB = NV * L;
   const Int z_row = range.size() * TB, u_row = width * TB;
   // The steps from a row of z, or of u, to the other.
@@ -33,7 +33,7 @@ void through_registers(const Hidden<T> &h, Int width, Range range, const S *bias
     for (int v = 0; v < NV; v++) first[v] = load(z0 + v * L), second[v] = load(z0 + z_row + v * L);
     for (Int i = 0; i < h.a.rows; i++) {
       const T *const a = h.a.data + i * h.a.row_stride, *const a2 = h.a2.data + i * h.a2.col_stride;
-      const T b = bias ? scalar(bias[i * width + p]) : T(0);
+      const T b = bias ? bias[i * bias_row + p - range.first] : T(0);
       Vector<T> x[NV];
       KRON_UNROLL
       for (int v = 0; v < NV; v++) x[v] = slope<ACTIVATION>(first[v] * *a + second[v] * a[a_other] + b).value;
@@ -46,15 +46,15 @@ void through_registers(const Hidden<T> &h, Int width, Range range, const S *bias
 }
 
 // u = A' act(A z + bias) for a range of the grid's columns, a few at a time, which `hidden` holds.
-// z (rank * n1, range)[tokens], u (rank' * m1', width)[tokens], bias (k, width) or null.
-template <int NV, class T, class S>
-void through_hidden(const Hidden<T> &h, Int width, Range range, const S *bias, const T *z, T *u,
+// z (rank * n1, range)[tokens], u (rank' * m1', width)[tokens], bias (k, range) or null, with rows `bias_row` apart.
+template <int NV, class T>
+void through_hidden(const Hidden<T> &h, Int width, Range range, const T *bias, Int bias_row, const T *z, T *u,
                     T *hidden) {
   constexpr int L = LANES<T>, TB = NV * L;
   const Int k = h.a.rows, z_row = range.size() * TB, u_row = width * TB;
   if (h.rank * h.a.cols == 2 && h.rank2 * h.a2.rows == 2)
     return with_activation(h.activation, [&](auto kind) {
-      through_registers<NV, decltype(kind)::value>(h, width, range, bias, z, u);
+      through_registers<NV, decltype(kind)::value>(h, width, range, bias, bias_row, z, u);
     });
   for (Int p = range.first; p < range.end; p += columns_at_a_time(k)) {
     const Int columns = smaller(columns_at_a_time(k), range.end - p), near = columns * TB;
@@ -66,7 +66,7 @@ void through_hidden(const Hidden<T> &h, Int width, Range range, const S *bias, c
     }
     for (Int i = 0; i < k; i++)
       activate_rows<T, NV>(hidden + i * near, TB, hidden + i * near, TB, columns, h.activation,
-                           bias ? bias + i * width + p : nullptr);
+                           bias ? bias + i * bias_row + p - range.first : nullptr);
     for (Int i = 0; i < h.rank2; i++) {
       Matrix<T> a = h.a2;
       a.data += i * h.a2_step;

@@ -1,4 +1,4 @@
-// The kernels, compiled once per instruction set, which KRON_ISA names.
+// The kernels, compiled once per instruction set and type of computation, which KRON_ISA and KRON_TYPE name.
 //
 // A SIMD lane is a token. Blocks of tokens are transposed as they are read and written. In between, an
 // entry of a factor is a scalar, broadcast against vectors of tokens. Every shape fills every lane, and
@@ -17,42 +17,38 @@
 namespace {
 
 // act(· + bias) + residual of `in`, rows (tokens, outputs) of p, to y.
-template <class S>
-void finish_rows(const Compute<S> *in, Int tokens, const Product<Compute<S>> &p, const S *residual,
-                 S *y) {
+template <class T>
+void finish_rows(const StoredBlocks<T> &stored, const T *in, Int tokens, const Product<T> &p, const void *residual,
+                 void *y) {
   const Int m = p.outputs();
-  with_activation(p.activation, [=, &p](auto kind) {
-    for (Int at = 0; at < tokens * m; at += m)
-      finish_row<S, decltype(kind)::value>(in + at, m, p.bias_data(),
-                                           residual ? residual + at : nullptr, y + at);
-  });
+  for (Int at = 0; at < tokens * m; at += m)
+    stored.finish[p.activation](in + at, m, p.bias_data(), residual ? stored.at(residual, at) : nullptr,
+                                stored.at(y, at));
 }
 
-template <class S>
-void apply_to_few(const Product<Compute<S>> &p, Int tokens, const Compute<S> *in, Compute<S> *out,
-                  Compute<S> *spare) {
+template <class T>
+void apply_to_few(const StoredBlocks<T> &stored, const Product<T> &p, Int tokens, const T *in, T *out, T *spare) {
   p.apply_to_few(tokens, in, out, spare);
-  finish_rows<S>(out, tokens, p, static_cast<const S *>(p.residual), static_cast<S *>(p.y));
+  finish_rows(stored, out, tokens, p, p.residual, p.y);
 }
 
-template <class S>
-const char *forward_few(Int tokens, const S *x, const Products<S> &products, Int out_size, Int spare_size) {
-  typedef Compute<S> T;
+template <class T>
+const char *forward_few(const StoredBlocks<T> &stored, Int tokens, const void *x, const Products<T> &products,
+                        Int out_size, Int spare_size) {
   const Int n = products.all[0].inputs();
   T *in, *out, *spare;
   const Scratch<T> scratch(
       {{&in, n * tokens}, {&out, out_size * tokens}, {&spare, spare_size * tokens}});
   if (!scratch) return OUT_OF_MEMORY;
-  widen_row(x, n * tokens, 1, in);
-  for (Int i = 0; i < products.count; i++) apply_to_few<S>(products.all[i], tokens, in, out, spare);
+  stored.widen(x, n * tokens, 1, in);
+  for (Int i = 0; i < products.count; i++) apply_to_few(stored, products.all[i], tokens, in, out, spare);
   return nullptr;
 }
 
-template <class S>
-const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_products,
+template <class T>
+const char *forward(const StoredBlocks<T> &stored, const kron_execution &e, Int tokens, const void *x, Int n_products,
                     const kron_product *calls, kron_division *asked) {
-  typedef Compute<S> T;
-  Products<S> products(n_products, calls);
+  Products<T> products(stored, n_products, calls);
   const Int units = vectors_of<T>(tokens);
   const Int most = workers_of(e, double(tokens) * products.multiply_adds());
   Division d = divide(most, units, [&](Int parts) { return products.fits(parts); });
@@ -90,7 +86,7 @@ const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_pr
     return nullptr;
   }
   if (!products.widen()) return OUT_OF_MEMORY;
-  if (few) return forward_few<S>(tokens, static_cast<const S *>(x), products, out_size, spare_size);
+  if (few) return forward_few(stored, tokens, x, products, out_size, spare_size);
   return split(e, d.workers, d.workers, [&](Int worker, Int, Int) {
     T *in, *out, *spare;
     Space<T> space;
@@ -106,10 +102,10 @@ const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_pr
     d.each_piece(worker, [&](Int block, Range cells) {
       d.with_block<T>(block, [&](auto nv, Int token) {
         constexpr int NV = decltype(nv)::value;
-        read_block<S, NV>(x, token, tokens, n, in);
+        stored.template read_block<NV>(x, token, tokens, n, in);
         each_rows(cells, [&](const Product<T> &p, const Outputs<T> &outputs, Range rows) {
           outputs.template apply<NV>(in, out, spare, space, rows);
-          write_block<S, NV>(out, token, tokens, p.outputs(), p, outputs.runs(rows));
+          stored.template write_block<NV>(out, token, tokens, p.outputs(), p, outputs.runs(rows));
         });
       });
     });
@@ -119,13 +115,12 @@ const char *forward(const kron_execution &e, Int tokens, const void *x, Int n_pr
 
 // The product along the middle axis of x (tokens, n, tail) gives y (tokens, m, tail), with bias
 // (m, tail). Lanes run along the tail: nothing is transposed.
-template <class S>
-const char *forward_along(const kron_execution &e, Int tokens, const void *x, Int tail,
+template <class T>
+const char *forward_along(const StoredBlocks<T> &stored, const kron_execution &e, Int tokens, const void *x, Int tail,
                           const kron_product &call) {
-  typedef Compute<S> T;
   constexpr int L = LANES<T>;
   Product<T> p;
-  if (!p.template set<S>(call, tail)) return OUT_OF_MEMORY;
+  if (!p.set(stored, call, tail)) return OUT_OF_MEMORY;
   const Int n = p.inputs(), m = p.outputs(), middle = p.middle(), vectors = vectors_of<T>(tail);
   const Int units = tokens * vectors;
   const double work = double(units) * L * double(p.multiply_adds());
@@ -141,20 +136,15 @@ const char *forward_along(const kron_execution &e, Int tokens, const void *x, In
         constexpr int NV = decltype(nv)::value, TB = NV * L;
         const Int width = smaller(TB, tail - at);
         for (Int f = 0; f < n; f++) {
-          const S *row = static_cast<const S *>(x) + (token * n + f) * tail + at;
-          widen_row(row, width, 1, in + f * TB);
+          stored.widen(stored.at(x, (token * n + f) * tail + at), width, 1, in + f * TB);
           for (Int l = width; l < TB; l++) in[f * TB + l] = 0;
         }
         p.template apply<NV>(in, out, spare);
-        const S *residual = static_cast<const S *>(p.residual);
-        with_activation(p.activation, [&](auto kind) {
-          for (Int f = 0; f < m; f++) {
-            const Int here = (token * m + f) * tail + at;
-            finish_row<S, decltype(kind)::value>(
-                out + f * TB, width, p.bias ? p.bias_data() + f * tail + at : nullptr,
-                residual ? residual + here : nullptr, static_cast<S *>(p.y) + here);
-          }
-        });
+        for (Int f = 0; f < m; f++) {
+          const Int here = (token * m + f) * tail + at;
+          stored.finish[p.activation](out + f * TB, width, p.bias ? p.bias_data() + f * tail + at : nullptr,
+                                      p.residual ? stored.at(p.residual, here) : nullptr, stored.at(p.y, here));
+        }
       });
       first += end - begin;
     }
@@ -176,10 +166,9 @@ template <class T> Int few_spare(const Product<T> &up, const Product<T> &down) {
   return 2 * larger(up.middle(), down.middle()) + larger(up.longest(), down.longest());
 }
 
-template <class S>
-const char *feed_forward_few(Int tokens, const void *x, const Product<Compute<S>> &up,
-                             const Product<Compute<S>> &down) {
-  typedef Compute<S> T;
+template <class T>
+const char *feed_forward_few(const StoredBlocks<T> &stored, Int tokens, const void *x, const Product<T> &up,
+                             const Product<T> &down) {
   const Int n = up.inputs() * tokens;
   T *in, *h, *out, *spare;
   const Scratch<T> scratch({{&in, n},
@@ -187,27 +176,25 @@ const char *feed_forward_few(Int tokens, const void *x, const Product<Compute<S>
                             {&out, down.outputs() * tokens},
                             {&spare, few_spare(up, down) * tokens}});
   if (!scratch) return OUT_OF_MEMORY;
-  widen_row(static_cast<const S *>(x), n, 1, in);
+  stored.widen(x, n, 1, in);
   up.apply_to_few(tokens, in, h, spare);
-  finish_rows<T>(h, tokens, up, nullptr, h);
-  apply_to_few<S>(down, tokens, h, out, spare);
+  finish_rows(STORED_BLOCKS<T>, h, tokens, up, nullptr, h);
+  apply_to_few(stored, down, tokens, h, out, spare);
   return nullptr;
 }
 
 // A block's two stages: from x to what lies in between, `inner`, and from there to y. Where the products
 // meet that is u = A' act(A z + bias), otherwise the hidden vector.
-template <class S> class FeedForward {
-  typedef Compute<S> T;
-
+template <class T> class FeedForward {
 public:
   // Without reading data; widen() does.
-  FeedForward(const kron_product &up_call, const kron_product &down_call)
-      : up_call(up_call), down_call(down_call) {
-    up.template set_shape<S>(up_call), down.template set_shape<S>(down_call);
+  FeedForward(const Storage<T> &stored, const kron_product &up_call, const kron_product &down_call)
+      : stored(stored), up_call(up_call), down_call(down_call) {
+    up.set_shape(stored, up_call), down.set_shape(stored, down_call);
     meet = meets(up, down) && !Part<T>(up).low_rank && !Part<T>(down).low_rank;
   }
   bool widen() { // returns false if memory ran out
-    return up.template set<S>(up_call) && down.template set<S>(down_call);
+    return up.set(stored, up_call) && down.set(stored, down_call);
   }
   void divide(Int most, Int units) { // among at most so many workers
     const auto divided = [&](bool cut) {
@@ -247,7 +234,8 @@ public:
       Part<T>(up).template some_first<NV>(in, z, range, space);
       const Hidden<T> grid = {up.rank, down.rank, up.matrix(0, 0), down.matrix(0, 0), up.factors[0].rank_stride,
                               down.factors[0].rank_stride, up.activation};
-      return through_hidden<NV>(grid, width(), range, up.bias_data(), z, inner, columns);
+      const T *const bias = up.bias ? up.bias_data() + range.first : nullptr;
+      return through_hidden<NV>(grid, width(), range, bias, width(), z, inner, columns);
     }
     const Outputs<T> outputs(up, parts);
     const Range range = rows(outputs.rows(), cells);
@@ -297,15 +285,15 @@ private:
     return rows_between(count, parts, double(cells.first) / all, double(cells.end) / all);
   }
 
+  const Storage<T> &stored;
   const kron_product &up_call, &down_call;
   bool meet;
 };
 
-template <class S>
-const char *feed_forward(const kron_execution &e, Int tokens, const void *x, const kron_product &up_call,
-                         const kron_product &down_call, kron_division *asked) {
-  typedef Compute<S> T;
-  FeedForward<S> block(up_call, down_call);
+template <class T>
+const char *feed_forward(const StoredBlocks<T> &stored, const kron_execution &e, Int tokens, const void *x,
+                         const kron_product &up_call, const kron_product &down_call, kron_division *asked) {
+  FeedForward<T> block(stored, up_call, down_call);
   const Int units = vectors_of<T>(tokens);
   block.divide(workers_of(e, double(tokens) * block.multiply_adds()), units);
   const bool few = block.up.few(tokens, block.d.workers) && block.down.few(tokens, block.d.workers);
@@ -326,7 +314,7 @@ const char *feed_forward(const kron_execution &e, Int tokens, const void *x, con
     return nullptr;
   }
   if (!block.widen()) return OUT_OF_MEMORY;
-  if (few) return feed_forward_few<S>(tokens, x, block.up, block.down);
+  if (few) return feed_forward_few(stored, tokens, x, block.up, block.down);
   T *shared;
   const Scratch<T> all({{&shared, shared_size}});
   if (!all) return OUT_OF_MEMORY;
@@ -352,11 +340,11 @@ const char *feed_forward(const kron_execution &e, Int tokens, const void *x, con
         constexpr int NV = decltype(nv)::value;
         T *const inner = d.cut ? shared + token * inner_size : own;
         if (!stage) {
-          read_block<S, NV>(x, token, tokens, n, in);
+          stored.template read_block<NV>(x, token, tokens, n, in);
           return block.template first<NV>(in, inner, z, columns, spare, space, cells);
         }
         const Runs runs = block.template second<NV>(inner, out, spare, space, cells);
-        write_block<S, NV>(out, token, tokens, m, block.down, runs);
+        stored.template write_block<NV>(out, token, tokens, m, block.down, runs);
       });
     };
     if (d.cut) {
@@ -381,24 +369,23 @@ inline kron_product without_bias(kron_product p) {
 }
 
 // Writes runs of features of a block of dx (tokens, n), if it is wanted.
-template <class S, int NV>
-void write_gradient(Compute<S> *block, Int token, Int tokens, Int n, void *dx, const Runs &runs) {
+template <int NV, class T>
+void write_gradient(const StoredBlocks<T> &stored, T *block, Int token, Int tokens, Int n, void *dx, const Runs &runs) {
   kron_product gradient = {};
   gradient.y = dx;
-  if (dx) write_block<S, NV>(block, token, tokens, n, gradient, runs);
+  if (dx) stored.template write_block<NV>(block, token, tokens, n, gradient, runs);
 }
 
 // Let F be the factor that is contracted first, along its axis, and G the other. With Z = F X and
 // V = Gᵀ dY, summed over terms: dX = Fᵀ V, dG = Σ_t dY Zᵀ, dF = Σ_t V Xᵀ.
-template <class S> class Backward {
-  typedef Compute<S> T;
+template <class T> class Backward {
   static constexpr int L = LANES<T>;
 
 public:
   // Without reading data; widen() does. Pointers tell only which gradients are wanted.
-  Backward(const kron_product &call, const void *dx, const void *da, const void *db)
-      : call(without_bias(call)), wants_dx(dx) {
-    product.template set_shape<S>(this->call);
+  Backward(const StoredBlocks<T> &stored, const kron_product &call, const void *dx, const void *da, const void *db)
+      : stored(stored), call(without_bias(call)), wants_dx(dx) {
+    product.set_shape(stored, this->call);
     n = product.inputs(), m = product.outputs(), middle = product.middle(), rank = product.rank;
     f_axis = product.turns[0] ? LAST : FIRST, g_axis = f_axis == LAST ? FIRST : LAST;
     f_rows = product.factors[f_axis].rows, f_cols = product.factors[f_axis].cols;
@@ -409,7 +396,7 @@ public:
     dx_work = wants_dx ? term * double(f_cols) : 0, df_work = wants_df ? term * double(f_cols) : 0;
     dg_work = wants_dg ? term * double(g_rows) : 0;
   }
-  bool widen() { return product.template set<S>(call); } // returns false if memory ran out
+  bool widen() { return product.set(stored, call); } // returns false if memory ran out
 
   // ---- divided by tokens
 
@@ -431,8 +418,8 @@ public:
       T *const df_sum = sums.of(part), *const dg_sum = df_sum + df_size;
       blocks<T>(first, last, [&](auto nv, Int token) {
         constexpr int NV = decltype(nv)::value;
-        read_block<S, NV>(dy, token, tokens, m, dy_in);
-        if (df || dg) read_block<S, NV>(x, token, tokens, n, x_in);
+        stored.template read_block<NV>(dy, token, tokens, m, dy_in);
+        if (df || dg) stored.template read_block<NV>(x, token, tokens, n, x_in);
         for (Int k = 0; k < rank; k++) {
           const Matrix<T> f = product.matrix(f_axis, k), g = product.matrix(g_axis, k);
           if (dx || df) contract_along<T, NV>(g_axis, g.transposed(), dy_in, v, f_rows, false);
@@ -446,7 +433,7 @@ public:
                                    dg_sum + k * g_rows * g_cols, turned);
           }
         }
-        write_gradient<S, NV>(dx_out, token, tokens, n, dx, {1, 0, 0, n});
+        write_gradient<NV>(stored, dx_out, token, tokens, n, dx, {1, 0, 0, n});
       });
       return true;
     });
@@ -509,8 +496,8 @@ public:
           constexpr int NV = decltype(nv)::value, TB = NV * L;
           T *const dy_in = dy_all + token * m, *const x_in = x_all + token * n;
           if (stage == 0) {
-            read_some<S, NV>(dy, token, tokens, m, part(m), dy_in);
-            if (df || dg) read_some<S, NV>(x, token, tokens, n, part(n), x_in);
+            stored.read[NV - 1](dy, token, tokens, m, part(m), dy_in);
+            if (df || dg) stored.read[NV - 1](x, token, tokens, n, part(n), x_in);
             return;
           }
           for (Int k = 0; k < rank; k++) {
@@ -537,9 +524,9 @@ public:
           const bool rows_first = f_axis == FIRST, along_rows = dx_by_f == rows_first;
           const Range r = dx_by_f ? dx_rows : dx_cols;
           const Int inner = rows_first ? g_cols : f_cols;
-          write_gradient<S, NV>(dx_out, token, tokens, n, dx,
-                                along_rows ? Runs{1, 0, r.first * inner, r.size() * inner}
-                                           : Runs{n / inner, inner, r.first, r.size()});
+          write_gradient<NV>(stored, dx_out, token, tokens, n, dx,
+                             along_rows ? Runs{1, 0, r.first * inner, r.size() * inner}
+                                        : Runs{n / inner, inner, r.first, r.size()});
         });
       });
       return true;
@@ -560,6 +547,7 @@ private:
     if (sums) memset(sums + (before + rows.first) * cols, 0, size_t(rows.size() * cols) * sizeof(T));
   }
 
+  const StoredBlocks<T> &stored;
   const kron_product call;
   Product<T> product;
   const bool wants_dx;
@@ -569,11 +557,10 @@ private:
   double v_work, z_work, dx_work, df_work, dg_work;
 };
 
-template <class S>
-const char *backward(const kron_execution &e, Int tokens, const void *dy, const void *x,
+template <class T>
+const char *backward(const StoredBlocks<T> &stored, const kron_execution &e, Int tokens, const void *dy, const void *x,
                      const kron_product &call, void *dx, void *da, void *db, kron_division *asked) {
-  typedef Compute<S> T;
-  Backward<S> b(call, dx, da, db);
+  Backward<T> b(stored, call, dx, da, db);
   const Int units = vectors_of<T>(tokens), blocks = (units + MAX_NV - 1) / MAX_NV;
   const double work = double(tokens) * b.multiply_adds();
   const Int parts = parts_of(e, units, work), few = b.workers_of_few(workers_of(e, work), blocks);
@@ -683,15 +670,13 @@ void back_through_hidden(const Product<T> &up, const Product<T> &down, Range ran
 
 enum { DX, DA_UP, DB_UP, DBIAS, DA_DOWN, DB_DOWN, GRADIENTS };
 
-template <class S>
-const char *feed_forward_backward(const kron_execution &e, Int tokens, const void *dy,
-                                  const void *x, const kron_product &up_call,
-                                  const kron_product &down_call, void *const *gradients,
-                                  kron_division *asked) {
-  typedef Compute<S> T;
+template <class T>
+const char *feed_forward_backward(const StoredBlocks<T> &stored, const kron_execution &e, Int tokens, const void *dy,
+                                  const void *x, const kron_product &up_call, const kron_product &down_call,
+                                  void *const *gradients, kron_division *asked) {
   constexpr int L = LANES<T>;
   Product<T> up, down;
-  up.template set_shape<S>(up_call), down.template set_shape<S>(down_call);
+  up.set_shape(stored, up_call), down.set_shape(stored, down_call);
   if (!meets(up, down)) return "these factors do not meet entry by entry";
   const Int k = up.factors[0].rows, width = up.factors[1].rows, n2 = up.factors[1].cols;
   const Int m2 = down.factors[1].rows, n = up.inputs(), m = down.outputs();
@@ -720,8 +705,7 @@ const char *feed_forward_backward(const kron_execution &e, Int tokens, const voi
                 double((units + parts - 1) / parts) / double(units)};
     return nullptr;
   }
-  if (!up.template set<S>(up_call) || !down.template set<S>(without_bias(down_call)))
-    return OUT_OF_MEMORY;
+  if (!up.set(stored, up_call) || !down.set(stored, without_bias(down_call))) return OUT_OF_MEMORY;
   // The small factors' sums of each part; then each row of the others has one part.
   const Int sizes[GRADIENTS] = {0,         da_up_size,   up.rank * width * n2,
                                 k * width, da_down_size, down.rank * m2 * width};
@@ -772,7 +756,7 @@ const char *feed_forward_backward(const kron_execution &e, Int tokens, const voi
                                db_down(part) + i * m2 * width, turned);
     const Runs runs =
         x_cols.size() == n2 ? Runs{1, 0, 0, n} : Runs{z_rows, n2, x_cols.first, x_cols.size()};
-    write_gradient<S, NV>(dx_out, token, tokens, n, gradients[DX], runs);
+    write_gradient<NV>(stored, dx_out, token, tokens, n, gradients[DX], runs);
   };
   const auto add_small = [&](const T *small, Int part) {
     add_lanes<T>(small, da_up_size, a_sums.of(part));
@@ -798,8 +782,8 @@ const char *feed_forward_backward(const kron_execution &e, Int tokens, const voi
       blocks<T>(first, last, [&](auto nv, Int token) {
         constexpr int NV = decltype(nv)::value;
         const Block b = place(own, NV * L);
-        read_block<S, NV>(x, token, tokens, n, b.x);
-        read_block<S, NV>(dy, token, tokens, m, b.dy);
+        stored.template read_block<NV>(x, token, tokens, n, b.x);
+        stored.template read_block<NV>(dy, token, tokens, m, b.dy);
         through(nv, b, part, {0, width}, small, hidden);
         finish(nv, b, token, part, {0, n2}, {0, width}, {0, m2}, dx_out, turned);
       });
@@ -814,8 +798,8 @@ const char *feed_forward_backward(const kron_execution &e, Int tokens, const voi
         constexpr int NV = decltype(nv)::value;
         const Block b = place(all + token * block_size, NV * L);
         if (stage == 0) {
-          read_some<S, NV>(x, token, tokens, n, range(n), b.x);
-          read_some<S, NV>(dy, token, tokens, m, range(m), b.dy);
+          stored.read[NV - 1](x, token, tokens, n, range(n), b.x);
+          stored.read[NV - 1](dy, token, tokens, m, range(m), b.dy);
         } else if (stage == 1) {
           through(nv, b, 0, range(width), small, hidden);
         } else {
@@ -837,14 +821,23 @@ const char *feed_forward_backward(const kron_execution &e, Int tokens, const voi
   return error;
 }
 
-template <class S>
-constexpr Kernels KERNELS = {forward<S>, forward_along<S>, feed_forward<S>, backward<S>,
-                             feed_forward_backward<S>};
+// A kernel for a type of storage.
+template <class S, auto kernel, class... Arguments> const char *of_stored(Arguments... arguments) {
+  return kernel(STORED_BLOCKS<S>, arguments...);
+}
+template <class S> constexpr Kernels kernels_of() {
+  typedef Compute<S> T;
+  if constexpr (std::is_same_v<T, KRON_TYPE>)
+    return {of_stored<S, forward<T>>, of_stored<S, forward_along<T>>, of_stored<S, feed_forward<T>>,
+            of_stored<S, backward<T>>, of_stored<S, feed_forward_backward<T>>};
+  else
+    return {};
+}
 
 } // namespace
 
-#define KRON_JOIN(a, b) a##b
-#define KRON_TABLE(isa) KRON_JOIN(kron_kernels_, isa)
+#define KRON_JOIN(isa, type) kron_kernels_##isa##_##type
+#define KRON_TABLE(isa, type) KRON_JOIN(isa, type)
 
-const Kernels KRON_TABLE(KRON_ISA)[] = {KERNELS<float>, KERNELS<double>, KERNELS<bfloat16>,
-                                        KERNELS<float16>};
+const Kernels KRON_TABLE(KRON_ISA, KRON_TYPE)[] = {kernels_of<float>(), kernels_of<double>(), kernels_of<bfloat16>(),
+                                                   kernels_of<float16>()};

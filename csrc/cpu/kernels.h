@@ -18,10 +18,14 @@ struct Kernels {
                                        kron_division *);
 };
 
-// One table for each instruction set, indexed by kron_dtype.
-extern const Kernels kron_kernels_portable[4], kron_kernels_avx2[4], kron_kernels_avx512[4];
+// One table for each instruction set and type of computation, indexed by kron_dtype; dtypes of the other type are null.
+extern const Kernels kron_kernels_portable_float[4], kron_kernels_portable_double[4];
+extern const Kernels kron_kernels_avx2_float[4], kron_kernels_avx2_double[4];
+extern const Kernels kron_kernels_avx512_float[4], kron_kernels_avx512_double[4];
 
 // kron_cpu_encode after its checks, or only the division of its work, if that is not null.
 typedef const char *(*Encode)(const kron_execution &, const kron_encoder &, const kron_batch &,
                               kron_division *);
-extern const Encode kron_encoders_portable[4], kron_encoders_avx2[4], kron_encoders_avx512[4];
+extern const Encode kron_encoders_portable_float[4], kron_encoders_portable_double[4];
+extern const Encode kron_encoders_avx2_float[4], kron_encoders_avx2_double[4];
+extern const Encode kron_encoders_avx512_float[4], kron_encoders_avx512_double[4];

@@ -24,7 +24,7 @@ inline Int largest_range(Int count, Int parts) {
 // a first contraction that all parts share.
 enum Way { BY_FIRST, BY_SECOND, SHARED };
 
-template <class S> class Part;
+template <class T, bool NARROW = false> class Part;
 
 // A worker's memory for weights and features that are not in the type of computation.
 template <class T> struct Space {
@@ -40,16 +40,15 @@ template <class T> struct Space {
 struct SpaceSizes {
   Int panel = 0, words = 0, units = 0, rows = 0;
   Int numbers(Int tokens) const { return panel + (words + units) * tokens + rows; }
-  template <class S> void include(const Part<S> &part);
+  template <class T, bool NARROW> void include(const Part<T, NARROW> &part);
 };
 
 // One part of a linear layer, Σ_k F_k and G_k contracted in turn: of x (n1, n2)[tokens] along one axis
-// each; or a dense weight G; or two thin matrices, low rank.
-template <class S> class Part {
-  typedef Compute<S> T;
-
+// each; or a dense weight G; or two thin matrices, low rank. Factors may be int8; if NARROW, 16-bit, too.
+template <class T, bool NARROW> class Part {
 public:
-  explicit Part(const kron_product &p) : rank(p.rank) {
+  KRON_NOINLINE explicit Part(const kron_product &p, const Storage<T> &stored = STORAGE<T>)
+      : stored(stored), rank(p.rank) {
     const kron_factor &a = p.factors[0], &b = p.factors[1];
     if (p.n_factors == 1) {
       g = a, f = {};
@@ -78,7 +77,7 @@ public:
   Int second_slices() const { return dense() || low_rank ? 1 : last ? f.rows : f_pre * f.rows; }
 
   // The way that repeats little work and leaves enough rows for each part.
-  Way way(Int parts) const {
+  KRON_NOINLINE Way way(Int parts) const {
     if (dense()) return BY_SECOND;
     if (!low_rank && (parts == 1 || f.rows >= larger(g.rows, 4 * parts))) return BY_FIRST;
     const double repeated = double(parts - 1) * first_work();
@@ -94,7 +93,7 @@ public:
   Int first_rows() const { return low_rank ? f.rows : last ? f_pre : f_post; }
 
   // The outputs of one part.
-  Runs runs(Way way, Range r) const {
+  KRON_NOINLINE Runs runs(Way way, Range r) const {
     if (r.size() == rows(way)) return {1, 0, 0, outputs()};
     if (way == BY_FIRST && last) return {g.rows, f.rows, r.first, r.size()};
     if (way == BY_FIRST) return {1, 0, r.first * g.rows, r.size() * g.rows};
@@ -103,7 +102,7 @@ public:
   }
 
   // A shared first contraction: in to middle (rank, middle())[tokens], for a range of first_rows().
-  template <int NV> void first(const T *in, T *middle_all, Range r, const Space<T> &space) const {
+  template <int NV> KRON_NOINLINE void first(const T *in, T *middle_all, Range r, const Space<T> &space) const {
     constexpr int L = LANES<T>, TB = NV * L;
     const Int step = f_post * TB, in_pre = f.cols * step, out_pre = f.rows * step;
     for (Int k = 0; k < rank; k++) {
@@ -122,7 +121,7 @@ public:
 
   // The first contraction for a range of its rows, of a factor along the last axis: in to
   // out (rank, f_pre, range)[tokens].
-  template <int NV> void some_first(const T *in, T *out, Range r, const Space<T> &space) const {
+  template <int NV> KRON_NOINLINE void some_first(const T *in, T *out, Range r, const Space<T> &space) const {
     constexpr int L = LANES<T>, TB = NV * L;
     const Int in_pre = f.cols * TB, out_pre = r.size() * TB;
     for (Int k = 0; k < rank; k++)
@@ -133,8 +132,8 @@ public:
   // The outputs of a range of rows(way), whose features are `row` apart, from `in`, or for SHARED from
   // `middle`, to which other ways write a term's share of the first contraction.
   template <int NV>
-  void apply(Way way, const T *in, T *middle_all, T *out, Int row, Range r, bool accumulate,
-             const Space<T> &space) const {
+  KRON_NOINLINE void apply(Way way, const T *in, T *middle_all, T *out, Int row, Range r, bool accumulate,
+                           const Space<T> &space) const {
     constexpr int L = LANES<T>, TB = NV * L;
     const Int f_step = f_post * TB, f_rows = way == BY_FIRST ? r.size() : f.rows;
     const Grid one = {f_pre, f_post, TB, f.cols * f_step, f_rows * f_step, f_step, f_step, L, L};
@@ -176,53 +175,57 @@ private:
     Int rows, cols, row_stride, col_stride;
     const float *scale;
     Int scale_step;
+    Int size; // bytes of an entry
+    const void *at(Int index) const { return static_cast<const char *>(data) + index * size; }
     Weight some_rows(Int first, Int count) const {
-      const Int bytes = first * row_stride * (scale ? 1 : Int(sizeof(S)));
-      return {static_cast<const char *>(data) + bytes, count, cols, row_stride, col_stride,
-              scale ? scale + first * scale_step : nullptr, scale_step};
+      return {at(first * row_stride), count, cols, row_stride, col_stride,
+              scale ? scale + first * scale_step : nullptr, scale_step, size};
     }
-    Matrix<S> matrix() const { return {static_cast<const S *>(data), rows, cols, row_stride, col_stride}; }
+    template <class S> Matrix<S> matrix() const {
+      return {static_cast<const S *>(data), rows, cols, row_stride, col_stride};
+    }
     Matrix8 matrix8() const {
       return {static_cast<const int8_t *>(data), rows, cols, row_stride, col_stride, scale, scale_step};
     }
   };
   Weight weight(const kron_factor &x, Int k) const {
-    const Int bytes = k * x.rank_stride * (x.scale ? 1 : Int(sizeof(S)));
-    return {static_cast<const char *>(x.data) + bytes, x.rows, x.cols, x.row_stride, x.col_stride,
-            x.scale ? x.scale + k * x.scale_rank_stride : nullptr, &x == &f ? f_scale_step : 1};
+    const Int size = x.scale ? 1 : NARROW ? stored.size : Int(sizeof(T));
+    return {static_cast<const char *>(x.data) + k * x.rank_stride * size, x.rows, x.cols, x.row_stride, x.col_stride,
+            x.scale ? x.scale + k * x.scale_rank_stride : nullptr, &x == &f ? f_scale_step : 1, size};
   }
   // Of a small factor, rounding x to bfloat16 would take longer than the product.
   static bool worth_halves(Int rows, Int cols) { return smaller(rows, cols) >= 16; }
   // Weights in 16 bits are widened a few rows at a time, to the panel.
   template <int NV>
-  static void contract_weight(const Weight &w, const T *in, T *out, const Grid &grid, bool accumulate,
-                              const Space<T> &space) {
+  KRON_NOINLINE void contract_weight(const Weight &w, const T *in, T *out, const Grid &grid, bool accumulate,
+                                     const Space<T> &space) const {
     if constexpr (sizeof(T) == 4) {
       if (w.scale && space.bytes && KRON_BYTE_PRODUCTS)
         return contract8<Quads>(w.matrix8(), NV, in, out, grid, accumulate, Space8(space));
       if (w.scale) return contract8<Pairs>(w.matrix8(), NV, in, out, grid, accumulate, Space8(space));
     }
-    const Matrix<S> all = w.matrix();
-    if constexpr (std::is_same_v<S, bfloat16> && KRON_BFLOAT16_PRODUCTS) {
-      if (space.halves && worth_halves(all.rows, all.cols)) {
-        const Space8 room(space);
-        return contract_halves(all, NV, in, out, grid, accumulate, room.panel, room.words);
+    if constexpr (NARROW) {
+      if constexpr (KRON_BFLOAT16_PRODUCTS) {
+        if (space.halves && stored.is_bfloat16 && worth_halves(w.rows, w.cols)) {
+          const Space8 room(space);
+          return contract_halves(w.template matrix<bfloat16>(), NV, in, out, grid, accumulate, room.panel, room.words);
+        }
+      }
+      if (stored.narrow) {
+        for (Int first = 0; first < w.rows; first += KRON_ACCUMULATORS) {
+          const Int rows = smaller(KRON_ACCUMULATORS, w.rows - first);
+          for (Int r = 0; r < rows; r++)
+            stored.widen(w.at((first + r) * w.row_stride), w.cols, w.col_stride, space.panel + r * w.cols);
+          contract<T, NV>({space.panel, rows, w.cols, w.cols, 1}, in, out + first * grid.out_step, grid, accumulate);
+        }
+        return;
       }
     }
-    if constexpr (std::is_same_v<S, T>) {
-      contract<T, NV>(all, in, out, grid, accumulate);
-    } else {
-      for (Int first = 0; first < all.rows; first += KRON_ACCUMULATORS) {
-        const Int rows = smaller(KRON_ACCUMULATORS, all.rows - first);
-        for (Int r = 0; r < rows; r++)
-          widen_row(all.data + (first + r) * all.row_stride, all.cols, all.col_stride, space.panel + r * all.cols);
-        contract<T, NV>({space.panel, rows, all.cols, all.cols, 1}, in, out + first * grid.out_step, grid,
-                        accumulate);
-      }
-    }
+    contract<T, NV>(w.template matrix<T>(), in, out, grid, accumulate);
   }
 
 public:
+  const Storage<T> &stored;
   Int rank;
   kron_factor f, g; // contracted first and second
   Int f_pre = 1, f_post = 1, g_pre = 1, g_post = 1;
@@ -233,11 +236,11 @@ private:
   Int f_scale_step = 1;
 };
 
-template <class S> void SpaceSizes::include(const Part<S> &part) {
-  const bool narrow = !std::is_same_v<S, Compute<S>>;
+template <class T, bool NARROW> KRON_NOINLINE void SpaceSizes::include(const Part<T, NARROW> &part) {
+  const bool narrow = NARROW && part.stored.narrow, is_bfloat16 = NARROW && part.stored.is_bfloat16;
   if (narrow || part.f.scale || part.g.scale) panel = larger(panel, KRON_ACCUMULATORS * (part.longest_row() + 1));
   const auto rounds = [&](const kron_factor &x, Int slices) {
-    if (!x.scale && !std::is_same_v<S, bfloat16>) return;
+    if (!x.scale && !is_bfloat16) return;
     words = larger(words, slices * ((x.cols + 1) / 2)), units = larger(units, slices);
     rows = larger(rows, x.rows);
   };

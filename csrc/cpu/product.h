@@ -1,12 +1,31 @@
 // A product applied to blocks of tokens; the division of tokens into blocks and among threads.
 #pragma once
 #include <stdlib.h>
+#if defined(_WIN32)
+#include <malloc.h>
+#endif
 
 #include "block.h"
 
 namespace {
 
 const char *const OUT_OF_MEMORY = "out of memory for a block of tokens";
+
+// Memory on a cache line; `bytes` is a multiple of 64.
+inline char *allocate(size_t bytes) {
+#if defined(_WIN32) // it lacks aligned_alloc, and refuses 0 bytes
+  return static_cast<char *>(_aligned_malloc(bytes ? bytes : 64, 64));
+#else
+  return static_cast<char *>(aligned_alloc(64, bytes));
+#endif
+}
+inline void release(char *memory) {
+#if defined(_WIN32)
+  _aligned_free(memory);
+#else
+  free(memory);
+#endif
+}
 
 // A product with its factors and bias in the dtype of computation, but for int8 factors: 16-bit ones are
 // widened for each call.
@@ -16,18 +35,18 @@ template <class T> struct Product : kron_product {
   ~Product() { free(widened); }
 
   // The sizes and strides that set() leaves, without reading data.
-  template <class S> void set_shape(const kron_product &p) {
+  void set_shape(const Storage<T> &stored, const kron_product &p) {
     kron_product::operator=(p);
-    if constexpr (!std::is_same_v<S, T>)
+    if (stored.narrow)
       for (Int i = 0; i < n_factors; i++) {
         kron_factor &f = factors[i];
         if (!f.scale) f.rank_stride = f.rows * f.cols, f.row_stride = f.cols, f.col_stride = 1;
       }
   }
   // Returns false if memory ran out. The bias is (outputs, tail).
-  template <class S> bool set(const kron_product &p, Int tail = 1) {
-    set_shape<S>(p);
-    if constexpr (!std::is_same_v<S, T>) {
+  KRON_NOINLINE bool set(const Storage<T> &stored, const kron_product &p, Int tail = 1) {
+    set_shape(stored, p);
+    if (stored.narrow) {
       const Int bias_size = bias ? outputs() * tail : 0;
       Int total = bias_size;
       for (Int i = 0; i < n_factors; i++)
@@ -37,14 +56,13 @@ template <class T> struct Product : kron_product {
       for (Int i = 0; i < n_factors; i++) {
         const kron_factor &f = p.factors[i];
         if (f.scale) continue; // int8, which is multiplied as it is
-        const S *in = static_cast<const S *>(f.data);
         factors[i].data = out;
         for (Int k = 0; k < rank; k++)
           for (Int r = 0; r < f.rows; r++, out += f.cols)
-            widen_row(in + k * f.rank_stride + r * f.row_stride, f.cols, f.col_stride, out);
+            stored.widen(stored.at(f.data, k * f.rank_stride + r * f.row_stride), f.cols, f.col_stride, out);
       }
       if (bias) {
-        widen_row(static_cast<const S *>(bias), bias_size, 1, out);
+        stored.widen(bias, bias_size, 1, out);
         bias = out;
       }
     }
@@ -83,7 +101,7 @@ template <class T> struct Product : kron_product {
     }
   }
   // The longest vector between two contractions.
-  Int middle() const {
+  KRON_NOINLINE Int middle() const {
     Int longest = 0, left = n_factors;
     each_turn([&](Int i, Int pre, Int post) {
       if (--left) longest = larger(longest, pre * factors[i].rows * post);
@@ -92,7 +110,7 @@ template <class T> struct Product : kron_product {
   }
   // The longest vector before a contraction.
   Int longest() const { return larger(inputs(), middle()); }
-  Int multiply_adds() const {
+  KRON_NOINLINE Int multiply_adds() const {
     Int sum = 0;
     each_turn([&](Int i, Int pre, Int post) {
       sum += pre * factors[i].cols * post * factors[i].rows;
@@ -101,7 +119,7 @@ template <class T> struct Product : kron_product {
   }
 
   // in (n)[tokens] to out (m)[tokens]; `spare` holds two vectors of middle()[tokens].
-  template <int NV> void apply(const T *in, T *out, T *spare) const {
+  template <int NV> KRON_NOINLINE void apply(const T *in, T *out, T *spare) const {
     each_contraction(in, out, spare, middle() * NV * LANES<T>,
                      [](const Matrix<T> &w, const T *from, T *to, Int pre, Int post, bool add) {
                        contract<T, NV>(w, from, to, pre, post, add);
@@ -110,7 +128,7 @@ template <class T> struct Product : kron_product {
   // The same for a few tokens, which would leave lanes of tokens empty, in the layout of memory:
   // in (tokens, n) to out (tokens, m). Lanes run along the axes behind the contracted one, or along
   // that one itself. `spare` holds two vectors of middle() and one of longest() for each token.
-  void apply_to_few(Int tokens, const T *in, T *out, T *spare) const {
+  KRON_NOINLINE void apply_to_few(Int tokens, const T *in, T *out, T *spare) const {
     const Int size = tokens * middle();
     each_contraction(in, out, spare, size,
                      [=](const Matrix<T> &w, const T *from, T *to, Int pre, Int post, bool add) {
@@ -120,7 +138,7 @@ template <class T> struct Product : kron_product {
   // Whether apply_to_few, on one thread, is faster than blocks of tokens on `threads`. Costs are in vector multiply-adds, measured with AVX-512: ending
   // and scattering a tile of sums costs 10 for each lane; blocks of one and two vectors of tokens take
   // 1.45 and 1.15 times as long for each vector as blocks of three.
-  bool few(Int tokens, Int threads) const {
+  KRON_NOINLINE bool few(Int tokens, Int threads) const {
     constexpr int L = LANES<T>;
     if (tokens > 2 * L) return false;
     bool contiguous = true;
@@ -171,16 +189,16 @@ public:
     T **start;
     Int size;
   };
-  template <int N> explicit Scratch(const Piece (&pieces)[N]) {
+  template <int N> KRON_NOINLINE explicit Scratch(const Piece (&pieces)[N]) {
     size_t total = 0;
     for (const Piece &p : pieces) total += bytes(p.size);
-    memory = static_cast<char *>(aligned_alloc(64, total));
+    memory = allocate(total);
     if (!memory) return;
     char *next = memory;
     for (const Piece &p : pieces) *p.start = reinterpret_cast<T *>(next), next += bytes(p.size);
   }
   Scratch(const Scratch &) = delete;
-  ~Scratch() { free(memory); }
+  ~Scratch() { release(memory); }
   explicit operator bool() const { return memory; }
 
 private:
@@ -209,9 +227,6 @@ private:
   T *const memory;
 };
 
-// Vectors of tokens in a block. With 16 registers, three and 4 rows or two and 6 fill them equally well, but
-// 384 columns of two fit into a first-level cache of 32 KB: 98 against 88 GFLOP/s.
-constexpr int MAX_NV = KRON_ACCUMULATORS >= 24 ? 3 : 2;
 constexpr double GRAIN = 1e6; // multiply-adds (about 20 us) below which another thread costs time
 
 // The number of threads that so much work keeps busy.

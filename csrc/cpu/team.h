@@ -1,7 +1,9 @@
 // Threads that work together: stages of items, each stage after the one before it.
 #pragma once
 #include <stdint.h>
-#if !defined(_WIN32)
+#if defined(_WIN32)
+extern "C" __declspec(dllimport) int __stdcall SwitchToThread(void); // windows.h defines `small`
+#else
 #include <sched.h>
 #endif
 
@@ -15,7 +17,9 @@ inline void relax() {
 #endif
 }
 inline void give_way() {
-#if !defined(_WIN32)
+#if defined(_WIN32)
+  SwitchToThread();
+#else
   sched_yield();
 #endif
 }

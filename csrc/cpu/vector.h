@@ -28,6 +28,8 @@
 #endif
 
 #define KRON_INLINE inline __attribute__((always_inline))
+// On what is not called in a loop over numbers: copied into all its callers, it took a quarter of the time to compile.
+#define KRON_NOINLINE __attribute__((noinline))
 #if defined(__clang__)
 #define KRON_UNROLL _Pragma("clang loop unroll(full)")
 #else

@@ -24,8 +24,11 @@ kernels() { # OBJECT COMMAND...
   compile "$@"
 }
 cpu_kernels() { # ISA FLAGS...
-  kernels "$1_kernels" "${cxx[@]}" "-DKRON_ISA=$1" "${@:2}" cpu/kernels.cpp
-  kernels "$1_encoder" "${cxx[@]}" "-DKRON_ISA=$1" "${@:2}" cpu/encoder.cpp
+  for type in float double; do
+    for part in kernels encoder; do
+      kernels "$1_${type}_$part" "${cxx[@]}" "-DKRON_ISA=$1" "-DKRON_TYPE=$type" "${@:2}" "cpu/$part.cpp"
+    done
+  done
 }
 
 cpu_kernels portable

@@ -38,7 +38,7 @@ _bytes, _bfloat16 = 1, 1
 
 def _thread_pool() -> int:
     """Address of torch's ``parallel_for`` for extensions, 0 before torch 2.10."""
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
         library = Path(torch.__file__).parent / "lib" / name
         if library.exists():
             function: Any = getattr(ctypes.CDLL(str(library)), "torch_parallel_for", None)

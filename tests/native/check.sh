@@ -39,15 +39,20 @@ build() {
     */x86_64* | */amd64*)
       cpu=-DKRON_HAS_X86
       for part in kernels encoder; do
-        echo "$widest $kernels -DKRON_ISA=avx512 $avx512 $emulate_avx512 -c cpu/$part.cpp" \
-          "-o $out/kernels/avx512_$part.o"
-        echo "$wide $kernels -DKRON_ISA=avx2 -mavx2 -mfma $emulate_avx2 -c cpu/$part.cpp" \
-          "-o $out/kernels/avx2_$part.o"
+        for type in float double; do
+          echo "$widest $kernels -DKRON_ISA=avx512 -DKRON_TYPE=$type $avx512 $emulate_avx512 -c cpu/$part.cpp" \
+            "-o $out/kernels/avx512_${type}_$part.o"
+          echo "$wide $kernels -DKRON_ISA=avx2 -DKRON_TYPE=$type -mavx2 -mfma $emulate_avx2 -c cpu/$part.cpp" \
+            "-o $out/kernels/avx2_${type}_$part.o"
+        done
       done
       ;;
     esac
     for part in kernels encoder; do
-      echo "$flags $kernels $tiles $baseline -DKRON_ISA=portable -c cpu/$part.cpp -o $out/kernels/portable_$part.o"
+      for type in float double; do
+        echo "$flags $kernels $tiles $baseline -DKRON_ISA=portable -DKRON_TYPE=$type -c cpu/$part.cpp" \
+          "-o $out/kernels/portable_${type}_$part.o"
+      done
     done
     for name in check check_int8 check_encoder; do
       echo "$check -Wall -Wextra -I. -c ../tests/native/$name.cpp -o $out/$name.o"

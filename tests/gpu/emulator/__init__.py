@@ -87,12 +87,14 @@ def project(watched: Sequence[str] = MATH) -> list[Unit]:
     ]
     launches = sorted(set((csrc / "cuda").glob("*.cpp")) - {csrc / "cuda/runtime.cpp"})
     include = sysconfig.get_path("include")
+    portable = "-O0 -DKRON_ISA=portable -Wno-ignored-attributes"
     return [
         *kernels,
         *map(Unit, launches),
         *(
-            Unit(csrc / f"cpu/{part}.cpp", "-O0 -DKRON_ISA=portable -Wno-ignored-attributes", False)
+            Unit(csrc / f"cpu/{part}.cpp", f"{portable} -DKRON_TYPE={type}", False)
             for part in ("kernels", "encoder")
+            for type in ("float", "double")
         ),
         Unit(csrc / "cpu/cpu.cpp", watched=False),
         Unit(csrc / "binding.cpp", f"-I{include}", False),
