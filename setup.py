@@ -131,7 +131,7 @@ def cpu_kernels(cxx):
     units = {
         f"{isa}_{part}": [*command, *flags.split(), f"-DKRON_ISA={isa}", f"csrc/cpu/{part}.cpp"]
         for isa, flags in sets.items()
-        for part in ("kernels", "encoder")
+        for part in ("kernels", "many", "encoder")
     }
     units["cpu"] = [*command, *(["-DKRON_HAS_X86"] if is_x86 else []), "csrc/cpu/cpu.cpp"]
     return Kernels(f"compiled for CPUs ({', '.join(sets)})", units, [], [])

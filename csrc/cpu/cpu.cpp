@@ -5,6 +5,7 @@
 
 #include "../checks.h"
 #include "kernels.h"
+#include "many.h"
 
 #if defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
@@ -74,6 +75,14 @@ const Kernels &kernels([[maybe_unused]] const kron_execution &e, int64_t dtype) 
   return kron_kernels_portable[dtype];
 }
 
+const Many &many([[maybe_unused]] const kron_execution &e, int64_t dtype) {
+#if defined(KRON_HAS_X86)
+  if (e.isa == KRON_AVX512) return kron_many_avx512[dtype];
+  if (e.isa == KRON_AVX2) return kron_many_avx2[dtype];
+#endif
+  return kron_many_portable[dtype];
+}
+
 const Encode *encoders([[maybe_unused]] const kron_execution &e) {
 #if defined(KRON_HAS_X86)
   if (e.isa == KRON_AVX512) return kron_encoders_avx512;
@@ -114,6 +123,7 @@ const char *kron_cpu_forward(const kron_execution *e, int64_t dtype, int64_t tok
   if (const char *error = check_products(n_products, products, tokens, x)) return error;
   if (const char *error = check_scales(n_products, products, dtype)) return error;
   if (!tokens) return nullptr;
+  if (n_products == 1 && products->n_factors > 2) return many(*e, dtype).forward(*e, tokens, x, *products);
   return kernels(*e, dtype).forward(on_this_machine(*e), tokens, x, n_products, products, nullptr);
 }
 
@@ -201,6 +211,18 @@ const char *kron_cpu_backward(const kron_execution *e, int64_t dtype, int64_t to
   if (product->n_factors != 2) return "gradients are for two factors";
   if (has_int8(*product)) return NO_GRADIENT;
   return kernels(*e, dtype).backward(*e, tokens, dy, x, *product, dx, da, db, nullptr);
+}
+
+const char *kron_cpu_backward_many(const kron_execution *e, int64_t dtype, int64_t tokens, const void *dy,
+                                   const void *x, const kron_product *product, void *dx,
+                                   void *const *gradients) {
+  if (const char *error = check(e, dtype)) return error;
+  if (const char *error = check_product(product, tokens, x, false)) return error;
+  if (tokens && !dy) return "x or dy is null";
+  if (!gradients) return "the gradients are null";
+  if (product->n_factors < 3) return "these gradients are for three factors and more";
+  if (has_int8(*product)) return NO_GRADIENT;
+  return many(*e, dtype).backward(*e, tokens, dy, x, *product, dx, gradients);
 }
 
 const char *kron_cpu_backward_division(const kron_execution *e, int64_t dtype, int64_t tokens,
