@@ -132,12 +132,11 @@ public:
       q.data = next, next += p.rank * q.size();
       if (q.dense) q.transposed = next, next += p.rank * q.size();
       for (Int k = 0; k < p.rank; k++) {
-        for (Int r = 0; r < q.rows; r++)
-          for (Int c = 0; c < q.cols; c++) {
-            const T entry = product_of(q, k, r, c, -1);
-            q.data[(k * q.rows + r) * q.cols + c] = entry;
-            if (q.dense) q.transposed[(k * q.cols + c) * q.rows + r] = entry;
-          }
+        for (Int r = 0; r < q.rows; r++) {
+          T *const row = q.data + (k * q.rows + r) * q.cols;
+          multiply_out(q, k, r, -1, row);
+          for (Int c = 0; q.dense && c < q.cols; c++) q.transposed[(k * q.cols + c) * q.rows + r] = row[c];
+        }
       }
     }
     return true;
@@ -249,10 +248,14 @@ public:
       memset(out + k * rows * cols, 0, size_t(rows * cols) * sizeof(T));
       Int row_step = 1, col_step = 1;
       for (Int i = j + 1; i < q.first + q.count; i++) row_step *= p.factors[i].rows, col_step *= p.factors[i].cols;
-      for (Int r = 0; r < q.rows; r++)
-        for (Int c = 0; c < q.cols; c++)
-          out[(k * rows + r / row_step % rows) * cols + c / col_step % cols] +=
-              sums[r * q.cols + c] * product_of(q, k, r, c, j);
+      for (Int r = 0; r < q.rows; r++) {
+        T others[DENSE_SIDE];
+        multiply_out(q, k, r, j, others);
+        T *const row = out + (k * rows + r / row_step % rows) * cols;
+        for (Int at = 0; at < q.cols;)
+          for (Int c = 0; c < cols; c++)
+            for (Int i = 0; i < col_step; i++, at++) row[c] += sums[r * q.cols + at] * others[at];
+      }
     }
   }
 
@@ -262,15 +265,20 @@ public:
   Int n_pieces = 0, n_passes = 0;
 
 private:
-  // Entry (r, c) of a piece, without the factor `but`.
-  T product_of(const Piece<T> &q, Int k, Int r, Int c, Int but) const {
-    T entry = 1;
-    for (Int i = q.first + q.count; i-- > q.first;) {
+  // Row r of a piece, with ones in the place of the factor `but`.
+  void multiply_out(const Piece<T> &q, Int k, Int r, Int but, T *row) const {
+    Int rows = q.rows, count = 1;
+    row[0] = 1;
+    for (Int i = q.first; i < q.first + q.count; i++) {
       const Matrix<T> w = p.matrix(i, k);
-      if (i != but) entry *= w.data[r % w.rows * w.row_stride + c % w.cols * w.col_stride];
-      r /= w.rows, c /= w.cols;
+      rows /= w.rows;
+      const T *const entries = w.data + r / rows % w.rows * w.row_stride;
+      for (Int at = count; at-- > 0;) { // from the back: the row grows in place
+        const T entry = row[at];
+        for (Int c = w.cols; c-- > 0;) row[at * w.cols + c] = i == but ? entry : entry * entries[c * w.col_stride];
+      }
+      count *= w.cols;
     }
-    return entry;
   }
 
   // The pieces' indices in the order of contraction.
