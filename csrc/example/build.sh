@@ -25,6 +25,7 @@ kernels() { # OBJECT COMMAND...
 }
 cpu_kernels() { # ISA FLAGS...
   kernels "$1_kernels" "${cxx[@]}" "-DKRON_ISA=$1" "${@:2}" cpu/kernels.cpp
+  kernels "$1_many" "${cxx[@]}" "-DKRON_ISA=$1" "${@:2}" cpu/many.cpp
   kernels "$1_encoder" "${cxx[@]}" "-DKRON_ISA=$1" "${@:2}" cpu/encoder.cpp
 }
 

@@ -38,7 +38,7 @@ build() {
     tsan/*) ;;
     */x86_64* | */amd64*)
       cpu=-DKRON_HAS_X86
-      for part in kernels encoder; do
+      for part in kernels many encoder; do
         echo "$widest $kernels -DKRON_ISA=avx512 $avx512 $emulate_avx512 -c cpu/$part.cpp" \
           "-o $out/kernels/avx512_$part.o"
         echo "$wide $kernels -DKRON_ISA=avx2 -mavx2 -mfma $emulate_avx2 -c cpu/$part.cpp" \
@@ -46,7 +46,7 @@ build() {
       done
       ;;
     esac
-    for part in kernels encoder; do
+    for part in kernels many encoder; do
       echo "$flags $kernels $tiles $baseline -DKRON_ISA=portable -c cpu/$part.cpp -o $out/kernels/portable_$part.o"
     done
     for name in check check_int8 check_encoder; do
