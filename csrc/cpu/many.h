@@ -1,4 +1,4 @@
-// Products of more than two factors after their checks, for one dtype.
+// Products of more than two factors after their checks, for one dtype. `forward` takes two as well.
 #pragma once
 #include "../kron.h"
 

@@ -84,9 +84,12 @@ def why_not(x: Tensor, *factors: Tensor) -> str | None:
         return f"it has kernels for {', '.join(str(d)[6:] for d in abi.DTYPES)}, and x is {x.dtype}"
     if len(factors) > _MAX_FACTORS:
         return f"it takes up to {_MAX_FACTORS} factors, and there are {len(factors)}"
-    if len(factors) == 1 and torch.is_grad_enabled():
-        if any(t.requires_grad for t in (x, *factors)):
-            return "it has gradients for two factors and more, and there is one"
+    if (
+        len(factors) == 1
+        and torch.is_grad_enabled()
+        and any(t.requires_grad for t in (x, *factors))
+    ):
+        return "it has gradients for two factors and more, and there is one"
     if not _POOL and _threads() > 1:
         return "this torch does not share its thread pool (2.10 and later do)"
     return None

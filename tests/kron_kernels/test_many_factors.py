@@ -12,8 +12,8 @@ pytestmark = pytest.mark.skipif(native._native is None, reason="the kernels are 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-# A dense end of one factor, of two or four multiplied out, turned ends, pairs of 2x2, an end as long
-# as the row, expanding and contracting factors, sides of one.
+# A dense end of one factor, of two or four multiplied out, turned ends, pairs of 2x2, an end as
+# long as the row, expanding and contracting factors, sides of one.
 SIDES = {
     "2x16^2": [(2, 2), (16, 16), (16, 16)],
     "4^4": [(4, 4)] * 4,
@@ -68,8 +68,8 @@ def check_gradients(sides, tokens, dtype, rank, given=None):
     width = max(x.shape[1], dy.shape[1])
     for i, (grad, other, size) in enumerate(zip(found, expected, sizes, strict=True)):
         assert grad.dtype == dtype
-        # The entries of products of many normal numbers differ in size: their rounding is that of the
-        # largest terms. A sum of n products of random signs has 1 / sqrt(n) of their absolute values.
+        # Products of many normal numbers differ in size: their rounding is that of the largest. A
+        # sum of n products of random signs has 1 / sqrt(n) of their absolute values.
         n = width if i == 0 else width * max(tokens, 1)
         scale = max(rms(other), rms(size) / n**0.5)
         assert_close(f"gradient {i}", grad, other, terms(sides, rank) * n, scale=scale, slack=8)
