@@ -44,6 +44,7 @@ LADDER += ["32x8 96x96", "64x16 48x48", "64x32 48x24"]
 EQUAL = {2: (3, 5, 8), 4: (2, 4, 6, 8), 8: (2, 3, 4, 5, 7), 16: (2, 3, 4, 5), 32: (2, 3, 4)}
 EQUAL |= {64: (2, 3), 3: (5, 8), 5: (4,), 7: (3,), 11: (3,), 13: (2,)}
 EQUAL_IN_FLOAT64 = {2: (8,), 4: (5,), 8: (3, 4), 16: (3,), 32: (2,), 64: (2,), 5: (4,), 11: (3,)}
+EQUAL_IN_COLUMNS = {50: (2,), 30: (3,), 8: (4,), 4: (6,), 2: (8,)}
 EQUAL_TRAINED = {2: (8,), 4: (5,), 8: (3,), 16: (3,), 32: (2,), 64: (2,), 5: (4,)}
 LARGEST_OF_MANY = 2**21
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -83,6 +84,7 @@ GROUPS = {
         *of_many(EQUAL, TOKENS),
         *of_many(EQUAL_IN_FLOAT64, (1, 128), "float64"),
     ],
+    "many_factors_columns": of_many(EQUAL_IN_COLUMNS, (1, 16, 128), "float64"),
     "many_factors_training": of_many(EQUAL_TRAINED, (16, 128)),
 }
 DEFAULT = ("presets", "feed_forward", "forward", "tokens", "width", "compression", "equal_size")
@@ -92,7 +94,8 @@ SWEPT = ("dense", "auto", "kron", "torch: a @ (x @ bᵀ)")  # the contenders in 
 OURS = ("auto", "feed_forward", "two calls")  # a row's speed is that of the first that it has
 OWN = (*OURS, "eager", "native", "float32")
 SECONDS = 1.5  # for each cell
-MANY = ("many_factors", "many_factors_training")  # of up to eight factors; in a file of their own
+# Of up to eight factors; their results are in a file of their own.
+MANY = ("many_factors", "many_factors_columns", "many_factors_training")
 SLOW = 20  # contenders this many times slower than the fastest are timed by two calls only
 # Sets of operands in rotation: as many as a model has layers, but at most 256 MB, and at least 2.
 ROTATED, ROTATED_BYTES = 8, 2**28
@@ -222,6 +225,9 @@ def prepare(cell: Cell, libraries: list[peers.Library], left_out: peers.LeftOut)
         case "many_factors":
             dtype = getattr(torch, cell.dtype)
             return peers.many_factors(*cell.sides, cell.tokens, dtype, libraries, left_out)
+        case "many_factors_columns":
+            dtype = getattr(torch, cell.dtype)
+            return peers.many_factors_columns(*cell.sides, cell.tokens, dtype, libraries)
         case "many_factors_training":
             return peers.many_factors_training(*cell.sides, cell.tokens, libraries, left_out)
     dtype = torch.bfloat16 if cell.group == "bf16" else torch.float32

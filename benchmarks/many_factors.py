@@ -1,9 +1,10 @@
-"""Products of two to eight equal factors, the ground of FastKron: two groups of ``layers``.
+"""Products of two to eight equal factors, the ground of FastKron: three groups of ``layers``.
 
-    python -m benchmarks layers --only many_factors --only many_factors_training
+    python -m benchmarks layers --only many_factors
 
-FastKron runs its own x86 kernels. It has no backward of its own, and none is timed. Nobody forms
-the product, or a part of it, ahead of the call.
+measures the first, which alone has FastKron, by its own x86 kernels; ``many_factors_columns`` has
+vectors as columns, and ``many_factors_training`` gradients. Nobody forms the product, or a part of
+it, ahead of the call.
 """
 
 from __future__ import annotations

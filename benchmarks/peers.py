@@ -302,6 +302,35 @@ def many_factors(
     return peers_of_many(x, factors, libraries, left_out), check
 
 
+def many_factors_columns(
+    sides: Sides, columns: int, dtype: torch.dtype, libraries: list[Library]
+) -> Problem:
+    """Vectors are columns of ``v (n, columns)``, as linear_operator, GPyTorch and CoLA have them."""
+    x, factors = operands(sides, columns, dtype)
+    v = x.mT.contiguous()
+    packages = {library.package for library in libraries}
+    calls: Calls = {
+        "auto": lambda: kron_matmul(v.mT, *factors).mT.contiguous(),
+        "torch: matmul per axis": lambda: matmul_per_axis(v.mT, *factors).mT.contiguous(),
+    }
+    if "linear_operator" in packages:
+        from linear_operator.operators import KroneckerProductLinearOperator
+
+        weight = KroneckerProductLinearOperator(*factors)
+        calls["linear_operator"] = lambda: weight.matmul(v)
+    if "cola-ml" in packages:
+        from cola.ops import Dense, Kronecker
+
+        product = Kronecker(*map(Dense, factors))
+        calls["cola"] = lambda: product @ v
+
+    def check(name: str, y: Tensor) -> None:
+        expected = matmul_per_axis(x[:16].double(), *(f.double() for f in factors))
+        assert_close("y", y.mT[:16], expected, sum(n for _, n in sides), slack=16)
+
+    return calls, check
+
+
 def many_factors_training(
     sides: Sides, tokens: int, libraries: list[Library], left_out: LeftOut
 ) -> Problem:
