@@ -305,7 +305,7 @@ def many_factors(
 def many_factors_columns(
     sides: Sides, columns: int, dtype: torch.dtype, libraries: list[Library]
 ) -> Problem:
-    """Vectors are columns of ``v (n, columns)``, as linear_operator, GPyTorch and CoLA have them."""
+    """Vectors are columns of ``v (n, columns)``, as linear_operator and CoLA have them."""
     x, factors = operands(sides, columns, dtype)
     v = x.mT.contiguous()
     packages = {library.package for library in libraries}
