@@ -109,8 +109,8 @@ class KronMatmulOfMany(torch.autograd.Function):
                 y = eager.plain_matmul(x, factors)
             wanted = [t for t, n in zip(operands, needed, strict=True) if n]
             again = torch.is_grad_enabled()
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again) if wanted else ())
-            dx, *grads = (next(found) if n else None for n in needed)
+            some = iter(torch.autograd.grad(y, wanted, dy, create_graph=again) if wanted else ())
+            dx, *grads = (next(some) if n else None for n in needed)
         else:
             with dispatch.recorded("kron_matmul_backward"):
                 found = native.kron_matmul_of_many_backward(dy, x, factors, needed)
