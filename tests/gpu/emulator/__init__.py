@@ -92,7 +92,7 @@ def project(watched: Sequence[str] = MATH) -> list[Unit]:
         *map(Unit, launches),
         *(
             Unit(csrc / f"cpu/{part}.cpp", "-O0 -DKRON_ISA=portable -Wno-ignored-attributes", False)
-            for part in ("kernels", "encoder")
+            for part in ("kernels", "many", "encoder")
         ),
         Unit(csrc / "cpu/cpu.cpp", watched=False),
         Unit(csrc / "binding.cpp", f"-I{include}", False),
