@@ -142,7 +142,7 @@ def test_an_invalid_option_is_refused_before_any_work(
 
 
 def test_a_wrong_global_option_is_one_line_and_no_arguments_show_the_help():
-    named = (": --frobnicate", " '--frobnicate'")  # by typer, and by click as of typer 0.16
+    named = (": --frobnicate", " '--frobnicate'")  # by typer, and by click with typer 0.19
     assert fails("--frobnicate") in {f"Error: No such option{n}; see root --help." for n in named}
     code, output = run()
     assert code == 2 and "COMMAND" in output and "Error" not in output
