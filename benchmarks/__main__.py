@@ -37,7 +37,7 @@ HERE = machine.RESULTS / "here"
 MODULES = (
     *("layers", "model", "training", "memory", "threads", "int8"),
     *("eager_forms", "calls", "budgets", "starts", "study", "study_speed"),
-    *("distillation_speed", "students", "adapters"),
+    *("distillation_speed", "students", "adapters", "many_factors"),
 )
 ALL = MODULES[:4]
 
@@ -79,9 +79,10 @@ def layers(
         with _reading(compare):
             then = module.rows_of(machine.read(compare))
             module.compare(then, then)
-    measure("layers", threads, quick, to, cells=cells)
+    name = "many_factors" if {cell.group for cell in cells} <= set(module.MANY) else "layers"
+    measure(name, threads, quick, to, cells=cells)
     if then:
-        now = module.rows_of(machine.read(to / "layers.json"))
+        now = module.rows_of(machine.read(to / f"{name}.json"))
         print("\n" + module.compare(now, then))
 
 

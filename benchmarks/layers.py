@@ -40,6 +40,13 @@ AT_8192_TOKENS = {*LAYERS[:4], "64x32 48x24", "48x384 64x2", "32x64 24x48"}
 # 768 features to 3072, by ever smaller factors.
 LADDER = ["4x1 768x768", "4x2 768x384", "8x2 384x384", "16x2 192x384", "16x4 192x192"]
 LADDER += ["32x8 96x96", "64x16 48x48", "64x32 48x24"]
+# Equal factors, as FastKron has them: how many, of which sides. x has at most 2^21 entries.
+EQUAL = {2: (3, 5, 8), 4: (2, 4, 6, 8), 8: (2, 3, 4, 5, 7), 16: (2, 3, 4, 5), 32: (2, 3, 4)}
+EQUAL |= {64: (2, 3), 3: (5, 8), 5: (4,), 7: (3,), 11: (3,), 13: (2,)}
+EQUAL_IN_FLOAT64 = {2: (8,), 4: (5,), 8: (3, 4), 16: (3,), 32: (2,), 64: (2,), 5: (4,), 11: (3,)}
+EQUAL_IN_COLUMNS = {50: (2,), 30: (3,), 8: (4,), 4: (6,), 2: (8,)}
+EQUAL_TRAINED = {2: (8,), 4: (5,), 8: (3,), 16: (3,), 32: (2,), 64: (2,), 5: (4,)}
+LARGEST_OF_MANY = 2**21
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -47,6 +54,16 @@ def square(width: int) -> str:
     """Two square factors as equal as powers of two allow: together some 2 width weights."""
     p = 2 ** math.ceil(math.log2(width) / 2)
     return f"{p}x{p} {width // p}x{width // p}"
+
+
+def of_many(
+    counts: dict[int, tuple[int, ...]], tokens: Iterable[int], dtype: str = "float32"
+) -> list[tuple[str, int, str]]:
+    """Cells of these numbers of equal factors, by their side."""
+    cells = [(p, n, t) for p, several in counts.items() for n in several for t in tokens]
+    return [
+        (" ".join([f"{p}x{p}"] * n), t, dtype) for p, n, t in cells if t * p**n <= LARGEST_OF_MANY
+    ]
 
 
 GROUPS = {
@@ -63,11 +80,12 @@ GROUPS = {
     "equal_size": [*itertools.product(PRESETS, TOKENS)],
     "training": [*itertools.product(PRESETS, (128, 1024))],
     "bf16": [*itertools.product([*PRESETS, "32x32 24x24"], TOKENS[1:])],
-    "fastkron": [  # the shapes that FastKron is made for, while x has at most 2^26 elements
-        (" ".join([f"{p}x{p}"] * n), t)
-        for p, n, t in itertools.product((8, 16, 32, 64), (2, 3, 4), TOKENS)
-        if t * p**n <= 2**26
+    "many_factors": [
+        *of_many(EQUAL, TOKENS),
+        *of_many(EQUAL_IN_FLOAT64, (1, 128), "float64"),
     ],
+    "many_factors_columns": of_many(EQUAL_IN_COLUMNS, (1, 16, 128), "float64"),
+    "many_factors_training": of_many(EQUAL_TRAINED, (16, 128)),
 }
 DEFAULT = ("presets", "feed_forward", "forward", "tokens", "width", "compression", "equal_size")
 SWEEPS = ("tokens", "width", "compression")
@@ -76,6 +94,8 @@ SWEPT = ("dense", "auto", "kron", "torch: a @ (x @ bᵀ)")  # the contenders in 
 OURS = ("auto", "feed_forward", "two calls")  # a row's speed is that of the first that it has
 OWN = (*OURS, "eager", "native", "float32")
 SECONDS = 1.5  # for each cell
+# Of up to eight factors; their results are in a file of their own.
+MANY = ("many_factors", "many_factors_columns", "many_factors_training")
 SLOW = 20  # contenders this many times slower than the fastest are timed by two calls only
 # Sets of operands in rotation: as many as a model has layers, but at most 256 MB, and at least 2.
 ROTATED, ROTATED_BYTES = 8, 2**28
@@ -85,6 +105,7 @@ class Cell(NamedTuple):
     group: str
     layers: str  # shapes of the factors; layers are separated by commas
     tokens: int
+    dtype: str = "float32"
 
     @property
     def sides(self) -> list[peers.Sides]:
@@ -92,9 +113,13 @@ class Cell(NamedTuple):
         return [[_shape(factor) for factor in layer.split()] for layer in layers]
 
     @property
+    def is_training(self) -> bool:
+        return self.group in ("training", "many_factors_training")
+
+    @property
     def flops(self) -> int:
         """Training costs three times the forward: two more products for each of its products."""
-        passes = 3 if self.group == "training" else 1
+        passes = 3 if self.is_training else 1
         return passes * self.tokens * sum(map(flops_per_token, self.sides))
 
     @property
@@ -121,7 +146,7 @@ class Cell(NamedTuple):
         return ", ".join(layer.replace(" ", " ⊗ ") for layer in self.layers.split(", "))
 
     def __str__(self) -> str:
-        return f"{self.label}, T={self.tokens}"
+        return f"{self.label}, T={self.tokens}" + f", {self.dtype}" * (self.dtype != "float32")
 
 
 def _shape(factor: str) -> tuple[int, int]:
@@ -162,9 +187,11 @@ def time_cell(cell: Cell, libraries: list[peers.Library], seconds: float) -> dic
     """A row: microseconds (median and quartiles) by contender, and why others are left out."""
     torch.manual_seed(0)
     left_out: peers.LeftOut = {}
-    operands = 4 * (cell.dense_entries + cell.tokens * math.prod(n for _, n in cell.sides[0]))
+    operands = 4 * cell.tokens * math.prod(n for _, n in cell.sides[0])
+    if cell.group not in MANY:
+        operands += 4 * cell.dense_entries
     sets = max(2, min(ROTATED, ROTATED_BYTES // operands))
-    with torch.inference_mode(cell.group != "training"):
+    with torch.inference_mode(not cell.is_training):
         problems = [prepare(cell, libraries, left_out) for _ in range(sets)]
         (first, check), once = problems[0], {}
         names = SWEPT if cell.group in SWEEPS else first
@@ -195,6 +222,14 @@ def prepare(cell: Cell, libraries: list[peers.Library], left_out: peers.LeftOut)
             return peers.feed_forward(*cell.sides, cell.tokens)
         case "equal_size":
             return peers.equal_size(*cell.sides, cell.tokens)
+        case "many_factors":
+            dtype = getattr(torch, cell.dtype)
+            return peers.many_factors(*cell.sides, cell.tokens, dtype, libraries, left_out)
+        case "many_factors_columns":
+            dtype = getattr(torch, cell.dtype)
+            return peers.many_factors_columns(*cell.sides, cell.tokens, dtype, libraries)
+        case "many_factors_training":
+            return peers.many_factors_training(*cell.sides, cell.tokens, libraries, left_out)
     dtype = torch.bfloat16 if cell.group == "bf16" else torch.float32
     return peers.forward(*cell.sides, cell.tokens, dtype, libraries, left_out)
 
@@ -212,13 +247,13 @@ class Row:
     """The results of a cell. Speeds are of our contender unless named; nan if one is absent."""
 
     def __init__(self, row: dict[str, Any]) -> None:
-        self.cell = Cell(row["group"], row["layers"], row["tokens"])
+        self.cell = Cell(*(row[key] for key in Cell._fields if key in row))
         self.flops, self.us = row["flops"], row["us"]
         self.slow, self.left_out = row["slow"], row["left_out"]
         self.ours = next((name for name in OURS if name in self.us), "none of ours")
         self.best_other = self._fastest(name for name in self.us if name not in OWN)
-        # Most products of the group "fastkron" are too large to form.
-        self.yardstick = "torch: matmul per axis" if self.cell.group == "fastkron" else "dense"
+        # Most products of many factors are too large to form.
+        self.yardstick = "torch: matmul per axis" if self.cell.group in MANY else "dense"
 
     def _fastest(self, names: Iterable[str]) -> str | None:
         return min(names, key=lambda name: self.us[name][0], default=None)
@@ -275,7 +310,7 @@ def table(group: str, rows: list[Row], gemm: float) -> Table:
         times = [row.us[fastest[f]][0] if f in fastest else math.nan for f in families]
         rate = row.flops / row.us[row.ours][0] / 1e3 if row.ours in row.us else math.nan
         shown.add_row(
-            row.cell.label,
+            shortened(row.cell),
             str(row.cell.tokens),
             *(entry(us, ".1f" if us < 100 else ".0f") for us in times),
             *(entry(row.speed(over), ".2f") for over in ("dense", row.best_other)),
@@ -283,6 +318,14 @@ def table(group: str, rows: list[Row], gemm: float) -> Table:
             row.best_other or "-",
         )
     return shown
+
+
+def shortened(cell: Cell) -> str:
+    """The label, or that of equal factors: "5 of 8x8"."""
+    factors = cell.layers.split()
+    one = len(set(factors)) == 1 and cell.group in MANY
+    label = f"{len(factors)} of {factors[0]}" if one else cell.label
+    return label + f" {cell.dtype}" * (cell.dtype != "float32")
 
 
 def remarks(rows: list[Row]) -> list[str]:

@@ -7,8 +7,8 @@ build:
 
 A contender takes ``x (T, n)`` and factors ``(m_i, n_i)``, does the preparation that a user does
 once, and returns the call to time, whose result is a contiguous ``(T, m)``, or None where it does
-not apply. ``forward``, ``training``, ``feed_forward`` and ``equal_size`` return the calls by name,
-and a function that checks a result.
+not apply. ``forward``, ``training``, ``feed_forward``, ``equal_size`` and ``many_factors`` return
+the calls by name, and a function that checks a result.
 """
 
 from __future__ import annotations
@@ -272,6 +272,90 @@ def forward(
         assert_close("y", y[sample], expected, x.shape[1])
 
     return calls, check
+
+
+def peers_of_many(
+    x: Tensor, factors: list[Tensor], libraries: list[Library], left_out: LeftOut
+) -> Calls:
+    """Ours, and what forms neither the product nor a part of it."""
+    others = {"fastkron", "linear_operator", "cola"}
+    names = {"auto", "torch: einsum", "torch: matmul per axis"}
+    calls = contenders(x, factors, libraries, left_out)
+    return {n: call for n, call in calls.items() if n in names or n.split(":")[0] in others}
+
+
+def many_factors(
+    sides: Sides, tokens: int, dtype: torch.dtype, libraries: list[Library], left_out: LeftOut
+) -> Problem:
+    """The oracle goes axis by axis: einsum may choose an order with huge intermediate results."""
+    x, factors = operands(sides, tokens, dtype)
+    sample = torch.linspace(0, tokens - 1, min(tokens, 16)).long()
+
+    @cache
+    def expected() -> Tensor:
+        return matmul_per_axis(x[sample].double(), *(f.double() for f in factors))
+
+    def check(name: str, y: Tensor) -> None:
+        assert len(y) == tokens, f"{len(y)} rows"
+        assert_close("y", y[sample], expected(), sum(n for _, n in sides), slack=16)
+
+    return peers_of_many(x, factors, libraries, left_out), check
+
+
+def many_factors_columns(
+    sides: Sides, columns: int, dtype: torch.dtype, libraries: list[Library]
+) -> Problem:
+    """Vectors are columns of ``v (n, columns)``, as linear_operator and CoLA have them."""
+    x, factors = operands(sides, columns, dtype)
+    v = x.mT.contiguous()
+    packages = {library.package for library in libraries}
+    calls: Calls = {
+        "auto": lambda: kron_matmul(v.mT, *factors).mT.contiguous(),
+        "torch: matmul per axis": lambda: matmul_per_axis(v.mT, *factors).mT.contiguous(),
+    }
+    if "linear_operator" in packages:
+        from linear_operator.operators import KroneckerProductLinearOperator
+
+        weight = KroneckerProductLinearOperator(*factors)
+        calls["linear_operator"] = lambda: weight.matmul(v)
+    if "cola-ml" in packages:
+        from cola.ops import Dense, Kronecker
+
+        product = Kronecker(*map(Dense, factors))
+        calls["cola"] = lambda: product @ v
+
+    def check(name: str, y: Tensor) -> None:
+        expected = matmul_per_axis(x[:16].double(), *(f.double() for f in factors))
+        assert_close("y", y.mT[:16], expected, sum(n for _, n in sides), slack=16)
+
+    return calls, check
+
+
+def many_factors_training(
+    sides: Sides, tokens: int, libraries: list[Library], left_out: LeftOut
+) -> Problem:
+    """y, and the gradients of ``sum(y * dy)`` by x and the factors."""
+    x, factors = operands(sides, tokens, torch.float32)
+    dy = torch.randn(tokens, prod(m for m, _ in sides))
+    leaves = [t.requires_grad_() for t in (x, *factors)]
+    calls = peers_of_many(x, factors, libraries, left_out)
+
+    def step(name: str) -> tuple[Tensor, ...]:
+        y = calls[name]()
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    @cache
+    def expected() -> tuple[Tensor, ...]:
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+        y = matmul_per_axis(*wide)
+        return y.detach(), *torch.autograd.grad(y, wide, dy.double())
+
+    def check(name: str, result: tuple[Tensor, ...]) -> None:
+        for i, (got, want) in enumerate(zip(result, expected(), strict=True)):
+            terms = sum(m + n for m, n in sides) * (x.numel() if i > 1 else 1)
+            assert_close(f"result {i}", got.detach(), want, terms, slack=16)
+
+    return {name: lambda name=name: step(name) for name in calls}, check
 
 
 def equal_size(sides: Sides, tokens: int) -> Problem:

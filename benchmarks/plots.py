@@ -209,10 +209,10 @@ def roofline(results: Results) -> Figure:
 def layers(results: Results) -> Figure:
     """Ours and the best other over dense, a column for each cell."""
     groups: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows_of(results, "presets", "feed_forward", "forward", "bf16", "fastkron"):
+    for row in rows_of(results, "presets", "feed_forward", "forward", "bf16"):
         if not math.isnan(row.speed(row.yardstick)):
             groups[row.cell.group][row.cell.label].append(row)
-    lines = [["presets", "feed_forward"], ["forward"], ["bf16"], ["fastkron"]]
+    lines = [["presets", "feed_forward"], ["forward"], ["bf16"]]
     lines = [kept for line in lines if (kept := [g for g in line if g in groups])]
     figure = plt.figure(figsize=(15, 0.7 + 3.6 * len(lines)))
     parts = figure.subfigures(len(lines), squeeze=False).flat
@@ -236,9 +236,7 @@ def columns_of(axes: Axes, group: str, layers: dict[str, list[Row]]) -> None:
     x, ticks = 0, {}
     for label in sorted(means, key=means.get, reverse=True):
         rows = layers[label]
-        one, *others = set(label.split(" ⊗ "))
-        short = label.replace(", ", ",\n") if others else f"{label.count(one)} of {one}"
-        ticks[x + (len(rows) - 1) / 2] = short
+        ticks[x + (len(rows) - 1) / 2] = label.replace(", ", ",\n")
         for row in rows:
             ends = [row.speed(row.yardstick, name) for name in (row.best_other, row.ours)]
             color = EIGHT if row.speed(row.best_other) >= 1 / 1.1 else SLOWER_COLOR
@@ -258,7 +256,7 @@ def columns_of(axes: Axes, group: str, layers: dict[str, list[Row]]) -> None:
     axes.grid(axis="x", visible=False)
     bare(axes)
     axes.tick_params(labelsize=8.5)
-    axes.set_ylabel(f"speed over {'a matmul per axis' if group == 'fastkron' else 'dense'}")
+    axes.set_ylabel("speed over dense")
     tokens = sorted({row.cell.tokens for rows in layers.values() for row in rows})
     axes.set_title(f"{group}, T = {', '.join(map(str, tokens))}")
 

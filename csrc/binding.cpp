@@ -137,6 +137,17 @@ PyObject *backward(PyObject *, PyObject *const *args, Py_ssize_t count) {
   return run(a, [&] { return kron_cpu_backward(&e, dtype, tokens, dy, x, &product, dx, da, db); });
 }
 
+PyObject *backward_many(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const kron_execution e = a.execution();
+  const int64_t dtype = a.integer(), tokens = a.integer();
+  const void *dy = a.pointer(), *x = a.pointer();
+  const kron_product product = a.product();
+  void *dx = a.pointer(), *g[KRON_MAX_FACTORS] = {};
+  for (int64_t i = 0; i < product.n_factors && i < KRON_MAX_FACTORS; i++) g[i] = a.pointer();
+  return run(a, [&] { return kron_cpu_backward_many(&e, dtype, tokens, dy, x, &product, dx, g); });
+}
+
 PyObject *feed_forward_backward(PyObject *, PyObject *const *args, Py_ssize_t count) {
   Arguments a(args, count);
   const kron_execution e = a.execution();
@@ -509,6 +520,7 @@ PyMethodDef methods[] = {
     {"forward_along", method(forward_along), METH_FASTCALL, "kron_cpu_forward_along"},
     {"feed_forward", method(feed_forward), METH_FASTCALL, "kron_cpu_feed_forward"},
     {"backward", method(backward), METH_FASTCALL, "kron_cpu_backward"},
+    {"backward_many", method(backward_many), METH_FASTCALL, "kron_cpu_backward_many"},
     {"feed_forward_backward", method(feed_forward_backward), METH_FASTCALL,
      "kron_cpu_feed_forward_backward"},
     {"forward_division", method(forward_division), METH_FASTCALL, "kron_cpu_forward_division"},

@@ -13,7 +13,7 @@ extern "C" {
 
 // Incremented with every change of a structure, an enum or an argument. kron_abi() returns the number of
 // the library: compare the two before the first call.
-enum { KRON_ABI = 3 };
+enum { KRON_ABI = 4 };
 int64_t kron_abi(void);
 
 enum kron_dtype { KRON_FLOAT32, KRON_FLOAT64, KRON_BFLOAT16, KRON_FLOAT16 };
@@ -117,6 +117,11 @@ const char *kron_cpu_backward(const kron_execution *, int64_t dtype, int64_t tok
 // The division of such a call for all three gradients. No data is read.
 const char *kron_cpu_backward_division(const kron_execution *, int64_t dtype, int64_t tokens,
                                        const kron_product *product, kron_division *);
+
+// The same of 3 to KRON_MAX_FACTORS factors, in one call: gradients[i] is that of factor i.
+const char *kron_cpu_backward_many(const kron_execution *, int64_t dtype, int64_t tokens, const void *dy,
+                                   const void *x, const kron_product *product, void *dx,
+                                   void *const *gradients);
 
 // Gradients of kron_cpu_feed_forward for factors that meet entry by entry. It recomputes the hidden
 // vector, entry by entry. Dtypes are those of kron_cpu_backward; dbias is the gradient of up's bias. Each

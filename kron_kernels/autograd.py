@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kron_kernels import dispatch, ops
-from kron_kernels.backends import eager
+from kron_kernels.backends import eager, native
 
 
 def kron_matmul(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -84,6 +84,38 @@ def _differentiable_backward(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, backen
     da = torch.einsum("tip,ktjp->kij", dy, z)
     db = torch.einsum("ktjp,tjq->kpq", v, x)
     return dx, da, db
+
+
+class KronMatmulOfMany(torch.autograd.Function):
+    """``x (…, n)``, ``bias (m,)`` or None, three factors or more, by the compiled CPU kernels."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *factors)
+        with dispatch.recorded("kron_matmul"):
+            return native.kron_matmul(x, factors, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        operands = ctx.saved_tensors
+        x, *factors = operands
+        of_x, of_bias, *of_factors = ctx.needs_input_grad
+        needed = [of_x, *of_factors]
+        # torch.autograd.grad(…, is_grads_batched=True) gives a dy that has no memory.
+        batched = not torch._C._dispatch_keys(dy).has(torch._C.DispatchKey.CPU)
+        observed = batched or dispatch.transformed() or dispatch.is_observed([dy, *operands])
+        if torch.is_grad_enabled() or observed:  # there is no operator that could be observed
+            with torch.enable_grad():
+                y = eager.plain_matmul(x, factors)
+            wanted = [t for t, n in zip(operands, needed, strict=True) if n]
+            again = torch.is_grad_enabled()
+            some = iter(torch.autograd.grad(y, wanted, dy, create_graph=again) if wanted else ())
+            dx, *grads = (next(some) if n else None for n in needed)
+        else:
+            with dispatch.recorded("kron_matmul_backward"):
+                found = native.kron_matmul_of_many_backward(dy, x, factors, needed)
+            dx, *grads = (g if n else None for g, n in zip(found, needed, strict=True))
+        return dx, dy.flatten(0, -2).sum(0) if of_bias else None, *grads
 
 
 class FeedForward(torch.autograd.Function):

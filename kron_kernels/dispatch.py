@@ -73,9 +73,12 @@ def route_matmul(
             return PLAIN
         if with_grads and chosen == "native":
             return PLAIN
-    if len(factors) != 2:  # operators and gradients are for two
-        if chosen == "eager" or with_grads or observed:
+    if len(factors) != 2:  # operators are for two, gradients for two and more
+        one = len(factors) == 1
+        if chosen == "eager" or observed or (with_grads and (one or transformed())):
             return PLAIN
+        if with_grads:
+            return "autograd", chosen
         return "recorded" if _profiled() else "direct", chosen
     # For a few tokens, without gradients, the expression takes less time than an operator's call.
     small = chosen == "eager" and eager.fits_one_chunk(x, KronShape.of(*factors))

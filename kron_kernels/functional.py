@@ -107,6 +107,9 @@ def kron_matmul(
     if way == "recorded":
         with dispatch.recorded("kron_matmul"):
             return COMPUTING[backend].kron_matmul(x, checked, bias, activation, residual)
+    if len(checked) > 2:
+        y = autograd.KronMatmulOfMany.apply(x, bias, *checked)
+        return eager.epilogue(y, activation, residual)
     a, b = checked
     rows, last = _rows(x, residual)
     if way == "autograd":

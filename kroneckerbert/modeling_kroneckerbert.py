@@ -12,7 +12,8 @@ import inspect
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -134,7 +135,10 @@ class KroneckerPreTrainedModel(_Base):
             return
         source = next(name for name, module in self.named_modules() if module is table)
         tied = [key for key, value in keys.items() if value == f"{source}.weight"]
-        read = any(reader(self, path.removesuffix(".weight")) for path in (source, *tied))
+        heads = [key.removesuffix(".weight") for key in tied]
+        # transformers 5.13 names a head of DeBERTa that has no weight and gets the table itself.
+        without = any(not hasattr(self.get_submodule(path), "weight") for path in heads)
+        read = without or any(reader(self, path) for path in (source, *heads))
         for key in [] if read else tied:
             path = key.removesuffix(".weight")
             del keys[key]
@@ -154,7 +158,11 @@ class KroneckerPreTrainedModel(_Base):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        try:
+            super()._init_weights(module)
+        except AttributeError:  # the class initialises layers inside of the module by their weight
+            with _initialised_weights(module):
+                super()._init_weights(module)
         if isinstance(module, KroneckerLinear | KroneckerSum | KroneckerEmbedding):
             # By torch.nn.init, which transformers guards: loaded tensors are left alone.
             module.reset_parameters(self.config.initializer_range)
@@ -489,6 +497,23 @@ def check_trainable(model: PreTrainedModel) -> None:
             "kroneckerbert.dequantize(model), or the model that it was made of, and quantise the "
             "result."
         )
+
+
+@contextmanager
+def _initialised_weights(module: nn.Module) -> Iterator[None]:
+    """Replaced layers in it have a ``weight`` that is marked as initialised, for the moment."""
+    kinds = KroneckerLinear | KroneckerSum | KroneckerEmbedding
+    kinds |= QuantizedLinear | QuantizedSum | QuantizedEmbedding
+    layers = [m for m in module.modules() if isinstance(m, kinds) and not hasattr(m, "weight")]
+    for layer in layers:
+        weight = torch.empty(0)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        vars(layer)["weight"] = weight
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["weight"]
 
 
 def _replace(model: nn.Module, path: str, shapes: Sequence[KronShape]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -38,3 +39,10 @@ def tiny_batch(rows: int = 3, tokens: int = 9, padding: int = 0) -> dict[str, to
     mask[0, 5:] = 0
     ids[mask == 0] = padding
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def exporting():
+    """The module of exports; without it, or with too old a transformers, the test is skipped."""
+    return pytest.importorskip(
+        "kroneckerbert.exporting", reason="exports need transformers 5.23", exc_type=ImportError
+    )

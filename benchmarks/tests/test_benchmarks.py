@@ -107,12 +107,26 @@ def test_a_missing_library_is_skipped_with_the_command_that_installs_it(monkeypa
     assert found == [] and "pip install not-there" in lines[0]
 
 
-@pytest.mark.parametrize("group", ["training", "feed_forward", "bf16", "equal_size", "fastkron"])
+@pytest.mark.parametrize("group", ["training", "feed_forward", "bf16", "equal_size"])
 def test_every_kind_of_cell_is_checked_and_measured(group):
-    shapes = {"feed_forward": "4x2 6x6, 2x4 6x6", "fastkron": "2x2 2x2 2x2"}.get(group, "4x2 6x6")
+    shapes = {"feed_forward": "4x2 6x6, 2x4 6x6"}.get(group, "4x2 6x6")
     row = layers.time_cell(layers.Cell(group, shapes, 7), [], 0.001)
     assert layers.Row(row).ours in row["us"] and "dense" in row["us"]
     assert row["left_out"] == {}
+
+
+@pytest.mark.parametrize(
+    "group, dtype", [*zip(layers.MANY, ("float64", "float64", "float32"), strict=True)]
+)
+def test_many_factors_are_checked_and_measured(group, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "SECONDS", 0.01)
+    monkeypatch.setitem(layers.GROUPS, group, [("3x3 3x3 3x3", 5, dtype)])
+    output = invoke("layers", "--only", group, "--to", str(tmp_path))
+    assert "3 of 3x3" in output and (dtype in output or dtype == "float32")
+    (row,) = machine.read(tmp_path / "many_factors.json")["rows"]
+    assert {"auto", "torch: matmul per axis"} <= row["us"].keys() and row["left_out"] == {}
+    assert not {"dense", "eager", "kron"} & row["us"].keys() and row["dtype"] == dtype
+    assert "geometric means" in invoke("report", str(tmp_path))
 
 
 def test_sets_of_operands_take_turns():

@@ -25,7 +25,7 @@ kernels() { # OBJECT COMMAND...
 }
 cpu_kernels() { # ISA FLAGS...
   for type in float double; do
-    for part in kernels encoder; do
+    for part in kernels many encoder; do
       kernels "$1_${type}_$part" "${cxx[@]}" "-DKRON_ISA=$1" "-DKRON_TYPE=$type" "${@:2}" "cpu/$part.cpp"
     done
   done

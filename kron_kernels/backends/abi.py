@@ -14,7 +14,7 @@ from kron_kernels.checks import Activation
 from kron_kernels.int8 import Factor, Int8Factor
 from kron_kernels.shapes import contraction_order
 
-ABI = 3  # KRON_ABI in csrc/kron.h
+ABI = 4  # KRON_ABI in csrc/kron.h
 
 
 def _load() -> tuple[Any, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from kron_kernels.shapes import KronShape
 _native = abi.module
 _ISAS = ("portable", "avx2", "avx512")
 _MAX_FACTORS = 8
-_GROUPED = 4096  # features of a group of several factors; a block of tokens of them is 200 KB
 
 # Tests lower them to run the code of other machines.
 _isa = _native.isa() if _native else 0
@@ -84,13 +82,14 @@ def why_not(x: Tensor, *factors: Tensor) -> str | None:
         return f"it runs on CPUs, and x is on {x.device}"
     if x.dtype not in abi.DTYPES:
         return f"it has kernels for {', '.join(str(d)[6:] for d in abi.DTYPES)}, and x is {x.dtype}"
-    if len(factors) != 2:
-        if len(factors) > _MAX_FACTORS:
-            return f"it takes up to {_MAX_FACTORS} factors, and there are {len(factors)}"
-        if len(factors) > 2 and factors[0].shape[0] > 1:
-            return f"it sums products of two factors, and there are {len(factors)}"
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors)):
-            return f"it has gradients for two factors, and there are {len(factors)}"
+    if len(factors) > _MAX_FACTORS:
+        return f"it takes up to {_MAX_FACTORS} factors, and there are {len(factors)}"
+    if (
+        len(factors) == 1
+        and torch.is_grad_enabled()
+        and any(t.requires_grad for t in (x, *factors))
+    ):
+        return "it has gradients for two factors and more, and there is one"
     if not _POOL and _threads() > 1:
         return "this torch does not share its thread pool (2.10 and later do)"
     return None
@@ -104,62 +103,12 @@ def kron_matmul(
     residual: Tensor | None = None,
 ) -> Tensor:
     """``act(x Wᵀ + bias) + residual`` of ``x (…, n)`` and up to ``_MAX_FACTORS`` factors."""
-    if len(factors) > 2:
-        return _kron_matmul_in_passes(x, factors, bias, activation, residual)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], prod([f.shape[1] for f in factors]))
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     _native.forward(*_call(x), 1, *product(factors, bias, residual, activation, y))
     return y
-
-
-def _kron_matmul_in_passes(
-    x: Tensor,
-    factors: Sequence[Any],
-    bias: Tensor | None,
-    activation: Activation | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """More than two factors, in groups small enough for a block of tokens to stay in the cache.
-
-    The last group acts on rows of x. Each group before it acts on the axes in front of the finished
-    ones, along which its lanes run.
-    """
-    dtype = x.dtype
-    if dtype in (torch.bfloat16, torch.float16):  # one rounding, at the end
-        x, factors = x.float(), [f.float() for f in factors]
-        bias, residual = (t if t is None else t.float() for t in (bias, residual))
-    *lead, _ = x.shape
-    y, done, stop = x.contiguous(), 1, len(factors)
-    bias, residual = (t if t is None else t.contiguous() for t in (bias, residual))
-    for start in _groups(tuple([f.shape for f in factors])):
-        group = factors[start:stop]
-        outer = prod(lead) * prod([f.shape[2] for f in factors[:start]])
-        rows = prod([f.shape[1] for f in group])
-        out = x.new_empty(outer, rows * done)
-        epilogue = (bias, residual, activation) if start == 0 else (None, None, None)
-        *execution, code, _, address = _call(y)
-        call = *execution, code, outer, address
-        if done == 1:
-            _native.forward(*call, 1, *product(group, *epilogue, out))
-        else:
-            _native.forward_along(*call, done, *product(group, *epilogue, out))
-        y, done, stop = out, rows * done, start
-    return y.view(*lead, done).to(dtype)
-
-
-@lru_cache(maxsize=4096)
-def _groups(shapes: tuple[torch.Size, ...]) -> list[int]:
-    """The index of each group's first factor, the last group first."""
-    starts, inputs, outputs = [len(shapes)], 1, 1
-    for i in reversed(range(len(shapes))):
-        _, m, n = shapes[i]
-        inputs, outputs = inputs * n, outputs * m
-        if max(inputs, outputs) > _GROUPED and starts[-1] > i + 1:
-            starts.append(i + 1)
-            inputs, outputs = n, m
-    return [*starts[1:], 0]
 
 
 def kron_qkv(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
@@ -209,7 +158,7 @@ def again_matmul(
 
     These are x, the factors, each int8 one as its values and scale, bias and residual.
     """
-    if len(factors) > 2 or not _contiguous(x, bias, residual):
+    if not _contiguous(x, bias, residual):
         return None
     plan = _plan(x, False, (factors, activation))
     shape = (*x.shape[:-1], prod([f.shape[1] for f in factors]))
@@ -285,6 +234,21 @@ def kron_matmul_backward(
     _native.backward(
         *(*call, abi.address(dy), address),
         *product((a, b), None, None, None, None),
+        *map(abi.address, grads),
+    )
+    return returned(grads, x)
+
+
+def kron_matmul_of_many_backward(
+    dy: Tensor, x: Tensor, factors: Sequence[Tensor], needed: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Gradients of x and of three factors or more, an empty tensor for one that is not needed."""
+    dy, x = dy.contiguous(), x.contiguous()
+    grads = new_gradients((x, *factors), needed, _sums(x))
+    *call, address = _call(x)
+    _native.backward_many(
+        *(*call, abi.address(dy), address),
+        *product(factors, None, None, None, None),
         *map(abi.address, grads),
     )
     return returned(grads, x)

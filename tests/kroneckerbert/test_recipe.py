@@ -17,7 +17,7 @@ import torch
 import yaml
 from commands import save, succeeds
 from safetensors.torch import load_file
-from tiny import WORDS, tiny_tokenizer
+from tiny import WORDS, exporting, tiny_tokenizer
 from transformers import BertForPreTraining, Trainer, TrainingArguments
 
 import kroneckerbert
@@ -232,6 +232,7 @@ def test_a_task_of_ones_own_is_taught_distilled_quantised_and_scored(own, vector
 
 @pytest.mark.slow
 def test_an_exported_student_is_scored_too(own, tmp_path):
+    exporting()
     pytest.importorskip("onnxruntime")
     output = succeeds(*own, "--output", tmp_path, "--set", "deployment.int8=false")
     assert "my_train test accuracy, onnx" in output

@@ -112,7 +112,7 @@ def test_a_number_is_in_range_or_refused(text):
         ("plan", "--budget", "bytes=inf", "budget['bytes'] = inf must be a number"),
         ("plan", "--budget", "bytes=1e999x", "budget['bytes'] = '1e999x' must be a number"),
         ("plan", "--budget", "flops=-1", "budget['flops'] = -1.0 must be a number"),
-        ("benchmark", "--frobnicate", "1", "No such option: --frobnicate"),
+        ("benchmark", "--frobnicate", "1", "No such option"),
         ("evaluate", "--task", "sst3", "there is no task 'sst3'"),
         ("reproduce", "--set", "seeds=[", "is not YAML"),
         ("reproduce", "--set", "seeds=&a [*a]", "minilm-minutes: seeds must be"),
@@ -142,7 +142,8 @@ def test_an_invalid_option_is_refused_before_any_work(
 
 
 def test_a_wrong_global_option_is_one_line_and_no_arguments_show_the_help():
-    assert fails("--frobnicate") == "Error: No such option: --frobnicate; see root --help."
+    named = (": --frobnicate", " '--frobnicate'")  # by typer, and by click with typer 0.19
+    assert fails("--frobnicate") in {f"Error: No such option{n}; see root --help." for n in named}
     code, output = run()
     assert code == 2 and "COMMAND" in output and "Error" not in output
 

@@ -65,24 +65,37 @@ struct Product : Weight {
     }
     return y;
   }
-  // dx, da, db, the latter two from the gradient of the whole.
+  // dx and those of the factors, the latter from the gradient of the whole.
   std::vector<Numbers> gradients(const Numbers &dy, const Numbers &x, Int tokens) const {
-    const Side a = shape.sides[0], b = shape.sides[1];
     const Numbers dw = dots(m, n, tokens, dy, 1, m, x, 1, n);
-    Numbers dx = dots(tokens, n, m, dy, m, 1, whole(), 1, n);
-    Numbers da(shape.rank * a.rows * a.cols), db(shape.rank * b.rows * b.cols);
-    for (Int k = 0; k < shape.rank; k++) {
-      for (Int i = 0; i < m * n; i++) {
-        const Int ar = i / n / b.rows, br = i / n % b.rows, ac = i % n / b.cols, bc = i % b.cols;
-        da[(k * a.rows + ar) * a.cols + ac].add(dw[i], factor(1, k, br, bc));
-        db[(k * b.rows + br) * b.cols + bc].add(dw[i], factor(0, k, ar, ac));
+    std::vector<Numbers> all = {dots(tokens, n, m, dy, m, 1, whole(), 1, n)};
+    double terms = 0;
+    for (const Side &s : shape.sides) terms += double(shape.rank * s.rows);
+    for (Number &v : all[0]) v = v.rounded(terms);
+    Int rows_behind = m, cols_behind = n;
+    for (Int f = 0; f < call.n_factors; f++) {
+      const Side s = shape.sides[f];
+      rows_behind /= s.rows, cols_behind /= s.cols;
+      Numbers df(shape.rank * s.rows * s.cols);
+      for (Int k = 0; k < shape.rank; k++) {
+        for (Int i = 0; i < m * n; i++) {
+          Real others = 1;
+          Int rows = m, cols = n;
+          for (Int j = 0; j < call.n_factors; j++) {
+            const Side other = shape.sides[j];
+            rows /= other.rows, cols /= other.cols;
+            if (j != f) others *= factor(j, k, i / n / rows % other.rows, i % n / cols % other.cols);
+          }
+          df[(k * s.rows + i / n / rows_behind % s.rows) * s.cols + i % n / cols_behind % s.cols].add(dw[i], others);
+        }
       }
+      double sides = 1;
+      for (Int j = 0; j < call.n_factors; j++)
+        if (j != f) sides *= double(std::max(shape.sides[j].rows, shape.sides[j].cols));
+      for (Number &v : df) v = v.rounded(double(tokens + call.n_factors) * sides);
+      all.push_back(df);
     }
-    const Int a_side = std::max(a.rows, a.cols), b_side = std::max(b.rows, b.cols);
-    for (Number &v : dx) v = v.rounded(double(shape.rank * (a.rows + b.rows)));
-    for (Number &v : da) v = v.rounded(double((tokens + 2) * b_side));
-    for (Number &v : db) v = v.rounded(double((tokens + 2) * a_side));
-    return {dx, da, db};
+    return all;
   }
 
   const Int tail;
@@ -136,6 +149,8 @@ struct Call {
         kind == FORWARD ? kron_cpu_forward(&e, id, tokens, x.data(), Int(p.size()), p.data())
         : kind == FORWARD_ALONG ? kron_cpu_forward_along(&e, id, tokens, x.data(), tail, &p[0])
         : kind == FEED_FORWARD ? kron_cpu_feed_forward(&e, id, tokens, x.data(), &p[0], &p[1])
+        : kind == BACKWARD && p[0].n_factors > 2
+            ? kron_cpu_backward_many(&e, id, tokens, dy.data(), x.data(), &p[0], y[0], &y[1])
         : kind == BACKWARD
             ? kron_cpu_backward(&e, id, tokens, dy.data(), x.data(), &p[0], y[0], y[1], y[2])
             : kron_cpu_feed_forward_backward(&e, id, tokens, dy.data(), x.data(), &p[0], &p[1],
@@ -158,7 +173,7 @@ struct Call {
     const char *error =
         kind == FORWARD ? kron_cpu_forward_division(&e, id, tokens, Int(p.size()), p.data(), &d)
         : kind == FEED_FORWARD ? kron_cpu_feed_forward_division(&e, id, tokens, &p[0], &p[1], &d)
-        : kind == BACKWARD     ? kron_cpu_backward_division(&e, id, tokens, &p[0], &d)
+        : kind == BACKWARD && p[0].n_factors == 2 ? kron_cpu_backward_division(&e, id, tokens, &p[0], &d)
         : kind == FEED_FORWARD_BACKWARD
             ? kron_cpu_feed_forward_backward_division(&e, id, tokens, &p[0], &p[1], &d)
             : nullptr;
@@ -446,7 +461,8 @@ const std::vector<Shape> SHAPES = {
     {1, {{96, 12}, {2, 16}}}, {1, {{48, 48}, {2, 2}}}, {1, {{8, 2}, {48, 48}}},
     {4, {{2, 16}, {96, 12}}}, {1, {{16, 2}, {24, 48}}}, {1, {{1, 1}, {1, 8}}},
     {2, {{3, 5}, {7, 2}, {8, 9}}}, {1, {{16, 4}, {1, 7}, {5, 3}}}, {1, {{2, 3}, {16, 16}, {2, 3}}},
-    {1, {{17, 2}, {2, 17}, {3, 3}}},
+    {1, {{17, 2}, {2, 17}, {3, 3}}}, {1, {{2, 2}, {2, 2}, {2, 2}, {2, 2}, {2, 2}}},
+    {2, {{3, 2}, {2, 2}, {2, 2}, {4, 4}, {4, 4}}}, {1, {{3, 3}, {3, 2}, {17, 16}}},
 };
 
 typedef std::vector<Int> Sides;
@@ -465,13 +481,14 @@ Shape draw_shape(Random &r, const Sides &cols) {
   }
 }
 
-// The calls that take a shape: all of them, if it has two factors.
+// The calls that take a shape: all of them, if it has two factors; gradients from two on.
 void add_cases(std::vector<Case> &cases, Int i, Int tokens, const Shape &s, Random &r) {
   const Int dtype = i % 4;
   cases.push_back({FORWARD, dtype, tokens, {s}});
   cases.push_back({FORWARD_ALONG, dtype, tokens, {s}});
-  if (s.sides.size() != 2) return;
+  if (s.sides.size() < 2) return;
   cases.push_back({BACKWARD, dtype, tokens, {s}});
+  if (s.sides.size() > 2) return;
   const Sides hidden = sides_of(s, &Side::rows);
   cases.push_back({FEED_FORWARD_BACKWARD, dtype, tokens, {s, draw_shape(r, hidden)}});
   const Sides others[] = {hidden, {hidden[1], hidden[0]}, {hidden[0] * hidden[1]}};
@@ -518,6 +535,8 @@ std::vector<Case> divided_cases() {
   for (int dtype = 0; dtype < 4; dtype++) {
     cases.push_back({FORWARD, dtype, 97, {{2, {{2, 1}, {128, 160}}}}, true});
     cases.push_back({FORWARD_ALONG, dtype, 30, {{2, {{2, 1}, {128, 160}}}}, true});
+    cases.push_back({FORWARD, dtype, 130, {{1, {{8, 8}, {8, 8}, {8, 8}}}}, true});
+    cases.push_back({BACKWARD, dtype, 130, {{1, {{8, 8}, {8, 8}, {8, 8}}}}, true});
     cases.push_back({BACKWARD, dtype, 97, {{2, {{2, 1}, {64, 96}}}}, true});
     cases.push_back({FEED_FORWARD, dtype, 97, {up, down}, true});
     cases.push_back({FEED_FORWARD_BACKWARD, dtype, 97, {up, down}, true});

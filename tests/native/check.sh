@@ -38,7 +38,7 @@ build() {
     tsan/*) ;;
     */x86_64* | */amd64*)
       cpu=-DKRON_HAS_X86
-      for part in kernels encoder; do
+      for part in kernels many encoder; do
         for type in float double; do
           echo "$widest $kernels -DKRON_ISA=avx512 -DKRON_TYPE=$type $avx512 $emulate_avx512 -c cpu/$part.cpp" \
             "-o $out/kernels/avx512_${type}_$part.o"
@@ -48,7 +48,7 @@ build() {
       done
       ;;
     esac
-    for part in kernels encoder; do
+    for part in kernels many encoder; do
       for type in float double; do
         echo "$flags $kernels $tiles $baseline -DKRON_ISA=portable -DKRON_TYPE=$type -c cpu/$part.cpp" \
           "-o $out/kernels/portable_${type}_$part.o"

@@ -93,7 +93,7 @@ def project(watched: Sequence[str] = MATH) -> list[Unit]:
         *map(Unit, launches),
         *(
             Unit(csrc / f"cpu/{part}.cpp", f"{portable} -DKRON_TYPE={type}", False)
-            for part in ("kernels", "encoder")
+            for part in ("kernels", "many", "encoder")
             for type in ("float", "double")
         ),
         Unit(csrc / "cpu/cpu.cpp", watched=False),
