@@ -41,23 +41,18 @@ def distil(student, minutes: float) -> None:
         ).train()
 
 
-low_rank = {  # by the end of a module's name; a sum of r columns times rows
-    "query": {"a_shape": [384, 1], "rank": 48},
-    "key": {"a_shape": [384, 1], "rank": 48},
-    "value": {"a_shape": [384, 1], "rank": 48},
-    "attention.output.dense": {"a_shape": [384, 1], "rank": 48},
-    "intermediate.dense": {"a_shape": [1536, 1], "rank": 64},
-    "output.dense": {"a_shape": [384, 1], "rank": 64},
+products = "kronecker-bert-8+low-rank-words"
+students = {  # all of one size
+    "the paper's, by weight": compress(teacher, "kronecker-bert-8"),
+    "products, by output": compress(teacher, products, calibration=batches(), sequential=True),
+    "low rank, by output": compress(
+        teacher, "kronecker-bert-8+low-rank", calibration=batches(), sequential=True
+    ),
 }
-students = {
-    "kronecker-bert-8, by weight": compress(teacher, "kronecker-bert-8"),
-    "kronecker-bert-8, by output": compress(teacher, "kronecker-bert-8", calibration=batches()),
-    "low rank, by output": compress(teacher, low_rank, calibration=batches()),
-}
-students["kronecker-bert-8, distilled"] = compress(
-    teacher, "kronecker-bert-8", calibration=batches(), sequential=True
+students["products, distilled"] = compress(
+    teacher, products, calibration=batches(), sequential=True
 )
-distil(students["kronecker-bert-8, distilled"], minutes=2 / 3)
+distil(students["products, distilled"], minutes=2 / 3)
 
 print(f"{'':30}{'parameters':>12}{'cosine':>8}{'ranking':>9}")
 for name, student in students.items():

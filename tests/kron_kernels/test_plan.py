@@ -347,7 +347,8 @@ def test_every_linear_layer_by_default_and_others_by_name():
     assert list(made.factors) == ["words", "layer.1.up"]
     table = plan(Net(), {"parameters": "1.1x"}, IDS, names=["words"]).factors["words"]
     ((a_shape, rank),) = [(t["a_shape"], t["rank"]) for t in table]
-    assert rank == 1 and a_shape[0] == WORDS and WIDTH % a_shape[1] == 0 and a_shape[1] < WIDTH
+    assert a_shape[0] == WORDS and WIDTH % a_shape[1] == 0
+    assert rank == 1 or a_shape[1] == 1  # a product, or low rank
     with pytest.raises(ValueError, match=r"names has 'layer.1.upp', .* nearest are layer.1.up,"):
         plan(net, {"error": 0.1}, IDS, names=["layer.1.upp"])
 
