@@ -39,9 +39,9 @@ def plan(
             ``kron_kernels.plan.plan``.
         budget: Limits for the compressed model: ``"parameters"``, ``"bytes"``, ``"flops"``,
             ``"latency"`` (milliseconds), ``"error"`` (the layers' mean relative squared error,
-            each weighed by what noise in it does to the model's output); as a number, as ``"8x"``
-            less than the dense model, or as ``"50%"`` of it. All hold together, and the first four
-            are measured at the end on a model built from the plan.
+            each weighed by what an error in it does to the model's output); as a number, as
+            ``"8x"`` less than the dense model, or as ``"50%"`` of it. All hold together, and the
+            first four are measured at the end on a model built from the plan.
         objective: What to minimise within the budget; ``"size"`` is parameters.
         batch: Sequences in the pass whose latency and FLOPs count.
         tokens: Tokens per sequence.

@@ -52,7 +52,7 @@ def plan(
             less or ``"50%"``. Of the whole module: ``"parameters"`` (tied ones once), ``"bytes"``
             of its safetensors file, ``"flops"`` and ``"latency"`` (milliseconds) of one forward
             pass of ``inputs``; and ``"error"``, the mean relative squared error of the layers, each
-            weighed by what noise in it does to the module's output. All limits hold together.
+            weighed by what an error in it does to the module's output. All limits hold together.
         inputs: Inputs to measure with: a tensor, a tuple of positional arguments or a mapping of
             keyword arguments. Latency and FLOPs are for their tokens, device and dtype, and for the
             threads and the autocast mode at the time of the call.

@@ -53,7 +53,7 @@ class Plan:
             module built from the plan: ``parameters``, ``bytes`` of its file, ``flops`` and
             ``latency`` (milliseconds) of a forward pass, the latter with ``"predicted"`` where
             layers were timed; and ``error``, the layers' mean relative squared error, each
-            layer weighed by what noise in it does to the module's output.
+            layer weighed by what an error in it does to the module's output.
         setting: Device, dtype, threads, versions and inputs of the measurement.
         budget: The budget given.
         objective: The objective given.
