@@ -340,13 +340,13 @@ def forms(study: Results, speed: Results) -> Figure:
     panels[0].set_ylabel("STS-B, Spearman, %")
     panels[0].set_title("Students of MiniLM of equal training, by size")
     panels[1].set_title("... and by time")
-    for kind, color in (("products", EIGHT), ("low rank", OTHER_COLOR), ("both", GREEN)):
-        panels[1].plot([], [], "o", color=color, label=kind)
-    panels[1].plot([], [], "o", color=DENSE_COLOR, label="dense layers")
-    panels[1].plot([], [], "o", color=INK, label="planned")
+    kinds = {"products": EIGHT, "low rank": OTHER_COLOR, "both": GREEN}
+    kinds |= {"dense layers": DENSE_COLOR, "planned": INK}
+    for kind, color in kinds.items():
+        panels[0].plot([], [], "o", color=color, label=kind)
     for size, marker in MARKERS.items():
-        panels[1].plot([], [], marker, color=LIGHT, label=size)
-    panels[1].legend(fontsize=7.5, loc="lower right")
+        panels[0].plot([], [], marker, color=LIGHT, label=size)
+    panels[0].legend(fontsize=7.5, loc="lower right")
     return signed(figure, speed["machine"])
 
 
