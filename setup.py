@@ -134,7 +134,7 @@ def cpu_kernels(cxx):
     is_x86 = output([*cxx, "-dumpmachine"]).startswith(("x86_64", "amd64"))
     sets = (X86 if is_x86 else {}) | {"portable": ""}
     command = host_command(cxx)
-    # The longest first: 18 files for x86, which take 67 s on one core.
+    # The longest first: 18 files for x86, which take 74 s on one core.
     units = {
         f"{isa}_{type}_{part}": [
             *(*command, *flags.split(), f"-DKRON_ISA={isa}", f"-DKRON_TYPE={type}"),
