@@ -81,15 +81,18 @@ def product_of(given: Linear) -> tuple[Tensor, Tensor, Tensor | None] | None:
 def linear(
     x: Tensor, given: Linear, residual: Tensor | None = None, activation: Any = None
 ) -> Tensor:
-    """``act(Σ_p x W_pᵀ + bias) + residual``; the last product adds all that it can."""
+    """``act(Σ_p x W_pᵀ + bias) + residual``; each product adds what comes before it."""
     *first, last = given.parts
+    if not first:
+        return _part(x, last, given.bias, activation, residual)
+    total = residual if activation is None else None
     for part in first:
-        y = _part(x, part, None, None, residual)
-        residual = y
-    if activation is not None and residual is not None:  # added before the activation
-        y = _part(x, last, given.bias, None, residual)
-        return _ACTIVATIONS[activation](y)
-    return _part(x, last, given.bias, activation, residual)
+        total = _part(x, part, None, None, total)
+    y = _part(x, last, given.bias, None, total)
+    if activation is None:
+        return y
+    y = _ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
 
 
 def _part(x: Tensor, part: Any, bias: Any, activation: Any, residual: Tensor | None) -> Tensor:

@@ -61,6 +61,10 @@ def run(
     attempt((TEACHER, "1x", 0), lambda done: protocol.teachers_row(data))
     for seed in seeds:
         for student in students():
+            if student.after and not protocol.folder_of(*student.after, seed, work).exists():
+                first_form = ", ".join(student.after)
+                machine.progress(f"study: {student.form} waits for {first_form} in {work}")
+                continue
 
             def work_on(done: Results, seed: int = seed, student: Any = student) -> Results:
                 first = done.get((student.form, student.size, 0), {})

@@ -163,6 +163,15 @@ def test_a_job_that_another_process_does_is_left_to_it(tmp_path):
         assert again
 
 
+def test_a_student_by_way_of_another_waits_for_it(small_study, tmp_path, monkeypatch, capsys):
+    late = next(s for s in forms.students() if s.after)
+    monkeypatch.setattr(study, "students", lambda: [late])
+    monkeypatch.setattr(protocol, "teachers_row", lambda _: {})
+    study.run(tmp_path / "study.json", 1, 1.0, small_study, tmp_path / "work", [0], None)
+    assert f"{late.form} waits for {forms.WORDS}, 8x" in capsys.readouterr().err
+    assert len(machine.read(tmp_path / "study.json")["rows"]) == 1
+
+
 def test_timing_without_the_study_names_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match="run `python -m benchmarks study` first"):
         study_speed.run(tmp_path / "study_speed.json", 1, 1.0)

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, DistilBertConfig, RobertaConfig
 
 import kroneckerbert
-from kron_kernels import dispatch
+from kron_kernels import dispatch, gpu_encoder
+from kron_kernels.encoder import Linear
 from kroneckerbert import KroneckerBertConfig, capture
 from kroneckerbert.serving import layer_by_layer
 
@@ -109,3 +110,20 @@ def test_a_layer_of_21x_is_five_launches(monkeypatch):
     attention = "_scaled_dot_product_flash_attention_for_cpu"
     expected = {"kron_matmul_kernel": 2, "feed_forward_kernel": 1, "native_layer_norm": 1}
     assert each == expected | {attention: 1}
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_activation_is_of_the_sum_and_the_residual_is_added_to_it(count, activation, residual):
+    torch.manual_seed(0)
+    x, y0 = torch.randn(5, 12).double(), torch.randn(5, 6).double() if residual else None
+    products = [(torch.randn(1, 2, 3).double(), torch.randn(1, 3, 4).double()) for _ in "ab"]
+    parts = [*products, (torch.randn(6, 12).double(),)][-count:]
+    bias = torch.randn(6).double()
+    w = sum(torch.kron(p[0][0], p[1][0]) if len(p) == 2 else p[0] for p in parts)
+    expected = x @ w.mT + bias
+    expected = expected if activation is None else torch.nn.functional.gelu(expected)
+    expected = expected if y0 is None else expected + y0
+    found = gpu_encoder.linear(x, Linear(parts, bias), y0, activation)
+    torch.testing.assert_close(found, expected)
