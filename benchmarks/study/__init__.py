@@ -67,7 +67,7 @@ def run(
                 continue
 
             def work_on(done: Results, seed: int = seed, student: Any = student) -> Results:
-                first = done.get((student.form, student.size, 0), {})
+                first = done.get((student.rate_of or student.form, student.size, 0), {})
                 return protocol.job(student, seed, first.get("rate"), data, work)
 
             attempt((student.form, student.size, seed), work_on)

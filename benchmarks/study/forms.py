@@ -25,6 +25,7 @@ class Student(NamedTuple):
     make: Make  # from the teacher and batches to calibrate on
     times: int = 1  # as many steps as the settings say
     after: tuple[str, str] | None = None  # form and size of the distilled student to start from
+    rate_of: str | None = None  # the form whose rate is used; by default it is searched for
 
 
 def by_weight(factors: str | Mapping[str, Any]) -> Make:
@@ -120,18 +121,19 @@ def students() -> list[Student]:
             LOW_RANK: data_aware(rank),
             MIXED: data_aware(f"{words}+low-rank-attention"),
             PLUS: product_plus_low_rank(preset),
-            "planned": planned(preset),
             PAPER: data_aware(preset),
             LOW_RANK + ", by weight": by_weight(rank),
             WORDS + ", random start": random_start(words),
         }
         makes |= {form: dense_layers(*args) for form, args in DENSE[size].items()}
+        makes["planned"] = planned(preset)
         found.append([Student(form, size, make) for form, make in makes.items()])
     longest = max(map(len, found))
     rows = [row[i] for i in range(longest) for row in found if i < len(row)]
     again = {student.form: student.make for student in rows if student.size == "21x"}
     for form in (WORDS, LOW_RANK):
-        rows.append(Student(f"{form}, 4 times the steps", "21x", again[form], times=4))
+        longer = Student(f"{form}, 4 times the steps", "21x", again[form], times=4, rate_of=form)
+        rows.append(longer)
     rows.append(Student(f"{WORDS}, by way of 8x", "21x", again[WORDS], after=(WORDS, "8x")))
     return rows
 

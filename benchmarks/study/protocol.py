@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,29 +92,24 @@ def made(student: Student, seed: int, lines: list[str], work: Path) -> PreTraine
 
 
 def distilled(
-    student: PreTrainedModel,
-    lines: list[str],
-    work: Path,
-    *,
-    rate: float,
-    steps: int,
-    warmup_steps: int,
-    seed: int,
+    start: PreTrainedModel, rate: float, times: int, seed: int, lines: list[str], work: Path
 ) -> PreTrainedModel:
+    """A student trained on the teacher's vectors, ``times`` as many steps as the settings say."""
+    student = copy.deepcopy(start)
+    about = SETTINGS["distillation"]
     rows = TextDataset(tokenizer(), lines, max_length=SETTINGS["texts"]["max_length"])
     config = DistillationConfig.until(
         str(work / "trainer"),
         stage="sentences",
-        steps=steps,
+        steps=times * about["steps"],
         learning_rate=rate,
-        warmup_steps=warmup_steps,
         seed=seed,
         teacher_cache=str(work / "teacher"),
         disable_tqdm=True,
-        logging_steps=steps,
+        logging_steps=times * about["steps"],
         report_to="none",
         use_cpu=True,
-        **SETTINGS["distillation"]["arguments"],
+        **about["arguments"],
     )
     trainer = DistillationTrainer(
         student, teacher(), config, train_dataset=rows, processing_class=tokenizer()
@@ -123,30 +120,35 @@ def distilled(
     return student.eval()
 
 
-def searched(
-    start: PreTrainedModel, seed: int, lines: list[str], data: Path, work: Path
-) -> dict[float, float]:
-    """Scores on pairs for development after a short training, by learning rate.
+def at_the_best_rate(
+    train: Callable[[float], PreTrainedModel], score: Callable[[PreTrainedModel], float]
+) -> tuple[PreTrainedModel, dict[float, float]]:
+    """The best of the students trained at several rates, and the scores by rate.
 
     Both neighbours of the best of these rates are among them, where it has two.
     """
-    search, found = SETTINGS["search"], {}
-    rates = search["rates"]
+    rates: list[float] = SETTINGS["rates"]
+    found: dict[float, float] = {}
+    best_student = None
 
-    def score(i: int) -> float:
-        rate = rates[i]
-        if rate not in found:
-            options = {"steps": search["steps"], "warmup_steps": search["warmup_steps"]}
-            model = distilled(copy.deepcopy(start), lines, work, rate=rate, seed=seed, **options)
-            found[rate] = pairs(model, table(data, DEVELOPMENT))
-        return found[rate]
+    def tried(i: int) -> float:
+        nonlocal best_student
+        if rates[i] not in found:
+            student = train(rates[i])
+            value = score(student)
+            value = -1.0 if math.isnan(value) else value  # all vectors the same: it collapsed
+            if best_student is None or value > max(found.values()):
+                best_student = student
+            found[rates[i]] = value
+        return found[rates[i]]
 
     best = len(rates) // 2
     while True:
         near = [i for i in (best, best - 1, best + 1) if 0 <= i < len(rates)]
-        best, before = max(near, key=score), best  # the first, if equal
+        best, before = max(near, key=tried), best  # the first, if equal
         if best == before:
-            return found
+            assert best_student is not None
+            return best_student, found
 
 
 def job(student: Student, seed: int, rate: float | None, data: Path, work: Path) -> dict[str, Any]:
@@ -156,15 +158,19 @@ def job(student: Student, seed: int, rate: float | None, data: Path, work: Path)
     start = made(student, seed, lines, work)
     row: dict[str, Any] = {"minutes_of_start": (time.process_time() - begin) / 60}
     row |= {"start": pairs(start, table(data, DEVELOPMENT))}
+
+    def train(rate: float) -> PreTrainedModel:
+        return distilled(start, rate, student.times, seed, lines, work)
+
     if rate is None:
-        row["searched"] = searched(start, seed, lines, data, work)
+        model, row["searched"] = at_the_best_rate(
+            train, lambda model: pairs(model, table(data, DEVELOPMENT))
+        )
         rate = max(row["searched"], key=row["searched"].__getitem__)
-    about = SETTINGS["distillation"]
-    steps = student.times * about["steps"]
-    options = {"steps": steps, "warmup_steps": about["warmup_steps"]}
-    model = distilled(start, lines, work, rate=rate, seed=seed, **options)
-    row |= {"rate": rate, "steps": steps, "development": pairs(model, table(data, DEVELOPMENT))}
-    row |= {"scores": scores(model, data)}
+    else:
+        model = train(rate)
+    row |= {"rate": rate, "steps": student.times * SETTINGS["distillation"]["steps"]}
+    row |= {"development": pairs(model, table(data, DEVELOPMENT)), "scores": scores(model, data)}
     int8 = quantize(model)
     row |= {"int8": pairs(int8, table(data, "stsb_test")), "bytes": model_bytes(int8)}
     row |= {"parameters": model.num_parameters(), "layers": model.config.num_hidden_layers}

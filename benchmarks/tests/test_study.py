@@ -55,13 +55,10 @@ def test_shallow_students_have_the_teachers_first_layers():
 @pytest.mark.parametrize(
     ("best", "tried"), [(3, {2, 3, 4}), (6, {2, 3, 4, 5, 6}), (0, {0, 1, 2, 3, 4})]
 )
-def test_the_best_rate_has_worse_neighbours_or_is_the_last(monkeypatch, tmp_path, best, tried):
-    rates = protocol.SETTINGS["search"]["rates"]
-    monkeypatch.setattr(protocol, "distilled", lambda start, *_, rate, **__: rates.index(rate))
-    monkeypatch.setattr(protocol, "pairs", lambda at, _: -abs(at - best))
-    monkeypatch.setattr(protocol, "table", lambda *_: None)
-    found = protocol.searched(torch.nn.Identity(), 0, [], tmp_path, tmp_path)
-    assert max(found, key=found.__getitem__) == rates[best]
+def test_the_best_rate_has_worse_neighbours_or_is_the_last(best, tried):
+    rates = protocol.SETTINGS["rates"]
+    student, found = protocol.at_the_best_rate(rates.index, lambda at: -abs(at - best))
+    assert student == best and max(found, key=found.__getitem__) == rates[best]
     assert {rates.index(rate) for rate in found} == tried
 
 
@@ -77,9 +74,9 @@ def small_study(tmp_path, monkeypatch):
     settings = json.loads(json.dumps(protocol.SETTINGS))
     settings["texts"] |= {"files": {"some.txt.gz": {}}, "count": 60}
     settings["calibration"] = 20
-    settings["search"] |= {"steps": 2, "warmup_steps": 1}
-    settings["distillation"] |= {"steps": 3, "warmup_steps": 1}
-    settings["distillation"]["arguments"] |= {"per_device_train_batch_size": 8}
+    settings["distillation"]["steps"] = 3
+    small = {"per_device_train_batch_size": 8, "warmup_steps": 1}
+    settings["distillation"]["arguments"] |= small
     monkeypatch.setattr(protocol, "SETTINGS", settings)
     draw = random.Random(0)
 
