@@ -169,6 +169,7 @@ class Planner:
         if self.timed:
             self.log("timing dense layers")
             self.clock.measure((t, ()) for t in self.targets)
+        self._protect_tables()
         allowed, given_up = dict(self.limits), False
         best: Choice | None = None
         measured: dict[tuple, dict[str, float]] = {}
@@ -212,6 +213,26 @@ class Planner:
         return actual["latency"] > 0.93 * self.limits["latency"]
 
     # Choosing
+
+    def _protect_tables(self) -> None:
+        """Compress no table more than the whole, if the budget can be met so.
+
+        Later layers can make up for one another's errors, but not for what a table has dropped. By
+        errors alone MiniLM's words got rank 11 of a budget of 1.44 M parameters; with rank 23 the
+        student's STS-B was 0.73 instead of 0.60 at the start, 0.76 instead of 0.69 after training.
+        """
+        sizes = self.limits.keys() & {"parameters", "bytes"}
+        if not sizes:
+            return
+        before = [t.candidates for t in self.targets]
+        share = min(self.limits[k] / self.dense[k] for k in sizes)
+        for t in self.targets:
+            if t.is_table and not t.decided:
+                least = share * t.dense.parameters
+                t.candidates = [c for c in t.candidates if c.parameters >= least]
+        if self._solve(self.limits) is None:
+            for t, candidates in zip(self.targets, before, strict=True):
+                t.candidates = candidates
 
     def _choose(self, allowed: Mapping[str, float]) -> Choice | None:
         """The best choice within these limits, all timed if times matter; None without a choice."""

@@ -360,6 +360,23 @@ def test_the_error_of_a_table_is_that_of_the_nearest_one():
     assert made.layers[0].error == pytest.approx(weight_error(net.words.weight, entry), rel=1e-3)
 
 
+def test_a_table_is_not_compressed_more_than_the_whole_unless_it_has_to_be():
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        net.words.weight[:, 1:] *= 1e-2  # nearly of rank 1: by errors, all else needs more
+    names = ["words", "up", "down", "head", "unused"]
+    found = plan(net, {"parameters": "2x"}, IDS, names=names)
+    words = next(row for row in found.layers if row.path == "words")
+    assert words.parameters >= words.parameters_dense / 2
+    assert words.parameters < words.parameters_dense
+    # Layers kept dense leave no room for it.
+    kept = dict.fromkeys(["up", "down"])
+    size = sum(p.numel() for p in net.parameters()) - WORDS * WIDTH + 100
+    found = plan(net, {"parameters": size}, IDS, names=names, layers=kept)
+    assert next(row for row in found.layers if row.path == "words").parameters <= 100
+
+
 def test_decisions_are_kept_and_the_longest_name_decides():
     net, term = Net(), {"a_shape": [4, 2], "rank": 2}
     layers = {"up": term, "layer.1.up": None, "head": [{"a_shape": (2, 4)}, {"a_shape": [6, 1]}]}
