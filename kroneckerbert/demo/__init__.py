@@ -31,7 +31,10 @@ from kroneckerbert.evaluation import embedding_similarity
 from kroneckerbert.files import replace_folder
 from kroneckerbert.loading import load, load_tokenizer
 
-PRESETS = ("kronecker-bert-8", "kronecker-bert-21")
+PRESETS = {
+    "8x": "kronecker-bert-8+low-rank-words",
+    "21x": "kronecker-bert-21+low-rank-words",
+}
 BATCHES = (1, 32)
 TOKENS = 128  # per sequence, when timed
 SENTENCE = 24  # tokens of a sentence, where ready students are timed
@@ -62,7 +65,7 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
     """Show the ready students; compress, distil, measure and save new ones to ``output``.
 
     Args:
-        output: Folder for one model per preset, ``results.json`` and ``tradeoff.png``. An earlier
+        output: Folder for a model of each size, ``results.json`` and ``tradeoff.png``. An earlier
             demo's output is replaced as a whole at the end, and kept if anything fails before.
         minutes: Distillation time for each student; 0 skips distillation. Below 1, calibration,
             evaluation and timing are shortened as well.
@@ -98,8 +101,8 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
         asked = embed(teacher, tokenizer, QUERIES)
         ready = _first_look(console, teacher, held_out, targets, asked, seconds / 10)
         models, before, after = {"teacher": teacher}, {}, {}
-        for preset in PRESETS:
-            console.rule(preset)
+        for name, preset in PRESETS.items():
+            console.rule(f"{name}: {preset}")
             console.print(
                 "Compressing: each layer nearest in its output, on what those before give"
             )
@@ -114,17 +117,17 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
             def similarity(student: PreTrainedModel = student) -> dict[str, float]:
                 return embedding_similarity(embed(student, tokenizer, held_out), targets)
 
-            before[preset] = after[preset] = similarity()
+            before[name] = after[name] = similarity()
             size = measure.parameters(student)
-            console.print(f"{size:,} parameters, {_described(before[preset])}")
+            console.print(f"{size:,} parameters, {_described(before[name])}")
             if dataset is not None:
                 console.print(f"Distilling for {minutes:g} minutes")
                 _distil(student, teacher, tokenizer, dataset, minutes, seed)
-                after[preset] = similarity()
-                console.print(f"After distillation: {_described(after[preset])}")
-            models[preset] = student.eval()
-            student.save_pretrained(folder / preset)
-            tokenizer.save_pretrained(folder / preset)
+                after[name] = similarity()
+                console.print(f"After distillation: {_described(after[name])}")
+            models[name] = student.eval()
+            student.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
 
         console.rule("measuring")
         times = {batch: measure.latency(models, batch, TOKENS, seconds) for batch in BATCHES}
@@ -155,9 +158,9 @@ def run(output: Path, minutes: float = 4.0, seed: int = 0) -> list[Result]:
     if not minutes:
         console.print("Without distillation these students are only a start; try --minutes 4.")
     console.print(
-        f"Saved to {output}: a model per preset, results.json, tradeoff.png. To load one:\n"
+        f"Saved to {output}: a model of each size, results.json, tradeoff.png. To load one:\n"
         "  import kroneckerbert; from transformers import AutoModel\n"
-        f"  model = AutoModel.from_pretrained({str(Path(output) / PRESETS[0])!r})",
+        f"  model = AutoModel.from_pretrained({str(Path(output) / next(iter(PRESETS)))!r})",
     )
     return results
 
@@ -311,8 +314,7 @@ def _draw(results: list[Result], setting: dict, path: Path) -> None:
     speed.legend()
     for axes in (quality, speed):
         axes.set(xlabel="parameters, millions", xscale="log", xticks=sizes)
-        names = [r.name.replace("kronecker-bert-", "preset ") for r in results]
-        axes.set_xticklabels([f"{n}\n{s:.1f}" for n, s in zip(names, sizes, strict=True)])
+        axes.set_xticklabels([f"{r.name}\n{s:.1f}" for r, s in zip(results, sizes, strict=True)])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.suptitle(
