@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PreTrainedModel
 
 from benchmarks import machine, openvino_int8
 from benchmarks.openvino_int8 import Feeds
@@ -131,6 +132,24 @@ def session(model: nn.Module, folder: Path, way: str, threads: int) -> Call:
     times = interleaved({name: partial(run, random[0]) for name, run in versions.items()}, 3.0)
     fastest = versions[min(times, key=lambda name: times[name].median)]
     return lambda ids, mask=None: fastest(feeds(ids, mask))
+
+
+class InRuntime(nn.Module):
+    """A dense encoder in int8 in ONNX Runtime, to be called like the encoder."""
+
+    def __init__(self, encoder: PreTrainedModel, folder: Path, threads: int) -> None:
+        super().__init__()
+        self.run = session(encoder, folder, "onnxruntime int8", threads)
+        self.bytes = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+        self.config, self.device = encoder.config, encoder.device
+
+    @property
+    def base_model(self) -> Self:
+        return self
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Tensor) -> Any:
+        states, *_ = self.run(input_ids, attention_mask)
+        return SimpleNamespace(last_hidden_state=torch.from_numpy(states))
 
 
 def onnxruntime_versions(file: Path, threads: int) -> dict[str, Callable[[Feeds], Any]]:

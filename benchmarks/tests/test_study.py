@@ -133,6 +133,7 @@ def test_jobs_are_done_once_counted_timed_and_shown(small_study, tmp_path, monke
     monkeypatch.setattr(study_speed, "SECONDS", 0.01)
     monkeypatch.setattr(study_speed, "TOKENS", 8)
     monkeypatch.setattr(study_speed.AutoModel, "from_pretrained", lambda _: protocol.teacher())
+    monkeypatch.setattr(study_speed, "InRuntime", lambda teacher, *_: teacher)
     monkeypatch.setattr(
         study_speed.torch, "randint", lambda low, high, size: torch.ones(size).long()
     )
