@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
@@ -45,6 +45,23 @@ def test_low_rank_has_the_students_words_and_as_many_entries_as_whole_ranks_allo
         assert term["a_shape"] == [rows, 1]
         a, b = of_preset.m1 * of_preset.n1, of_preset.m2 * of_preset.n2
         assert term["rank"] == (a + b) // (rows + columns) > 0
+
+
+def test_an_encoder_in_onnx_runtime_is_called_like_the_encoder(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    teacher = BertModel(SMALL).eval()
+    runtime = contenders.InRuntime(teacher, tmp_path, 1)
+    parameters = sum(p.numel() for p in teacher.parameters())
+    assert parameters < runtime.bytes < 2 * parameters  # a byte each, and the graph
+    ids, mask = torch.randint(1, 30000, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    with torch.inference_mode():
+        expected = teacher(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        found = runtime(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+    assert torch.cosine_similarity(found, expected, -1).min() > 0.95
+    assert runtime.base_model is runtime and runtime.config is teacher.config
 
 
 def test_all_ways_of_a_student_compute_the_same_but_low_rank():
