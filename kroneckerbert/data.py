@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import warnings
 import zlib
 from collections.abc import Collection, Iterator, Sequence
@@ -143,7 +144,7 @@ def batches_by_length(
     return DataLoader(Subset(dataset, order), batch_size, collate_fn=collate), order
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: str | os.PathLike) -> list[str]:
     """The texts of a UTF-8 file, one per line, without blank lines and spaces around them.
 
     Args:
@@ -159,7 +160,7 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def is_table(path: Path) -> bool:
+def is_table(path: str | os.PathLike) -> bool:
     """Whether a file is a labelled table: its first non-blank line has a tab.
 
     Commands read ``--data`` and ``--calibration`` as a table then, as plain text otherwise.
@@ -174,7 +175,7 @@ def is_table(path: Path) -> bool:
     return any("\t" in line for _, line in [next(numbered_lines(path), (0, ""))])
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: str | os.PathLike) -> Table:
     """A tab-separated UTF-8 table with the columns label, text and, optionally, a second text.
 
     A first line whose first field is ``label`` is a header and skipped, like blank lines and rows
@@ -236,8 +237,8 @@ def label_targets(
             classes; ``num_labels = 1`` means a regression.
 
     Returns:
-        Floats for a regression, else integers in ``[0, num_labels)``: words by ``label2id``,
-        numbers as they are.
+        Floats for a regression, else integers in ``[0, num_labels)``, where words are looked up in
+        ``label2id``.
 
     Raises:
         ValueError: If the model lacks one of the labels, or is a regression and they are words.
@@ -264,7 +265,7 @@ def label_targets(
     return [config.label2id[label] if kind is str else int(label) for label in labels]
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
     """Non-blank lines with their numbers in the file, from 1."""
     with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
         number = 0
@@ -287,7 +288,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _labels(
-    path: Path, numbers: Sequence[int], fields: Sequence[str]
+    path: str | os.PathLike, numbers: Sequence[int], fields: Sequence[str]
 ) -> list[int] | list[float] | list[str]:
     found = [_number(field) for field in fields]
     values = [value for value in found if value is not None]

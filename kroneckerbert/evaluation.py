@@ -42,9 +42,9 @@ def evaluate(
         batch_size: Rows per forward pass, batched by length.
 
     Returns:
-        Shares and correlations, not per cent. Of a classifier: ``accuracy``, ``f1`` (of label 1 if
+        Shares and correlations, not per cent. A classifier has ``accuracy``, ``f1`` (of label 1 if
         there are two labels, else the mean over labels) and ``matthews``, the correlation of
-        predicted and true labels. Of a regression or of similarities: the correlations ``pearson``
+        predicted and true labels. Regressions and similarities have the correlations ``pearson``
         and ``spearman``, NaN if predictions or labels are constant.
 
     Raises:
