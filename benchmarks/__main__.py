@@ -48,7 +48,12 @@ Teachers = Annotated[
     list[str], typer.Argument(metavar="NAME=FOLDER...", help="Sentence encoders with tokenizers.")
 ]
 Data = Annotated[
-    Path, typer.Option(exists=True, file_okay=False, help="Folder with the tasks' tables and text.")
+    Path,
+    typer.Option(
+        exists=True,
+        file_okay=False,
+        help="Folder with the tasks' tables and text: docs/benchmarks.md, Data, has their names.",
+    ),
 ]
 Folder = Annotated[Path, typer.Argument(help="Of results, as JSON.")]
 
@@ -170,13 +175,25 @@ def starts(
 @app.command()
 def study(
     data: Data,
-    work: Annotated[Path, typer.Option(help="Folder of the jobs.")] = Path("build/study"),
+    work: Annotated[
+        Path, typer.Option(help="Folder for locks, the text, the teacher's vectors and students.")
+    ] = Path("build/study"),
     seeds: Annotated[list[int], number(int, "Of the jobs; repeatable.", 0)] = [0],  # noqa: B006
-    only: Annotated[str | None, typer.Option(help="A part of a job's name.")] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Only jobs with this in their name, 'FORM, SIZE, SEED', with FORM and SIZE as in "
+            "the tables: 'low-rank words, 21x, 0' is one row, 'teacher' another."
+        ),
+    ] = None,
     threads: Threads = 1,
     to: To = HERE,
 ) -> None:
-    """Forms of students compared after distillation; hours. Start it once for each core."""
+    """Forms of students compared after distillation; hours. Start it once for each core.
+
+    A job whose row is in the results is not repeated, so give a folder without them to reproduce a
+    row. `report FOLDER` prints what there is.
+    """
     measure("study", threads, False, to, data=data, work=work, seeds=seeds, only=only)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import warnings
 import zlib
 from collections.abc import Collection, Iterator, Sequence
@@ -16,12 +17,21 @@ from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTo
 
 from kron_kernels.shapes import check_integer
 
+__all__ = [
+    "Table",
+    "TextDataset",
+    "batches_by_length",
+    "is_table",
+    "label_targets",
+    "read_lines",
+    "read_table",
+]
 _TOKENISED = 1000  # texts at a time: a tokenizer's own rows take ten times the memory of the ids
 
 
 @dataclass(frozen=True)
 class Table:
-    """Labelled texts; all columns have one entry per row.
+    """Labelled texts; all columns have one entry per row, and ``len`` is the number of rows.
 
     Args:
         labels: All integers, all floats or all strings.
@@ -42,16 +52,24 @@ class TextDataset(Dataset):
 
     ``Trainer(..., processing_class=tokenizer)`` pads each batch to its longest text;
     ``train_sampling_strategy="group_by_length"`` in its arguments keeps the padding short.
+    A row is a dictionary of ``input_ids``, for pairs also ``token_type_ids`` if the tokenizer has a
+    separator, and ``labels`` if there are any. All rows are tokenised at once, in memory.
 
     Args:
         tokenizer: A fast tokenizer.
         texts: The first, or only, text of each row.
-        texts_b: The second texts, if any.
-        labels: One per row, integers for a classifier and floats for a regression, if any.
-        max_length: Tokens, special ones included, to which rows are truncated.
+        texts_b: The second text of each row, or None.
+        labels: One number per row, see ``label_targets``: integers for a classifier, floats for a
+            regression. None for text without labels.
+        max_length: Tokens, special ones included, to which rows are truncated; of a pair both texts
+            together.
+
+    Attributes:
+        columns: Lists by name, with one entry per row.
 
     Raises:
-        ValueError: If ``max_length`` is not a positive integer.
+        ValueError: If ``max_length`` is not a positive integer, a column has another length than
+            ``texts``, or labels are not numbers.
     """
 
     def __init__(
@@ -63,6 +81,15 @@ class TextDataset(Dataset):
         max_length: int = 128,
     ):
         check_integer("max_length", max_length)
+        for name, column in {"texts_b": texts_b, "labels": labels}.items():
+            if column is not None and len(column) != len(texts):
+                raise ValueError(
+                    f"{name} must have one entry for each text, got {len(column)} for {len(texts)}."
+                )
+        if labels is not None and any(isinstance(label, str) for label in labels):
+            raise ValueError(
+                "labels must be numbers, got words; pass label_targets(labels, model.config)."
+            )
         self.columns: dict[str, list] = {"input_ids": []}
         for start in range(0, len(texts), _TOKENISED):
             part = slice(start, start + _TOKENISED)
@@ -98,6 +125,16 @@ def batches_by_length(
 ) -> tuple[DataLoader, list[int]]:
     """Padded batches of rows of similar length, and the indices of the rows in this order.
 
+    Args:
+        dataset: Rows as in ``TextDataset``.
+        lengths: The number of tokens of each row.
+        tokenizer: It pads each batch to its longest row.
+        batch_size: Rows of a batch.
+
+    Returns:
+        The batches, from long rows to short ones; and, for every row in the order of the batches,
+        its index in ``dataset``.
+
     Raises:
         ValueError: If ``batch_size`` is not a positive integer.
     """
@@ -107,8 +144,8 @@ def batches_by_length(
     return DataLoader(Subset(dataset, order), batch_size, collate_fn=collate), order
 
 
-def read_lines(path: Path) -> list[str]:
-    """The texts of a UTF-8 file, one per line, without blank lines.
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The texts of a UTF-8 file, one per line, without blank lines and spaces around them.
 
     Args:
         path: Plain, or compressed if it ends in ``.gz``.
@@ -123,16 +160,22 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def is_table(path: Path) -> bool:
+def is_table(path: str | os.PathLike) -> bool:
     """Whether a file is a labelled table: its first non-blank line has a tab.
 
+    Commands read ``--data`` and ``--calibration`` as a table then, as plain text otherwise.
+
+    Args:
+        path: Plain, or compressed if it ends in ``.gz``.
+
     Raises:
-        ValueError, OSError: As ``read_lines``.
+        ValueError: If that line is not UTF-8.
+        OSError: If the file cannot be read or decompressed.
     """
     return any("\t" in line for _, line in [next(numbered_lines(path), (0, ""))])
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: str | os.PathLike) -> Table:
     """A tab-separated UTF-8 table with the columns label, text and, optionally, a second text.
 
     A first line whose first field is ``label`` is a header and skipped, like blank lines and rows
@@ -186,18 +229,19 @@ def read_table(path: Path) -> Table:
 def label_targets(
     labels: list[int] | list[float] | list[str], config: PreTrainedConfig
 ) -> list[int] | list[float]:
-    """Training targets for a model with this configuration.
+    """A table's labels as the numbers that a model is trained on.
 
     Args:
         labels: As in a ``Table``.
-        config: The configuration of a model for sequence classification; one label means a
-            regression.
+        config: The configuration of a model for sequence classification. ``label2id`` has its
+            classes; ``num_labels = 1`` means a regression.
 
     Returns:
-        Floats for a regression; else integers in ``[0, num_labels)``, strings by ``label2id``.
+        Floats for a regression, else integers in ``[0, num_labels)``, where words are looked up in
+        ``label2id``.
 
     Raises:
-        ValueError: If the model lacks one of the labels.
+        ValueError: If the model lacks one of the labels, or is a regression and they are words.
     """
     kind = type(labels[0])
     if config.num_labels == 1:
@@ -221,7 +265,7 @@ def label_targets(
     return [config.label2id[label] if kind is str else int(label) for label in labels]
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
     """Non-blank lines with their numbers in the file, from 1."""
     with gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb") as file:
         number = 0
@@ -244,7 +288,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _labels(
-    path: Path, numbers: Sequence[int], fields: Sequence[str]
+    path: str | os.PathLike, numbers: Sequence[int], fields: Sequence[str]
 ) -> list[int] | list[float] | list[str]:
     found = [_number(field) for field in fields]
     values = [value for value in found if value is not None]

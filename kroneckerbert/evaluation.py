@@ -21,6 +21,7 @@ from kroneckerbert.data import Table, TextDataset, batches_by_length, label_targ
 from kroneckerbert.loading import is_sentence_transformer
 from kroneckerbert.modeling_kroneckerbert import embed, max_tokens
 
+__all__ = ["Program", "classifies_sequences", "embedding_similarity", "evaluate", "similarity"]
 _PAIRS = 4000  # the standard error of a Spearman correlation is then below 0.02
 
 
@@ -41,9 +42,10 @@ def evaluate(
         batch_size: Rows per forward pass, batched by length.
 
     Returns:
-        Of a classifier: ``accuracy``, ``f1`` (of label 1 if there are two labels, else the mean
-        over labels) and ``matthews``. Of a regression or of similarities: the correlations
-        ``pearson`` and ``spearman``, NaN if predictions or labels are constant.
+        Shares and correlations, not per cent. A classifier has ``accuracy``, ``f1`` (of label 1 if
+        there are two labels, else the mean over labels) and ``matthews``, the correlation of
+        predicted and true labels. Regressions and similarities have the correlations ``pearson``
+        and ``spearman``, NaN if predictions or labels are constant.
 
     Raises:
         ValueError: If the model lacks a label, or it has no head and the table is not numbers
@@ -93,7 +95,11 @@ def _vectors(
 
 
 def classifies_sequences(model: PreTrainedModel) -> bool:
-    """Whether the model has transformers' head for sequence classification."""
+    """Whether ``evaluate`` uses the model's own head: transformers' for sequence classification.
+
+    Args:
+        model: Any transformer, dense or Kronecker, or a ``Program``.
+    """
     name = model.class_name if isinstance(model, Program) else type(model).__name__
     return name.endswith("ForSequenceClassification")
 
@@ -102,10 +108,13 @@ class Program(nn.Module):
     """An exported model with what is asked of a model here: it is evaluated like one.
 
     Args:
-        folder: Written by ``kroneckerbert.export``.
+        folder: Written by ``kroneckerbert.export``, in a format that needs no trust: ONNX or
+            OpenVINO.
 
     Raises:
-        OSError, ImportError, ValueError: As ``kroneckerbert.load_exported``.
+        OSError: If a file is missing or damaged.
+        ImportError: If the runtime is not installed.
+        ValueError: If the format runs code on loading (``torch_export``, ``aoti``).
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -175,6 +184,9 @@ def embedding_similarity(students: Tensor, teachers: Tensor) -> dict[str, float]
     Args:
         students: Unit vectors ``(sentences, hidden_size)``, float32.
         teachers: The teacher's for the same sentences, likewise.
+
+    Returns:
+        ``cosine`` and ``ranking``, as of ``similarity``.
     """
     n = len(students)
     generator = torch.Generator().manual_seed(0)

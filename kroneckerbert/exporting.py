@@ -187,7 +187,7 @@ def export(
     """
     if format not in get_args(Format):
         raise ValueError(f"format = {format!r} must be one of {', '.join(get_args(Format))}.")
-    _check_packages(format)
+    check_packages(format)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"cannot export a {type(model).__name__}, only a PreTrainedModel; of a model with "
@@ -282,7 +282,7 @@ def load_exported(
             raise ValueError(f"export_format is {format!r}")
     except ValueError as error:
         raise _unreadable(path / "export.json", error) from error
-    _check_packages(format)
+    check_packages(format)
     # transformers refuses them as well from 5.24 on.
     if format in _RUN_CODE and not trust_remote_code:
         raise ValueError(
@@ -313,7 +313,8 @@ def _unreadable(path: Path, error: Exception) -> OSError:
     )
 
 
-def _check_packages(format: str) -> None:
+def check_packages(format: str) -> None:
+    """Raise an ImportError that names the extra, if a package of this format is missing."""
     missing = [name for name in _PACKAGES.get(format, ()) if find_spec(name) is None]
     if missing:
         raise ImportError(

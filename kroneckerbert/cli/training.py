@@ -79,7 +79,11 @@ def distill(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        number(float, "Peak value; 1e-3, and 1e-4 for a task, if unset.", above=True),
+        number(
+            float,
+            "Peak value; 1e-3, and 1e-4 for a task, if unset; short runs need less.",
+            above=True,
+        ),
     ] = None,
     max_length: Annotated[
         int | None, number(int, "Tokens kept of each text; 128 if unset.", 3)

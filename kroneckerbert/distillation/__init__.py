@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kroneckerbert.distillation.config import SENTENCES as SENTENCES
     from kroneckerbert.distillation.config import DistillationConfig as DistillationConfig
+    from kroneckerbert.distillation.heads import with_head_of as with_head_of
     from kroneckerbert.distillation.scores import attention_scores as attention_scores
     from kroneckerbert.distillation.terms import TERMS as TERMS
     from kroneckerbert.distillation.terms import distillation_terms as distillation_terms
@@ -24,6 +25,7 @@ _MODULES = {  # imported on first use: the command line needs signals.py without
     "DistillationTrainer": "trainer",
     "attention_scores": "scores",
     "distillation_terms": "terms",
+    "with_head_of": "heads",
 }
 __all__ = sorted(_MODULES)
 

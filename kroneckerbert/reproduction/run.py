@@ -107,6 +107,10 @@ class _TaskRun(Steps):
     def run(self) -> dict[str, Any]:
         recipe, stage1 = self.recipe, self.recipe.stage1
         self._check()
+        if (program := recipe.deployment.export) is not None:  # now, not after the training
+            from kroneckerbert.exporting import check_packages
+
+            check_packages(program)
         self.tasks = TASKS | {
             name: own_task(name, task.train, task.test, task.metric, self.data or ".")
             for name, task in recipe.tasks.items()

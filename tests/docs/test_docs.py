@@ -26,7 +26,10 @@ OURS = ("kron_kernels", "kroneckerbert", "benchmarks")
 APPS = {"kroneckerbert": "kroneckerbert.cli.app", "benchmarks": "benchmarks.__main__"}
 EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))
 # Pages whose code takes more than five seconds on one core; so does every example.
-SLOW = {"README.md", "docs/deploying.md", "docs/kroneckerbert.md", "docs/training.md"}
+SLOW = {
+    "README.md",
+    *(f"docs/{page}.md" for page in ("deploying", "kroneckerbert", "own-models", "training")),
+}
 WORDS = [*map(str, range(10)), *"abcdefghijklmnopqrstuvwxyz", "text", "this", "is", "and", "that"]
 
 FENCE = re.compile(r"^( *)```+ *(\w*)[^\n]*\n(.*?)^\1```+ *$", re.M | re.S)
@@ -100,6 +103,9 @@ def names(tmp_path, monkeypatch) -> dict:
     for file in ("texts.txt", "one-text-a-line.txt"):
         (tmp_path / file).write_text("\n".join(texts))
         (tmp_path / f"{file}.gz").write_bytes(gzip.compress("\n".join(texts).encode()))
+    for file, rows in (("train.tsv", texts), ("test.tsv", texts[::3])):
+        labelled = (f"{'long' if len(text) > 18 else 'short'}\t{text}\n" for text in rows)
+        (tmp_path / file).write_text("".join(labelled))
     return {
         "__name__": "__main__",
         "teacher": teacher,
@@ -270,7 +276,13 @@ def test_extras_exist():
 # --- the site
 
 
-@pytest.mark.parametrize("package", ["kron_kernels", "kroneckerbert", "kroneckerbert.distillation"])
+@pytest.mark.parametrize(
+    "package",
+    [
+        *("kron_kernels", "kroneckerbert"),
+        *(f"kroneckerbert.{name}" for name in ("distillation", "data", "evaluation")),
+    ],
+)
 def test_every_public_name_is_in_the_api(package):
     pytest.importorskip("transformers")
     page = (ROOT / f"docs/api/{package.removeprefix('kroneckerbert.')}.md").read_text("utf-8")

@@ -121,6 +121,12 @@ def test_rows_are_tokenised_with_their_labels_and_truncated(tokenizer):
     for length in (0, -1, 8.0, True):
         with pytest.raises(ValueError, match=f"max_length = {length} must be an integer of at lea"):
             TextDataset(tokenizer, ["a"], max_length=length)
+    with pytest.raises(ValueError, match="texts_b must have one entry for each text, got 1 for 2"):
+        TextDataset(tokenizer, ["a", "film"], ["good"])
+    with pytest.raises(ValueError, match="labels must have one entry for each text, got 3 for 2"):
+        TextDataset(tokenizer, ["a", "film"], labels=[0, 1, 0])
+    with pytest.raises(ValueError, match=r"must be numbers, got words; pass label_targets"):
+        TextDataset(tokenizer, ["a"], labels=["LOC"])
 
 
 def test_trainer_pads_masks_and_groups_rows_by_length(tmp_path, tokenizer):

@@ -368,6 +368,12 @@ def test_a_term_that_is_nearly_all_of_the_loss_is_named_once(tmp_path):
     assert len([w for w in seen if "of the loss" in str(w.message)]) == 1
 
 
+def test_a_warm_up_as_long_as_the_run_is_named(tmp_path):
+    run = trainer(tmp_path, bert(seed=1), bert(), max_steps=2, warmup_steps=2)
+    with pytest.warns(UserWarning, match="warm-up of 2 steps does not end in these 2"):
+        run.train()
+
+
 def test_core_hours_go_on_in_a_resumed_run(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     trainer(tmp_path, bert(seed=1), bert(), **options).train()

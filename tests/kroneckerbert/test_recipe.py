@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from commands import save, succeeds
+from commands import fails, save, succeeds
 from safetensors.torch import load_file
 from tiny import WORDS, exporting, tiny_tokenizer
 from transformers import BertForPreTraining, Trainer, TrainingArguments
@@ -228,6 +228,13 @@ def test_a_task_of_ones_own_is_taught_distilled_quantised_and_scored(own, vector
     # The teacher's folder is a sentence encoder's; a classifier's is not.
     assert (tmp_path / "start" / "modules.json").exists()
     assert not (tmp_path / "int8" / "my_train" / "seed-0" / "modules.json").exists()
+
+
+def test_a_missing_exporter_is_named_before_anything_is_trained(own, monkeypatch, tmp_path):
+    monkeypatch.setitem(exporting()._PACKAGES, "onnx", ("no_such_exporter",))
+    message = fails(*own, "--output", tmp_path)
+    assert "needs no_such_exporter: pip install 'kron-kernels[onnx]'" in message
+    assert not (tmp_path / "start").exists()
 
 
 @pytest.mark.slow
