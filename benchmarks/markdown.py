@@ -117,7 +117,7 @@ def of_int8(results: dict[str, Any]) -> str:
 
 def of_study_speed(results: dict[str, Any], size: str) -> str:
     """FLOPs and milliseconds of the study's students of one size, and of the teacher."""
-    rows = [row for row in results["rows"] if row["size"] in ("1x", size)]
+    rows = study.in_order(results["rows"], size)
     kinds = [*rows[0]["ms"]]
     body = [
         [row["form"], f"{row['flops'] / 1e6:.0f}", *(f"{row['ms'][kind]:.2f}" for kind in kinds)]

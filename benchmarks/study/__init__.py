@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,18 @@ def key_of(row: Results) -> tuple[str, str, int]:
     return row["form"], row["size"], row["seed"]
 
 
+def in_order(rows: list[Results], size: str) -> list[Results]:
+    """The rows of the teacher and of one size, not as they came but form by form."""
+    forms = [TEACHER, *(student.form for student in students())]
+    own = [row for row in rows if row["size"] in ("1x", size)]
+    return sorted(own, key=lambda row: forms.index(row["form"]))
+
+
 def summary(results: Results, size: str) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of a table of one size: per cent, the mean and deviation of the seeds."""
-    rows = results["rows"]
     body = []
-    for form in dict.fromkeys(row["form"] for row in rows if row["size"] in ("1x", size)):
-        own = [row for row in rows if row["form"] == form and row["size"] in ("1x", size)]
-        (first, *_) = own
+    for form, group in groupby(in_order(results["rows"], size), lambda row: row["form"]):
+        first, *_ = own = list(group)
         cells = [spread([100 * row["scores"][test] for row in own]) for test in protocol.TESTS]
         int8 = spread([100 * row["int8"] for row in own]) if "int8" in first else ""
         start = spread([100 * row["start"] for row in own]) if "start" in first else ""

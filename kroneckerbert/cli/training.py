@@ -81,7 +81,7 @@ def distill(
         float | None,
         number(
             float,
-            "Peak value; 1e-3, and 1e-4 for a task, if unset; short runs need less.",
+            "Peak; if unset 1e-3, 4e-4 for sentences, 1e-4 for a task; short runs need less.",
             above=True,
         ),
     ] = None,
