@@ -45,9 +45,9 @@ class Bar(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.loss, self.start = "", _Start(state)
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None and self.deadline is not None:
-            self.training_bar.close()
+        if self.deadline is None:
+            super().on_train_begin(args, state, control, **kwargs)
+        elif state.is_world_process_zero:
             layout = "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s{postfix}"
             self.training_bar = tqdm(
                 total=self.deadline.seconds, bar_format=layout, dynamic_ncols=True
