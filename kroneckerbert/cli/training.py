@@ -111,7 +111,8 @@ def distill(
 
     Layer by layer on plain text (stage 1); or, of a sentence encoder, its vectors; or on a labelled
     table with the teacher fine-tuned on it (stage 2): a student without a classifier gets a copy of
-    the teacher's. A weight that is unset has the stage's own value.
+    the teacher's. A weight that is unset has the stage's own value. OUT also gets the losses, as
+    trainer_state.json and, if matplotlib is installed, as curve.png.
 
     A checkpoint is kept in OUT.training every ten minutes, and when Ctrl-C or SIGTERM stops the
     training after the current step: the same command continues from it, even if it was killed. A

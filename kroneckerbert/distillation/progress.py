@@ -107,7 +107,8 @@ def _line(
     """A report in words: ``step 120 of 750, 3 min left: loss 0.93, …``."""
     step = state.global_step
     if "train_runtime" in logs:
-        words = [f"{step - start.step} steps in {_duration(logs['train_runtime'])}"]
+        done = step - start.step
+        words = [f"{done} step{'s' * (done != 1)} in {_duration(logs['train_runtime'])}"]
         if "train_steps_per_second" in logs:
             words.append(f"{logs['train_steps_per_second']:.3g} steps a second")
         if "train_samples_per_second" in logs:

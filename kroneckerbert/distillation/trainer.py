@@ -78,7 +78,9 @@ class DistillationTrainer(Trainer):
 
     Every term is logged unweighted as ``loss_<term>``: the mean over processes since the last
     report; ``core_hours`` is the CPU time so far, of this process and of the runs it resumes.
-    Evaluation reports ``eval_loss_<term>`` and needs no labels.
+    Evaluation reports ``eval_loss_<term>`` and needs no labels. A terminal shows a bar with the
+    loss, a file a line with the time left, every ten seconds at most; with ``disable_tqdm``, lines,
+    which ``remove_callback(PrinterCallback)`` switches off.
 
     The result of a step does not depend on how it is divided: each term is a mean over all tokens,
     pairs of tokens, rows or labels of the step, across batches and processes. A folder
