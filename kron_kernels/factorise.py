@@ -63,7 +63,7 @@ def factorise_(
     layers = dense_layers(module)
     for path in moments:
         if path not in layers:
-            raise ValueError(f"second_moments has {path!r}, {no_such_layer(path, layers)}")
+            raise ValueError(f"second_moments has {path!r}, {no_such_layer(path, layers, module)}")
         if isinstance(layers[path], nn.Embedding):
             raise ValueError(
                 f"second_moments has {path!r}, an nn.Embedding, which looks rows up and multiplies "
@@ -88,7 +88,7 @@ def swap_(
     for path, entry in factors.items():
         parts = parse(entry, f"factors[{path!r}]")
         if path not in layers:
-            raise ValueError(f"factors has {path!r}, {no_such_layer(path, layers)}")
+            raise ValueError(f"factors has {path!r}, {no_such_layer(path, layers, module)}")
         if not parts:
             continue
         if path in reasons:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from kron_kernels.modules import Dense, linear_weight
+from kron_kernels.modules import Dense, linear_weight, not_dense
 from kron_kernels.nn import KroneckerEmbedding, KroneckerLinear, KroneckerSum
 from kron_kernels.shapes import KronShape, check_integer, check_rank, naming, sides_of
 
@@ -135,9 +135,17 @@ def ends_of(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(ends))
 
 
-def no_such_layer(name: str, names: Iterable[str]) -> str:
-    """The end of an error message about a name that is not among these, with the nearest ones."""
+def no_such_layer(name: str, names: Iterable[str], module: nn.Module | None = None) -> str:
+    """The end of an error message about a name that is not among these, with the nearest ones.
+
+    ``module`` may have a layer or a parameter of this name, which cannot be factorised.
+    """
     names = list(names)
+    for path, m in [] if module is None else module.named_modules():
+        owner, _, last = name.rpartition(".")
+        named = names_layer(name, path) or (last in m._parameters and names_layer(owner, path))
+        if named and (reason := not_dense(m)):
+            return f"which cannot be factorised: {reason}; leave it out."
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
     return (
         "which is not a layer that can be factorised; "

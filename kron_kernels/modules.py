@@ -9,10 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd as _Convolution
 
 from kron_kernels.readers import reader
 
 Dense = nn.Linear | nn.Embedding  # or transformers' Conv1D
+
+# What a user of PyTorch's own modules can do instead, by class name.
+_FAST_PATH = (
+    "unless its fast path is off: set activation_relu_or_gelu = 0 on each TransformerEncoderLayer, "
+    "and use_nested_tensor = False on the TransformerEncoder"
+)
+_ATTENTION = "four nn.Linear and F.scaled_dot_product_attention compute the same"
+_WAYS_OUT = {
+    "TransformerEncoderLayer": _FAST_PATH,
+    "TransformerEncoder": _FAST_PATH,
+    "MultiheadAttention": _ATTENTION,
+}
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -59,11 +72,49 @@ def obstacles(module: nn.Module, allow_tied: bool = False) -> dict[str, str]:
     return reasons
 
 
+def not_dense(module: nn.Module) -> str | None:
+    """Why a layer of another kind cannot be factorised, and the way out; None for containers."""
+    kind = f"it is of class {type(module).__name__}"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"{kind}, and multiplies by its own in_proj_weight ({_ATTENTION})"
+    if not any(True for _ in module.parameters(recurse=False)) or any(
+        True for _ in module.children()
+    ):
+        return None
+    if isinstance(module, _Convolution):
+        sides = "x".join(map(str, module.kernel_size))
+        kind += f", with a kernel of {sides}"
+        one = {1} >= {*module.kernel_size, *module.stride, module.groups} and not module.transposed
+        if one and not any(module.padding):
+            return (
+                f"{kind}, and can be replaced by nn.Linear({module.in_channels}, "
+                f"{module.out_channels}) with its weight.flatten(1), called on x.movedim(1, -1)"
+            )
+    return f"{kind}, and only nn.Linear and nn.Embedding are factorised"
+
+
+def refused(module: nn.Module, allow_tied: bool = False) -> dict[str, str]:
+    """Why layers cannot be factorised, by path: dense ones, and those of other kinds."""
+    dense, reasons = dense_layers(module), obstacles(module, allow_tied)
+    others = {
+        path: reason
+        for path, m in module.named_modules()
+        if path not in dense and not _is_norm(m) and (reason := not_dense(m))
+    }
+    return reasons | others
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether its parameters are vectors only."""
+    return all(p.ndim < 2 for p in module.parameters())
+
+
 def _obstacle(layer: Dense, read_by: str | None, tied: list[str]) -> str | None:
     options = [o for o in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(layer, o, None)]
     stock = next((c for c in (nn.Linear, nn.Embedding) if isinstance(layer, c)), type(layer))
     if read_by:
-        return f"{read_by} reads its weight, which a factorised layer does not have"
+        way = f" ({_WAYS_OUT[read_by]})" if read_by in _WAYS_OUT else ""
+        return f"{read_by} reads its weight, which a factorised layer does not have{way}"
     if type(layer).forward is not stock.forward:
         return f"its class, {type(layer).__name__}, has its own forward"
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):

@@ -30,9 +30,19 @@ def reader(module: nn.Module, path: str) -> str | None:
     names = path.split(".")
     for depth in reversed(range(len(names))):
         owner = module.get_submodule(".".join(names[:depth]))
-        if any(_leads_to(chain, names[depth:]) for chain in _reads(owner)):
+        if not _without_fast_path(owner) and any(
+            _leads_to(chain, names[depth:]) for chain in _reads(owner)
+        ):
             return type(owner).__name__
     return None
+
+
+def _without_fast_path(owner: Any) -> bool:
+    """Whether it is one of PyTorch's encoders, and its fast path, which reads weights, is off."""
+    forward = type(owner).forward
+    if forward is nn.TransformerEncoderLayer.forward:
+        return not owner.activation_relu_or_gelu  # nor is there one for other activations
+    return forward is nn.TransformerEncoder.forward and not owner.use_nested_tensor
 
 
 def _leads_to(chain: Chain, below: list[str]) -> bool:

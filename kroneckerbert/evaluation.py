@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import (
     multiclass_matthews_corrcoef,
 )
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kron_kernels.modules import evaluating
@@ -30,6 +31,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     table: Table,
     batch_size: int = 32,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Metrics of the predictions of labels.
 
@@ -40,6 +42,7 @@ def evaluate(
         tokenizer: Its tokenizer; rows are truncated to the longest that both take.
         table: The rows, see ``kroneckerbert.data.read_table``.
         batch_size: Rows per forward pass, batched by length.
+        progress: Whether to show a bar over the batches.
 
     Returns:
         Shares and correlations, not per cent. A classifier has ``accuracy``, ``f1`` (of label 1 if
@@ -59,12 +62,13 @@ def evaluate(
                 "For other labels use a model for sequence classification."
             )
         first, second = (
-            _vectors(model, tokenizer, t, batch_size) for t in (table.texts, table.texts_b)
+            _vectors(model, tokenizer, t, batch_size, progress)
+            for t in (table.texts, table.texts_b)
         )
         return _correlations((first * second).sum(-1).cpu(), torch.tensor(table.labels).float())
 
     targets = torch.tensor(label_targets(table.labels, model.config))
-    logits = _logits(model, tokenizer, table, batch_size)
+    logits = _logits(model, tokenizer, table, batch_size, progress)
     if model.num_labels == 1:
         return _correlations(logits[:, 0], targets)
     predictions = logits.argmax(-1)
@@ -80,17 +84,21 @@ def evaluate(
 
 
 def _vectors(
-    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    batch_size: int,
+    progress: bool,
 ) -> Tensor:
     """Unit vectors ``(texts, width)``: a SentenceTransformer's own, else mean-pooled ones."""
     if not is_sentence_transformer(model):
-        return embed(model, tokenizer, texts, batch_size)
+        return embed(model, tokenizer, texts, batch_size, progress=progress)
     return model.encode(
         list(texts),
         batch_size=batch_size,
         convert_to_tensor=True,
         normalize_embeddings=True,
-        show_progress_bar=False,
+        show_progress_bar=progress,
     )
 
 
@@ -147,6 +155,8 @@ def similarity(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sentences: Sequence[str],
+    batch_size: int = 32,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Similarity of a student's mean-pooled sentence embeddings to its teacher's.
 
@@ -155,6 +165,8 @@ def similarity(
         teacher: A model of the same hidden size.
         tokenizer: The tokenizer of both.
         sentences: At least three different texts.
+        batch_size: Sentences per forward pass, batched by length.
+        progress: Whether to show a bar over the batches.
 
     Returns:
         ``cosine``, the mean over sentences of the cosine of the student's and the teacher's
@@ -175,7 +187,11 @@ def similarity(
         raise ValueError(
             f"student and teacher must have the same hidden_size to be compared, got {s} and {t}."
         )
-    return embedding_similarity(*(embed(m, tokenizer, sentences).cpu() for m in (model, teacher)))
+    vectors = (
+        embed(m, tokenizer, sentences, batch_size, progress=progress).cpu()
+        for m in (model, teacher)
+    )
+    return embedding_similarity(*vectors)
 
 
 def embedding_similarity(students: Tensor, teachers: Tensor) -> dict[str, float]:
@@ -206,6 +222,7 @@ def _logits(
     tokenizer: PreTrainedTokenizerBase,
     table: Table,
     batch_size: int,
+    progress: bool,
 ) -> Tensor:
     """Shape ``(rows, num_labels)``, float32, on the CPU, in the table's order."""
     longest = max_tokens(model, tokenizer)
@@ -213,7 +230,10 @@ def _logits(
     lengths = [len(ids) for ids in dataset.columns["input_ids"]]
     batches, order = batches_by_length(dataset, lengths, tokenizer, batch_size)
     with evaluating(model):
-        rows = [model(**batch.to(model.device)).logits.float().cpu() for batch in batches]
+        rows = [
+            model(**batch.to(model.device)).logits.float().cpu()
+            for batch in tqdm(batches, desc="evaluating", disable=not progress)
+        ]
     return torch.cat(rows)[torch.tensor(order).argsort()]
 
 

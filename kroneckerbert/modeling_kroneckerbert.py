@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import HfApi
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -575,6 +576,7 @@ def embed(
     sentences: Sequence[str],
     batch_size: int = 32,
     normalize: bool = True,
+    progress: bool = False,
 ) -> Tensor:
     """Mean-pooled embeddings of sentences, with dropout off and little padding.
 
@@ -584,6 +586,7 @@ def embed(
         sentences: The texts.
         batch_size: Sentences per forward pass, batched by length.
         normalize: Scale to unit length: dot products are then cosine similarities.
+        progress: Whether to show a bar over the batches.
 
     Returns:
         Shape ``(len(sentences), hidden)``, float32, on the model's device, in the given order.
@@ -603,7 +606,8 @@ def embed(
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]), reverse=True)
 
     with evaluating(encoder):
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, desc="embedding", disable=not progress):
             chosen = order[start : start + batch_size]
             batch = tokenizer(
                 [sentences[i] for i in chosen],

@@ -23,7 +23,7 @@ from kron_kernels.factors import (
     shapes_of,
     terms_text,
 )
-from kron_kernels.modules import Dense, dense_layers, linear_weight, obstacles
+from kron_kernels.modules import Dense, dense_layers, linear_weight, obstacles, refused
 from kron_kernels.shapes import check_mapping
 
 
@@ -109,7 +109,8 @@ def find_targets(
     def paths_of(name: str, argument: str) -> list[str]:
         paths = [path for path in layers if names_layer(name, path)]
         if not paths:
-            raise ValueError(f"{argument} has {name!r}, {no_such_layer(name, ends_of(layers))}")
+            why = no_such_layer(name, ends_of(layers), module)
+            raise ValueError(f"{argument} has {name!r}, {why}")
         return paths
 
     if names is None:
@@ -137,11 +138,22 @@ def find_targets(
             _check_is_smaller(target, target.decision, label)
         targets.append(target)
     if not targets:
-        raise ValueError(
-            "the module has no layer that can be factorised: no nn.Linear that is called and not "
-            "tied to another; name an nn.Embedding in names, or nothing can be planned."
-        )
+        why_not = first_refused(module, allow_tied)
+        notes = [why_not or "it has no nn.Linear"]
+        if tables := [
+            p for p, m in layers.items() if isinstance(m, nn.Embedding) and p not in reasons
+        ]:
+            notes.append(f"names={tables[:1]} would factorise an nn.Embedding")
+        raise ValueError(f"the module has no layer that can be factorised: {'; '.join(notes)}.")
     return targets
+
+
+def first_refused(module: nn.Module, allow_tied: bool = False) -> str:
+    """The layers that cannot be factorised and why: one for each reason, of three."""
+    first: dict[str, str] = {}
+    for path, reason in refused(module, allow_tied).items():
+        first.setdefault(reason, path or "the module")
+    return "; ".join(f"{path!r}: {reason}" for reason, path in [*first.items()][:3])
 
 
 def _checked(names: Iterable[str]) -> list[str]:

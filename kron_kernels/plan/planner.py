@@ -20,7 +20,7 @@ from kron_kernels.plan.budget import KEYS, check_arguments, limits_of
 from kron_kernels.plan.candidates import candidates_of
 from kron_kernels.plan.clock import MODULE_SECONDS, Clock, milliseconds
 from kron_kernels.plan.influence import Influences
-from kron_kernels.plan.layers import Candidate, Target, find_targets
+from kron_kernels.plan.layers import Candidate, Target, find_targets, first_refused
 from kron_kernels.plan.result import LayerPlan, Plan, describe, quantity
 from kron_kernels.plan.solver import solve
 
@@ -396,9 +396,11 @@ class Planner:
                     f"{quantity(k, self.dense.get(k, 0.0))}{rest} than in the {len(self.targets)} "
                     "layers that may be factorised)"
                 )
+        refused = first_refused(self.module, allow_tied=self.build is not None)
         raise ValueError(
             f"the budget cannot be met: {'; '.join(reasons)}. Raise the limit, name more layers "
             "(embeddings are only factorised if named), or drop another limit or decision."
+            f"{f' Not to be named is {refused}.' if refused else ''}"
         )
 
     # The result

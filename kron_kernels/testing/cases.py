@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
+from kron_kernels.checks import Activation
 from kron_kernels.shapes import KronShape
 
 # Sides of one, primes, both orders, both layouts of the eager backend, the paper's small factors.
@@ -45,7 +48,7 @@ FEED_FORWARDS = [
     (KronShape(4, 2, 12, 24, 2), KronShape(1, 4, 24, 12, 3)),
 ]
 DTYPES = ("float16", "bfloat16", "tf32", "float32")  # tf32: float32 multiplied in tf32
-ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
+ACTIVATIONS = (None, *get_args(Activation))
 
 
 def name(s: KronShape) -> str:

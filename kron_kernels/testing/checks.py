@@ -100,7 +100,7 @@ def epilogue_of(
     """Arguments of ``kron_matmul``; ``turn`` cycles through activations, biases and residuals."""
     bias = torch.randn(s.out_features).to(device, dtype) if turn % 3 else None
     residual = torch.randn(tokens, s.out_features).to(device, dtype) if turn % 2 else None
-    return {"bias": bias, "activation": ACTIVATIONS[turn % 5], "residual": residual}
+    return {"bias": bias, "activation": ACTIVATIONS[turn % len(ACTIVATIONS)], "residual": residual}
 
 
 def check_forward(

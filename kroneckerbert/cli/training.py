@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DEFAULT_MINUTES = 5.0
+_CURVE = "curve.png"
 _CHECKPOINT_SECONDS = 600.0  # a checkpoint of a BERT_BASE's student takes a second or two
 
 
@@ -114,7 +115,8 @@ def distill(
 
     Layer by layer on plain text (stage 1); or, of a sentence encoder, its vectors; or on a labelled
     table with the teacher fine-tuned on it (stage 2): a student without a classifier gets a copy of
-    the teacher's. A weight that is unset has the stage's own value.
+    the teacher's. A weight that is unset has the stage's own value. OUT also gets the losses, as
+    trainer_state.json and, if matplotlib is installed, as curve.png.
 
     A checkpoint is kept in OUT.training every ten minutes, and when Ctrl-C or SIGTERM stops the
     training after the current step: the same command continues from it, even if it was killed. A
@@ -125,13 +127,15 @@ def distill(
             f"--steps {steps} and --epochs {epochs:g} are two lengths; give one."
         )
 
+    from transformers.utils import logging
+
     from kroneckerbert.data import TextDataset, is_table, label_targets, read_lines, read_table
     from kroneckerbert.distillation import DistillationConfig, DistillationTrainer
     from kroneckerbert.distillation.clock import Checkpoints
     from kroneckerbert.distillation.heads import with_head_of
     from kroneckerbert.distillation.pooling import pair_evaluator, transformer_of
     from kroneckerbert.distillation.provenance import digest, identity
-    from kroneckerbert.distillation.resuming import find, keep
+    from kroneckerbert.distillation.resuming import STATE, find, keep
     from kroneckerbert.distillation.signals import Interrupted, stoppable
     from kroneckerbert.files import replace_folder, writable_folder
     from kroneckerbert.loading import (
@@ -205,6 +209,7 @@ def distill(
     kept = out.with_name(f"{out.name}.training")
     checkpoint, seconds = find(kept, made_of)
 
+    logging.disable_progress_bar()  # of loading and saving, which take no time here
     read: Any = load_encoder if stage == "sentences" else read_model
     teacher_given, tokenizer = read(teacher), load_tokenizer(teacher)
     teacher_model = transformer_of(teacher_given).float()
@@ -257,6 +262,8 @@ def distill(
             student_model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             copy_modules(student, folder)
+            trainer.state.save_to_json(str(folder / STATE))
+            drawn = _curve(trainer.state.log_history, folder)
     shutil.rmtree(kept, ignore_errors=True)
 
     reports = [log for log in trainer.state.log_history if "loss" in log]
@@ -270,7 +277,10 @@ def distill(
             name.removeprefix("eval_"), f"{scored[0][name]:.4f}", f"{scored[-1][name]:.4f}"
         )
     console.print(losses)
-    console.print(f"Saved to {out} after {elapsed / 60:.1f} minutes.", soft_wrap=True)
+    console.print(
+        f"Saved to {out} after {elapsed / 60:.1f} minutes, with the losses in {drawn}.",
+        soft_wrap=True,
+    )
 
 
 def evaluate(
@@ -330,14 +340,15 @@ def evaluate(
     rows: Any = read_table(data) if labelled else read_lines(data)
     tokenizer = load_tokenizer(model)
     models = [read_runnable(source) for source in sources]
+    shown = errors.is_terminal
     if labelled:
-        columns = [evaluate_model(m, tokenizer, rows, batch_size) for m in models]
+        scores = [evaluate_model(m, tokenizer, rows, batch_size, shown) for m in models]
     else:
-        columns = [similarity(models[0], models[1], tokenizer, rows)]
+        scores = [similarity(models[0], models[1], tokenizer, rows, batch_size, shown)]
         sources = [f"{model} to {teacher}"]
-    table = Table(f"{len(rows):,} texts", *map(right, sources))
-    for metric in columns[0]:
-        table.add_row(metric, *(f"{column[metric]:.4f}" for column in columns))
+    table = Table(names(f"{len(rows):,} texts"), *map(right, scores[0]))
+    for source, row in zip(sources, scores, strict=True):
+        table.add_row(source, *(f"{value:.4f}" for value in row.values()))
     console.print(table)
 
 
@@ -361,17 +372,17 @@ def _evaluate_task(
     else:
         rows = read_task(name, split, data)
     tokenizer = load_tokenizer(models[0])
-    columns = []
+    table = Table(
+        names(f"{name}, {len(rows):,} rows of {split}, per cent"), *map(right, task.metrics)
+    )
     for source in models:
-        scores = evaluate_task(read_runnable(source), tokenizer, task, rows, batch_size)
-        columns.append(compare(task, scores, split))
-    published = dict.fromkeys(key for row in columns[0].values() for key in row if key != "ours")
-    headings = [*models, *(f"paper's {key}" for key in published)]
-    table = Table(f"{name}, {len(rows):,} rows of {split}, per cent", *map(right, headings))
-    for metric, row in columns[0].items():
-        cells = [f"{column[metric]['ours']:.2f}" for column in columns]
-        cells += [f"{row[key]:g}" if key in row else "" for key in published]
-        table.add_row(metric, *cells)
+        runnable = read_runnable(source)
+        scores = evaluate_task(runnable, tokenizer, task, rows, batch_size, errors.is_terminal)
+        compared = compare(task, scores, split)
+        table.add_row(source, *(f"{metric['ours']:.2f}" for metric in compared.values()))
+    for key in dict.fromkeys(key for row in compared.values() for key in row if key != "ours"):
+        cells = (f"{row[key]:g}" if key in row else "" for row in compared.values())
+        table.add_row(f"paper's {key}", *cells)
     console.print(table)
 
 
@@ -455,6 +466,18 @@ def recipes() -> None:
         table.add_row(name, description)
     console.print(table)
     console.print("Next: kroneckerbert reproduce RECIPE --data DIR", soft_wrap=True)
+
+
+def _curve(history: list[dict[str, float]], folder: Path) -> str:
+    """Draw the losses if matplotlib is installed; the names of the files that have them."""
+    from kroneckerbert.distillation.resuming import STATE
+    from kroneckerbert.reproduction import curves
+
+    try:
+        curves.save({"": history}, folder / _CURVE)
+    except ImportError:
+        return STATE
+    return f"{STATE} and {_CURVE}"
 
 
 def _classifier(source: str, model: PreTrainedModel) -> PreTrainedModel:

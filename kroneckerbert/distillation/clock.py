@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
-
-_LINE_SECONDS = 30
 
 
 class Deadline(TrainerCallback):
@@ -85,40 +81,3 @@ class Checkpoints(TrainerCallback):
         self.last = monotonic()
         if state.is_world_process_zero:
             self.take(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-class TimeBar(ProgressCallback):
-    """Trainer's progress bar in seconds, as the number of steps is unknown, with the latest loss.
-
-    In a file, where a bar would fill it, a line every half a minute.
-    """
-
-    def __init__(self, deadline: Deadline):
-        super().__init__()
-        self.deadline = deadline
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.loss, self.printed = "", monotonic()
-        if state.is_world_process_zero:
-            layout = "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s{postfix}"
-            self.training_bar = tqdm(
-                total=self.deadline.seconds, bar_format=layout, dynamic_ncols=True, disable=None
-            )
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs and "loss" in logs:
-            self.loss = f", loss {logs['loss']:.3g}"
-            if "loss_sentence" in logs:  # of unit vectors, 1 minus the cosine
-                self.loss += f", similarity {1 - logs['loss_sentence']:.3f}"
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if not state.is_world_process_zero:
-            return
-        bar, seconds = self.training_bar, self.deadline.share * self.deadline.seconds
-        where = f"step {state.global_step}{self.loss}"
-        if not bar.disable:
-            bar.n = seconds
-            bar.set_postfix_str(where)
-        elif monotonic() - self.printed >= _LINE_SECONDS:
-            self.printed = monotonic()
-            print(f"{seconds:.0f} of {self.deadline.seconds:.0f} s, {where}", flush=True)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler, Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import ModelOutput
@@ -27,7 +26,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from kroneckerbert.data import by_length
 from kroneckerbert.distillation import cache, resuming
-from kroneckerbert.distillation.clock import Deadline, TimeBar
+from kroneckerbert.distillation.clock import Deadline
 from kroneckerbert.distillation.config import DistillationConfig
 from kroneckerbert.distillation.pairing import (
     DETECTOR,
@@ -36,6 +35,7 @@ from kroneckerbert.distillation.pairing import (
     taken_inputs,
 )
 from kroneckerbert.distillation.pooling import Pooling, transformer_of
+from kroneckerbert.distillation.progress import show_progress
 from kroneckerbert.distillation.scores import attention_scores
 from kroneckerbert.distillation.terms import (
     MEASURED,
@@ -78,7 +78,9 @@ class DistillationTrainer(Trainer):
 
     Every term is logged unweighted as ``loss_<term>``: the mean over processes since the last
     report; ``core_hours`` is the CPU time so far, of this process and of the runs it resumes.
-    Evaluation reports ``eval_loss_<term>`` and needs no labels.
+    Evaluation reports ``eval_loss_<term>`` and needs no labels. A terminal shows a bar with the
+    loss, a file a line with the time left, every ten seconds at most; with ``disable_tqdm``, lines,
+    which ``remove_callback(PrinterCallback)`` switches off.
 
     The result of a step does not depend on how it is divided: each term is a mean over all tokens,
     pairs of tokens, rows or labels of the step, across batches and processes. A folder
@@ -148,6 +150,7 @@ class DistillationTrainer(Trainer):
         self._variances: dict[str, Tensor] | None = None
         self._cache: cache.TeacherCache | None = None
         self._saving = self._warned = False
+        self._rows: int | Tensor = 0  # seen by all processes since train() began
         self._started, self._hours = 0.0, 0.0  # of the process's CPU time, and of a resumed run's
         self._settings: dict[str, Any] = {}
         self._run, self._from = 0, None
@@ -155,9 +158,7 @@ class DistillationTrainer(Trainer):
         self.add_callback(_CoreHours(self))
         if self._deadline:
             self.add_callback(self._deadline)
-            if not args.disable_tqdm:
-                self.remove_callback(ProgressCallback)
-                self.add_callback(TimeBar(self._deadline))
+        show_progress(self, self._deadline)  # reads the deadline, and so comes after it
 
     def train(
         self,
@@ -187,6 +188,7 @@ class DistillationTrainer(Trainer):
             )
         self._begin(resume_from_checkpoint)
         self.cache_teacher()
+        self._rows = 0
         with nullcontext() if self.args.student_dropout else _without_dropout(self.model):
             output = super().train(self._from, trial, ignore_keys_for_eval)
         self._check_parameters()
@@ -257,7 +259,9 @@ class DistillationTrainer(Trainer):
         if self._variances is None:
             self._measure(batches)
         sizes = torch.stack([self._sizes(batch) for batch in batches]).sum(0)
-        return batches, self.accelerator.reduce(sizes.to(self.args.device), "sum")
+        sizes = self.accelerator.reduce(sizes.to(self.args.device), "sum")
+        self._rows = self._rows + sizes[2].long()
+        return batches, sizes
 
     def _sizes(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Numbers of real tokens, pairs of them, rows and labels of a batch, shape ``(4,)``."""
@@ -463,6 +467,9 @@ class DistillationTrainer(Trainer):
             logs.update({f"loss_{name}": mean for name, mean in means.items()})
             self._warn_of_a_lone_term(means)
             logs["core_hours"] = self._hours + process_time() / 3600 - self._started
+        if "train_samples_per_second" in logs:
+            # Trainer divides the rows of all planned steps, of which a limit of time has 10^9.
+            logs["train_samples_per_second"] = round(int(self._rows) / logs["train_runtime"], 3)
         super().log(logs, start_time)
 
     def _warn_of_a_lone_term(self, means: Mapping[str, float]) -> None:

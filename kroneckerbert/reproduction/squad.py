@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kron_kernels.modules import evaluating
@@ -196,6 +197,7 @@ def predict_spans(
     batch_size: int = 32,
     null_threshold: float | None = None,
     max_length: int = 384,
+    progress: bool = False,
 ) -> dict[str, str]:
     """The span with the highest sum of start and end logits, for each question.
 
@@ -212,6 +214,7 @@ def predict_spans(
             None gives every question an answer, as SQuAD 1.1 requires.
         max_length: Tokens of a window, limited by model and tokenizer. Each window shares a third
             with the previous one.
+        progress: Whether to show a bar over the batches.
 
     Returns:
         Answers by question id.
@@ -229,7 +232,7 @@ def predict_spans(
     dataset = SpanDataset(tokenizer, questions, max_length, max_length // 3, train=False)
     best = [(-math.inf, "")] * len(questions)
     null = [math.inf] * len(questions)
-    for window, starts, ends in _window_logits(model, tokenizer, dataset, batch_size):
+    for window, starts, ends in _window_logits(model, tokenizer, dataset, batch_size, progress):
         i = window.question
         null[i] = min(null[i], (starts[window.cls] + ends[window.cls]).item())
         context = slice(window.context, window.context + len(window.characters))
@@ -325,13 +328,14 @@ def _window_logits(
     tokenizer: PreTrainedTokenizerBase,
     dataset: SpanDataset,
     batch_size: int,
+    progress: bool,
 ) -> Iterator[tuple[_Window, Tensor, Tensor]]:
     """Each window with its start and end logits ``(tokens,)``, float32, on the CPU."""
     lengths = [len(ids) for ids in dataset.columns["input_ids"]]
     batches, order = batches_by_length(dataset, lengths, tokenizer, batch_size)
     windows = iter([dataset.windows[i] for i in order])
     with evaluating(model):
-        for batch in batches:
+        for batch in tqdm(batches, desc="evaluating", disable=not progress):
             is_token = batch["attention_mask"].bool()
             output = model(**batch.to(model.device))
             logits = output.start_logits.float().cpu(), output.end_logits.float().cpu()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
@@ -30,6 +29,7 @@ from kron_kernels.plan import Plan
 from kroneckerbert import measure
 from kroneckerbert.conversion import compress
 from kroneckerbert.distillation import SENTENCES, DistillationTrainer, resuming
+from kroneckerbert.distillation.progress import show_progress
 from kroneckerbert.distillation.provenance import (
     MADE_OF,
     identity,
@@ -118,7 +118,8 @@ class Steps:
             )
         gpu = torch.cuda.is_available()
         usual = {"use_cpu": not gpu, "dataloader_pin_memory": gpu, "save_total_limit": 1}
-        usual |= {"logging_first_step": True, "disable_tqdm": not sys.stderr.isatty()}
+        # Unset, the bar follows transformers' verbosity, which a run lowers.
+        usual |= {"logging_first_step": True, "disable_tqdm": False}
         if isinstance(stage, Sentences):
             usual |= {name: v for name, v in SENTENCES.items() if not name.startswith("per_")}
         return stage.arguments_class(
@@ -210,10 +211,11 @@ class Steps:
     def _train(self, trainer: Trainer, folder: Path) -> None:
         training = trainer.args.output_dir
         last = _last_checkpoint(Path(training))
-        # DistillationTrainer checks the checkpoint itself.
-        if last and self.is_main and not isinstance(trainer, DistillationTrainer):
-            processes = trainer.args.world_size
-            resuming.check(Path(last), range(processes), processes)
+        if not isinstance(trainer, DistillationTrainer):  # which does both itself
+            show_progress(trainer)
+            if last and self.is_main:
+                processes = trainer.args.world_size
+                resuming.check(Path(last), range(processes), processes)
         with stoppable(trainer) as stop:
             trainer.train(resume_from_checkpoint=last)
             step = trainer.state.global_step

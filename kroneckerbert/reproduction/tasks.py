@@ -385,6 +385,7 @@ def evaluate_task(
     task: Task,
     rows: Table | Questions,
     batch_size: int = 32,
+    progress: bool = False,
 ) -> dict[str, float]:
     """The task's metrics, the main one first.
 
@@ -396,6 +397,7 @@ def evaluate_task(
         task: The task.
         rows: The result of ``read_task``.
         batch_size: Rows per forward pass; rows of similar length are batched together.
+        progress: Whether to show a bar over the batches.
 
     Returns:
         As ``kroneckerbert.evaluation.evaluate``; for spans, in per cent, as
@@ -405,7 +407,9 @@ def evaluate_task(
         ValueError: If the model lacks the head, or has other labels than the task.
     """
     if not isinstance(rows, Table):
-        answers = predict_spans(model, tokenizer, rows, batch_size, task.null_threshold)
+        answers = predict_spans(
+            model, tokenizer, rows, batch_size, task.null_threshold, progress=progress
+        )
         scores = squad_metrics(answers, rows)
     else:
         if classifies_sequences(model):
@@ -415,7 +419,7 @@ def evaluate_task(
                 f"a {type(model).__name__} has no head for the labels of {task.name}; use a model "
                 "for sequence classification."
             )
-        scores = evaluate(model, tokenizer, rows, batch_size)
+        scores = evaluate(model, tokenizer, rows, batch_size, progress)
     return {metric: scores[metric] for metric in task.metrics}
 
 

@@ -1,6 +1,7 @@
 """The whole encoder in one call against ``tests/encoders.py`` in float64."""
 
 import random
+from typing import get_args
 
 import encoders
 import pytest
@@ -9,11 +10,12 @@ from engines import at_threads
 from torch import Tensor
 
 from kron_kernels.backends import abi, native
+from kron_kernels.checks import Activation
 from kron_kernels.encoder import Embedding, Encoder, Layer, Linear, Norm
 
 pytestmark = pytest.mark.skipif(abi.module is None, reason=abi.missing)
 
-ACTIVATIONS = "gelu", "gelu_tanh", "relu", "silu"
+ACTIVATIONS = get_args(Activation)
 KINDS = "dense", "product", "sum of products", "low rank", "product and low rank", "two shapes"
 
 

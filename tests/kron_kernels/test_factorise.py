@@ -389,6 +389,81 @@ def test_torchs_own_readers_are_found(owner):
     assert obstacles(owner).keys() == dense_layers(owner).keys() != set()
 
 
+def encoder(layer: dict, **options) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(12, 2, 24, batch_first=True, **layer)
+    return nn.TransformerEncoder(layer, 2, **options).eval()
+
+
+def test_torchs_encoder_is_factorised_without_its_fast_path():
+    net, x, mask = encoder({}), torch.randn(2, 5, 12), torch.tensor([[0] * 5, [0, 0, 0, 1, 1]]) > 0
+    factors = {f"layers.{i}.linear{j}": ONE for i in (0, 1) for j in (1, 2)}
+    message = r"TransformerEncoderLayer reads its weight.*activation_relu_or_gelu = 0 .*use_nested"
+    with pytest.raises(ValueError, match=message):
+        factorise_(net, factors)
+    dense = net(x, src_key_padding_mask=mask)
+    for layer in net.layers:
+        layer.activation_relu_or_gelu = 0
+    with pytest.raises(ValueError, match=r"TransformerEncoder reads its weight.*use_nested_tensor"):
+        factorise_(net, factors)
+    net.use_nested_tensor = False
+    slow = net(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(slow[~mask], dense[~mask])
+    factorise_(net, factors)
+    with torch.no_grad():
+        few = net(x, src_key_padding_mask=mask)
+    expected = densify_(net)(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(few[~mask], expected[~mask])
+
+
+def test_torchs_encoder_has_no_fast_path_for_some_activations():
+    net = encoder({"activation": nn.functional.silu}, enable_nested_tensor=False)
+    assert obstacles(net).keys() == {f"layers.{i}.self_attn.out_proj" for i in (0, 1)}
+
+
+OTHERS = nn.ModuleDict(
+    {
+        "wide": nn.Conv2d(4, 6, 3),
+        "narrow": nn.Conv2d(4, 6, 1),
+        "strided": nn.Conv1d(4, 6, 1, stride=2),
+        "transposed": nn.ConvTranspose2d(4, 6, 1),
+        "rnn": nn.LSTM(4, 6),
+        "attention": nn.MultiheadAttention(12, 2),
+        "norm": nn.LayerNorm(12),
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wide", "of class Conv2d, with a kernel of 3x3, and only nn.Linear and nn.Embedding are"),
+        (
+            "narrow",
+            r"can be replaced by nn.Linear\(4, 6\) with its weight.flatten\(1\), called on x",
+        ),
+        ("narrow.weight", "of class Conv2d, with a kernel of 1x1, and can be replaced"),
+        ("strided", "of class Conv1d, with a kernel of 1, and only nn.Linear"),
+        ("transposed", "of class ConvTranspose2d, with a kernel of 1x1, and only nn.Linear"),
+        ("rnn", "of class LSTM, and only nn.Linear"),
+        ("attention", "multiplies by its own in_proj_weight .four nn.Linear and F.scaled_dot"),
+        ("attention.in_proj_weight", "of class MultiheadAttention, and multiplies by its own"),
+        ("attention.out_proj", "MultiheadAttention reads its weight.* .four nn.Linear and F.scal"),
+    ],
+)
+def test_layers_of_other_kinds_are_refused_with_a_way_out(name, message):
+    with pytest.raises(
+        ValueError, match=rf"'{name}'.* cannot be factorised: .*{message}.*leave it"
+    ):
+        factorise_(OTHERS, {name: ONE})
+
+
+def test_a_convolution_with_a_kernel_of_one_is_the_linear_layer_that_its_refusal_names():
+    conv, x = OTHERS["narrow"], torch.randn(2, 4, 3, 5)
+    linear = nn.Linear(4, 6)
+    linear.weight, linear.bias = nn.Parameter(conv.weight.flatten(1)), conv.bias
+    torch.testing.assert_close(linear(x.movedim(1, -1)).movedim(-1, 1), conv(x))
+
+
 def scaled(cls: type[nn.Module]) -> type[nn.Module]:
     return type("Scaled", (cls,), {"forward": lambda self, x: 2 * cls.forward(self, x)})
 

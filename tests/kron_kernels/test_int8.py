@@ -25,6 +25,7 @@ from kron_kernels.int8 import columns_of, round_rows
 from kron_kernels.repeats import Repeats
 from kron_kernels.shapes import contraction_order
 from kron_kernels.testing import assert_close
+from kron_kernels.testing.cases import ACTIVATIONS
 
 # (instruction set, whether by its instruction for bytes)
 NATIVE = [
@@ -413,7 +414,7 @@ def hold_products(sizes, which: str, backend: str, dtype: torch.dtype) -> None:
         hold(kron_matmul(x, *factors, backend=backend), x, originals, factors)
 
 
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bias_activation_and_residual(activation, engine):
     backend, dtype = engine
     a, f = signs(1, 2, 3, dtype=dtype), powers(1, 20, 32)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kron_kernels import KronShape, dispatch, kron_feed_forward, kron_matmul, kron_qkv, reference
 from kron_kernels.backends import eager
+from kron_kernels.checks import Activation
 from kron_kernels.testing import assert_close
 from kron_kernels.testing.cases import SHAPES, draw, name
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
-ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "silu"]
+ACTIVATIONS = get_args(Activation)
 # Native's gradients of factors with whole vectors of columns take another path.
 TURNED = [KronShape(48, 32, 2, 16), KronShape(2, 3, 32, 48)]
 
@@ -440,7 +442,7 @@ def test_export_with_a_dynamic_number_of_tokens(s):
         (dict(bias=torch.ones(9)), r"bias must have shape \(10,\).* got \(9,\)"),
         (dict(bias=torch.ones(10).half()), "bias is torch.float16"),
         (dict(residual=torch.ones(10)), r"residual must have y's shape \(2, 10\), got \(10,\)"),
-        (dict(activation="swish"), "one of gelu, gelu_tanh, relu, silu, got 'swish'"),
+        (dict(activation="swish"), f"one of {', '.join(ACTIVATIONS)}, got 'swish'"),
         (dict(backend="triton"), "backend='triton' cannot serve this call: it runs on GPUs, and x"),
         (dict(backend="mkl"), "it does not exist; the backends are auto, eager"),
     ],

@@ -3,6 +3,7 @@
 import multiprocessing
 import threading
 import time
+from typing import get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from kron_kernels import (
     reference,
 )
 from kron_kernels.backends import abi, native
+from kron_kernels.checks import Activation
 from kron_kernels.encoder import Division
 from kron_kernels.testing import assert_close
 from kron_kernels.testing.cases import PAIRS, PRESETS, SHAPES, draw, name
@@ -28,7 +30,7 @@ from kron_kernels.testing.cases import PAIRS, PRESETS, SHAPES, draw, name
 pytestmark = pytest.mark.skipif(native._native is None, reason="the kernels are not compiled")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "silu"]
+ACTIVATIONS = get_args(Activation)
 
 
 @pytest.fixture

@@ -480,6 +480,21 @@ def test_a_module_without_layers_is_refused():
         plan(nn.Sequential(nn.ReLU()), {"error": 0.1}, torch.ones(2, 3))
 
 
+def test_layers_of_other_kinds_are_named_where_a_plan_lacks_layers():
+    net = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Conv1d(8, 8, 1))
+    x = torch.ones(2, 4, 3)
+    message = r"can be factorised: '0': .* Conv1d, with a kernel of 3.*; '2': .*nn.Linear\(8, 8\)"
+    with pytest.raises(ValueError, match=message):
+        plan(net, {"parameters": "2x"}, x)
+    with pytest.raises(ValueError, match=r"names has '0', which cannot be factorised: .* Conv1d"):
+        plan(net, {"parameters": "2x"}, x, names=["0"])
+    with pytest.raises(ValueError, match=r"names=\['0'\] would factorise an nn.Embedding"):
+        plan(nn.Sequential(nn.Embedding(9, 4)), {"parameters": "2x"}, torch.tensor([1]))
+    net = nn.Sequential(nn.Conv1d(4, 64, 3), nn.Flatten(), nn.Linear(64, 8))
+    with pytest.raises(ValueError, match=r"cannot be met: .* Not to be named is '0': .* Conv1d"):
+        plan(net, {"parameters": "4x"}, x)
+
+
 @pytest.mark.parametrize(
     "inputs", [IDS, (IDS,), {"input_ids": IDS}, {"input_ids": IDS, "attention_mask": None}]
 )

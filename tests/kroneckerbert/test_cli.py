@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from commands import WORDS, fails, save, student_of, succeeds, time_briefly, weights
+from rich.console import Console
 from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
@@ -21,7 +22,9 @@ from transformers import (
 
 import kroneckerbert
 from kron_kernels.backends import abi
+from kroneckerbert.cli import training
 from kroneckerbert.cli.sources import read_model
+from kroneckerbert.reproduction import curves
 
 
 @pytest.fixture(autouse=True)
@@ -186,10 +189,13 @@ def test_distilling_on_text_raises_the_similarity(tmp_path, teacher, student, te
 
     def cosine(folder):
         output = succeeds("evaluate", folder, "--data", texts, "--teacher", teacher)
-        (line,) = [line for line in output.splitlines() if "cosine" in line]
+        (line,) = [line for line in output.splitlines() if f"{folder} to {teacher}" in line]
         return float(line.split("│")[2])
 
     assert cosine(student) < cosine(tmp_path / "out") < 1
+    assert "losses in trainer_state.json and curve.png" in output
+    assert (tmp_path / "out" / "curve.png").stat().st_size > 5000
+    assert len(curves.read(tmp_path / "out")) == 7  # the first step, every tenth, the summary
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 13
 
 
@@ -249,7 +255,7 @@ def test_evaluating_a_task_reads_files_and_folders_and_shows_the_papers_numbers(
     assert "16 rows of validation" in of_folder and "91.1" in of_folder
     of_file = succeeds("evaluate", student, "--task", "sst2", "--data", folder / "sst2_dev.tsv")
     cells = [
-        next(line for line in output.splitlines() if "accuracy" in line).split("│")[2]
+        next(line for line in output.splitlines() if str(student) in line).split("│")[2]
         for output in (of_folder, of_file)
     ]
     assert cells[0].strip() == cells[1].strip()
@@ -404,3 +410,11 @@ def test_the_module_runs_as_the_command(monkeypatch, capsys):
     assert "Usage: kroneckerbert [OPTIONS] COMMAND" in output
     for name in ("compress", "distill", "evaluate", "benchmark", "reproduce", "recipes", "demo"):
         assert name in output
+
+
+def test_evaluating_shows_a_bar_on_a_terminal_only(teacher, student, texts, monkeypatch, capfd):
+    command = ("evaluate", student, "--data", texts, "--teacher", teacher)
+    quiet = succeeds(*command)
+    monkeypatch.setattr(training, "errors", Console(force_terminal=True))
+    shown = succeeds(*command) + capfd.readouterr().err
+    assert "embedding: 100%" in shown and "%" not in quiet

@@ -137,7 +137,7 @@ def test_ranking_ignores_a_rotation_that_the_cosine_sees(tokenizer, monkeypatch)
     rows = torch.nn.functional.normalize(torch.randn(8, 4), dim=-1)
     model, teacher = bert(), bert(seed=1)
     monkeypatch.setattr(
-        "kroneckerbert.evaluation.embed", lambda m, *_: -rows if m is model else rows
+        "kroneckerbert.evaluation.embed", lambda m, *_, **__: -rows if m is model else rows
     )
     metrics = similarity(model, teacher, tokenizer, [*WORDS, "one x", "two x"])
     assert metrics == pytest.approx({"cosine": -1.0, "ranking": 1.0}, abs=1e-5)

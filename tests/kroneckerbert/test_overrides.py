@@ -7,6 +7,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedModel,
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -14,7 +15,8 @@ from transformers import (
 
 from kroneckerbert import DistillationTrainer, KroneckerBertForMaskedLM
 from kroneckerbert.adapters import LoraKroneckerLinear
-from kroneckerbert.distillation.clock import Checkpoints, Deadline, TimeBar
+from kroneckerbert.distillation.clock import Checkpoints, Deadline
+from kroneckerbert.distillation.progress import Bar, Lines
 from kroneckerbert.reproduction.corpus import MaskedCollator
 
 OURS = {
@@ -22,7 +24,8 @@ OURS = {
     DistillationTrainer: Trainer,
     Checkpoints: TrainerCallback,
     Deadline: TrainerCallback,
-    TimeBar: ProgressCallback,
+    Bar: ProgressCallback,
+    Lines: PrinterCallback,
     MaskedCollator: DataCollatorForLanguageModeling,
     LoraKroneckerLinear: LoraLinear,
 }

@@ -183,8 +183,9 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
         return x * s, s + x * s * (1.0 - s) * slope
     if ACTIVATION == "relu":
         return tl.where(x < 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
-    s = 1.0 / (1.0 + tl.exp(-x))
-    return x * s, s + x * s * (1.0 - s)
+    if ACTIVATION == "silu":
+        s = 1.0 / (1.0 + tl.exp(-x))
+        return x * s, s + x * s * (1.0 - s)
 
 
 @triton.jit
