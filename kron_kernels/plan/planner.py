@@ -393,8 +393,8 @@ class Planner:
                 reasons.append(
                     f"{k} is to be at most {quantity(k, limit)} ({self.budget[k]!r}), but the "
                     f"nearest plan found has {quantity(k, actual[k])} (dense: "
-                    f"{quantity(k, self.dense.get(k, 0.0))}{rest} than in the layers "
-                    "that may be factorised)"
+                    f"{quantity(k, self.dense.get(k, 0.0))}{rest} than in the {len(self.targets)} "
+                    f"layer{'s' * (len(self.targets) > 1)} that may be factorised)"
                 )
         refused = first_refused(self.module, allow_tied=self.build is not None)
         raise ValueError(

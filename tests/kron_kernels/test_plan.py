@@ -693,7 +693,7 @@ def test_a_builder_gets_the_factors_and_its_module_is_measured():
             [
                 r"at most 0.5 ms \(0.5\)",
                 r"nearest plan found has \d",
-                r" ms of it elsewhere than in the layers",
+                r" ms of it elsewhere than in the 7 layers",
             ],
         ),
         ({"flops": 10, "error": 0.9}, [r"flops is to be at most 10 \(10\)", "7 layers"]),
