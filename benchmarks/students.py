@@ -8,7 +8,8 @@ cold       seconds from ``kroneckerbert.load`` to the first vector in a new proc
 texts/s    sentences of STS-B embedded in a second, batches of 32
 
 The teacher is all-MiniLM-L6-v2 in PyTorch, and its int8 form in ONNX Runtime. With ``tasks``, the
-scores of classifiers, too, which ``kroneckerbert reproduce minilm-tasks`` has left in a folder.
+scores of classifiers, too, which ``kroneckerbert reproduce minilm-tasks`` has left in a folder;
+without, those of an earlier run stay in the results.
 """
 
 from __future__ import annotations
@@ -56,15 +57,21 @@ Encode = Callable[[list[str]], Tensor]
 
 def run(path: Path, threads: int, effort: float, data: Path, tasks: Path | None = None) -> None:
     """``effort`` shortens the timings only: a part of a test set would be another one."""
-    of_tasks = read_tasks(tasks) if tasks else []  # now: a wrong folder is an error at once
+    if tasks:
+        of_tasks = read_tasks(tasks)  # now: a wrong folder is an error at once
+    else:  # these scores do not depend on the machine
+        before = machine.read(path)["rows"] if path.exists() else []
+        of_tasks = [row for row in before if "task" in row]
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     teacher = AutoModel.from_pretrained(get_model_path()).eval()
-    embedding: dict[str, Encode] = {TEACHER: lambda texts: embed(teacher, tokenizer, texts)}
-    embedding |= {name: students.load(name).encode for name in students.names()}
     some = read_table(data / "stsb_test.tsv.gz").texts[:320]
     with tempfile.TemporaryDirectory() as folder, machine.recording(path, threads) as record:
         quantized = InRuntime(teacher, Path(folder), threads)
-        embedding[QUANTIZED] = lambda texts: embed(quantized, tokenizer, texts)
+        embedding: dict[str, Encode] = {
+            TEACHER: lambda texts: embed(teacher, tokenizer, texts),
+            QUANTIZED: lambda texts: embed(quantized, tokenizer, texts),
+        }
+        embedding |= {name: students.load(name).encode for name in students.names()}
         calls = {name: lambda encode=encode: encode(some) for name, encode in embedding.items()}
         times = interleaved(calls, 60 * effort)
         for name, encode in embedding.items():
