@@ -53,7 +53,7 @@ class KroneckerConfig(_Base):
             without a name are dense: the default, an empty dict, is an ordinary dense model. The
             linear layers of the model without its head and pooler can be factorised, and the word
             embeddings, with ``m1`` the size of the vocabulary; but not layers whose weight another
-            module reads. Note that ``"output.dense"`` also fits ``"attention.output.dense"`` unless
+            module reads. ``"output.dense"`` also fits ``"attention.output.dense"`` unless
             that has its own entry.
 
         kronecker_plan: The plan that chose the factors, if any, see ``plan``.

@@ -377,7 +377,7 @@ def test_a_quick_run_times_a_part_of_the_workloads():
 
 @pytest.fixture
 def slow_rule(monkeypatch):
-    """A rule that is easily beaten."""
+    """A rule that any other beats."""
     bad = Tile(tokens=8, depth=16, columns=16, tiles=1, warps=8, stages=2)
     monkeypatch.setattr(configs, "rule", lambda *case: bad)
 

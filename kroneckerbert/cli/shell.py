@@ -197,7 +197,7 @@ def regular(path: Path | None) -> Path | None:
 
 Batch = Annotated[int, number(int, "Sequences in the timed forward pass.", 1)]
 Tokens = Annotated[int, number(int, "Tokens in each sequence.", 1)]
-# More threads than CPUs are never faster, and very many abort the process.
+# More threads than CPUs are never faster, and thousands abort the process.
 Threads = Annotated[
     int | None, number(int, "CPU threads; PyTorch's default if unset.", 1, os.cpu_count() or 1)
 ]

@@ -32,6 +32,8 @@ SLOW = {
 }
 WORDS = [*map(str, range(10)), *"abcdefghijklmnopqrstuvwxyz", "text", "this", "is", "and", "that"]
 
+WRITTEN = {".md", ".py", ".h", ".cpp", ".cu", ".cuh", ".yaml"}
+
 FENCE = re.compile(r"^( *)```+ *(\w*)[^\n]*\n(.*?)^\1```+ *$", re.M | re.S)
 
 
@@ -49,6 +51,25 @@ def blocks(page: Path, *languages: str) -> list[tuple[int, str]]:
             lines = [line.removeprefix(indent) for line in code.splitlines(keepends=True)]
             found.append((text.count("\n", 0, match.start(3)), "".join(lines)))
     return found
+
+
+# --- words
+
+
+def test_the_words_of_the_style_section_are_used_nowhere():
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    start = contributing.index("A test looks for these words")
+    section = contributing[start:].split("\n\n")[0]
+    words = re.findall(r"`([^`]+)`", section.replace("\n", " "))
+    assert len(words) > 10
+    search = re.compile(r"\b(" + "|".join(map(re.escape, words)) + r")\b", re.I)
+    folders = (*OURS, "csrc", "docs", "tests")
+    sources = [p for f in folders for p in (ROOT / f).rglob("*.*") if p.suffix in WRITTEN]
+    found = []
+    for path in [*sources, ROOT / "README.md", ROOT / "CHANGELOG.md"]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            found += [f"{name(path)}:{number}: {m[0]}" for m in search.finditer(line)]
+    assert not found
 
 
 # --- code

@@ -54,7 +54,7 @@ def squared_error(w, a, b, c=None) -> float:
 
 
 def second_moment(n: int, samples: int, seed: int = 1) -> torch.Tensor:
-    """Of correlated inputs of very different sizes."""
+    """Of correlated inputs of unlike sizes."""
     x = randn(samples, n, seed=seed) @ randn(n, n, seed=seed + 1)
     x = x * torch.logspace(0, -2, n, dtype=torch.float64)
     return x.mT @ x / samples

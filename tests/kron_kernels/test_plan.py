@@ -600,7 +600,7 @@ def test_a_layer_slower_than_dense_stays_dense_with_the_reason(clock):
     """Small layers lose, large ones gain: 1 ms to start a product of factors."""
     clock.of = lambda m: milliseconds(m) + (1.0 if isinstance(m, KRONECKER) else 0.0)
     net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 480), nn.Linear(480, 24))
-    # So easily factorised that it would be the first.
+    # So near a product that it would be the first.
     with torch.no_grad():
         net[0].weight.copy_(torch.kron(torch.randn(4, 4), torch.randn(6, 6)))
     budget, x = {"parameters": "1.2x"}, torch.ones(4, 24)

@@ -191,7 +191,7 @@ def test_compressed_models_with_each_kind_of_layer(name, kind, calls):
     back = dequantize(int8)
     assert type(back) is type(model)
     assert error(states(back, inputs), before) < 0.03
-    for path, layer in layers.items():  # the very same numbers
+    for path, layer in layers.items():  # the same numbers, bit for bit
         floating = layer.dequantized().state_dict()
         restored = back.base_model.get_submodule(path).state_dict()
         assert all(torch.equal(t, restored[key]) for key, t in floating.items())
