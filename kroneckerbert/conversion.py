@@ -36,6 +36,7 @@ from kroneckerbert.modeling_kroneckerbert import (
     is_tied,
     kronecker_class,
 )
+from kroneckerbert.presets import RECOMMENDED
 from kroneckerbert.quantization import dequantize
 from kroneckerbert.rebuilding import pooler_as, rebuilt
 
@@ -43,7 +44,7 @@ from kroneckerbert.rebuilding import pooler_as, rebuilt
 @torch.no_grad()
 def compress(
     model: PreTrainedModel | nn.Module | str | os.PathLike,
-    config: str | KroneckerConfig | Plan | Mapping[str, Any] = "kronecker-bert-8",
+    config: str | KroneckerConfig | Plan | Mapping[str, Any] = RECOMMENDED,
     *,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
     sequential: bool = False,

@@ -79,6 +79,8 @@ class _Preset(NamedTuple):
     rank: int = 1  # attention's and feed-forward's
 
 
+RECOMMENDED = "kronecker-bert-8+low-rank-words"  # by docs/study.md; the default of compress
+
 # KroneckerBERT (NAACL 2022), see KroneckerConfig.preset.
 PRESETS = {
     "kronecker-bert-8": _Preset(_Small("B", 2, 2), _Small("A", 8, 2), b_size=8),

@@ -92,13 +92,14 @@ def compress(
     teacher: Annotated[str, typer.Argument(help="The dense model, with or without a head.")],
     out: Annotated[Path, typer.Argument(help="New folder for the compressed model.")],
     preset: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="The paper's shapes: kronecker-bert-5, -8, -19 or -21, the number being how many "
             "times smaller than BERT_BASE. +low-rank-words, -attention, -feed-forward or +low-rank "
-            "after it gives those parts low rank of equal size."
+            "after it gives those parts low rank of equal size; kronecker-bert-8+low-rank-words if "
+            "unset."
         ),
-    ] = "kronecker-bert-8",
+    ] = None,
     plan: Annotated[
         Path | None,
         input_file("A file written by 'plan', instead of a preset."),
@@ -117,12 +118,13 @@ def compress(
     from kroneckerbert import compress as compress_model
     from kroneckerbert.files import writable_folder
     from kroneckerbert.loading import load_tokenizer
+    from kroneckerbert.presets import RECOMMENDED
 
     if sequential and calibration is None:
         raise typer.BadParameter("--sequential refits on text: give --calibration TEXTS as well.")
     out = writable_folder(out)
     texts = calibration_texts(calibration)
-    shapes = preset if plan is None else Plan.load(plan)
+    shapes = Plan.load(plan) if plan else preset or RECOMMENDED
     model, tokenizer = read_model(teacher), load_tokenizer(teacher)
     student: Any = compress_model(
         model,
