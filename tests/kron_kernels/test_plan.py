@@ -368,7 +368,8 @@ def test_a_table_is_not_compressed_more_than_the_whole_unless_it_has_to_be():
     names = ["words", "up", "down", "head", "unused"]
     found = plan(net, {"parameters": "2x"}, IDS, names=names)
     words = next(row for row in found.layers if row.path == "words")
-    assert words.parameters >= words.parameters_dense / 2
+    # The nearest of the ranks tried, which are 12 % apart.
+    assert words.parameters >= 0.9 * words.parameters_dense / 2
     assert words.parameters < words.parameters_dense
     # Layers kept dense leave no room for it.
     kept = dict.fromkeys(["up", "down"])
