@@ -230,11 +230,9 @@ class Planner:
         share = min(self.limits[k] / self.dense[k] for k in sizes)
         for t in self.targets:
             if t.is_table and not t.decided:
-                whole = max(share * t.dense.parameters, 1.0)
-                least = min(
-                    (c.parameters for c in t.candidates),
-                    key=lambda size, whole=whole: abs(math.log(size / whole)),
-                )
+                whole = math.log(max(share * t.dense.parameters, 1.0))
+                sizes_of = {abs(math.log(c.parameters) - whole): c.parameters for c in t.candidates}
+                least = sizes_of[min(sizes_of)]
                 t.candidates = [c for c in t.candidates if c.parameters >= least]
         if self._solve(self.limits) is None:
             for t, candidates in zip(self.targets, before, strict=True):
