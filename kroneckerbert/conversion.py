@@ -62,7 +62,8 @@ def compress(
 
     Args:
         model: The dense model, or the name or folder of a transformers model.
-        config: A preset's name, scaled to the model's widths; a plan from ``kroneckerbert.plan``; a
+        config: A preset's name, scaled to the model's widths (by default products of the paper's
+            shapes with low-rank words); a plan from ``kroneckerbert.plan``; a
             mapping like ``KroneckerConfig.kronecker_factors``; or a configuration with the model's
             sizes. The labels are always the model's.
         calibration: Batches of model inputs (``input_ids``, ``attention_mask``, …). The linear

@@ -181,7 +181,8 @@ def _refined(
             for (s,), error in errors.items()
             if s.rank * max(s.n1, s.n2) <= _WIDEST
         )
-        leading = leading[:: -(-len(leading) // _REFINED)]  # evenly, from the smallest on
+        # Evenly, from the smallest on; none where all products are too wide, or the sides prime.
+        leading = leading[:: max(1, -(-len(leading) // _REFINED))]
         errors = {}
         for shapes, *_ in leading:
             start = factors.get(shapes) or separable(w, shapes[0], c)

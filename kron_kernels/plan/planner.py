@@ -141,6 +141,11 @@ def _moments(
 Choice = Sequence[Candidate]  # one for each target
 
 
+def _nearest_size(candidates: Sequence[Candidate], size: float) -> int:
+    """Of the candidates' numbers of parameters, the one nearest to ``size`` as a ratio."""
+    return min((c.parameters for c in candidates), key=lambda own: abs(math.log(own / size)))
+
+
 class Planner:
     """Chooses a candidate for each target, and measures the module that is built from them."""
 
@@ -230,9 +235,7 @@ class Planner:
         share = min(self.limits[k] / self.dense[k] for k in sizes)
         for t in self.targets:
             if t.is_table and not t.decided:
-                whole = math.log(max(share * t.dense.parameters, 1.0))
-                sizes_of = {abs(math.log(c.parameters) - whole): c.parameters for c in t.candidates}
-                least = sizes_of[min(sizes_of)]
+                least = _nearest_size(t.candidates, max(share * t.dense.parameters, 1.0))
                 t.candidates = [c for c in t.candidates if c.parameters >= least]
         if self._solve(self.limits) is None:
             for t, candidates in zip(self.targets, before, strict=True):
@@ -404,7 +407,7 @@ class Planner:
         raise ValueError(
             f"the budget cannot be met: {'; '.join(reasons)}. Raise the limit, name more layers "
             "(embeddings are only factorised if named), or drop another limit or decision."
-            f"{f' Not to be named is {refused}.' if refused else ''}"
+            f"{f' These cannot be factorised: {refused}.' if refused else ''}"
         )
 
     # The result

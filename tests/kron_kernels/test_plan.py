@@ -301,6 +301,16 @@ def test_errors_with_calibration_are_those_of_the_layers_that_factorise_makes():
     assert better > len(candidates) / 2
 
 
+@pytest.mark.parametrize("size", [(13, 7), (2, 2039)], ids=str)
+def test_calibration_where_no_product_can_be_fitted(size):
+    rows, columns = size  # prime; or the only products have 2039 unknowns
+    layer = nn.Linear(columns, rows)
+    target = Target("", layer, inputs=[(torch.Size([2, columns]), torch.float32)])
+    moment = torch.eye(columns, dtype=torch.float64)
+    dense, *others = candidates_of(target, moment, mix=True)
+    assert not dense.shapes and all(s.is_low_rank for c in others for s in c.shapes)
+
+
 def test_calibration_improves_the_choice():
     layer, x = calibrated(400)
     net = nn.Sequential(layer)
@@ -492,7 +502,7 @@ def test_layers_of_other_kinds_are_named_where_a_plan_lacks_layers():
     with pytest.raises(ValueError, match=r"names=\['0'\] would factorise an nn.Embedding"):
         plan(nn.Sequential(nn.Embedding(9, 4)), {"parameters": "2x"}, torch.tensor([1]))
     net = nn.Sequential(nn.Conv1d(4, 64, 3), nn.Flatten(), nn.Linear(64, 8))
-    with pytest.raises(ValueError, match=r"cannot be met: .* Not to be named is '0': .* Conv1d"):
+    with pytest.raises(ValueError, match=r"cannot be met: .* cannot be factorised: '0': .* Conv1d"):
         plan(net, {"parameters": "4x"}, x)
 
 
