@@ -120,7 +120,10 @@ class DistillationConfig(TrainingArguments):
         default=1e-3, metadata={"help": "1e-3 for stage 1; 1e-5 to 5e-4 for stage 2."}
     )
     warmup_steps: float = field(
-        default=0.05, metadata={"help": "Warm-up steps, or a share of all steps if below 1."}
+        default=0.05,
+        metadata={
+            "help": "Warm-up steps, or a share of all steps if below 1; at most half of the steps."
+        },
     )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences per step."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Sequences per step."})
@@ -180,7 +183,7 @@ class DistillationConfig(TrainingArguments):
             steps: Number of steps; takes precedence over ``epochs``.
             epochs: Passes over the data.
             stage: ``"layers"`` (stage 1: a learning rate of 1e-3), ``"task"`` (stage 2, on labelled
-                data: 1e-4) or ``"sentences"`` (a sentence encoder: 1e-3 after 200 steps of
+                data: 1e-4) or ``"sentences"`` (a sentence encoder: 4e-4 after 200 steps of
                 warm-up, batches of 64, and the terms of the vectors instead of the layers').
             **arguments: Any field; these override the defaults above.
 
@@ -202,6 +205,10 @@ class DistillationConfig(TrainingArguments):
         if stage == "sentences":
             defaults |= SENTENCES
         return cls(output_dir, **defaults | arguments)
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """``Trainer``'s question; a run that only warms up ends at its highest rate."""
+        return min(super().get_warmup_steps(num_training_steps), num_training_steps // 2)
 
     @property
     def weights(self) -> dict[str, float | None]:

@@ -233,16 +233,10 @@ class DistillationTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LRScheduler:
-        if (warmup := self.args.warmup_steps) >= max(1, num_training_steps):
-            warnings.warn(
-                f"the warm-up of {warmup:g} steps does not end in these {num_training_steps}: the "
-                "learning rate only rises. Train for more steps, or lower learning_rate or "
-                "warmup_steps.",
-                stacklevel=2,
-            )
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self._deadline is not None:
-            self._deadline.govern(scheduler, num_training_steps, self.args.warmup_steps)
+            warmup = min(self.args.warmup_steps, num_training_steps / 2)
+            self._deadline.govern(scheduler, num_training_steps, warmup)
         return scheduler
 
     def _get_train_sampler(self, *args, **kwargs) -> Sampler | None:

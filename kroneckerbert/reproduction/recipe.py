@@ -79,10 +79,14 @@ class Student:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The teacher on a task: trained with ``TrainingArguments``, or ``model``, already trained."""
+    """The teacher on a task: trained with ``TrainingArguments``, or ``model``, already trained.
+
+    A table too small for ``least_steps`` in ``num_train_epochs`` is passed over more often.
+    """
 
     arguments_class: ClassVar[type] = TrainingArguments
     model: str | None = None
+    least_steps: int = 0
     max_length: int = 128
     batch_size: int = 32
     arguments: dict = field(default_factory=dict)
@@ -125,9 +129,13 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Stage2:
-    """Distillation on a task; ``cache_teacher`` stores the teacher's outputs for all seeds."""
+    """Distillation on a task; ``cache_teacher`` stores the teacher's outputs for all seeds.
+
+    ``least_steps`` is that of ``FineTuning``.
+    """
 
     arguments_class: ClassVar[type] = DistillationConfig
+    least_steps: int = 0
     max_length: int = 128
     batch_size: int = 32
     cache_teacher: bool = False
@@ -452,6 +460,8 @@ def _check_stage(stage: Stage, where: str) -> None:
             f"{where} needs a batch_size of at least 1 and a max_length of at least 8; got "
             f"{stage.batch_size} and {stage.max_length}."
         )
+    if isinstance(stage, FineTuning | Stage2):
+        _in_range(f"{where}.least_steps", stage.least_steps, 0)
     hints = _hints(stage.arguments_class)
     elsewhere = _NOT_ARGUMENTS | ({"seed": "write seeds"} if isinstance(stage, Stage2) else {})
     for key, value in stage.arguments.items():

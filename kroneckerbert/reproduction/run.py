@@ -20,6 +20,7 @@ Output:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 import yaml
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from kron_kernels.files import write_file
@@ -45,7 +46,7 @@ from kroneckerbert.loading import without_weights
 from kroneckerbert.quantization import quantize
 from kroneckerbert.reproduction import corpus
 from kroneckerbert.reproduction.card import Score
-from kroneckerbert.reproduction.recipe import Recipe, Stage1, load, select
+from kroneckerbert.reproduction.recipe import FineTuning, Recipe, Stage1, Stage2, load, select
 from kroneckerbert.reproduction.sentence_run import SentenceRun
 from kroneckerbert.reproduction.squad import Questions, SpanDataset
 from kroneckerbert.reproduction.steps import Steps, core_hours, located, settings_of
@@ -241,7 +242,7 @@ class _TaskRun(Steps):
         }
 
         def work(folder: Path, training: Path) -> None:
-            args = self._arguments(tuning, training)
+            args = self._arguments(tuning, training, **self._epochs(name, tuning))
             set_seed(args.seed)  # initialises the head
             labels: dict[str, Any] = {"num_labels": 1} if task.kind == "regression" else {}
             if task.kind == "classification":
@@ -266,7 +267,8 @@ class _TaskRun(Steps):
 
         def work(folder: Path, training: Path) -> None:
             cache = str(self.output / "cache" / name) if stage.cache_teacher else None
-            args = self._arguments(stage, training, seed=seed, teacher_cache=cache)
+            epochs = self._epochs(name, stage)
+            args = self._arguments(stage, training, seed=seed, teacher_cache=cache, **epochs)
             tuned = _load(self.tasks[name], teacher)
             rows = self._dataset(name, tuned, stage.max_length)
             model = with_head_of(tuned, student)
@@ -276,6 +278,17 @@ class _TaskRun(Steps):
             self._train(trainer, folder)
 
         return self._step(f"stage2/{name}/seed-{seed}", made_of, work)
+
+    def _epochs(self, name: str, stage: FineTuning | Stage2) -> dict[str, float]:
+        """More passes than the recipe's, where a small table needs them for ``least_steps``."""
+        rows = len(self._read(name, "train"))
+        steps = math.ceil(rows / stage.batch_size)
+        epochs = math.ceil(stage.least_steps / steps)
+        usual = TrainingArguments.num_train_epochs
+        if epochs <= stage.arguments.get("num_train_epochs", usual):
+            return {}
+        self.print(f"  {epochs} passes over {rows:,} rows, for {epochs * steps} steps")
+        return {"num_train_epochs": epochs}
 
     def _dataset(self, name: str, model: PreTrainedModel, max_length: int) -> Dataset:
         task, rows = self.tasks[name], self._read(name, "train")

@@ -368,10 +368,14 @@ def test_a_term_that_is_nearly_all_of_the_loss_is_named_once(tmp_path):
     assert len([w for w in seen if "of the loss" in str(w.message)]) == 1
 
 
-def test_a_warm_up_as_long_as_the_run_is_named(tmp_path):
-    run = trainer(tmp_path, bert(seed=1), bert(), max_steps=2, warmup_steps=2)
-    with pytest.warns(UserWarning, match="warm-up of 2 steps does not end in these 2"):
-        run.train()
+@pytest.mark.parametrize("max_minutes", [None, 60.0])
+def test_a_warm_up_takes_at_most_half_of_the_steps(max_minutes, tmp_path):
+    options = {"max_steps": 4, "warmup_steps": 200, "max_minutes": max_minutes}
+    run = trainer(tmp_path, bert(seed=1), bert(), logging_steps=1, **options)
+    run.train()
+    peak = run.args.learning_rate
+    rates = [log["learning_rate"] for log in run.state.log_history if "loss" in log]
+    assert rates == pytest.approx([0, peak / 2, peak, peak / 2], rel=1e-3)
 
 
 def test_core_hours_go_on_in_a_resumed_run(tmp_path):

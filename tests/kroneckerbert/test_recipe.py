@@ -230,6 +230,16 @@ def test_a_task_of_ones_own_is_taught_distilled_quantised_and_scored(own, vector
     assert not (tmp_path / "int8" / "my_train" / "seed-0" / "modules.json").exists()
 
 
+def test_a_small_table_is_passed_over_until_it_gave_the_least_steps(own, tmp_path):
+    own += ["--set", "fine_tuning.arguments={num_train_epochs: 1, logging_steps: 1}"]
+    own += ["--set", "fine_tuning.batch_size=4", "--set", "fine_tuning.least_steps=6"]
+    own += ["--set", "deployment={}"]
+    output = succeeds(*own, "--output", tmp_path)
+    assert "2 passes over 16 rows, for 8 steps" in output
+    state = json.loads((tmp_path / "teacher" / "my_train" / "trainer_state.json").read_text())
+    assert state["global_step"] == 8
+
+
 def test_a_missing_exporter_is_named_before_anything_is_trained(own, monkeypatch, tmp_path):
     monkeypatch.setitem(exporting()._PACKAGES, "onnx", ("no_such_exporter",))
     message = fails(*own, "--output", tmp_path)
