@@ -317,11 +317,16 @@ def forms(study: Results, speed: Results) -> Figure:
     """STS-B over bytes and over milliseconds in int8; a line joins those that none surpasses."""
     scores = defaultdict(list)
     sizes = {(row["form"], row["size"]): row["bytes"] / 1e6 for row in study["rows"]}
+    least = min(row["steps"] for row in study["rows"] if "steps" in row)
     for row in study["rows"]:
-        if row["size"] in MARKERS:
+        if row.get("steps") == least:  # others were trained for longer
             scores[row["form"], row["size"]].append(100 * row["int8"])
     score = {key: sum(found) / len(found) for key, found in scores.items()}
-    ms = {(row["form"], row["size"]): row["ms"]["1 int8"] for row in speed["rows"]}
+    ms = {
+        (form, row["size"]): row["ms"]["1 int8"]
+        for row in speed["rows"]
+        for form in (row["form"], *row["also"])
+    }
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
     labels = ("MB in int8", "ms for a text of 32 tokens, int8, one thread")
     for axes, x, label in zip(panels, (sizes, ms), labels, strict=True):

@@ -8,6 +8,7 @@ Reads ``study.json`` of the same folder.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,16 +35,14 @@ def run(path: Path, threads: int, effort: float) -> None:
     source = path.with_name("study.json")
     if not source.exists():
         raise FileNotFoundError(f"{source} is missing: run `python -m benchmarks study` first.")
-    first: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in machine.read(source)["rows"]:
-        first.setdefault((row["form"], row["size"]), row)
+    first, names = alike(machine.read(source)["rows"])
     teacher = AutoModel.from_pretrained(get_model_path()).eval()
     with TemporaryDirectory() as folder, machine.recording(path, threads) as record:
         dense = teacher, InRuntime(teacher, Path(folder), threads)
         models = {
             key: made(teacher, row) if "factors" in row else dense for key, row in first.items()
         }
-        found: dict[tuple[str, str], dict[str, Any]] = {
+        found: dict[str, dict[str, Any]] = {
             key: {"flops": flops(model, 1, TOKENS), "ms": {}} for key, (model, _) in models.items()
         }
         for batch in BATCHES:
@@ -58,8 +57,21 @@ def run(path: Path, threads: int, effort: float) -> None:
             for i, key in enumerate(models):
                 for kind in ("float32", "int8"):
                     found[key]["ms"][f"{batch} {kind}"] = times[f"{i} {kind}"].median
-        for (form, size), row in found.items():
-            record.add({"form": form, "size": size} | row)
+        for key, row in found.items():
+            form, *others = names[key]
+            record.add({"form": form, "also": others, "size": first[key]["size"]} | row)
+
+
+def alike(rows: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
+    """By factors: the first row that has them, and all their forms. A start takes no time."""
+    first: dict[str, dict[str, Any]] = {}
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row["seed"] == 0:
+            key = json.dumps([row.get("factors"), row["layers"]])
+            first.setdefault(key, row)
+            names.setdefault(key, []).append(row["form"])
+    return first, names
 
 
 def made(teacher: PreTrainedModel, row: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -299,6 +299,8 @@ class AdaptedLinear(nn.Module):
 
 def _why_not(layer: nn.Module) -> str | None:
     """Why no matrix can be added to this layer's, as the end of a sentence, or None."""
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag | nn.RNNBase):
+        return f"it is of class {type(layer).__name__}, which is not a product by one matrix"
     if not isinstance(layer, _CONVOLUTIONS):
         return None
     if any(side != 1 for side in layer.kernel_size):

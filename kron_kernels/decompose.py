@@ -200,9 +200,15 @@ def _check(
 ) -> KronShape:
     check_tensor("weight", weight)
     if weight.ndim != 2 or not weight.is_floating_point():
+        if weight.is_complex():
+            way = "factorise real and imaginary parts one by one"
+        elif weight.ndim != 2:
+            way = "give a matrix: a slice, or of a convolution with a kernel of 1 weight.flatten(1)"
+        else:
+            way = "use weight.float()"
         raise ValueError(
             f"weight must be a real floating-point matrix, got {weight.dtype} of shape "
-            f"{tuple(weight.shape)}; factorise real and imaginary parts, or slices, one by one."
+            f"{tuple(weight.shape)}; {way}."
         )
     m, n = weight.shape
     if not m or not n:

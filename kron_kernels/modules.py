@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,6 +103,26 @@ def refused(module: nn.Module, allow_tied: bool = False) -> dict[str, str]:
         if path not in dense and not _is_norm(m) and (reason := not_dense(m))
     }
     return reasons | others
+
+
+def one_name(paths: Sequence[str]) -> str:
+    """Paths that differ in numbers only as one, ``encoder.layer.0-3,5.dense``."""
+    numbers = zip(*(map(int, re.findall(r"\d+", path)) for path in paths), strict=True)
+    first, *parts = re.split(r"\d+", paths[0])
+    return first + "".join(
+        _ranges(sorted({*own})) + part for own, part in zip(numbers, parts, strict=True)
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-3,5``"""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -229,6 +229,11 @@ def check_mapping(name: str, value: Any, example: str) -> None:
     Raises:
         TypeError: If it is not.
     """
+    if isinstance(getattr(value, "factors", None), Mapping):
+        kind = type(value).__name__
+        raise TypeError(
+            f"{name} is a {kind}, not a mapping from paths to terms; pass its .factors."
+        )
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} = {value!r:.80} must be a mapping, such as {example}.")
     for key in value:
@@ -258,7 +263,9 @@ def nearest_divisors(size: int, factor: int) -> str:
 
 def check_divides(side: str, size: int, factor: int, axis: int) -> None:
     """Raise, naming the nearest divisors, unless ``factor`` divides the weight's ``size``."""
-    if factor < 1 or size % factor:
+    if factor < 1:
+        raise ValueError(f"a_shape[{axis}] = {factor} is the factor's {side}, at least 1.")
+    if size % factor:
         raise ValueError(
             f"weight's {size} {side} are not divisible by a_shape[{axis}] = {factor}; "
             f"{nearest_divisors(size, factor)}."

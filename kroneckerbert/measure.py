@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -29,6 +30,7 @@ from kron_kernels.modules import (
     evaluating,
     flops_of,
     linear_weight,
+    one_name,
     setting_of,
 )
 from kron_kernels.shapes import check_integer
@@ -366,7 +368,7 @@ def _table(report: Report) -> Table:
         title=f"{s['batch']} x {s['tokens']} tokens, {s['threads']} threads, {s['device']}, "
         f"{s['dtype']}, torch {s['torch']}",
     )
-    table.add_column("layers", overflow="fold")
+    table.add_column("layers", no_wrap=True)
     table.add_column("terms")
     for heading in ("parameters", "MFLOPs", "ms dense", "ms here", "times faster"):
         table.add_column(heading, justify="right")
@@ -374,16 +376,15 @@ def _table(report: Report) -> Table:
         table.add_column(heading, justify="right")
     groups: dict[tuple, list[LayerReport]] = defaultdict(list)
     for row in report.layers:
-        name = ".".join(part for part in row.path.split(".") if not part.isdigit())
-        groups[name, row.terms].append(row)
-    for (name, terms), rows in groups.items():
+        groups[re.sub(r"\d+", "*", row.path), row.terms].append(row)
+    for (_, terms), rows in groups.items():
         sums = {
             field.name: sum(getattr(r, field.name) for r in rows)
             for field in fields(LayerReport)
             if field.name.startswith(("parameters", "flops", "ms"))
         }
         table.add_row(
-            name if len(rows) == 1 else f"{name} ({len(rows)})",
+            one_name([r.path for r in rows]),
             terms,
             *_costs(
                 [(sums[f"{key}_dense"], sums[key]) for key in _SHOWN],

@@ -26,8 +26,9 @@ from transformers.utils import logging
 
 from benchmarks import machine
 from benchmarks.study import protocol
-from benchmarks.study.forms import SIZES, students
+from benchmarks.study.forms import SIZES, Student, students
 from benchmarks.study.jobs import Rows, lock
+from kroneckerbert.distillation.signals import Interrupted
 
 TEACHER = "teacher"
 Results = dict[str, Any]
@@ -48,30 +49,37 @@ def run(
     logging.disable_progress_bar()
     rows, facts = Rows(path, work, protocol.SETTINGS), machine.facts(threads)
 
-    def attempt(key: tuple[str, str, int], work_on: Any) -> None:
-        """Do a job, unless it is in the results, or another process is doing it."""
-        name = "{}, {}, {}".format(*key)
-        if only and only not in name:
-            return
+    jobs: dict[tuple[str, str, int], Student | None] = {(TEACHER, "1x", 0): None}
+    jobs |= {(s.form, s.size, seed): s for seed in seeds for s in students()}
+    names = {key: "{}, {}, {}".format(*key) for key in jobs}
+    wanted = [key for key, name in names.items() if not only or only in name]
+    if not wanted:
+        raise ValueError(f"no job has {only!r} in its name; they are: {'; '.join(names.values())}.")
+    for key in wanted:
+        student, name = jobs[key], names[key]
+        after = student and student.after
+        if after and not protocol.folder_of(*after, key[-1], work).exists():
+            machine.progress(f"study: {name} waits for {', '.join(after)} in {work}")
+            continue
+        # The system releases the lock of a process that is killed.
         with lock(work / "locks" / name.replace("/", " ")) as mine:
-            done = {key_of(row): row for row in rows.all()}
-            if mine and key not in done:
-                machine.progress(f"{time.strftime('%H:%M:%S')} study: {name}")
-                rows.add(dict(zip(KEY, key, strict=True)) | work_on(done), facts)
-
-    attempt((TEACHER, "1x", 0), lambda done: protocol.teachers_row(data))
-    for seed in seeds:
-        for student in students():
-            if student.after and not protocol.folder_of(*student.after, seed, work).exists():
-                first_form = ", ".join(student.after)
-                machine.progress(f"study: {student.form} waits for {first_form} in {work}")
+            if not mine:
+                machine.progress(f"study: another process makes {name}")
                 continue
-
-            def work_on(done: Results, seed: int = seed, student: Any = student) -> Results:
-                first = done.get((student.rate_of or student.form, student.size, 0), {})
-                return protocol.job(student, seed, first.get("rate"), data, work)
-
-            attempt((student.form, student.size, seed), work_on)
+            done = {key_of(row): row for row in rows.all()}
+            if key in done:
+                continue
+            machine.progress(f"{time.strftime('%H:%M:%S')} study: {name}")
+            try:
+                if student is None:
+                    row = protocol.teachers_row(data)
+                else:
+                    first = done.get((student.rate_of or student.form, student.size, 0), {})
+                    row = protocol.job(student, key[-1], first.get("rate"), data, work)
+            except KeyboardInterrupt as stop:
+                kept = f"Finished rows are in {path}; {name} will begin again."
+                raise Interrupted(getattr(stop, "number", 2), kept) from None
+            rows.add(dict(zip(KEY, key, strict=True)) | row, facts)
 
 
 KEY = ("form", "size", "seed")

@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks import machine
 from benchmarks.starts import accuracy
 from benchmarks.study.forms import Student
 from benchmarks.study.jobs import lock
@@ -115,7 +116,10 @@ def distilled(
         student, teacher(), config, train_dataset=rows, processing_class=tokenizer()
     )
     with lock(work / "teacher.lock", wait=True):
+        if not (work / "teacher").exists():
+            machine.progress("study: the teacher's vectors, once")
         trainer.cache_teacher()
+    machine.progress(f"study: {config.max_steps} steps at {rate:g}")
     trainer.train()
     return student.eval()
 

@@ -14,6 +14,7 @@ from benchmarks import machine, markdown, plots, study, study_speed
 from benchmarks.study import forms, protocol
 from benchmarks.study.jobs import Rows, lock
 from kron_kernels import KroneckerSum
+from kroneckerbert.distillation.signals import Interrupted
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 WIDTHS = {"hidden_size": 64, "intermediate_size": 256}
@@ -146,6 +147,23 @@ def test_jobs_are_done_once_counted_timed_and_shown(small_study, tmp_path, monke
     assert plots.draw_all(tmp_path, tmp_path) == [tmp_path / "forms.png"]
 
 
+def test_forms_of_the_same_factors_are_timed_once():
+    rows = [
+        {"form": form, "size": "8x", "seed": seed, "layers": layers, "factors": {"words": rank}}
+        for form, seed, layers, rank in (
+            ("fitted", 0, 6, 4),
+            ("random", 0, 6, 4),
+            ("fitted", 1, 6, 4),
+            ("shallow", 0, 1, 4),
+            ("planned", 0, 6, 5),
+            ("planned", 1, 6, 6),
+        )
+    ]
+    first, names = study_speed.alike(rows)
+    assert list(names.values()) == [["fitted", "random"], ["shallow"], ["planned"]]
+    assert [row["form"] for row in first.values()] == ["fitted", "shallow", "planned"]
+
+
 def test_results_of_other_settings_are_refused(tmp_path):
     path = tmp_path / "study.json"
     Rows(path, tmp_path, {"steps": 1}).add({"form": "a"}, {})
@@ -154,11 +172,29 @@ def test_results_of_other_settings_are_refused(tmp_path):
         Rows(path, tmp_path, {"steps": 2})
 
 
-def test_a_job_that_another_process_does_is_left_to_it(tmp_path):
+def test_a_job_that_another_process_does_is_left_to_it(tmp_path, monkeypatch, capsys):
     with lock(tmp_path / "a") as first, lock(tmp_path / "a") as second:
         assert first and not second
     with lock(tmp_path / "a") as again:
         assert again
+    with lock(tmp_path / "locks" / "teacher, 1x, 0"):
+        study.run(tmp_path / "study.json", 1, 1.0, tmp_path, tmp_path, [0], study.TEACHER)
+    assert "another process makes teacher, 1x, 0" in capsys.readouterr().err
+    assert not (tmp_path / "study.json").exists()
+
+
+def test_jobs_that_do_not_exist_are_refused_with_the_names_of_those_that_do(tmp_path):
+    with pytest.raises(ValueError, match=r"no job has 'ranks'.*: teacher, 1x, 0"):
+        study.run(tmp_path / "study.json", 1, 1.0, tmp_path, tmp_path, [0], "ranks")
+
+
+def test_a_job_that_is_interrupted_says_what_is_kept(tmp_path, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(protocol, "teachers_row", stop)
+    with pytest.raises(Interrupted, match=r"Finished rows are in .*; teacher, 1x, 0 will begin"):
+        study.run(tmp_path / "study.json", 1, 1.0, tmp_path, tmp_path, [0], None)
 
 
 def test_a_student_by_way_of_another_waits_for_it(small_study, tmp_path, monkeypatch, capsys):
@@ -166,7 +202,7 @@ def test_a_student_by_way_of_another_waits_for_it(small_study, tmp_path, monkeyp
     monkeypatch.setattr(study, "students", lambda: [late])
     monkeypatch.setattr(protocol, "teachers_row", lambda _: {})
     study.run(tmp_path / "study.json", 1, 1.0, small_study, tmp_path / "work", [0], None)
-    assert f"{late.form} waits for {forms.WORDS}, 8x" in capsys.readouterr().err
+    assert f"{late.form}, 21x, 0 waits for {forms.WORDS}, 8x" in capsys.readouterr().err
     assert len(machine.read(tmp_path / "study.json")["rows"]) == 1
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kron_kernels.factors import Entry, parse, shapes_of, terms_text
 from kron_kernels.files import write_file
+from kron_kernels.modules import one_name
 
 _REMEDY = "make it again with kron_kernels.plan.plan"
 
@@ -209,23 +210,4 @@ def _grouped(layers: Sequence[LayerPlan]) -> list[tuple[str, list[LayerPlan]]]:
         pattern = re.sub(r"\d+", "*", row.path)
         reason = re.sub(r"[\d.]+(e-?\d+)?", "", row.reason or "")
         groups[pattern, row.rows, row.columns, json.dumps(row.terms), reason].append(row)
-    grouped = []
-    for (pattern, *_), rows in groups.items():
-        numbers = [[int(n) for n in re.findall(r"\d+", r.path)] for r in rows]
-        parts = pattern.split("*")
-        path = parts[0]
-        for i, part in enumerate(parts[1:]):
-            path += _ranges(sorted({n[i] for n in numbers})) + part
-        grouped.append((path, rows))
-    return grouped
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``0-3,5``"""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return [(one_name([row.path for row in rows]), rows) for rows in groups.values()]

@@ -347,7 +347,7 @@ def test_the_orders_of_the_papers_shapes_differ_sevenfold():
         ),
         (
             (4, 6, (0, 2)),
-            "weight's 4 rows are not divisible by a_shape[0] = 0; nearest divisor is 1.",
+            "a_shape[0] = 0 is the factor's rows, at least 1.",
         ),
         ((4, 6, (2, 2), 0), "rank = 0, but a sum needs at least one term; use rank=1."),
     ],

@@ -1,6 +1,7 @@
 """Factorised layers in place of other modules' dense ones, and back."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,11 @@ def test_second_moments_that_fit_no_layer_are_refused(moments, message):
         (["0"], None, r"factors = \['0'\] must be a mapping, such as \{\"0\": "),
         ("0", None, "factors = '0' must be a mapping"),
         (None, None, "factors = None must be a mapping"),
+        (
+            SimpleNamespace(factors={}),
+            None,
+            "is a SimpleNamespace, .*; pass its .factors",
+        ),
         ({0: ONE}, None, r"factors has the key 0, but keys must be strings: \{\"0\": "),
         ({None: ONE}, None, "factors has the key None, but keys must be strings"),
         ({"0": ONE}, [torch.eye(12)], r"second_moments = \[tensor\(\[\[1\., .*\s.* must be a"),
@@ -202,7 +208,7 @@ def test_second_moments_that_fit_no_layer_are_refused(moments, message):
         ({"0": ONE}, {"0": [1.0]}, "^0: second_moment must be a torch.Tensor, got list; use"),
         ({"0": [ONE, TWO]}, {"0": [1.0]}, "^0: second_moment must be a torch.Tensor, got list"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_an_argument_of_another_type_is_refused_with_an_example(factors, moments, message):
     with pytest.raises(TypeError, match=message):

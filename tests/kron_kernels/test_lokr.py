@@ -421,6 +421,8 @@ def test_a_layer_is_saved_copied_moved_and_compiled():
         (nn.Linear(20, 18), (3, 4), (6, 0), r"b must be .* at least 1"),
         (nn.Conv2d(20, 18, 3), (3, 4), (6, 5), r"its kernel is \(3, 3\)"),
         (nn.Conv2d(20, 18, 1, groups=2), (3, 4), (6, 5), "it has 2 groups"),
+        (nn.Embedding(18, 20), (3, 4), (6, 5), "it is of class Embedding, which is not a product"),
+        (nn.LSTM(20, 18), (3, 4), (6, 5), "it is of class LSTM, which is not a product"),
         (nn.Conv2d(20, 18, 1, padding=1), (3, 4), (6, 5), r"padding of \(1, 1\)"),
         (nn.Conv2d(20, 12, 1), (3, 4), (6, 5), r"base_layer's is \(12, 20\)"),
     ],

@@ -215,6 +215,15 @@ def test_a_report_has_the_errors_and_costs_of_every_layer(cls, tmp_path):
     assert (tmp_path / "report.png").stat().st_size > 5000
 
 
+def test_a_report_has_a_row_for_layers_of_the_same_terms_by_number():
+    up = "layer.{}.intermediate.dense"
+    for terms, names in (([4, 4], ["0-1"]), ([4, 8], ["0", "1"])):
+        model = teacher()
+        factors = {up.format(i): {"a_shape": [m1, 2]} for i, m1 in enumerate(terms)}
+        text = str(report(compress(model, factors), model, **TOKENS))
+        assert all(f"encoder.{up.format(name)} " in text for name in names)
+
+
 def test_output_errors_are_measured_on_the_teachers_inputs():
     model = teacher()
     student = compress(model, {"layer.0.intermediate.dense": {"a_shape": [4, 2]}})
