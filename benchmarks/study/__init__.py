@@ -55,6 +55,7 @@ def run(
     wanted = [key for key, name in names.items() if not only or only in name]
     if not wanted:
         raise ValueError(f"no job has {only!r} in its name; they are: {'; '.join(names.values())}.")
+    protocol.check(data)
     for key in wanted:
         student, name = jobs[key], names[key]
         after = student and student.after

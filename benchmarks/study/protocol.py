@@ -59,6 +59,15 @@ def teacher() -> PreTrainedModel:
     return AutoModel.from_pretrained(get_model_path()).eval()
 
 
+def check(data: Path) -> None:
+    """Raise with the names of all files that are missing."""
+    wanted = [f"{name}.tsv.gz" for name in _HELD_OUT] + [*SETTINGS["texts"]["files"]]
+    if missing := [name for name in wanted if not (data / name).is_file()]:
+        raise FileNotFoundError(
+            f"{data} lacks {', '.join(missing)}; docs/benchmarks.md, Data, says what they hold."
+        )
+
+
 @cache
 def table(data: Path, name: str) -> Table:
     return read_table(data / f"{name}.tsv.gz")

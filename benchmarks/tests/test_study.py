@@ -177,6 +177,7 @@ def test_a_job_that_another_process_does_is_left_to_it(tmp_path, monkeypatch, ca
         assert first and not second
     with lock(tmp_path / "a") as again:
         assert again
+    monkeypatch.setattr(protocol, "check", lambda _: None)
     with lock(tmp_path / "locks" / "teacher, 1x, 0"):
         study.run(tmp_path / "study.json", 1, 1.0, tmp_path, tmp_path, [0], study.TEACHER)
     assert "another process makes teacher, 1x, 0" in capsys.readouterr().err
@@ -188,10 +189,17 @@ def test_jobs_that_do_not_exist_are_refused_with_the_names_of_those_that_do(tmp_
         study.run(tmp_path / "study.json", 1, 1.0, tmp_path, tmp_path, [0], "ranks")
 
 
+def test_data_that_is_missing_is_named_whole(tmp_path):
+    (tmp_path / "stsb_dev.tsv.gz").touch()
+    with pytest.raises(FileNotFoundError, match=r"lacks stsb_test.tsv.gz, mrpc_train.*; docs/b"):
+        study.run(tmp_path / "study.json", 1, 1.0, tmp_path, tmp_path, [0], None)
+
+
 def test_a_job_that_is_interrupted_says_what_is_kept(tmp_path, monkeypatch):
     def stop(_):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(protocol, "check", lambda _: None)
     monkeypatch.setattr(protocol, "teachers_row", stop)
     with pytest.raises(Interrupted, match=r"Finished rows are in .*; teacher, 1x, 0 will begin"):
         study.run(tmp_path / "study.json", 1, 1.0, tmp_path, tmp_path, [0], None)
