@@ -104,7 +104,7 @@ def planned(preset: str) -> Make:
 
 PAPER, WORDS, LOW_RANK = "products (the paper's)", "products, low-rank words", "low rank"
 MIXED = "products in the feed-forward blocks, low rank elsewhere"
-PLUS = "product plus low rank"
+PLUS, PLANNED = "product plus low rank", "planned"
 # One dense layer and words of this rank have the size of the 8x products; two have 1.5 times it.
 # A single dense layer is larger than a whole 21x student.
 DENSE = {"8x": {"one dense layer": (1, 32), "two dense layers (5x)": (2, 23)}, "21x": {}}
@@ -126,12 +126,12 @@ def students() -> list[Student]:
             WORDS + ", random start": random_start(words),
         }
         makes |= {form: dense_layers(*args) for form, args in DENSE[size].items()}
-        makes["planned"] = planned(preset)
+        makes[PLANNED] = planned(preset)
         found.append([Student(form, size, make) for form, make in makes.items()])
     longest = max(map(len, found))
     rows = [row[i] for i in range(longest) for row in found if i < len(row)]
     again = {student.form: student.make for student in rows if student.size == "21x"}
-    for form in (WORDS, LOW_RANK):
+    for form in (WORDS, LOW_RANK, PLANNED):
         longer = Student(f"{form}, 4 times the steps", "21x", again[form], times=4, rate_of=form)
         rows.append(longer)
     rows.append(Student(f"{WORDS}, by way of 8x", "21x", again[WORDS], after=(WORDS, "8x")))
