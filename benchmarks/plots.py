@@ -330,9 +330,10 @@ def forms(study: Results, speed: Results) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
     labels = ("MB in int8", "ms for a text of 32 tokens, int8, one thread")
     for axes, x, label in zip(panels, (sizes, ms), labels, strict=True):
-        points = sorted((x[key], value, key) for key, value in score.items() if key in x)
+        points = sorted((x[key], -value, key) for key, value in score.items() if key in x)
         best, front = 0.0, []
-        for at, value, (form, size) in points:
+        for at, less, (form, size) in points:
+            value = -less
             color = next(color for kind, color in KINDS.items() if kind in form)
             axes.plot(at, value, MARKERS[size], color=color, ms=6)
             if value > best:
