@@ -181,7 +181,7 @@ class Report:
         _draw(self, Path(path))
 
     def __str__(self) -> str:
-        console = Console(width=150, no_color=True, highlight=False)
+        console = Console(width=180, no_color=True, highlight=False)
         with console.capture() as captured:
             console.print(_table(self))
         return captured.get()

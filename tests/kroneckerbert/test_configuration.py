@@ -196,7 +196,10 @@ def test_the_longest_name_decides_and_none_means_dense():
         ({"intermediate.dense": []}, "is an empty list; write None for a dense layer"),
         ({"intermediate.dense": {"a_shape": [8]}}, r"must look like .* two integers \(m1, n1\)"),
         ({"intermediate.dense": {"a_shape": "8x2"}}, "'8x2' must be two integers"),
-        ({"intermediate.dense": {"a_shape": [8, 0]}}, r"a_shape\[1\] = 0; nearest divisor is 1"),
+        (
+            {"intermediate.dense": {"a_shape": [8, 0]}},
+            r"a_shape\[1\] = 0 is the factor.s columns, at least 1",
+        ),
         ({"intermediate.dense": {"a_shape": [8, 2.0]}}, r"a_shape\[1\] = 2.0 must be an integer"),
         ({"intermediate.dense": {"a_shape": [8, 2], "rank": True}}, "rank = True must be an inte"),
         ({"intermediate.dense": {"a_shape": [8, 2], "rank": 0}}, "rank = 0, .* use rank=1"),
