@@ -281,6 +281,8 @@ class _TaskRun(Steps):
 
     def _epochs(self, name: str, stage: FineTuning | Stage2) -> dict[str, float]:
         """More passes than the recipe's, where a small table needs them for ``least_steps``."""
+        if stage.arguments.get("max_steps", -1) > 0:  # decides alone
+            return {}
         rows = len(self._read(name, "train"))
         steps = math.ceil(rows / stage.batch_size)
         epochs = math.ceil(stage.least_steps / steps)
