@@ -18,6 +18,9 @@ Layer = tuple[Tensor, Tensor, Tensor | None]  # a, b, bias
 _ACTIVATIONS = get_args(Activation)
 _PLAIN = (Tensor, Parameter)
 _STRIDED = torch.strided
+# Float8 is floating point, too, but PyTorch has next to no arithmetic in it: its matmul passes, its
+# addition raises NotImplementedError.
+_REAL = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 Result = TypeVar("Result")
 
 
@@ -149,7 +152,7 @@ def check_product(
         and 0 not in a_shape
         and 0 not in b_shape
         and x_shape[-1] == a_shape[2] * b_shape[2]
-        and dtype.is_floating_point
+        and dtype in _REAL
         and dtype == a.dtype == b.dtype
         and device == a.device == b.device
     ):
@@ -186,8 +189,10 @@ def _check_factors(x: Tensor | Shaped, factors: Sequence[Tensor]) -> tuple[Tenso
             f"{name}'s last dimension must be the product of the factors' columns, "
             f"{product} = {columns}, got {name} of shape {tuple(x.shape)}."
         )
-    if not (dtype.is_floating_point or dtype.is_complex):
-        raise ValueError(f"x must be floating point or complex, got {dtype}; use x.float().")
+    if not (dtype in _REAL or dtype.is_complex):
+        raise ValueError(
+            f"x must be floating point of at least 16 bits or complex, got {dtype}; use x.float()."
+        )
     for i, f in enumerate(factors):
         if f.dtype != dtype or f.device != device:
             _refuse_unlike(x, f"factor {i}", f)

@@ -49,7 +49,7 @@ def kron_matmul(
 
     Args:
         x: Input of shape ``(…, n)``, ``n`` the product of the factors' columns. Real or complex
-            floating point, any strides, any number of tokens including none.
+            floating point of 16 bits or more, any strides, any number of tokens including none.
         *factors: One or more, each ``(m_i, n_i)``, or ``(r, m_i, n_i)`` for a sum of r products
             (Kronecker rank r). Of x's dtype and device. The leading dimension is summed over; for
             a batch of factors, ``(batch, m_i, n_i)`` with a result for each, use

@@ -429,7 +429,11 @@ def test_export_with_a_dynamic_number_of_tokens(s):
         (dict(x=torch.ones(())), "got x of shape"),
         (
             dict(x=torch.ones(2, 12, dtype=torch.int64)),
-            "floating point or complex, got torch.int64",
+            "floating point of at least 16 bits or complex, got torch.int64; use",
+        ),
+        (
+            dict(x=torch.ones(2, 12, dtype=torch.float8_e4m3fn)),
+            "floating point of at least 16 bits or complex, got torch.float8_e4m3fn; use",
         ),
         (dict(a=torch.ones(4)), r"factor 0 must be \(m, n\) or \(rank, m, n\)"),
         (dict(a=torch.ones(0, 4)), "every side at least 1"),
