@@ -58,18 +58,22 @@ def follow(model: PreTrainedModel, chosen: Plan, seconds: float) -> dict[str, fl
         }
 
 
-def tables(results: dict[str, Any]) -> list[Table]:
-    columns = ("teacher", "budget", "planned in", "ms", "MB", "layers' error")
-    heading = f"budgets of plans\n{machine.title(results['machine'])}"
-    shown = machine.table(heading, columns, left=("teacher", "budget"))
+def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table."""
 
     def change(dense: float, student: float) -> str:
         return f"{dense:.1f} to {student:.1f} ({dense / student:.2f}x)"
 
+    body = []
     for r in results["rows"]:
         budget = " and ".join(f"{key} {limit}" for key, limit in r["budget"].items())
         latency = change(r["ms_dense"], r["ms"])
         size = change(r["bytes_dense"] / 1e6, r["bytes"] / 1e6)
-        seconds, error = f"{r['seconds']:.0f} s", f"{r['error']:.3f}"
-        shown.add_row(r["teacher"], budget, seconds, latency, size, error)
-    return [shown]
+        seconds, error = f"{r['seconds']:.0f} s", f"{r['error']:.2f}"
+        body.append([r["teacher"], budget, seconds, latency, size, error])
+    return ["teacher", "budget", "planned in", "ms", "MB of weights", "layers' mean error"], body
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    title = f"budgets of plans\n{machine.title(results['machine'])}"
+    return [machine.filled(title, *summary(results), left=("teacher", "budget"))]

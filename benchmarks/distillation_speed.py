@@ -69,21 +69,23 @@ def forward_and_backward(
     return loss.detach()
 
 
-def tables(results: dict[str, Any]) -> list[Table]:
-    columns = ("sequences x tokens", "pass", "ms", "tokens/s", "times eager", "times dense")
-    heading = f"a pass of distillation\n{machine.title(results['machine'])}"
-    shown = machine.table(heading, columns, left=("pass",))
-    ms = {(row["batch"], row["tokens"], row["what"]): row["ms"] for row in results["rows"]}
+def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table: tokens a second."""
+    rates: dict[str, dict[str, float]] = {}  # by what, by size
     for row in results["rows"]:
-        others = (
-            ms.get((row["batch"], row["tokens"], other))
-            for other in (f"{row['what']}, eager", "dense")
-        )
-        shown.add_row(
-            f"{row['batch']} x {row['tokens']}",
-            row["what"],
-            f"{row['ms']:.1f} ({row['low']:.1f} – {row['high']:.1f})",
-            f"{row['tokens_per_s']:,.0f}",
-            *(f"{other / row['ms']:.2f}" if other else "" for other in others),
-        )
-    return [shown]
+        size = f"{row['batch']} x {row['tokens']} tokens"
+        rates.setdefault(row["what"], {})[size] = row["tokens_per_s"]
+    body = []
+    for what, of_sizes in rates.items():
+        eager = rates.get(f"{what}, eager", {})
+        faster = {
+            size: f" ({rate / eager[size]:.2f})" if eager else "" for size, rate in of_sizes.items()
+        }
+        body.append([what, *(f"{rate:,.0f}{faster[size]}" for size, rate in of_sizes.items())])
+    return ["tokens a second (times faster than eager)", *next(iter(rates.values()))], body
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    heads, body = summary(results)
+    title = f"a pass of distillation\n{machine.title(results['machine'])}"
+    return [machine.filled(title, heads, body, left=(heads[0],))]

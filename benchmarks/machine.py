@@ -165,6 +165,16 @@ def table(title: str, headings: Iterable[str], left: Collection[str] = (), **opt
     return Table(*columns, title=title, **options)
 
 
+def filled(
+    title: str, headings: Sequence[str], body: Iterable[Sequence[str]], left: Collection[str] = ()
+) -> Table:
+    """A table with its rows."""
+    made = table(title, headings, left)
+    for row in body:
+        made.add_row(*row)
+    return made
+
+
 def versus_dense(
     heading: str,
     results: dict[str, Any],

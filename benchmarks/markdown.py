@@ -6,7 +6,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import int8, memory, model, students, study, threads
+from benchmarks import (
+    budgets,
+    distillation_speed,
+    int8,
+    memory,
+    model,
+    starts,
+    students,
+    study,
+    threads,
+)
 from benchmarks.contenders import BY_LAYERS, IN_INT8, LOW_RANK, LOW_RANK_IN_INT8
 from benchmarks.machine import DENSE, read
 from benchmarks.training import PRESETS, medians
@@ -33,7 +43,10 @@ SHOWN = ((1, 16), (1, 128), (1, 512), (8, 128))  # of BERT_BASE: batch and token
 def tables(folder: Path) -> list[str]:
     """All tables for which the folder has results."""
     made = []
-    names = ("model", "threads", "memory", "int8", "students", "study", "study_speed")
+    names = (
+        *("model", "threads", "memory", "int8", "students", "study", "study_speed"),
+        *("budgets", "starts", "distillation_speed"),
+    )
     files = {name: folder / f"{name}.json" for name in names}
     results = {name: read(file) for name, file in files.items() if file.exists()}
     if "model" in results:
@@ -51,6 +64,9 @@ def tables(folder: Path) -> list[str]:
         made += [lines(*study.summary(results["study"], size)) for size in study.SIZES]
     if "study_speed" in results:
         made += [of_study_speed(results["study_speed"], size) for size in study.SIZES]
+    for module in (budgets, starts, distillation_speed):
+        if (name := module.__name__.rpartition(".")[2]) in results:
+            made.append(lines(*module.summary(results[name])))
     return [table for table in made if table]
 
 

@@ -223,18 +223,15 @@ def spread(table: Table, rows: int) -> Table:
     return type(table)(*(None if c is None else [c[i] for i in chosen] for c in columns))
 
 
+def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table."""
+    body = [
+        [row["teacher"], str(row["ratio"]), row["start"], *(f"{row[m]:.3f}" for m in METRICS)]
+        for row in results["rows"]
+    ]
+    return ["teacher", "c", "start", "output error", *METRICS[1:]], body
+
+
 def tables(results: dict[str, Any]) -> list[Shown]:
-    shown = {}
-    before = None
-    for row in results["rows"]:
-        teacher = row["teacher"]
-        if teacher not in shown:
-            heading = f"{teacher}: encoder linears c times smaller, no training"
-            columns = ("c", "start", "kept", "output error", *METRICS[1:])
-            shown[teacher] = machine.table(heading, columns, left=("start",))
-        elif row["ratio"] != before:
-            shown[teacher].add_section()
-        before = row["ratio"]
-        scores = (f"{row[metric]:.3f}" for metric in METRICS)
-        shown[teacher].add_row(str(row["ratio"]), row["start"], f"{row['kept']:.4f}", *scores)
-    return [*shown.values()]
+    title = "encoder linears c times smaller, no training"
+    return [machine.filled(title, *summary(results), left=("teacher", "start"))]

@@ -177,13 +177,9 @@ def classifiers(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def tables(results: dict[str, Any]) -> list[Shown]:
-    made = []
-    for title, (heads, body) in (
-        ("ready students", encoders(results)),
-        ("students of tasks", classifiers(results)),
-    ):
-        if body:
-            made.append(machine.table(title, heads, left=(heads[0],)))
-            for row in body:
-                made[-1].add_row(*row)
-    return made
+    shown = {"ready students": encoders(results), "students of tasks": classifiers(results)}
+    return [
+        machine.filled(title, heads, body, left=(heads[0],))
+        for title, (heads, body) in shown.items()
+        if body
+    ]

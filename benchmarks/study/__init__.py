@@ -119,10 +119,8 @@ def spread(values: list[float]) -> str:
 
 
 def tables(results: Results) -> list[Table]:
-    shown = []
-    for size in SIZES:
-        heads, body = summary(results, size)
-        shown.append(machine.table(f"students of {size}, per cent", heads, left=(heads[0],)))
-        for row in body:
-            shown[-1].add_row(*row)
-    return shown
+    summaries = {size: summary(results, size) for size in SIZES}
+    return [
+        machine.filled(f"students of {size}, per cent", heads, body, left=(heads[0],))
+        for size, (heads, body) in summaries.items()
+    ]

@@ -130,11 +130,13 @@ def students() -> list[Student]:
         found.append([Student(form, size, make) for form, make in makes.items()])
     longest = max(map(len, found))
     rows = [row[i] for i in range(longest) for row in found if i < len(row)]
-    again = {student.form: student.make for student in rows if student.size == "21x"}
-    for form in (WORDS, LOW_RANK, PLANNED):
-        longer = Student(f"{form}, 4 times the steps", "21x", again[form], times=4, rate_of=form)
-        rows.append(longer)
-    rows.append(Student(f"{WORDS}, by way of 8x", "21x", again[WORDS], after=(WORDS, "8x")))
+    again = {(student.form, student.size): student.make for student in rows}
+    rows += [
+        Student(f"{form}, 4 times the steps", size, again[form, size], times=4, rate_of=form)
+        for form in (WORDS, LOW_RANK, PLANNED)
+        for size in SIZES
+    ]
+    rows.append(Student(f"{WORDS}, by way of 8x", "21x", again[WORDS, "21x"], after=(WORDS, "8x")))
     return rows
 
 
