@@ -90,7 +90,7 @@ def test_other_libraries():
     labels = {
         "dense": "dense `F.linear`",
         "einsum": "`torch.einsum`",
-        "torch": "the fastest of eleven PyTorch lines",
+        "torch": "the fastest of ten PyTorch lines",
         "cola": "CoLA",
         "lycoris": "LyCORIS",
         "linear_operator": "linear_operator",

@@ -35,8 +35,9 @@ SENTENCES: dict[str, Any] = {
 class DistillationConfig(TrainingArguments):
     """``TrainingArguments`` with the weights of the loss; defaults are for stage 1.
 
-    The paper's stage 1 has no logits term: to follow it exactly with a language-modelling head, set
-    ``logits_weight=0``, which also saves two softmaxes over the vocabulary.
+    The paper's stage 1 has no logits term: with a language-modelling head, ``logits_weight=0``
+    leaves it out, and saves two softmaxes over the vocabulary. Unlike the paper's, the terms of
+    layers are divided by the teacher's variances.
 
     Raises:
         ValueError: If a weight is negative or all are 0, temperature or max_minutes is not
