@@ -4,11 +4,12 @@ import re
 from collections import defaultdict
 from statistics import geometric_mean
 
-from benchmarks import layers, markdown, memory, training
+from benchmarks import layers, markdown, memory, students, training
 from benchmarks.machine import DENSE, RESULTS, read
 
 ROOT = RESULTS.parents[1]
 PAGE = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+PAGES = ("students", "study", "kroneckerbert", "distillation")  # with tables, beside PAGE
 PROSE = " ".join(PAGE.split())
 
 
@@ -37,8 +38,12 @@ def test_layers():
         in_brackets = f" ({row.speed('dense', best):.1f})" if best else ""
         shown[row.cell.layers].append(f"{row.speed('dense'):.1f}{in_brackets}")
     assert len(shown) == 8
-    rows = {row[1:] for row in rows_after_label()}  # the second column has the FLOPs
-    assert {tuple(entries) for entries in shown.values()} <= rows
+    blocks = [f"{size} feed-forward block in one call" for size in ("8x", "21x")]
+    table = {row[0]: row[2:] for table in tables(PAGE) for row in table}
+    for shapes, entries in shown.items():
+        product = f"({shapes.replace(' ', ' ⊗ ')})"
+        label = next((label for label in table if label.endswith(product)), None)
+        assert table[label or blocks.pop(0)] == entries, shapes
 
 
 def test_low_rank_of_equal_size():
@@ -52,8 +57,8 @@ def test_low_rank_of_equal_size():
 
 
 def test_whole_models():
-    made = markdown.tables(RESULTS) + markdown.tables(RESULTS / "vnni")
-    others = (ROOT / f"docs/{page}.md" for page in ("students", "study"))
+    made = markdown.tables(RESULTS) + markdown.tables(RESULTS / "avx2")
+    others = (ROOT / f"docs/{page}.md" for page in PAGES)
     pages = PAGE + "".join(page.read_text(encoding="utf-8") for page in others)
     assert made and all(table in pages for table in made), "\n".join(made)
 
@@ -130,3 +135,12 @@ def test_the_readme_has_rows_of_the_documentation():
     ]
     known = [row for table in tables(PAGE) for row in table]
     assert measured and all(any(within(row[1:], other[1:]) for other in known) for row in measured)
+
+
+def test_the_readme_has_the_ready_students():
+    shown = tables((ROOT / "README.md").read_text(encoding="utf-8"))
+    rows = [tuple(row[1:]) for table in shown for row in table]
+    heads, body = students.encoders(results("students"))
+    columns = [heads.index(head) for head in ("MB", "STS-B", "texts/s")]
+    for row in body:
+        assert tuple(row[i].partition(" ")[0] for i in columns) in rows, row[0]
