@@ -331,16 +331,18 @@ def forms(study: Results, speed: Results) -> Figure:
     labels = ("MB in int8", "ms for a text of 32 tokens, int8, one thread")
     for axes, x, label in zip(panels, (sizes, ms), labels, strict=True):
         points = sorted((x[key], -value, key) for key, value in score.items() if key in x)
-        best, front = 0.0, []
+        front: list[tuple[float, float, str]] = []
         for at, less, (form, size) in points:
             value = -less
             color = next(color for kind, color in KINDS.items() if kind in form)
             axes.plot(at, value, MARKERS[size], color=color, ms=6)
-            if value > best:
-                best = value
-                front.append((at, value))
-                axes.annotate(form, (at, value), fontsize=6.5, xytext=(4, 4), textcoords=OFFSET)
-        axes.plot(*zip(*front, strict=True), color=INK, lw=0.8, zorder=0)
+            if not front or value > front[-1][1]:
+                front.append((at, value, form))
+        xs, values, names = zip(*front, strict=True)
+        axes.plot(xs, values, color=INK, lw=0.8, zorder=0)
+        for i, name in enumerate(names):  # the last two are near each other
+            above = (4, 4 if i + 1 < len(names) else 9)
+            axes.annotate(name, front[i][:2], fontsize=6.5, xytext=above, textcoords=OFFSET)
         axes.set_xlabel(label)
         axes.margins(x=0.2)
     panels[0].set_ylabel("STS-B, Spearman, %")
