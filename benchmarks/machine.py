@@ -133,16 +133,8 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results in a file. Committed files of earlier versions are brought to today's form."""
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(results, list):  # starts.json: each row has the facts
-        return {"machine": results[0], "rows": results}
-    if "cells" in results:
-        results["rows"] = results.pop("cells")
-    if "cpu" in results:  # distillation_speed.json
-        facts = {"capability": results["cpu"], "threads": results["threads"]}
-        results["machine"] = facts | {"torch": results["torch"]}
-    return results
+    """The results in a file."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def pictures_of(folder: Path) -> Path:
@@ -151,12 +143,10 @@ def pictures_of(folder: Path) -> Path:
 
 
 def title(machine: dict[str, Any]) -> str:
-    """The machine in one line; older files lack some of its facts."""
-    cpu = machine.get("cpu") or machine.get("machine") or ""
-    cpu += f" ({machine['capability']})" * ("capability" in machine)
+    """The machine in one line."""
+    cpu = f"{machine['cpu']} ({machine['capability']})"
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-    parts = (cpu.strip(), threads, f"torch {machine['torch']}", machine.get("date", "")[:10])
-    return ", ".join(filter(None, parts))
+    return f"{cpu}, {threads}, torch {machine['torch']}, {machine['date'][:10]}"
 
 
 def table(title: str, headings: Iterable[str], left: Collection[str] = (), **options) -> Table:

@@ -102,8 +102,8 @@ def megabytes(size: int) -> int:
 
 
 def rows_of(results: dict[str, Any], work: str) -> list[dict[str, Any]]:
-    """The oldest results are of training only, and do not say so."""
-    return [row for row in results["rows"] if row.get("work", TRAINING) == work]
+    """The rows of training, or of inference."""
+    return [row for row in results["rows"] if row["work"] == work]
 
 
 def tables(results: dict[str, Any]) -> list[Table]:

@@ -106,8 +106,8 @@ def random_ids(sequences: int, length: int) -> torch.Tensor:
 
 
 def rows_of(results: dict[str, Any], of: str = BERT) -> list[dict[str, Any]]:
-    """The rows of one model; the oldest results are of BERT_BASE only, and do not name it."""
-    return [row for row in results["rows"] if row.get("model", BERT) == of]
+    """The rows of one model."""
+    return [row for row in results["rows"] if row["model"] == of]
 
 
 def row_of(results: dict[str, Any], of: str, batch: int, tokens: int) -> dict[str, Any] | None:

@@ -188,7 +188,7 @@ def test_committed_results_are_reported(tmp_path):
         "a step of training BERT_BASE",
         "peak memory of a training step",
         "budgets of plans",
-        "MPNet: encoder linears",
+        "encoder linears",
         "students of 21x, per cent",
         "a pass of distillation",
     ):
